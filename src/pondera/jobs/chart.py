@@ -1,0 +1,261 @@
+"""Line and scatter charts as inline SVG: no script, colours from the page's style (`.c0`, `.c1`, ...), readable aloud.
+
+A chart is 400 units wide, about a phone's width in pixels, so that its text has its natural size there and three of
+them stand side by side on a desk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from html import escape
+
+WIDTH, HEIGHT = 400, 320
+LEFT, TOP, BOTTOM = 40, 34, 46
+CUT = 0.25  # of a curve's length, before which its steep start need not be in view
+LETTER = 7.4  # width of a letter at the label size, in the widest of common fonts
+LONGEST = 13  # letters of a label; the whole name is in the legend and in the hover title
+MARKERS = (
+    "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",  # circle
+    "M-3.6,-3.6h7.2v7.2h-7.2z",  # square
+    "M0,-4.8L4.6,3.4H-4.6z",  # triangle
+    "M0,-5L5,0L0,5L-5,0z",  # diamond
+    "M0,4.8L4.6,-3.4H-4.6z",  # triangle down
+    "M-1.4,-4.5h2.8v3.1h3.1v2.8h-3.1v3.1h-2.8v-3.1h-3.1v-2.8h3.1z",  # plus
+)
+COLORS = 6
+MOST_MARKERS = 16  # on one line
+
+Point = tuple[float, float]
+
+
+@dataclass
+class Series:
+    """One arm: what its runs did, and their mean.
+
+    Attributes:
+        name: the label.
+        index: decides colour and marker.
+        runs: one list of points per run, drawn thin.
+        mean: the mean over the runs, drawn thick.
+        spread: sample standard deviation of y, one per point of `mean`; None where unknown.
+        unfinished: draw dashed.
+    """
+
+    name: str
+    index: int
+    runs: list[list[Point]]
+    mean: list[Point]
+    spread: list[float | None] = field(default_factory=list)
+    unfinished: bool = False
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Maps values in [low, high] to pixels in [start, end]."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (at - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, count: int) -> list[float]:
+        """Round numbers inside the range: steps of 1, 2, 2.5 or 5, on a log axis as many of 1, 2, 5 as fit."""
+        if self.log:
+            decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+            for digits in ((1,), (1, 3), (1, 2, 5)):
+                found = [d * 10.0**e for e in decades for d in digits if self.low <= d * 10.0**e <= self.high]
+                if len(found) >= min(3, count):
+                    return found[:: math.ceil(len(found) / (count + 1))]
+        rough = (self.high - self.low) / count
+        unit = 10.0 ** math.floor(math.log10(rough))
+        step = unit * next(d for d in (1, 2, 2.5, 5, 10) if d * unit >= rough * 0.999)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [round(index * step, 12) if step < 1 else index * step for index in range(first, last + 1)]
+
+
+def human(value: float, digits: int = 3) -> str:
+    """A number as people say it.
+
+    Example:
+        >>> human(1_250_000), human(3.2e12), human(48), human(0.25)
+        ('1.25M', '3.2T', '48', '0.25')
+    """
+    power = 0 if abs(value) < 1 else min(6, int(math.log10(abs(value)) // 3))
+    if power < 6 and abs(float(f"{value / 1000**power:.{digits}g}")) >= 1000:
+        power += 1  # 999.9K rounds to 1M
+    return f"{float(f'{value / 1000**power:.{digits}g}'):g}{'KMGTPE'[power - 1] if power else ''}"
+
+
+def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log_x: bool = False) -> str:
+    """Curves: a thin line per run and a thick one for their mean; the names at the right, in the order of the ends.
+
+    The y axis shows what comes after the first quarter of the curves, whose steep start would flatten all that matters;
+    the lines enter from above.
+    """
+    return _chart(title, x_label, y_label, series, log_x, joined=True)
+
+
+def scatter_chart(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
+    """Points: a faint one per run, a full one for their mean with a bar of one sample standard deviation each way."""
+    xs = [x for one in series for x, _ in one.mean]
+    return _chart(title, x_label, y_label, series, bool(xs) and max(xs) > 8 * min(xs) > 0, joined=False)
+
+
+def swatch(index: int) -> str:
+    """The marker of a series, for a legend."""
+    return f'<svg class="swatch" viewBox="-7 -7 14 14" aria-hidden="true">{_marker(0, 0, index)}</svg>'
+
+
+def _chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log_x: bool, joined: bool) -> str:
+    series = [one for one in series if one.mean]
+    if not series:
+        return f'<p class="empty">{escape(title)}: nothing to draw yet.</p>'
+    right = 26 + LETTER * max(len(_short(one.name)) for one in series) if joined else 14
+    xs = [at for one in series for line in (*one.runs, one.mean) for at, _ in line]
+    x = _x_scale(xs, log_x, WIDTH - right, joined)
+    y = _y_scale(series, joined)
+    draw, name = (_curves, _names_aside) if joined else (_points, _names_beside)
+    clip = "clip-" + "".join(letter for letter in title.lower() if letter.isascii() and letter.isalnum())
+    ends = "; ".join(f"{one.name}: {one.mean[-1][1]:.3f} at {human(one.mean[-1][0])}" for one in series)
+    return "\n".join(
+        [
+            f"<h3>{escape(title)}</h3>",
+            f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+            f"<title>{escape(title)}</title><desc>{escape(f'{y_label} against {x_label}. {ends}.')}</desc>",
+            f'<clipPath id="{clip}"><rect x="{LEFT - 6}" y="{TOP}" width="{WIDTH - right - LEFT + 12:.1f}" '
+            f'height="{HEIGHT - TOP - BOTTOM + 6}"/></clipPath>',
+            _axes(x, y, x_label + (" (log scale)" if log_x else ""), y_label),
+            f'<g clip-path="url(#{clip})">',
+            *(draw(one, x, y) for one in series),
+            "</g>",
+            name(series, x, y),
+            "</svg>",
+        ]
+    )
+
+
+def _x_scale(values: list[float], log: bool, end: float, joined: bool) -> Scale:
+    low, high = min(values), max(values)
+    log = log and low > 0
+    if log:
+        margin = (high / low) ** (0.0 if joined else 0.12) if high > low else 1.5
+        return Scale(low / margin, high * margin, LEFT, end, log=True)
+    if joined:
+        return Scale(0.0, high or 1.0, LEFT, end)
+    margin = 0.15 * (high - low) or 0.5 * abs(high) or 1.0
+    return Scale(max(0.0, low - margin), high + margin, LEFT, end)
+
+
+def _y_scale(series: Sequence[Series], joined: bool) -> Scale:
+    lines = [line for one in series for line in (*one.runs, one.mean) if line]
+    values = [at for line in lines for x, at in line if not joined or x >= CUT * line[-1][0]]
+    for one in series:
+        for (_, at), spread in zip(one.mean, one.spread, strict=False):
+            values += [at - (spread or 0), at + (spread or 0)]
+    low, high = min(values), max(values)
+    margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return Scale(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
+
+
+def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> str:
+    parts = []
+    y_ticks = y.ticks(5)
+    decimals = max((len(f"{tick:g}".partition(".")[2]) for tick in y_ticks), default=0)
+    for tick in y_ticks:
+        at = y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{tick:.{decimals}f}</text>')
+    for tick in x.ticks(5):
+        at = x(tick)
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{y.start}"/>')
+        parts.append(f'<text class="tick" x="{at:.1f}" y="{y.start + 17}" text-anchor="middle">{human(tick)}</text>')
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{x.end:.1f}" y1="{y.start}" y2="{y.start}"/>')
+    middle = (LEFT + x.end) / 2
+    parts.append(f'<text class="label" x="{middle:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
+    parts.append(f'<text class="label" x="4" y="14">{escape(y_label)}</text>')
+    return "\n".join(parts)
+
+
+def _curves(one: Series, x: Scale, y: Scale) -> str:
+    dash = " dashed" if one.unfinished else ""
+    parts = [f'<g class="c{one.index % COLORS}">']
+    if len(one.runs) > 1:
+        parts += [f'<path class="thin{dash}" d="{_path(line, x, y)}"/>' for line in one.runs if line]
+    parts.append(f'<path class="thick{dash}" d="{_path(one.mean, x, y)}"/>')
+    every = math.ceil(len(one.mean) / MOST_MARKERS)
+    parts += [_marker(x(a), y(b), one.index, _note(one.name, a, b)) for a, b in one.mean[::-every]]
+    return "".join(parts) + "</g>"
+
+
+def _points(one: Series, x: Scale, y: Scale) -> str:
+    parts = [f'<g class="c{one.index % COLORS}">']
+    if len(one.runs) > 1:
+        runs = (point for line in one.runs for point in line)
+        parts += [_marker(x(a), y(b), one.index, _note(f"{one.name}, one run", a, b), "faint") for a, b in runs]
+    for (a, b), spread in zip(one.mean, one.spread or [None] * len(one.mean), strict=True):
+        if spread:
+            ends = (y(b - spread), y(b + spread))
+            bar = f"M{x(a):.1f},{ends[0]:.1f}V{ends[1]:.1f}" + "".join(f"M{x(a) - 5:.1f},{end:.1f}h10" for end in ends)
+            parts.append(f'<path class="bar" d="{bar}"/>')
+        parts.append(_marker(x(a), y(b), one.index, _note(one.name, a, b, spread)))
+    return "".join(parts) + "</g>"
+
+
+def _names_aside(series: Sequence[Series], x: Scale, y: Scale) -> str:
+    """A column at the right: each name at the height where its mean ends, moved apart where they would overlap."""
+    ordered = sorted(series, key=lambda one: y(one.mean[-1][1]))
+    heights = _apart([y(one.mean[-1][1]) for one in ordered], gap=15, lowest=HEIGHT - BOTTOM - 4)
+    return "".join(
+        f'{_marker(x.end + 16, height, one.index)}<text class="name" x="{x.end + 24:.1f}" y="{height + 4:.1f}">'
+        f"{escape(_short(one.name))}</text>"
+        for height, one in zip(heights, ordered, strict=True)
+    )
+
+
+def _names_beside(series: Sequence[Series], x: Scale, y: Scale) -> str:
+    """Each name to the right of its mean, or to the left where the chart ends."""
+    parts = []
+    for one in series:
+        across, height = x(one.mean[-1][0]), y(one.mean[-1][1]) + 4
+        name = _short(one.name)
+        fits = across + 10 + LETTER * len(name) <= WIDTH
+        place = f'x="{across + (10 if fits else -10):.1f}" y="{height:.1f}" text-anchor="{"start" if fits else "end"}"'
+        parts.append(f'<text class="name" {place}>{escape(name)}</text>')
+    return "".join(parts)
+
+
+def _apart(heights: list[float], gap: float, lowest: float) -> list[float]:
+    """`heights` (ascending), moved so that neighbours are at least `gap` apart and none is below `lowest`."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(max(height, placed[-1] + gap) if placed else height)
+    limit = lowest
+    for index in reversed(range(len(placed))):
+        placed[index] = min(placed[index], limit)
+        limit = placed[index] - gap
+    return placed
+
+
+def _path(line: list[Point], x: Scale, y: Scale) -> str:
+    return "M" + "L".join(f"{x(a):.1f},{y(b):.1f}" for a, b in line)
+
+
+def _marker(x: float, y: float, index: int, note: str = "", kind: str = "dot") -> str:
+    title = f"<title>{escape(note)}</title>" if note else ""
+    shape = MARKERS[(index + index // COLORS) % len(MARKERS)]  # the seventh series has the first colour, another shape
+    return f'<path class="{kind} c{index % COLORS}" transform="translate({x:.1f},{y:.1f})" d="{shape}">{title}</path>'
+
+
+def _note(name: str, x: float, y: float, spread: float | None = None) -> str:
+    return f"{name}: {y:.4f}{f' ± {spread:.4f}' if spread else ''} at {human(x)}"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST else name[: LONGEST - 1] + "…"

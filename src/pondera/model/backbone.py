@@ -1,0 +1,255 @@
+"""Any Hugging Face causal LM as a backbone: the only file that knows what is inside a decoder.
+
+Shapes: B batch, T tokens, S slots (rows of the call), K cached and new rows together, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pondera.ground.errors import UserError
+from pondera.model.hf import Cache, Conv1D, PreTrainedConfig, PreTrainedModel
+
+
+@dataclass
+class SlotMask:
+    """Which cached rows each row of a call may attend to, when that is not plain causal order.
+
+    Args:
+        allowed_BSK: bool; batch may be 1.
+        query_positions_BS: token position of each row.
+        key_positions_BK: token position of each cached and new row. Positions let sliding-window layers keep their
+            window in tokens, however many slots a token owns.
+    """
+
+    allowed_BSK: Tensor
+    query_positions_BS: Tensor
+    key_positions_BK: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where one architecture keeps its parts, and how its layers take the cache."""
+
+    layers: str = "layers"
+    norm: str = "norm"
+    rotary: str | None = "rotary_emb"
+    positions: str | None = None
+    cache_argument: str = "past_key_values"
+
+
+LAYOUTS = {
+    "llama": Layout(),
+    "mistral": Layout(),
+    "qwen3": Layout(),
+    "gemma3_text": Layout(),
+    "gpt_neox": Layout(norm="final_layer_norm", cache_argument="layer_past"),
+    "gpt2": Layout(layers="h", norm="ln_f", rotary=None, positions="wpe"),
+}
+
+
+class Backbone(nn.Module):
+    """A causal LM taken apart at its public joints: embed, whole passes, head.
+
+    Args:
+        lm: any transformers causal LM.
+        embed_scale: what token embeddings are multiplied with; 1 leaves them as they are, bit for bit.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, vocab_size=97)
+        >>> backbone = Backbone(LlamaForCausalLM(LlamaConfig(**sizes)))
+        >>> h_BTD = backbone.step(backbone.embed(torch.tensor([[1, 2, 3]])))
+        >>> backbone.head(h_BTD).shape
+        torch.Size([1, 3, 97])
+    """
+
+    def __init__(self, lm: PreTrainedModel, embed_scale: float = 1.0) -> None:
+        super().__init__()
+        self.lm = lm
+        self.embed_scale = embed_scale
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The decoder's own config."""
+        return self.lm.config.get_text_config(decoder=True)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The stack without the head."""
+        return self.lm.get_decoder()
+
+    @property
+    def layer_types(self) -> list[str]:
+        """``full_attention``, ``sliding_attention`` or ``linear_attention`` for each layer."""
+        types = getattr(self.config, "layer_types", None)
+        if types is None:
+            kind = "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
+            types = [kind] * self.config.num_hidden_layers
+        return list(types)
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """Token embeddings as the decoder takes them, ``[B, T, D]``."""
+        h_BTD = self.lm.get_input_embeddings()(ids_BT)
+        return h_BTD if self.embed_scale == 1.0 else h_BTD * self.embed_scale
+
+    def mix_embeddings(self, weights_BTV: Tensor) -> Tensor:
+        """Weighted sums of all token embeddings, ``[B, T, D]``, scaled as `embed` scales them."""
+        every_V = torch.arange(weights_BTV.shape[-1], device=weights_BTV.device)
+        return weights_BTV @ self.embed(every_V)
+
+    def head(self, h_BTD: Tensor) -> Tensor:
+        """Logits ``[B, T, V]`` of final hidden states."""
+        logits_BTV = self.lm.get_output_embeddings()(h_BTD)
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits_BTV if cap is None else torch.tanh(logits_BTV / cap) * cap
+
+    def step(
+        self,
+        h_BSD: Tensor,
+        cache: Cache | None = None,
+        mask: Tensor | SlotMask | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """One whole pass through the decoder by its public call; returns states after the final norm, ``[B, S, D]``.
+
+        Args:
+            h_BSD: one input vector per slot.
+            cache: counts slots; new rows are appended to it.
+            mask: none, a 2-D mask over all cached and new slots (1 = real, 0 = padding), or a `SlotMask`.
+            position_ids: ``[B, S]`` token positions; slots of one token share theirs.
+        """
+        return self.decoder(
+            inputs_embeds=h_BSD,
+            attention_mask=self._attention_mask(h_BSD, cache, mask, position_ids),
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        ).last_hidden_state
+
+    def run(
+        self,
+        h_BSD: Tensor,
+        layers: range,
+        cache: Cache | None = None,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Some of the layers: ``run(h, range(0, n))`` equals `step`; a first range adds positions, a last one the norm.
+
+        Args:
+            h_BSD: inputs of the first layer of the range, ``[B, S, D]``.
+            layers: a range of layer numbers with step 1.
+            cache, mask, position_ids: as for `step`, without `SlotMask`.
+
+        Raises:
+            UserError: an architecture whose inside Pondera does not know.
+        """
+        layout = self._layout()
+        decoder, count = self.decoder, self.config.num_hidden_layers
+        if layers.step != 1 or not 0 <= layers.start <= layers.stop <= count:
+            raise UserError(f"layers: {layers} is not a range within the {count} layers of this {self.config.model_type}")
+        if position_ids is None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = torch.arange(seen, seen + h_BSD.shape[1], device=h_BSD.device)[None]
+        if layout.positions and layers.start == 0:
+            h_BSD = h_BSD + getattr(decoder, layout.positions)(position_ids)
+        masks = self._layer_masks(h_BSD, cache, mask, position_ids)
+        rotary = getattr(decoder, layout.rotary) if layout.rotary else None
+        types = self.layer_types
+        for index in layers:
+            arguments: dict[str, Any] = {"attention_mask": masks[types[index]], layout.cache_argument: cache}
+            if rotary is not None:
+                per_type = (types[index],) if self.config.model_type == "gemma3_text" else ()
+                arguments |= {"position_embeddings": rotary(h_BSD, position_ids, *per_type), "position_ids": position_ids}
+            h_BSD = getattr(decoder, layout.layers)[index](h_BSD, use_cache=cache is not None, **arguments)
+        return getattr(decoder, layout.norm)(h_BSD) if layers.stop == count else h_BSD
+
+    def _layout(self) -> Layout:
+        layout = LAYOUTS.get(self.config.model_type)
+        if layout is None:
+            raise UserError(
+                f"{self.config.model_type}: layer ranges are not mapped for this architecture, so methods that split the "
+                f"stack cannot run on it; mapped: {', '.join(sorted(LAYOUTS))}. Methods that use whole passes can."
+            )
+        return layout
+
+    def _layer_masks(
+        self, h_BSD: Tensor, cache: Cache | None, mask: Tensor | None, position_ids: Tensor
+    ) -> dict[str, Tensor | None]:
+        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+
+        if mask is None and cache is None:
+            mask = _all_real(h_BSD)
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        return {
+            kind: makers[kind](
+                config=self.config,
+                inputs_embeds=h_BSD,
+                attention_mask=mask,
+                past_key_values=cache,
+                position_ids=position_ids,
+            )
+            for kind in set(self.layer_types)
+        }
+
+    def _attention_mask(
+        self, h_BSD: Tensor, cache: Cache | None, mask: Tensor | SlotMask | None, position_ids: Tensor | None
+    ) -> Any:
+        if isinstance(mask, SlotMask):
+            return self._dense_masks(h_BSD, mask)
+        if mask is None and cache is None and position_ids is not None:
+            # Without a mask transformers reads position ids that do not count 0, 1, 2, ... as packed documents, and
+            # slots of one token, which share a position, would each become a document of their own.
+            return _all_real(h_BSD)
+        return mask
+
+    def _dense_masks(self, h_BSD: Tensor, mask: SlotMask) -> Any:
+        """The 4-D masks that the decoder takes instead of building its own, one per kind of layer if it has several."""
+        kinds = set(self.layer_types)
+        if "linear_attention" in kinds:
+            raise UserError(
+                f"{self.config.model_type}: its linear-attention layers read slots in storage order and cannot follow a "
+                "mask of their own; use a method that only needs causal order, such as PonderLM2"
+            )
+        masks = {}
+        for kind in kinds:
+            allowed_BSK = mask.allowed_BSK
+            if kind == "sliding_attention":
+                distance_BSK = mask.query_positions_BS[:, :, None] - mask.key_positions_BK[:, None, :]
+                allowed_BSK = allowed_BSK & (distance_BSK < self.config.sliding_window)
+            masks[kind] = self._as_attention_takes_it(allowed_BSK[:, None], h_BSD.dtype)
+        return masks if self.config.model_type == "gemma3_text" else next(iter(masks.values()))
+
+    def _as_attention_takes_it(self, allowed_B1SK: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.config._attn_implementation != "eager":
+            return allowed_B1SK
+        return torch.zeros_like(allowed_B1SK, dtype=dtype).masked_fill(~allowed_B1SK, torch.finfo(dtype).min)
+
+
+def _all_real(h_BSD: Tensor) -> Tensor:
+    return torch.ones(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
+
+
+@torch.no_grad()
+def scaled_init(lm: PreTrainedModel) -> None:
+    """Draws linear and embedding weights with std sqrt(2/5D), cut at 3 std; residual outputs further / sqrt(2 layers).
+
+    Source: the initialisation of the PonderLM family's public code. With embeddings multiplied by sqrt(5D/2), token
+    inputs and fed-back states both enter at about unit RMS.
+
+    Args:
+        lm: the freshly built model; changed in place.
+    """
+    config = lm.config.get_text_config(decoder=True)
+    std = math.sqrt(2 / (5 * config.hidden_size))
+    residual_outputs = ("o_proj", "out_proj", "down_proj", "c_proj", "attention.dense", "dense_4h_to_h")
+    for name, module in lm.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)):
+            scale = std / math.sqrt(2 * config.num_hidden_layers) if name.endswith(residual_outputs) else std
+            nn.init.trunc_normal_(module.weight, std=scale, a=-3 * scale, b=3 * scale)

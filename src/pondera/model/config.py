@@ -1,0 +1,117 @@
+"""AdaptiveConfig: a backbone's config plus at most one method per seam, as spec strings."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar
+
+from pondera.ground import spec
+from pondera.ground.errors import UserError, unknown
+from pondera.model.hf_config import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SubConfigSpec
+
+INITS = ("hf", "scaled")
+
+
+class AdaptiveConfig(PreTrainedConfig):
+    """What an `AdaptiveLM` is made of. Saved as ``config.json`` with ``model_type: pondera``.
+
+    Args:
+        backbone: a transformers config, the same as a mapping with ``model_type``, or the folder (or hub name) of a
+            checkpoint; the weights of a checkpoint are loaded when an `AdaptiveLM` is built from this config.
+        think: how much to compute for each token, e.g. ``"PonderLM2(thoughts=1)"``; none: one pass.
+        memory: how much of the past to keep; none: all of it.
+        segment: how much to say at once; none: a token.
+        init: ``"hf"`` keeps the architecture's own initialisation; ``"scaled"`` draws linear and embedding weights
+            from a truncated normal with std sqrt(2/5D), divides output projections by sqrt(2 layers) and multiplies
+            embeddings by `embed_scale` so that they enter at unit RMS (the recipe of the PonderLM papers).
+        embed_scale: what token embeddings are multiplied with; none: decided by `init` and the think method.
+
+    Raises:
+        UserError: an unknown architecture, backbone field, method or argument.
+
+    Example:
+        >>> config = AdaptiveConfig(backbone={"model_type": "llama", "hidden_size": 64}, think="PonderLM2(thoughts=1)")
+        >>> config.backbone.hidden_size
+        64
+    """
+
+    model_type: ClassVar[str] = "pondera"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"backbone": SubConfigSpec(AutoConfig, model_type="llama")}
+
+    backbone: dict | PreTrainedConfig | str | None = None
+    think: str | None = None
+    memory: str | None = None
+    segment: str | None = None
+    init: str = "hf"
+    embed_scale: float | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Whoever holds a config may ask AutoModelForCausalLM for its model, which registers itself when imported.
+        importlib.import_module("pondera.model.lm")
+        self._checkpoint: str | None = None
+        if isinstance(self.backbone, str):
+            self._checkpoint, self.backbone = self.backbone, _checkpoint_config(self.backbone)
+        elif not isinstance(self.backbone, PreTrainedConfig):
+            self.backbone = backbone_config(self.backbone or {"model_type": "llama"})
+        if self.init not in INITS:
+            raise unknown("init", str(self.init), INITS)
+        if self._checkpoint and self.init != "hf":
+            raise UserError(f"init: {self.init!r} would overwrite the weights of {self._checkpoint!r}; use init: hf")
+        for seam in spec.SEAMS:
+            if getattr(self, seam) is not None:
+                parsed = spec.parse(getattr(self, seam))
+                spec.find(parsed.name, seam)
+                setattr(self, seam, spec.format(parsed))
+        kwargs.setdefault("tie_word_embeddings", getattr(self.backbone, "tie_word_embeddings", False))
+        super().__post_init__(**kwargs)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's config: what transformers asks for head counts, vocabulary and layer types."""
+        return self.backbone if isinstance(self.backbone, PreTrainedConfig) else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain mappings; where weights once came from is left out, they are saved beside it."""
+        tree = super().to_dict()
+        tree.pop("_checkpoint", None)
+        return tree
+
+
+def backbone_config(tree: dict[str, Any]) -> PreTrainedConfig:
+    """A transformers config from a mapping, with unknown architectures and fields refused by name.
+
+    Args:
+        tree: ``model_type`` and any fields of that architecture's config.
+    """
+    tree = dict(tree)
+    name = tree.pop("model_type", None)
+    if not isinstance(name, str):
+        raise UserError("backbone: needs a model_type (llama, mistral, qwen3, gemma3_text, gpt_neox, gpt2, ...)")
+    if name not in CONFIG_MAPPING:
+        raise unknown("backbone model_type", name, CONFIG_MAPPING.keys())
+    config_class = CONFIG_MAPPING[name]
+    default = config_class()
+    allowed = set(default.to_dict()) | set(config_class.attribute_map) | {"attn_implementation", "dtype"}
+    for key in tree:
+        # A leading underscore or a generation field may stand in a config.json that transformers itself wrote.
+        if key not in allowed and not key.startswith("_") and not hasattr(default, key):
+            raise unknown(f"{name} setting", f"backbone.{key}", [f"backbone.{field}" for field in allowed])
+    try:
+        return config_class(**tree)
+    except Exception as error:
+        raise UserError(f"backbone: {name} refuses these settings: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _checkpoint_config(path: str) -> PreTrainedConfig:
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"backbone: {path!r} is neither a checkpoint folder (with config.json) nor a model that could be fetched: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+    if config.model_type == AdaptiveConfig.model_type:
+        raise UserError(f"backbone: {path!r} is a Pondera model already; give its own path to eval, generate or --resume")
+    return config
+
+
+AutoConfig.register(AdaptiveConfig.model_type, AdaptiveConfig, exist_ok=True)

@@ -1,0 +1,33 @@
+"""Every name that Pondera takes from transformers and that may move between its versions.
+
+Nothing else in the package imports transformers' internals (but `hf_config.py`, which is light); when a new minor series arrives, this file and
+`backbone.py` are what has to be read again. Known to work: transformers 5.23.
+"""
+
+from __future__ import annotations
+
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import ModelOutput
+
+__all__ = [
+    "AutoModelForCausalLM",
+    "Cache",
+    "CacheLayerMixin",
+    "Conv1D",
+    "DynamicCache",
+    "DynamicLayer",
+    "GenerationConfig",
+    "GenerationMixin",
+    "ModelOutput",
+    "PreTrainedConfig",
+    "PreTrainedModel",
+]

@@ -1,0 +1,238 @@
+"""AdaptiveLM: a backbone and the methods chosen for it, as one transformers model.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pondera.ground import spec
+from pondera.ground.errors import UserError
+from pondera.model.backbone import Backbone, scaled_init
+from pondera.model.cache import TokenCache
+from pondera.model.config import AdaptiveConfig
+from pondera.model.hf import (
+    AutoModelForCausalLM,
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    ModelOutput,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from pondera.model.terms import Term
+
+if TYPE_CHECKING:
+    from pondera.think.contract import Think
+
+IGNORED = -100
+"""Label of tokens that carry no loss, as in transformers."""
+
+
+@dataclass
+class AdaptiveOutput(ModelOutput):
+    """What `AdaptiveLM` returns.
+
+    Args:
+        loss: the weighted sum of the terms' means, if labels were given.
+        logits: ``[B, T, V]``.
+        past_key_values: the cache, if one was used.
+        passes: ``[B, T]``, passes that each token got.
+        terms: loss terms as sums and counts, by name.
+        trace: what the method recorded.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    passes: Tensor | None = None
+    terms: dict[str, Term] | None = None
+    trace: dict[str, Any] | None = None
+
+
+class AdaptiveLM(PreTrainedModel, GenerationMixin):
+    """A causal LM that weighs each token: any transformers backbone plus at most one method per seam.
+
+    Everything that transformers does with a causal LM works: `generate` with greedy, sampling, beams, streamers and
+    left-padded batches, `save_pretrained`, and `AutoModelForCausalLM.from_pretrained` after ``import pondera``.
+    With nothing chosen it equals its backbone bit for bit.
+
+    Args:
+        config: what it is made of. A config made from a checkpoint folder loads that checkpoint's weights.
+
+    Example:
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> backbone = {"model_type": "llama", "vocab_size": 97, **sizes}
+        >>> model = AdaptiveLM(AdaptiveConfig(backbone=backbone, think="PonderLM2(thoughts=1)")).eval()
+        >>> out = model(torch.tensor([[1, 2, 3]]))
+        >>> tuple(out.logits.shape), out.passes.tolist()
+        ((1, 3, 97), [[2, 2, 2]])
+    """
+
+    config_class = AdaptiveConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
+
+    def __init__(self, config: AdaptiveConfig) -> None:
+        super().__init__(config)
+        self.think: Think | None = cast("Think | None", spec.build(config.think, "think")) if config.think else None
+        self.backbone = Backbone(_causal_lm(config, self.think))
+        if config.embed_scale is None:
+            config.embed_scale = self._embed_scale()
+        self.backbone.embed_scale = config.embed_scale
+        if self.think is not None:
+            self.think.attach(self.backbone)
+        lm = self.backbone.lm
+        self._no_split_modules = lm._no_split_modules
+        # transformers looks for tied weights in direct children only, and ours lie one level deeper.
+        tied = lm.all_tied_weights_keys if config.tie_word_embeddings else {}
+        self._tied_weights_keys = {f"backbone.lm.{key}": f"backbone.lm.{source}" for key, source in tied.items()}
+        self.generation_config = GenerationConfig.from_model_config(self.backbone.config)
+        self.post_init()
+
+    def _embed_scale(self) -> float:
+        if self.config.init != "scaled":
+            return 1.0
+        width = self.backbone.config.hidden_size
+        own = float(getattr(self.backbone.lm.get_input_embeddings(), "embed_scale", 1.0))
+        return (self.think.embed_scale(width) if self.think is not None else (2.5 * width) ** 0.5) / own
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The backbone's token embeddings."""
+        return self.backbone.lm.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the backbone's token embeddings."""
+        self.backbone.lm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The backbone's head."""
+        return self.backbone.lm.get_output_embeddings()
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the backbone's head."""
+        self.backbone.lm.set_output_embeddings(value)
+
+    def new_cache(self) -> Cache:
+        """An empty cache; of slots where the model thinks."""
+        if self.think is None:
+            return DynamicCache(config=self.backbone.config)
+        return self.think.new_cache(self.backbone)
+
+    def begin_step(self, step: int, seed: int) -> None:
+        """Tells the methods which optimizer step comes, so that all ranks draw the same."""
+        if self.think is not None:
+            self.think.begin_step(step, seed)
+
+    def passes(self) -> float:
+        """Passes per token at inference, on average."""
+        return self.think.passes() if self.think is not None else 1.0
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        budget: int | None = None,
+        **kwargs: Any,
+    ) -> AdaptiveOutput:
+        """Logits, and the loss if labels are given.
+
+        Args:
+            input_ids: ``[B, T]`` token ids; or give `inputs_embeds`.
+            attention_mask: ``[B, seen + T]`` over tokens (not slots), 1 = real, 0 = padding.
+            position_ids: ``[B, T]`` token positions; none: counted from each row's first real token.
+            past_key_values: a cache from `new_cache` or an earlier call.
+            inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
+            labels: ``[B, T]``, as `input_ids`; shifted here. -100 carries no loss.
+            shift_labels: ``[B, T]``, the token after each input; not shifted.
+            use_cache: return a cache.
+            logits_to_keep: only the last so many positions, or these positions.
+            budget: at most this many passes per token.
+        """
+        h_BTD = self.backbone.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        cache = past_key_values if past_key_values is not None else (self.new_cache() if use_cache else None)
+        if self.think is None:
+            h_BTD = self.backbone.step(h_BTD, cache, attention_mask, position_ids)
+            passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
+            terms, trace = {}, {}
+        else:
+            if cache is not None and not isinstance(cache, TokenCache):
+                raise UserError(
+                    f"past_key_values: a {type(cache).__name__} cannot hold this model's thoughts; pass model.new_cache()"
+                )
+            thought = self.think(self.backbone, h_BTD, cache, attention_mask, position_ids, budget)
+            h_BTD, passes_BT, terms, trace = thought.h_BTD, thought.passes_BT, dict(thought.terms), thought.trace
+        if isinstance(logits_to_keep, Tensor):
+            h_BTD = h_BTD[:, logits_to_keep]
+        elif logits_to_keep:
+            h_BTD = h_BTD[:, -logits_to_keep:]
+        logits_BTV = self.backbone.head(h_BTD)
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        loss = None
+        if shift_labels is not None:
+            terms = {"next_token": next_token_term(logits_BTV, shift_labels), **terms}
+            loss = torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
+        return AdaptiveOutput(loss, logits_BTV, cache, passes_BT, terms, trace)
+
+    def _prepare_cache_for_generation(
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> None:
+        """`generate` asks here for its cache; a thinking model needs one that counts tokens and slots apart."""
+        if self.think is None:
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        elif model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise UserError(
+                    f"cache_implementation={generation_config.cache_implementation!r}: a thinking model brings its own "
+                    "cache; leave cache_implementation out"
+                )
+            model_kwargs["past_key_values"] = self.new_cache()
+
+
+def next_token_term(logits_BTV: Tensor, shift_labels_BT: Tensor) -> Term:
+    """Cross-entropy of each next token, in float32, as a sum and a count of the labels that are not -100."""
+    flat = shift_labels_BT.reshape(-1).to(logits_BTV.device)
+    total = F.cross_entropy(logits_BTV.float().flatten(0, 1), flat, ignore_index=IGNORED, reduction="sum")
+    return Term(total, (flat != IGNORED).sum())
+
+
+def _causal_lm(config: AdaptiveConfig, think: Think | None) -> PreTrainedModel:
+    """The transformers model inside: loaded from its checkpoint, or built and initialised."""
+    backbone = cast(PreTrainedConfig, config.backbone)
+    window = getattr(backbone, "sliding_window", None)
+    if think is not None and think.interleaved and window:
+        backbone = type(backbone).from_dict(backbone.to_dict())
+        backbone.sliding_window = window * think.slots_per_token
+        backbone._attn_implementation = config.backbone._attn_implementation
+    if config._checkpoint is not None:
+        try:
+            return AutoModelForCausalLM.from_pretrained(config._checkpoint, config=backbone)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{config._checkpoint}: its weights cannot be loaded: {str(error).splitlines()[0]}") from error
+    lm = AutoModelForCausalLM.from_config(backbone)
+    if config.init == "scaled":
+        scaled_init(lm)
+    return lm
+
+
+AutoModelForCausalLM.register(AdaptiveConfig, AdaptiveLM, exist_ok=True)

@@ -1,0 +1,68 @@
+"""How a thought enters the next pass: the last hidden state itself, or the vocabulary mixture it predicts.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pondera.ground.errors import unknown
+from pondera.model.backbone import Backbone
+
+KINDS = ("hidden", "vocab")
+
+
+class Feedback(nn.Module):
+    """Turns a final hidden state into the next input vector.
+
+    ``hidden`` feeds the state back after the final norm, without projector or residual. ``vocab`` feeds back the mixture
+    of token embeddings that the state predicts, which the head must be run for.
+
+    On a backbone whose embeddings enter at another RMS than its final states leave (every pretrained one), hidden states
+    are multiplied by the ratio of the two, measured once when the method is attached and saved with the weights.
+
+    Args:
+        kind: ``"hidden"`` or ``"vocab"``.
+    """
+
+    scale: Tensor
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise unknown("feedback", kind, KINDS)
+        self.kind = kind
+        self.register_buffer("scale", torch.ones(()))
+
+    def embed_scale(self, width: int) -> float:
+        """The embedding multiplier that belongs to this feedback: sqrt(5D/2) for states, sqrt(D) for mixtures."""
+        return math.sqrt(2.5 * width) if self.kind == "hidden" else math.sqrt(width)
+
+    @torch.no_grad()
+    def attach(self, backbone: Backbone) -> None:
+        """Measures the RMS ratio on random tokens; embeddings scaled to unit RMS need none."""
+        device = next(backbone.parameters()).device
+        if device.type == "meta" or backbone.embed_scale != 1.0 or self.kind == "vocab":
+            return
+        generator = torch.Generator().manual_seed(0)
+        length = min(64, getattr(backbone.config, "max_position_embeddings", 64))
+        ids_BT = torch.randint(backbone.config.vocab_size, (4, length), generator=generator).to(device)
+        was_training = backbone.training
+        backbone.eval()
+        h_BTD = backbone.embed(ids_BT)
+        self.scale.copy_(_rms(h_BTD) / _rms(backbone.step(h_BTD)))
+        backbone.train(was_training)
+
+    def forward(self, backbone: Backbone, h_BTD: Tensor) -> Tensor:
+        """The next input vector for each state, ``[B, T, D]``."""
+        if self.kind == "hidden":
+            return h_BTD * self.scale
+        return backbone.mix_embeddings(backbone.head(h_BTD).softmax(-1))
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.float().square().mean().sqrt()

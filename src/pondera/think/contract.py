@@ -1,0 +1,116 @@
+"""The seam `think/`: how much to compute for each token.
+
+Shapes: B batch, T tokens, S slots (several per token), D width.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pondera.ground.cost import Call
+from pondera.model.backbone import Backbone
+from pondera.model.cache import TokenCache
+from pondera.model.terms import Term
+
+
+@dataclass
+class Thought:
+    """What a thinking method returns.
+
+    Args:
+        h_BTD: one state per token, ready for the head.
+        passes_BT: passes that each token costs at inference.
+        terms: loss terms of the method's own, by name.
+        trace: what a method found worth showing, when asked to record.
+    """
+
+    h_BTD: Tensor
+    passes_BT: Tensor
+    terms: dict[str, Term] = field(default_factory=dict)
+    trace: dict[str, Any] = field(default_factory=dict)
+
+
+class Think(nn.Module, ABC):
+    """Decides how many passes each token gets, and runs them.
+
+    A method is constructed from its spec string, then attached to a backbone. It must be causal, and what it computes
+    with a cache, with padding or in a batch must equal what it computes without; the contract tests check every file of
+    this folder.
+
+    Class attributes `paper`, `price` and `reproduced` say where it is from, what it costs in plain words and whether
+    its claim showed here (``pondera methods`` prints them).
+    """
+
+    paper: ClassVar[str]
+    price: ClassVar[str]
+    reproduced: ClassVar[str]
+    interleaved: ClassVar[bool] = False
+    """Slots of a token stand next to each other in causal order, so sliding windows must grow with their number."""
+
+    slots_per_token: int = 1
+    """KV rows that a token leaves in every layer."""
+
+    def attach(self, backbone: Backbone) -> None:  # noqa: B027 (optional: a method without parameters needs none)
+        """Creates what depends on the backbone (parameters, scales). Called once, before training or loading."""
+
+    def embed_scale(self, width: int) -> float:
+        """What ``init: scaled`` multiplies embeddings with, so that they enter at unit RMS."""
+        return math.sqrt(2.5 * width)
+
+    def begin_step(self, step: int, seed: int) -> None:  # noqa: B027 (optional: only randomised methods need it)
+        """Told before each optimizer step, so that every rank and every part of a batch makes the same random choice."""
+
+    @abstractmethod
+    def new_cache(self, backbone: Backbone) -> TokenCache:
+        """An empty cache for this method on this backbone."""
+
+    @abstractmethod
+    def forward(
+        self,
+        backbone: Backbone,
+        h_BTD: Tensor,
+        cache: TokenCache | None = None,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        budget: int | None = None,
+    ) -> Thought:
+        """Thinks about T new tokens.
+
+        Args:
+            backbone: runs the passes.
+            h_BTD: token embeddings.
+            cache: what came before; the new tokens' slots are added.
+            mask: ``[B, seen + T]``, 1 = real, 0 = padding; none: no padding.
+            position_ids: ``[B, T]`` or ``[1, T]`` token positions.
+            budget: at most this many passes per token; none: the method's own number.
+        """
+
+    @abstractmethod
+    def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
+        """The decoder calls that processing `tokens` new tokens after `context` cached ones takes, for the price."""
+
+    @abstractmethod
+    def passes(self) -> float:
+        """Passes per token at inference, on average."""
+
+
+def token_positions(h_BTD: Tensor, cache: TokenCache | None, mask: Tensor | None) -> Tensor:
+    """Positions ``[B or 1, T]`` of new tokens: counted from the first real token of each row.
+
+    Args:
+        h_BTD: the new tokens.
+        cache: what came before.
+        mask: ``[B, seen + T]`` token mask or none.
+    """
+    tokens = h_BTD.shape[1]
+    if mask is not None:
+        positions_BK = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        return positions_BK[:, -tokens:]
+    seen = cache.tokens if cache is not None else 0
+    return torch.arange(seen, seen + tokens, device=h_BTD.device)[None]

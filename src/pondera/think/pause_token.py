@@ -1,0 +1,92 @@
+"""Pause tokens: as many slots as PonderLM-2, but with a constant input. The control for what a thought carries.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pondera.ground.cost import Call
+from pondera.ground.errors import UserError
+from pondera.model.backbone import Backbone
+from pondera.model.cache import TokenCache
+from pondera.think._slots import interleaved_cache, interleaved_pass
+from pondera.think.contract import Think, Thought, token_positions
+
+
+class PauseToken(Think):
+    """After every token stand P learned vectors; the prediction is read from the last one.
+
+    The extra slots give the model time and KV rows but no content of its own making, so what a thinking method gains
+    over this one is the gain of feeding states back.
+
+    Source: Think before you speak, arXiv 2310.02226, with a pause after every token as in PonderLM-2's comparison.
+    Cost: P + 1 passes and KV rows per token, in training as at inference; one call of P + 1 rows per token.
+    When not to use it: as anything but a control.
+
+    Args:
+        pauses: P, pause slots per token; 0 is the backbone itself.
+
+    Example:
+        >>> PauseToken(pauses=1).calls(tokens=8)
+        [Call(queries=16, keys=16, cached=False, repeats=1)]
+    """
+
+    paper: ClassVar[str] = "Pause tokens, arXiv 2310.02226"
+    price: ClassVar[str] = "P+1 passes and KV rows per token; training the same"
+    reproduced: ClassVar[str] = "control"
+    interleaved: ClassVar[bool] = True
+
+    def __init__(self, pauses: int = 1) -> None:
+        super().__init__()
+        if pauses < 0:
+            raise UserError(f"pauses={pauses}: give 0 (no pauses) or more")
+        self.pauses = pauses
+        self.slots_per_token = pauses + 1
+
+    def attach(self, backbone: Backbone) -> None:
+        """Creates the pause vectors at the RMS of the token embeddings."""
+        weight = backbone.lm.get_input_embeddings().weight
+        pause_PD = torch.empty(self.pauses, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        if weight.device.type != "meta":
+            ids_1V = torch.arange(min(256, weight.shape[0]), device=weight.device)[None]
+            nn.init.normal_(pause_PD, std=backbone.embed(ids_1V).detach().float().square().mean().sqrt().item())
+        self.pause_PD = nn.Parameter(pause_PD)
+
+    def new_cache(self, backbone: Backbone) -> TokenCache:
+        """One cache with P + 1 rows per token."""
+        return interleaved_cache(backbone, self.slots_per_token)
+
+    def passes(self) -> float:
+        """P + 1 for every token."""
+        return float(self.slots_per_token)
+
+    def forward(
+        self,
+        backbone: Backbone,
+        h_BTD: Tensor,
+        cache: TokenCache | None = None,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        budget: int | None = None,
+    ) -> Thought:
+        """See `Think.forward`. The number of pauses is fixed by the cache layout, so `budget` must allow P + 1."""
+        if budget is not None and budget < self.slots_per_token:
+            raise UserError(f"budget={budget}: PauseToken(pauses={self.pauses}) needs {self.slots_per_token} passes")
+        if position_ids is None:
+            position_ids = token_positions(h_BTD, cache, mask)
+        stages = [h_BTD, *(pause_D.expand_as(h_BTD) for pause_D in self.pause_PD.to(h_BTD.dtype))]
+        last_BTD = interleaved_pass(backbone, stages, mask, position_ids, cache)[-1]
+        passes_BT = torch.full(h_BTD.shape[:2], self.slots_per_token, device=h_BTD.device)
+        if cache is not None:
+            cache.record(passes_BT)
+        return Thought(last_BTD, passes_BT)
+
+    def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
+        """See `Think.calls`."""
+        slots = self.slots_per_token
+        return [Call(tokens * slots, (context + tokens) * slots, cached=context > 0)]

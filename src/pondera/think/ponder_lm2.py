@@ -1,0 +1,177 @@
+"""PonderLM-2: latent thoughts in KV slots of their own, trained with Jacobi iteration.
+
+Shapes: B batch, T tokens, D width; a token owns slots 0 (its embedding) to K (its last thought).
+"""
+
+from __future__ import annotations
+
+import random
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pondera.ground.cost import Call
+from pondera.ground.errors import UserError
+from pondera.model.backbone import Backbone
+from pondera.model.cache import TokenCache
+from pondera.think._feedback import Feedback
+from pondera.think._slots import interleaved_cache, interleaved_pass
+from pondera.think.contract import Think, Thought, token_positions
+
+
+class PonderLM2(Think):
+    """Before predicting the next token, the model writes K latent thoughts: its own last hidden state, fed back.
+
+    Every thought occupies its own KV slot at its token's position, and all later tokens attend to it. Thoughts depend on
+    the thoughts of earlier tokens, so training cannot run them left to right; it starts from a guess (each stage fed by
+    the one before, in parallel over tokens) and refines it for a random number of Jacobi rounds, in which gradient flows
+    everywhere. Round by round at least one more token becomes exact. Decoding is exact: K + 1 single-slot calls.
+
+    Source: PonderLM-2, arXiv 2509.23184, and the authors' public Llama code.
+    Cost: K + 1 passes and K + 1 KV rows per token at inference; K(K+1)/2 + (R+1)(K+1) passes per token in training
+    (K = 1, R in {2, 3}: 8 on average).
+    When not to use it: when training compute is what you are short of; `AdaptiveLatentCoT` thinks for a quarter of it.
+    Resolved: hidden states are fed back raw where embeddings enter at unit RMS and RMS-matched elsewhere (the paper does
+    not say how pretrained backbones were treated). Prefill refines `eval_rounds` times, as the authors' code does, which
+    is an approximation; ``eval_rounds="exact"`` rolls out token by token. Several tokens after a filled cache are always
+    rolled out exactly. Sliding windows are widened K + 1 times, so that they still span as many tokens.
+
+    Args:
+        thoughts: K, latent thoughts per token; 0 is the backbone itself.
+        train_rounds: fewest and most Jacobi rounds in training, drawn per optimizer step.
+        eval_rounds: Jacobi rounds at evaluation and prefill, or ``"exact"``.
+        feedback: ``"hidden"`` (the paper) or ``"vocab"``, the mixture of embeddings that the state predicts.
+
+    Example:
+        >>> PonderLM2(thoughts=1).calls(tokens=1, context=10)
+        [Call(queries=1, keys=21, cached=True), Call(queries=1, keys=22, cached=True)]
+    """
+
+    paper: ClassVar[str] = "PonderLM-2, arXiv 2509.23184"
+    price: ClassVar[str] = "K+1 passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    reproduced: ClassVar[str] = "not yet"
+    interleaved: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        thoughts: int = 1,
+        train_rounds: tuple[int, int] = (2, 3),
+        eval_rounds: int | str = 3,
+        feedback: str = "hidden",
+    ) -> None:
+        super().__init__()
+        if thoughts < 0:
+            raise UserError(f"thoughts={thoughts}: give 0 (no thinking) or more")
+        if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
+            raise UserError(f"train_rounds={train_rounds}: give (fewest, most), such as (2, 3)")
+        if eval_rounds != "exact" and not (isinstance(eval_rounds, int) and eval_rounds >= 0):
+            raise UserError(f"eval_rounds={eval_rounds!r}: give a number of rounds or 'exact'")
+        self.thoughts = thoughts
+        self.train_rounds = tuple(train_rounds)
+        self.eval_rounds = eval_rounds
+        self.slots_per_token = thoughts + 1
+        self.feedback = Feedback(feedback)
+        self.record = False
+        self._rounds_now = self.train_rounds[0]
+
+    def attach(self, backbone: Backbone) -> None:
+        """Measures the scale of the feedback."""
+        self.feedback.attach(backbone)
+
+    def embed_scale(self, width: int) -> float:
+        """The embedding multiplier that goes with the feedback."""
+        return self.feedback.embed_scale(width)
+
+    def begin_step(self, step: int, seed: int) -> None:
+        """Draws this optimizer step's number of rounds; the same on every rank and for every part of the batch."""
+        self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
+
+    def new_cache(self, backbone: Backbone) -> TokenCache:
+        """One cache with K + 1 rows per token."""
+        return interleaved_cache(backbone, self.slots_per_token)
+
+    def passes(self) -> float:
+        """K + 1 for every token."""
+        return float(self.slots_per_token)
+
+    def forward(
+        self,
+        backbone: Backbone,
+        h_BTD: Tensor,
+        cache: TokenCache | None = None,
+        mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        budget: int | None = None,
+    ) -> Thought:
+        """See `Think.forward`. The number of thoughts is fixed by the cache layout, so `budget` must allow K + 1."""
+        if budget is not None and budget < self.slots_per_token:
+            raise UserError(f"budget={budget}: PonderLM2(thoughts={self.thoughts}) needs {self.slots_per_token} passes")
+        if position_ids is None:
+            position_ids = token_positions(h_BTD, cache, mask)
+        trace: dict = {}
+        started = cache is not None and (cache.tokens > 0 or h_BTD.shape[1] == 1)
+        rounds = self._rounds_now if self.training else self.eval_rounds
+        if rounds == "exact" and mask is not None and "linear_attention" in backbone.layer_types:
+            # A recurrent state cannot skip padding one token at a time; enough Jacobi rounds are as exact.
+            rounds = h_BTD.shape[1] * self.thoughts
+        if started or rounds == "exact":
+            cache = cache if cache is not None else self.new_cache(backbone)
+            last_BTD = self._roll_out(backbone, h_BTD, cache, mask, position_ids)
+        else:
+            stages = self._jacobi(backbone, h_BTD, int(rounds), mask, position_ids, trace)
+            last_BTD = interleaved_pass(backbone, stages, mask, position_ids, cache)[-1]
+            passes_BT = _filled(h_BTD, self.slots_per_token)
+            if cache is not None:
+                cache.record(passes_BT)
+        return Thought(last_BTD, _filled(h_BTD, self.slots_per_token), trace=trace)
+
+    def _jacobi(
+        self, backbone: Backbone, h_BTD: Tensor, rounds: int, mask: Tensor | None, position_ids: Tensor, trace: dict
+    ) -> list[Tensor]:
+        """Input vectors of all K + 1 slots after the initial guess and `rounds` refinements."""
+        stages = [h_BTD]
+        for _ in range(self.thoughts):
+            states = interleaved_pass(backbone, stages, mask, position_ids)
+            stages = [h_BTD, *(self.feedback(backbone, state) for state in states)]
+        for _ in range(rounds if self.thoughts else 0):
+            states = interleaved_pass(backbone, stages, mask, position_ids)
+            refined = [h_BTD, *(self.feedback(backbone, state) for state in states[:-1])]
+            if self.record:
+                change = max((new - old).abs().max().item() for new, old in zip(refined, stages, strict=True))
+                trace.setdefault("residuals", []).append(change)
+            stages = refined
+        return stages
+
+    def _roll_out(
+        self, backbone: Backbone, h_BTD: Tensor, cache: TokenCache, mask: Tensor | None, position_ids: Tensor
+    ) -> Tensor:
+        """The sequential definition: for each token, K + 1 single-slot calls into one cache."""
+        outputs = []
+        for token in range(h_BTD.shape[1]):
+            x_B1D = h_BTD[:, token : token + 1]
+            seen_BK = None
+            if mask is not None:
+                seen_BK = mask[:, : cache.tokens].repeat_interleave(self.slots_per_token, dim=1)
+            for thought in range(self.slots_per_token):
+                if mask is not None and seen_BK is not None:
+                    seen_BK = torch.cat([seen_BK, mask[:, cache.tokens : cache.tokens + 1]], dim=1)
+                state_B1D = backbone.step(x_B1D, cache.slots, seen_BK, position_ids[:, token : token + 1])
+                if thought < self.thoughts:
+                    x_B1D = self.feedback(backbone, state_B1D)
+            cache.record(_filled(x_B1D, self.slots_per_token))
+            outputs.append(state_B1D)
+        return torch.cat(outputs, dim=1)
+
+    def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
+        """See `Think.calls`; in training at the mean number of rounds, which may be a half."""
+        slots = self.slots_per_token
+        if context or tokens == 1 or self.eval_rounds == "exact":
+            return [Call(1, row + 1, cached=True) for row in range(context * slots, (context + tokens) * slots)]
+        rounds = sum(self.train_rounds) / 2 if training else float(self.eval_rounds)
+        guess = [Call(tokens * n, tokens * n) for n in range(1, slots)]
+        return [*guess, Call(tokens * slots, tokens * slots, repeats=(rounds if self.thoughts else 0) + 1)]
+
+
+def _filled(h_BTD: Tensor, value: int) -> Tensor:
+    return torch.full(h_BTD.shape[:2], value, device=h_BTD.device)
