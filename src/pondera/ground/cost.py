@@ -65,7 +65,8 @@ class Prices:
     def step(self, call: Call) -> float:
         """FLOPs of one forward pass through the decoder stack (no output head)."""
         rows = 2 * call.queries
-        return float(sum(n * (rows * layer.weights + layer.mixer.forward(call)) for layer, n in self._layers.items()))
+        once = sum(n * (rows * layer.weights + layer.mixer.forward(call)) for layer, n in self._layers.items())
+        return float(call.repeats * once)
 
     def head(self, rows: int) -> float:
         """Forward FLOPs of the output head on `rows` rows."""
@@ -82,7 +83,8 @@ class Prices:
     def _backward(self, call: Call) -> float:
         # Twice a matrix's forward: the gradient of its weights and, as the embedding is trained too, of its input.
         rows = 4 * call.queries
-        return float(sum(n * (rows * layer.weights + layer.mixer.backward(call)) for layer, n in self._layers.items()))
+        once = sum(n * (rows * layer.weights + layer.mixer.backward(call)) for layer, n in self._layers.items())
+        return float(call.repeats * once)
 
     def cache_bytes(self, slots: int, dtype_bytes: int = 4) -> int:
         """Bytes that a ``DynamicCache(config=config)`` holds for one sequence after `slots` rows.
@@ -147,8 +149,8 @@ def measured_flops(fn: Callable[[], Any]) -> int:
 def live_cache_bytes(cache: Cache) -> int:
     """Bytes of every tensor storage that a cache's layers hold, each storage once.
 
-    Counts whatever tensors the layers have as attributes, also inside lists, tuples and dicts. A view counts with the
-    whole storage that it keeps alive.
+    Counts whatever tensors the layers have as attributes, also inside lists, tuples, dicts and layers of layers. A view
+    counts with the whole storage that it keeps alive.
 
     Example:
         >>> import torch
@@ -164,6 +166,7 @@ def live_cache_bytes(cache: Cache) -> int:
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     import torch
+    from transformers.cache_utils import CacheLayerMixin
 
     if isinstance(value, torch.Tensor):
         yield value
@@ -173,3 +176,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
+    elif isinstance(value, CacheLayerMixin):
+        yield from _tensors(vars(value))

@@ -24,11 +24,13 @@ class Call:
         queries: rows (slots) that run.
         keys: rows each attention query is scored against, including the new ones.
         cached: a cache held earlier rows; a linear-attention layer then takes the recurrent step when ``queries == 1``.
+        repeats: how many times it is made; a fraction where the number is random and this is its mean.
     """
 
     queries: int
     keys: int
     cached: bool = False
+    repeats: float = 1
 
 
 @dataclass(frozen=True)

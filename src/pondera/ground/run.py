@@ -38,9 +38,10 @@ class Run:
     """One run folder; `Run.create` makes it, `Run.open` reads it.
 
     Example:
-        >>> run = Run.create("runs/plain", RunConfig(name="plain"))
+        >>> import tempfile
+        >>> run = Run.create(tempfile.mkdtemp() + "/plain", RunConfig(name="plain"))
         >>> run.log(step=10, tokens=20480, loss=5.1)
-        >>> Run.open("runs/plain").metrics()
+        >>> Run.open(run.path).metrics()
         [{'step': 10, 'tokens': 20480, 'loss': 5.1}]
     """
 
@@ -161,9 +162,10 @@ class Run:
     def saving(self, step: int) -> Iterator[Path]:
         """A folder to write the checkpoint of `step` into; it gets its final name only when the block succeeds.
 
-        Example:
-            >>> with run.saving(100) as folder:
-            ...     model.save_pretrained(folder)
+        Example::
+
+            with run.saving(100) as folder:
+                model.save_pretrained(folder)
         """
         final = self.checkpoints_dir / f"step-{step:06d}"
         partial = final.with_name(f".{final.name}.partial")

@@ -19,8 +19,9 @@ import socket
 import sysconfig
 import urllib.parse
 import urllib.request
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import IO, Any, NamedTuple
 from pondera.ground.errors import UserError, unknown
 
 PIECE = 16_384  # characters of a lone plain-text file that make one document
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 TOPICS = "pydoc_data/topics.py"  # the language reference, as one big dictionary
 
@@ -78,8 +80,8 @@ def open_text(text: str, column: str = "text") -> Source:
         UserError: it is none of these, or cannot be read.
 
     Example:
-        >>> next(open_text("stdlib").read()).name
-        'LICENSE.txt'
+        >>> open_text("stdlib").skips().get("binary", 0)
+        0
     """
     if text == "stdlib":
         return _stdlib()
@@ -92,7 +94,7 @@ def open_text(text: str, column: str = "text") -> Source:
         return _files(text, [(path.name, path)], column)
     if path.exists():
         raise UserError(f"data.text: {text!r} is neither a regular file nor a folder; save it to a file first")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", text) or path.suffix in (".txt", ".jsonl", ".xz", ".gz", ".md"):
+    if not HUB_NAME.fullmatch(text) or path.suffix in (".txt", ".md", ".jsonl", ".xz", ".gz"):
         raise UserError(f"data.text: no such file or folder: {text!r}{_near(path)}")
     return _dataset(text, column)
 
@@ -139,10 +141,9 @@ def _stdlib() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         (name, path)
-        for name, path in _walk(root, {})
+        for name, path in _walk(root, {}, NOT_LIBRARY)
         if path.suffix in (".py", ".txt", ".rst", ".md")
-        and not any(part in NOT_LIBRARY or part.startswith("config-") for part in name.split("/"))
-        and not path.name.startswith("_sysconfigdata")  # the paths of the machine that built Python
+        and not name.startswith(("config-", "_sysconfigdata"))  # how and where this Python was built
     ]
     if not files:
         raise UserError(f"data.text: this Python keeps no library sources in {str(root)!r}; give a file or a folder")
@@ -167,13 +168,13 @@ def _folder(root: Path, name: str, column: str) -> Source:
     return source
 
 
-def _walk(root: Path, skipped: dict[str, str]) -> list[tuple[str, Path]]:
-    """Every regular file below `root` that is not hidden, by its relative POSIX path."""
+def _walk(root: Path, skipped: dict[str, str], prune: Collection[str] = ()) -> list[tuple[str, Path]]:
+    """Every regular file below `root` that is not hidden nor in a folder named in `prune`, by relative POSIX path."""
     files = []
     for folder, folders, names in os.walk(root):
         for hidden in [name for name in folders + names if name.startswith(".")]:
             skipped[str(Path(folder, hidden))] = "hidden"
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in prune]
         files += [Path(folder, name) for name in names if not name.startswith(".")]
     return sorted((path.relative_to(root).as_posix(), path) for path in files if path.is_file())
 
@@ -227,7 +228,7 @@ def _as_text(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError:
         raise NotText(path, "binary, or not UTF-8") from None
-    except (lzma.LZMAError, gzip.BadGzipFile, EOFError):
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError):
         raise NotText(path, "damaged archive", "download or pack it again") from None
     except OSError as error:
         raise NotText(path, error.strerror or "unreadable", "check the file") from None
@@ -262,9 +263,12 @@ def _row(place: str, line: str, column: str) -> Document:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise UserError(f"data.text: {place}: not valid JSON ({error}); a .jsonl file holds one object per line") from None
+        raise UserError(
+            f"data.text: {place}: not valid JSON ({error}); a .jsonl file has one object per line"
+        ) from None
     if not isinstance(row, dict):
-        raise UserError(f"data.text: {place}: expected an object such as {{\"{column}\": \"...\"}}, found {line[:40]!r}")
+        example = json.dumps({column: "..."})
+        raise UserError(f"data.text: {place}: expected an object such as {example}, found {line[:40]!r}")
     if column not in row:
         raise unknown(f"data.column (the text field of {place})", column, row)
     if not isinstance(row[column], str):
@@ -285,12 +289,13 @@ def _dataset(name: str, column: str) -> Source:
     path = Path(name).expanduser()
     try:
         with hub():
-            loaded: Any = datasets.load_from_disk(str(path)) if path.is_dir() else datasets.load_dataset(name, split="train")
+            saved = path.is_dir()
+            loaded: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, split="train")
             rows = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
     except ConnectionError:
-        raise _no_dataset(name, "the Hugging Face hub cannot be reached from here, and its cache does not have it") from None
-    except Exception as error:  # noqa: BLE001 - a dataset is other people's code and files: anything can come out
-        raise _no_dataset(name, str(error).strip().partition("\n")[0] or type(error).__name__) from None
+        raise _no_dataset(name, "the Hugging Face hub cannot be reached, and its cache here does not have it") from None
+    except Exception as error:  # a dataset is other people's code and files: anything can come out
+        raise _no_dataset(name, first_line(error)) from None
     if column not in rows.column_names:
         raise unknown(f"data.column (the text field of {name})", column, rows.column_names)
 
@@ -308,6 +313,11 @@ def _dataset(name: str, column: str) -> Source:
     for document in read():
         digest.update(hashlib.sha256(document.text.encode()).digest() + document.name.encode())
     return Source(name, digest.hexdigest(), read)
+
+
+def first_line(error: Exception) -> str:
+    """What someone else's error says, without the rest of it."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _no_dataset(name: str, reason: str) -> UserError:

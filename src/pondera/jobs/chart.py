@@ -117,7 +117,7 @@ def _chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log
     series = [one for one in series if one.mean]
     if not series:
         return f'<p class="empty">{escape(title)}: nothing to draw yet.</p>'
-    right = 26 + LETTER * max(len(_short(one.name)) for one in series) if joined else 14
+    right = 32 + LETTER * max(len(_short(one.name)) for one in series) if joined else 14
     xs = [at for one in series for line in (*one.runs, one.mean) for at, _ in line]
     x = _x_scale(xs, log_x, WIDTH - right, joined)
     y = _y_scale(series, joined)
@@ -127,7 +127,7 @@ def _chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log
     return "\n".join(
         [
             f"<h3>{escape(title)}</h3>",
-            f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">',
+            f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
             f"<title>{escape(title)}</title><desc>{escape(f'{y_label} against {x_label}. {ends}.')}</desc>",
             f'<clipPath id="{clip}"><rect x="{LEFT - 6}" y="{TOP}" width="{WIDTH - right - LEFT + 12:.1f}" '
             f'height="{HEIGHT - TOP - BOTTOM + 6}"/></clipPath>',

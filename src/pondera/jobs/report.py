@@ -18,7 +18,7 @@ from pondera.ground.errors import UserError
 from pondera.ground.run import Run, write_atomic
 from pondera.ground.settings import RunConfig
 from pondera.jobs import verdict
-from pondera.jobs.chart import Point, Series, human, line_chart, scatter_chart, swatch
+from pondera.jobs.chart import COLORS, Point, Series, human, line_chart, scatter_chart, swatch
 from pondera.jobs.shade import shade_html
 
 Anything = TypeVar("Anything")
@@ -72,9 +72,10 @@ class Arm:
         return [float(value) for value in found if isinstance(value, (int, float))]
 
     def curve(self, measure: Measure, x_key: str) -> Series:
-        """Its runs' curves, and their mean over the steps that all finished runs have (all runs, when none is)."""
+        """Its runs' curves, and their mean over the steps that all finished runs have (all runs, when none has)."""
         curves = [run.points(measure, x_key) for run in self.runs]
-        counted = [run.points(measure, x_key) for run in self.finished] or [curve for curve in curves if curve]
+        whole = [curve for run, curve in zip(self.runs, curves, strict=True) if run.result and curve]
+        counted = whole or [curve for curve in curves if curve]
         steps = sorted(set.intersection(*(set(curve) for curve in counted))) if counted else []
         mean = [_middle([curve[step] for curve in counted]) for step in steps]
         lines = [list(curve.values()) for curve in curves]
@@ -108,9 +109,9 @@ def write_report(runs: Sequence[str | Path], out: str | Path, title: str = "Pond
     Raises:
         UserError: no runs given, one is not a run folder, or `out` cannot be a file.
 
-    Example:
-        >>> write_report(["runs/plain-0", "runs/ponderlm2-0"], "report.html")
-        PosixPath('report.html')
+    Example::
+
+        write_report(["runs/plain-0", "runs/ponderlm2-0"], "report.html")
     """
     if not runs:
         raise UserError("no runs to report on; give one run folder or more")
@@ -218,7 +219,10 @@ def _charts(arms: list[Arm]) -> str:
     by_tokens, by_flops = ([arm.curve(measure, x_key) for arm in arms] for x_key in ("tokens", "train_flops"))
     by_price = [_price_series(arm, key) for arm in arms]
     drawn = (
-        (line_chart("By tokens read", "training tokens", measure.label, by_tokens), "What the same text taught each recipe."),
+        (
+            line_chart("By tokens read", "training tokens", measure.label, by_tokens),
+            "What the same text taught each recipe.",
+        ),
         (
             line_chart("By training compute", "training FLOPs", measure.label, by_flops, log_x=True),
             "What the same compute taught each recipe.",
@@ -229,7 +233,7 @@ def _charts(arms: list[Arm]) -> str:
         ),
     )
     legend = "".join(
-        f'<li class="c{arm.index % 6}">{swatch(arm.index)}<b style="color:var(--ink)">{escape(arm.name)}</b> '
+        f'<li class="c{arm.index % COLORS}">{swatch(arm.index)}<b style="color:var(--ink)">{escape(arm.name)}</b> '
         f"<span>{escape(arm.runs[0].config.about)}</span></li>"
         for arm in arms
     )
@@ -243,8 +247,10 @@ def _charts(arms: list[Arm]) -> str:
 def _price_series(arm: Arm, key: str) -> Series:
     read = ((run.result.get("inference_flops_per_token"), run.result.get(key)) for run in arm.finished)
     points = [(float(x), float(y)) for x, y in read if x is not None and y is not None]
-    mean = [_middle(points)] if points else []
-    return Series(arm.name, arm.index, [[point] for point in points], mean, [_spread([y for _, y in points])] if points else [])
+    runs = [[point] for point in points]
+    if not points:
+        return Series(arm.name, arm.index, runs, [])
+    return Series(arm.name, arm.index, runs, [_middle(points)], [_spread([y for _, y in points])])
 
 
 def _table(arms: list[Arm]) -> str:
@@ -257,7 +263,7 @@ def _table(arms: list[Arm]) -> str:
         state = seeds if done == all_runs else f"incomplete: {done} of {seeds} finished"
         cells = "".join(_cell(arm.values(key), show, best.get(key)) for key, _, show in COLUMNS)
         rows.append(
-            f'<tr><th scope="row"><span class="c{arm.index % 6}">{swatch(arm.index)}</span>{escape(arm.name)}'
+            f'<tr><th scope="row"><span class="c{arm.index % COLORS}">{swatch(arm.index)}</span>{escape(arm.name)}'
             f"<small>{state}</small></th>{cells}</tr>"
         )
     return (
@@ -273,7 +279,7 @@ def _cell(values: list[float], show: Callable[[float], str], best: float | None)
         return '<td aria-label="unknown">–</td>'
     mean, spread = _mean(values), _spread(values)
     style = ' class="best"' if mean == best else ""
-    return f'<td{style}>{show(mean)}{f" <small>± {show(spread)}</small>" if spread else ""}</td>'
+    return f"<td{style}>{show(mean)}{f' <small>± {show(spread)}</small>' if spread else ''}</td>"
 
 
 def _samples(arms: list[Arm]) -> str:
@@ -296,7 +302,7 @@ def _sample(trace: dict[str, Any], view: str) -> str:
     if not tokens or not passes or len(tokens) != len(passes):
         return '<p class="empty">This trace is damaged: it needs as many passes as tokens.</p>'
     known = [value for value in passes if value is not None] or [0.0]
-    text = f'<div class="text">{shade_html(tokens, passes, nll)}</div>'
+    text = f'<div class="text" tabindex="0">{shade_html(tokens, passes, nll)}</div>'
     losses = [value for value in nll if value is not None]
     loss_key = _key("nll", min(losses), max(losses), "nats lost on the token") if losses else ""
     if min(known) == max(known):

@@ -81,8 +81,8 @@ def shade_html(tokens: Sequence[str], passes: Sequence[float | None], nll: Seque
         nll: the negative log-likelihood of each token in nats, likewise; may be shorter.
 
     Example:
-        >>> shade_html(["<b>", "x"], [1, 3])
-        '<span style="--passes:0;--nll:0" title="1 pass">&lt;b&gt;</span><span style="--passes:1;--nll:0" ...'
+        >>> shade_html(["<b>"], [1])
+        '<span style="--passes:0;--nll:0" title="1 pass">&lt;b&gt;</span>'
     """
     passes_range, nll_range = _range(passes), _range(nll)
     spans = []

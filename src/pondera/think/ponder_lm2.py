@@ -45,7 +45,7 @@ class PonderLM2(Think):
 
     Example:
         >>> PonderLM2(thoughts=1).calls(tokens=1, context=10)
-        [Call(queries=1, keys=21, cached=True), Call(queries=1, keys=22, cached=True)]
+        [Call(queries=1, keys=21, cached=True, repeats=1), Call(queries=1, keys=22, cached=True, repeats=1)]
     """
 
     paper: ClassVar[str] = "PonderLM-2, arXiv 2509.23184"

@@ -1,0 +1,115 @@
+"""From text to token ids, and how many bytes of text each of them stands for."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pondera.ground.errors import UserError
+from pondera.ground.text import HUB_NAME, first_line, hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+EOS = "<|endoftext|>"
+
+
+def bpe_size(spec: str) -> int | None:
+    """N of ``bpe-N``; none if `spec` names a tokenizer.
+
+    Example:
+        >>> bpe_size("bpe-2048"), bpe_size("gpt2")
+        (2048, None)
+    """
+    if not re.fullmatch(r"bpe[-_]?\d*", spec, re.IGNORECASE):
+        return None
+    digits = spec.removeprefix("bpe-")
+    if not digits.isdigit() or not 257 <= int(digits) <= 65536:
+        raise UserError(
+            f"data.tokenizer: 'bpe-N' takes N from 257 (every byte, and EOS) to 65536, e.g. bpe-2048; got {spec!r}"
+        )
+    return int(digits)
+
+
+def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
+    """Loads a tokenizer folder or hub name; refuses one that lacks an EOS token or cannot tell where its tokens lie."""
+    folder = Path(spec).expanduser()
+    if not folder.is_dir() and not HUB_NAME.fullmatch(spec):
+        raise UserError(
+            f"data.tokenizer: no such folder: {spec!r}; give one, or 'bpe-N' (such as bpe-2048) to train one"
+        )
+    from transformers import AutoTokenizer
+
+    try:
+        with hub():
+            tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else spec)
+    except Exception as error:  # a damaged file surfaces as whatever its parser raises
+        raise UserError(
+            f"data.tokenizer: {spec!r} is not 'bpe-N' (such as bpe-2048), "
+            f"nor a folder or hub name that loads as a tokenizer ({first_line(error)})"
+        ) from None
+    if not tokenizer.is_fast:
+        raise UserError(f"data.tokenizer: {spec!r} has no fast version (tokenizer.json), which counting bytes needs")
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"data.tokenizer: {spec!r} has no EOS token, which must end every document; "
+            "set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `size` pieces (fewer if the text runs out of pairs), EOS being the first."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend: Any = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=EOS, eos_token=EOS, pad_token=EOS)
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """sha256 of all that decides how text becomes tokens."""
+    return hashlib.sha256(f"{tokenizer.eos_token}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
+
+
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids of each text without special tokens, and how many UTF-8 bytes of it each token brings us to.
+
+    Tokenizers drop characters, and spell one character with several tokens; so what counts is where a token's text
+    ends, never going back, and the last token ends the text. Differences then add up whatever the tokenizer does.
+    A text that yields no token yields two empty arrays.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_padding()
+    backend.no_truncation()
+    backend.encode_special_tokens = True  # a text that spells the EOS token must not end a document
+    for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
+        ids = np.array(encoding.ids, np.int64)
+        ends = np.fromiter((stop for _, stop in encoding.offsets), np.int64, len(ids))
+        if len(ids):
+            ends = np.maximum.accumulate(ends)
+            ends[-1] = len(text)
+            if not text.isascii():
+                ends = bytes_before(text)[ends]
+        yield ids, ends
+
+
+def bytes_before(text: str) -> np.ndarray:
+    """UTF-8 bytes before each character of `text`, and in all: (len(text) + 1,).
+
+    Example:
+        >>> bytes_before("aé日").tolist()
+        [0, 1, 3, 6]
+    """
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return np.append(0, np.cumsum(1 + (codes > 0x7F) + (codes > 0x7FF) + (codes > 0xFFFF)))
