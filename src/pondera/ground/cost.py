@@ -86,7 +86,7 @@ class Prices:
         once = sum(n * (rows * layer.weights + layer.mixer.backward(call)) for layer, n in self._layers.items())
         return float(call.repeats * once)
 
-    def cache_bytes(self, slots: int, dtype_bytes: int = 4) -> int:
+    def cache_bytes(self, slots: int, dtype_bytes: int = 4, slides: bool = True, newest: int = 1) -> int:
         """Bytes that a ``DynamicCache(config=config)`` holds for one sequence after `slots` rows.
 
         Sliding-window layers are capped at their window (as they are after any decoding step; a longer prompt given in
@@ -95,8 +95,10 @@ class Prices:
         Args:
             slots: rows that have been through the decoder.
             dtype_bytes: bytes per cached number: 4 for float32, 2 for bfloat16.
+            newest: rows of the newest call, which a sliding-window layer's storage keeps whole.
+            slides: false for a cache of a method's own whose sliding-window layers mask old rows instead of dropping them.
         """
-        return sum(n * layer.mixer.cache_bytes(slots, dtype_bytes) for layer, n in self._layers.items())
+        return sum(n * layer.mixer.cache_bytes(slots, dtype_bytes, slides, newest) for layer, n in self._layers.items())
 
     def parameters(self) -> dict[str, int]:
         """Parameters: ``embedding`` (with learned positions), ``head`` (0 if tied), ``body``, their sum ``total``."""

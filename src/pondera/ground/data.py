@@ -68,7 +68,7 @@ def prepare(config: DataConfig, cache_dir: Path | None = None) -> Corpus:
     size = bpe_size(config.tokenizer)
     tokenizer = None if size else load_tokenizer(config.tokenizer)
     source = open_text(config.text, config.column)
-    spec = fingerprint(tokenizer) if tokenizer else size
+    spec = size if tokenizer is None else fingerprint(tokenizer)
     key = hashlib.sha256(json.dumps([FORMAT, source.digest, spec, config.validation, config.max_bytes]).encode())
     label = re.sub(r"[^a-zA-Z0-9.]+", "-", Path(config.text).name)[:40]
     cache = Path(cache_dir or os.environ.get("PONDERA_CACHE") or "~/.cache/pondera").expanduser()
@@ -239,6 +239,7 @@ def _build(folder: Path, source: Source, config: DataConfig, tokenizer: PreTrain
         log.info("training %s on %s", config.tokenizer, source.name)
         tokenizer = train_tokenizer(_sample(source, train, sizes_D), bpe_size(config.tokenizer) or 0)
     vocabulary = tokenizer.get_vocab()
+    eos: Any = tokenizer.eos_token_id
     vocab_size = max(vocabulary.values()) + 1
     dtypes = ["<u2" if vocab_size <= 2**16 else "<u4", "<u4" if sizes_D.sum() < 2**32 else "<u8"]
     part = folder.with_name(f".{folder.name}.part")
@@ -254,7 +255,7 @@ def _build(folder: Path, source: Source, config: DataConfig, tokenizer: PreTrain
             encoded = encode([document.text for _, document in batch], tokenizer)
             for (writer, document), (ids, ends) in zip(batch, encoded, strict=True):
                 if len(ids):
-                    writer.add(document.name, np.append(ids, tokenizer.eos_token_id), np.append(ends, ends[-1]))
+                    writer.add(document.name, np.append(ids, eos), np.append(ends, ends[-1]))
         digest = hashlib.sha256(json.dumps([tokenizer.eos_token, sorted(vocabulary.items())]).encode())
         for writer in writers:
             digest.update(writer.close())

@@ -2,7 +2,7 @@
 
 A run is written as YAML (a recipe, or the user's own file) and any field, at any depth, can be overridden from the
 command line: ``--data.text books/ --train.steps 500 --backbone.hidden_size 256``. The text behind each field is its
-help (``pondera train --help`` prints it).
+help (``pondera train --help`` prints it). A file may build on another one: ``base: plain``.
 
 The YAML is the one people expect: ``1e-3`` is a number, ``none`` is null, while ``yes``, ``on`` and dates are text.
 """
@@ -96,21 +96,65 @@ def recipe_names() -> list[str]:
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """The mapping in a recipe or YAML file.
+    """The mapping in a recipe or YAML file, laid over the one that its ``base`` names.
+
+    ``base: plain`` builds on a recipe, ``base: mine.yaml`` on a file (seen from the file that says so). Groups are
+    merged key by key, except that a backbone of another ``model_type`` starts afresh; ``name`` and ``about`` are each
+    file's own.
 
     Args:
         source: a recipe name (``"ponderlm2"``) or the path of a YAML file.
 
     Raises:
-        UserError: no such recipe or file, or not a YAML mapping.
+        UserError: no such recipe or file, not a YAML mapping, or bases that go round in a circle.
     """
+    return _read(_locate(source), ())
+
+
+def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+    tree = _mapping(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    try:
+        if not isinstance(base, str):
+            raise UserError(f"give the name of a recipe or file, not {base!r}")
+        below = _locate(base, path.parent)
+    except UserError as error:
+        raise UserError(f"{path}: base: {error}") from None
+    chain = (*above, path.resolve())
+    if below.resolve() in chain:
+        circle = " -> ".join(step.name for step in (*chain, below))
+        raise UserError(f"{path}: base: goes round in a circle ({circle}); one of these files must stand by itself")
+    inherited = _read(below, chain)
+    return _merge({key: value for key, value in inherited.items() if key not in ("name", "about")}, tree)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        if isinstance(old, dict) and value is None:
+            continue  # an empty group changes nothing
+        if isinstance(old, dict) and isinstance(value, dict):
+            same_kind = value.get("model_type", old.get("model_type")) == old.get("model_type")
+            value = _merge(old, value) if same_kind else value
+        merged[key] = value
+    return merged
+
+
+def _locate(source: str | Path, folder: Path = Path()) -> Path:
     recipes = recipe_names()
-    path = RECIPES / f"{source}.yaml" if str(source) in recipes else Path(source)
-    if not path.is_file():
-        if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-            listing = f"a recipe ({', '.join(recipes)})" if recipes else "a recipe"
-            raise UserError(f"no such file: {str(source)!r}; give a YAML file or {listing}")
-        raise unknown("recipe", str(source), recipes)
+    path = RECIPES / f"{source}.yaml" if str(source) in recipes else folder / Path(source).expanduser()
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or len(Path(source).parts) > 1:
+        listing = f"a recipe ({', '.join(recipes)})" if recipes else "a recipe"
+        raise UserError(f"no such file: {str(source)!r}; give a YAML file or {listing}")
+    raise unknown("recipe", str(source), recipes)
+
+
+def _mapping(path: Path) -> dict[str, Any]:
     try:
         tree = yaml.load(path.read_text(encoding="utf-8"), _Yaml)
     except yaml.MarkedYAMLError as error:
@@ -118,6 +162,8 @@ def read(source: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid YAML: {line}{error.problem}") from None
     except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"{path}: not a text file; give a YAML file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     if not isinstance(tree, dict):
         found = "nothing" if tree is None else f"{tree!r:.60}"
         raise UserError(f"{path}: expected a mapping of settings (backbone:, think:, data:, train:), found {found}")

@@ -291,7 +291,7 @@ def _dataset(name: str, column: str) -> Source:
         with hub():
             saved = path.is_dir()
             loaded: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, split="train")
-            rows = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+            rows: Any = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
     except ConnectionError:
         raise _no_dataset(name, "the Hugging Face hub cannot be reached, and its cache here does not have it") from None
     except Exception as error:  # a dataset is other people's code and files: anything can come out

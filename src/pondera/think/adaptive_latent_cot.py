@@ -43,6 +43,7 @@ class AdaptiveLatentCoT(Think):
     paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220 (fixed depth)"
     price: ClassVar[str] = "L+1 passes and KV rows per token; training the same L+1 passes"
     reproduced: ClassVar[str] = "not yet"
+    slides: ClassVar[bool] = False
 
     def __init__(self, steps: int = 1) -> None:
         super().__init__()
@@ -115,9 +116,9 @@ class AdaptiveLatentCoT(Think):
         return SlotMask(causal_BTK, position_ids.expand(-1, tokens), key_positions_BK)
 
     def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
-        """See `Think.calls`."""
+        """See `Think.calls`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
         keys = context + tokens
-        return [Call(tokens, keys * (step + 1), cached=context > 0) for step in range(self.slots_per_token)]
+        return [Call(tokens, keys * (step + 1)) for step in range(self.slots_per_token)]
 
 
 def _repeat(mask: SlotMask, times: int) -> SlotMask:

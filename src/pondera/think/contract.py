@@ -53,6 +53,9 @@ class Think(nn.Module, ABC):
     interleaved: ClassVar[bool] = False
     """Slots of a token stand next to each other in causal order, so sliding windows must grow with their number."""
 
+    slides: ClassVar[bool] = True
+    """Its cache drops rows that have left a sliding window; false where they are kept and masked."""
+
     slots_per_token: int = 1
     """KV rows that a token leaves in every layer."""
 

@@ -1,0 +1,7 @@
+"""``python -m pondera``: the same as the command ``pondera``."""
+
+import sys
+
+from pondera.cli.main import main
+
+sys.exit(main())

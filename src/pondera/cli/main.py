@@ -1,0 +1,111 @@
+"""The command `pondera`: finds the verb, runs it, and turns what goes wrong into a message and an exit code.
+
+A verb is a module with `SUMMARY` (a line of ``pondera --help``), `parser()` and `run(args)`, which returns the exit code.
+Whatever is slow to import is imported inside `run`, so that help and mistakes in the input are answered at once.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from types import ModuleType
+
+from pondera.cli import compare, demo, doctor, evaluate, generate, methods, report, train
+from pondera.ground import errors
+from pondera.ground.errors import UserError, unknown
+
+VERBS: dict[str, ModuleType] = {
+    "demo": demo,
+    "train": train,
+    "compare": compare,
+    "eval": evaluate,
+    "generate": generate,
+    "report": report,
+    "methods": methods,
+    "doctor": doctor,
+}
+SUCCESS, FAILURE, MISUSE, INTERRUPTED = 0, 1, 2, 130
+
+HELP = """\
+usage: pondera VERB ...
+
+Language models that weigh every token: how much to compute for it, and what that is worth at equal cost.
+
+verbs:
+{verbs}
+
+  pondera VERB --help    what a verb takes, with examples
+  pondera --version
+
+start here:
+  pondera demo                               train three tiny models, see what thinking changes: a few minutes
+  pondera train ponderlm2 --data.text books/ a small model of your own text, thinking once per token
+  pondera compare plain ponderlm2 --seeds 3  does it pay? each charged for what it spends
+
+exit codes: 0 success; 1 something failed; 2 the input needs a change; 130 interrupted
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: the words after ``pondera``; none: those of this process.
+
+    Returns:
+        The exit code: 0 success, 1 failure, 2 a mistake in the input, 130 interrupted.
+    """
+    _prepare_streams()
+    try:
+        code = _dispatch(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        _say(str(error))
+        return MISUSE
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILURE
+    except (KeyboardInterrupt, errors.Interrupted) as error:
+        _say(str(error) or "interrupted")
+        return INTERRUPTED
+    except errors.Failure as error:
+        _say(str(error))
+        return FAILURE
+    except Exception:
+        traceback.print_exc()
+        _say("this should not have happened; please report it with the lines above and what `pondera doctor` prints")
+        return FAILURE
+
+
+def _dispatch(words: list[str]) -> int:
+    verb, *rest = words or ["--help"]
+    if verb in ("-h", "--help"):
+        print(HELP.format(verbs="\n".join(f"  {name:10}{module.SUMMARY}" for name, module in VERBS.items())), end="")
+        return SUCCESS
+    if verb == "--version":
+        from pondera import __version__
+
+        print(f"pondera {__version__}")
+        return SUCCESS
+    if verb not in VERBS:
+        raise unknown("option" if verb.startswith("-") else "verb", verb, [*VERBS, "--help", "--version"])
+    parser = VERBS[verb].parser()
+    return VERBS[verb].run(parser.parse(rest))
+
+
+def _prepare_streams() -> None:
+    """Any text can be printed, whatever the terminal's encoding; progress notes of the library are shown."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("pondera").setLevel(logging.INFO)
+
+
+def _say(message: str) -> None:
+    print(f"pondera: {message}", file=sys.stderr)

@@ -1,0 +1,138 @@
+"""What the verbs' arguments have in common: errors that teach, and any setting of a run by its dotted name."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from pondera.ground import settings
+from pondera.ground.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for one verb. What it cannot use becomes a `UserError`.
+
+    Args:
+        verb: the verb.
+        about: what it does.
+        examples: commands to type, one a line.
+        settings: which settings of a run can be given as ``--dotted.name VALUE``: all that start with this; none: none.
+        notes: makes text that ``--help`` ends with.
+
+    Example:
+        >>> parser = Parser("train", "Trains.", "pondera train plain", settings="")
+        >>> _ = parser.add_argument("recipe")
+        >>> vars(parser.parse(["plain", "--train.steps", "20", "--backbone.hidden_size=64"]))
+        {'recipe': 'plain', 'overrides': {'train.steps': '20', 'backbone.hidden_size': '64'}}
+    """
+
+    def __init__(
+        self,
+        verb: str,
+        about: str,
+        examples: str,
+        settings: str | None = None,
+        notes: Callable[[], str] | None = None,
+    ) -> None:
+        lines = "\n".join(f"  {line}" for line in examples.strip().splitlines())
+        super().__init__(
+            prog=f"pondera {verb}",
+            description=about,
+            epilog=f"examples:\n{lines}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self._settings = settings
+        self._notes = notes
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """The arguments; given settings are in `overrides`, as a mapping from dotted name to text.
+
+        Raises:
+            UserError: an unknown option (with the nearest), a missing or superfluous word, or a value that does not fit.
+        """
+        rest, overrides = self._divide(list(words))
+        args = self.parse_args(rest)
+        args.overrides = overrides
+        return args
+
+    def format_help(self) -> str:
+        """The help of the verb, with its notes."""
+        return super().format_help() + (f"\n{self._notes()}" if self._notes else "")
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong with the arguments, and where to read what they are."""
+        raise UserError(f"{message}; `{self.prog} --help` shows what it takes")
+
+    def _divide(self, words: list[str]) -> tuple[list[str], dict[str, str]]:
+        """Splits off ``--setting value``: argparse would take those values for arguments of the verb."""
+        rest: list[str] = []
+        overrides: dict[str, str] = {}
+        while words:
+            word = words.pop(0)
+            if word == "--":
+                return [*rest, word, *words], overrides
+            option, equals, value = word.partition("=")
+            own = self._option_string_actions.get(option)
+            if not option.startswith("--") or (own is not None and (own.nargs == 0 or equals)):
+                rest.append(word)
+                continue
+            if own is None and not self._is_setting(option):
+                raise self._unknown_option(option)
+            if not equals:
+                if not words or words[0].startswith("--"):
+                    raise UserError(f"{option} needs a value: {option} VALUE")
+                value = words.pop(0)
+            if own is not None:
+                rest.append(f"{option}={value}")  # joined, so that a value may start with a dash
+            else:
+                overrides[option.removeprefix("--")] = value
+        return rest, overrides
+
+    def _is_setting(self, option: str) -> bool:
+        """Whether this names a setting, or at least a group that has settings: `settings.load` knows what is nearest."""
+        name = option.removeprefix("--")
+        known = self._setting_names()
+        return name in known or ("." in name and name.split(".")[0] in {other.split(".")[0] for other in known})
+
+    def _setting_names(self) -> list[str]:
+        return [] if self._settings is None else [name for name in settings.fields() if name.startswith(self._settings)]
+
+    def _unknown_option(self, option: str) -> UserError:
+        own = [name for name in self._option_string_actions if name.startswith("--")]
+        named = [f"--{name}" for name in self._setting_names()]
+        leaf = option.removeprefix("--").rpartition(".")[2]
+        near = [name for name in named if name.removeprefix("--").rpartition(".")[2] == leaf]
+        near = near or difflib.get_close_matches(option, own + named, n=2, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        return UserError(f"unknown option {option}{hint} (`{self.prog} --help` lists them all)")
+
+
+def whole(smallest: int) -> Callable[[str], int]:
+    """An argument type: a whole number of at least `smallest`."""
+
+    def read(text: str) -> int:
+        value = settings.scalar(text)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if type(value) is not int or value < smallest:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {smallest}, got {text!r}")
+        return value
+
+    return read
+
+
+def number(low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
+    """An argument type: a number from `low` (with `above`: not `low` itself) to `high`."""
+
+    def read(text: str) -> float:
+        value: Any = settings.scalar(text)
+        fits = type(value) in (int, float) and low <= value <= high and not (above and value == low)
+        if not fits or value == float("inf"):
+            bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < 1e300 else "")
+            raise argparse.ArgumentTypeError(f"expected a number {bound}, got {text!r}")
+        return float(value)
+
+    return read

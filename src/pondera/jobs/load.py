@@ -1,0 +1,207 @@
+"""Opens what `eval`, `generate` and the harness are given: a run folder, a model folder, or a checkpoint from the hub."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pondera.ground.errors import UserError
+from pondera.ground.run import Run, is_run
+from pondera.ground.text import HUB_NAME, first_line, hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pondera.model.hf import PreTrainedModel
+    from pondera.model.lm import AdaptiveLM
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass
+class Loaded:
+    """A model, ready to use.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the one saved beside it.
+        name: what to call it in tables.
+        run: the run folder it is from, if it is from one.
+    """
+
+    model: AdaptiveLM
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    run: Run | None = None
+
+
+def load(path: str | Path, device: str | None = None) -> Loaded:
+    """Loads a model and its tokenizer, completely or not at all.
+
+    Only safetensors are read: unpickling weights would run whatever code is in them.
+
+    Args:
+        path: a run folder (its final model, else its newest checkpoint), a Pondera model folder, or the folder or hub
+            name of any causal LM of transformers, which comes wrapped as an `AdaptiveLM` that chose nothing.
+        device: where the model goes; none: the accelerator if there is one, else the CPU.
+
+    Raises:
+        UserError: there is no model, it is damaged, or its tokenizer does not fit it.
+
+    Example::
+
+        loaded = load("runs/ponderlm2")
+        loaded.model(**loaded.tokenizer("Once upon", return_tensors="pt").to(loaded.model.device)).passes
+    """
+    source, run = _find(Path(path).expanduser(), str(path))
+    if source.is_dir():
+        _check_files(source)
+    lm = _weights(source, str(path))
+    tokenizer = _tokenizer(source, str(path))
+    _check_vocabulary(lm, tokenizer, str(path))
+    own = lm.config.model_type == "pondera"
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        # An architecture's default ids mean nothing to a tokenizer trained here; a foreign checkpoint's are its own.
+        if getattr(tokenizer, role) is not None and (own or getattr(lm.generation_config, role) is None):
+            setattr(lm.generation_config, role, getattr(tokenizer, role))
+    name = run.config.name if run else source.resolve().name if source.is_dir() else str(path)
+    return Loaded(_placed(lm if own else _wrapped(lm), device), tokenizer, name, run)
+
+
+def _find(path: Path, given: str) -> tuple[Path, Run | None]:
+    """The folder (or hub name) that holds the weights, and the run around it."""
+    if path.is_file():
+        raise UserError(f"{given!r} is a file; give the folder that holds it: a run, or a model with its config.json")
+    if not path.is_dir():
+        if HUB_NAME.fullmatch(given):
+            return path, None
+        raise UserError(f"no such folder: {given!r}{_near(path)}; give a run or model folder, or a hub name")
+    if is_run(path):
+        run = Run(path)
+        if (run.model_dir / "config.json").is_file():
+            return run.model_dir, run
+        if checkpoints := run.checkpoints():
+            return checkpoints[-1], run
+        raise UserError(f"{given!r} has no checkpoint yet; wait for its first one, or train it again with --resume")
+    if (path / "config.json").is_file():
+        return path, next((Run(above) for above in path.resolve().parents[:2] if is_run(above)), None)
+    runs = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and is_run(entry))
+    hint = f"; it holds the runs {', '.join(runs)}: give one of them" if runs else "; give a run or model folder"
+    raise UserError(f"{given!r} is neither a run nor a model folder (no config.json){hint}")
+
+
+def _near(path: Path) -> str:
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses weights that are absent, pickled, torn or incomplete, by the name of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    found = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is damaged; copy it again") from None
+        if missing := sorted(shards - set(found)):
+            raise UserError(f"{missing[0]}: this part of the weights is missing; copy it beside the others")
+    if not found:
+        pickled = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"{folder} has pickled weights ({pickled[0]}), which may run code when opened, so Pondera does not; "
+                "convert them once: load with transformers where you trust them, then model.save_pretrained(FOLDER)"
+            )
+        raise UserError(f"{folder} has a config.json but no weights (model.safetensors)")
+    for file in found:
+        try:
+            with safe_open(file, "pt"):  # reads the header, and compares what it promises with the size of the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({first_line(error)}); copy it again, or use another checkpoint") from None
+
+
+def _weights(source: Path, given: str) -> Any:
+    """The transformers model, with every weight that its config asks for and no other."""
+    from pondera.model.hf import AutoModelForCausalLM
+
+    local = source.is_dir()
+    try:
+        with nullcontext() if local else hub():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(source), use_safetensors=True, output_loading_info=True, local_files_only=local
+            )
+    except UserError:
+        raise
+    except Exception as error:  # a config can ask for anything, and any part of the library can then refuse it
+        what = "its model cannot be loaded" if local else "no such folder here, nor a hub model that loads"
+        near = "" if local else _near(source)
+        raise UserError(f"{given!r}: {what} ({first_line(error)}){near}") from error
+    for kind in ("missing", "unexpected"):
+        if keys := sorted(info[f"{kind}_keys"]):
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(
+                f"{given!r}: its weights do not fit its config.json: {kind} {', '.join(keys[:3])}{more}; "
+                "give a folder whose files belong to one checkpoint"
+            )
+    return model
+
+
+def _wrapped(lm: PreTrainedModel) -> AdaptiveLM:
+    """An `AdaptiveLM` that chose nothing around a model that is loaded already."""
+    import torch
+
+    from pondera.model.backbone import Backbone
+    from pondera.model.config import AdaptiveConfig
+    from pondera.model.lm import AdaptiveLM
+
+    with torch.device("meta"):
+        model = AdaptiveLM(AdaptiveConfig(backbone=lm.config))
+    model.backbone = Backbone(lm)
+    model.generation_config = lm.generation_config
+    return model
+
+
+def _tokenizer(source: Path, given: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    advice = "save the one it was trained with there: tokenizer.save_pretrained(FOLDER)"
+    local = source.is_dir()
+    if local and not any([*source.glob("tokenizer*"), *source.glob("vocab*")]):
+        raise UserError(f"{given!r}: no tokenizer beside the model; {advice}")
+    try:
+        with nullcontext() if local else hub():
+            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
+    except Exception as error:  # a damaged file surfaces as whatever its parser raises
+        raise UserError(f"{given!r}: its tokenizer cannot be loaded ({first_line(error)}); {advice}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{given!r}: its tokenizer has no fast version (tokenizer.json); convert it and {advice}")
+    return tokenizer
+
+
+def _check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, given: str) -> None:
+    size = max(tokenizer.get_vocab().values(), default=-1) + 1
+    rows = cast(Any, lm.get_input_embeddings()).weight.shape[0]
+    if not 0 < size <= rows:
+        raise UserError(
+            f"{given!r}: its tokenizer has {size} tokens and the model embeds {rows}, so they do not belong together; "
+            "save the tokenizer that the model was trained with in its folder: tokenizer.save_pretrained(FOLDER)"
+        )
+
+
+def _placed(model: AdaptiveLM, device: str | None) -> AdaptiveLM:
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        return model.eval().to(device or found)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device!r} cannot be used here ({first_line(error)}); leave it out") from None

@@ -1,0 +1,28 @@
+"""What every test shares: quiet libraries, no network, tiny models."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quiet_transformers() -> None:
+    """No progress bars between the dots."""
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenised corpora go to a folder of the test session, never to the user's cache."""
+    monkeypatch.setenv("PONDERA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

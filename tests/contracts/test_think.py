@@ -1,0 +1,309 @@
+"""The contract of `think/`: every method file that the index finds must pass, on every backbone it fits.
+
+Cached = uncached, padded = alone, chunked = whole, no future leak, saved = loaded, generate in all its modes,
+price = what runs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from architectures import BACKBONES, LINEAR, VOCAB
+
+from pondera import AdaptiveConfig, AdaptiveLM, UserError
+from pondera.ground import spec
+from pondera.ground.cost import Prices, Schedule, live_cache_bytes, measured_flops
+
+# How a method is built so that what it computes is exact, and how it is built to do nothing.
+EXACT = {
+    "PonderLM2": "PonderLM2(thoughts=2, eval_rounds='exact')",
+    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2)",
+    "PauseToken": "PauseToken(pauses=2)",
+}
+NOTHING = {
+    "PonderLM2": "PonderLM2(thoughts=0)",
+    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=0)",
+    "PauseToken": "PauseToken(pauses=0)",
+}
+METHODS = sorted(method.name for method in spec.index().values() if method.seam == "think")
+MISFITS = {("AdaptiveLatentCoT", backbone) for backbone in LINEAR}
+PAIRS = [(method, backbone) for method in METHODS for backbone in BACKBONES if (method, backbone) not in MISFITS]
+FEW = [(method, backbone) for method in METHODS for backbone in ("llama", "gemma3", "gpt2")]
+
+
+def build(think: str | None, backbone: str = "llama", seed: int = 0, **config) -> AdaptiveLM:
+    torch.manual_seed(seed)
+    model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), think=think, **config)).eval()
+    # Random embeddings of std 0.02 hardly move anything; real ones do.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def exact(method: str, backbone: str = "llama") -> AdaptiveLM:
+    return build(EXACT.get(method, f"{method}()"), backbone)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def ids(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    tokens = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
+    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+    return tokens, mask
+
+
+def test_every_method_is_tested():
+    assert set(METHODS) == set(EXACT) == set(NOTHING), "a new method needs its exact and its empty form above"
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_cached_equals_uncached(method: str, backbone: str):
+    model, x = exact(method, backbone), ids(2, 13)
+    whole = model(x).logits
+    cache = model.new_cache()
+    pieces = [model(x[:, :6], past_key_values=cache).logits]
+    pieces += [model(x[:, t : t + 1], past_key_values=cache).logits for t in range(6, 13)]
+    torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_padded_batch_equals_each_row_alone(method: str, backbone: str):
+    model = exact(method, backbone)
+    rows = [ids(1, n, seed=n)[0] for n in (9, 4, 1)]
+    x, mask = left_padded(rows)
+    together = model(x, attention_mask=mask).logits
+    for row, logits in zip(rows, together, strict=True):
+        torch.testing.assert_close(logits[-len(row) :], model(row[None]).logits[0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_padded_decoding_equals_each_row_alone(method: str, backbone: str):
+    model = exact(method, backbone)
+    rows = [ids(1, n, seed=n)[0] for n in (9, 4)]
+    x, mask = left_padded(rows)
+    cache = model.new_cache()
+    model(x[:, :-2], attention_mask=mask[:, :-2], past_key_values=cache)
+    model(x[:, -2:-1], attention_mask=mask[:, :-1], past_key_values=cache)
+    last = model(x[:, -1:], attention_mask=mask, past_key_values=cache).logits
+    for row, logits in zip(rows, last, strict=True):
+        torch.testing.assert_close(logits[-1], model(row[None]).logits[0, -1], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "backbone"), [pair for pair in PAIRS if pair[1] not in LINEAR])
+def test_chunked_prefill_equals_whole(method: str, backbone: str):
+    model, x = exact(method, backbone), ids(2, 11)
+    cache = model.new_cache()
+    pieces = [model(chunk, past_key_values=cache).logits for chunk in x.split(4, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(x).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_the_future_does_not_leak(method: str, backbone: str):
+    model, x = exact(method, backbone), ids(1, 10)
+    changed = x.clone()
+    changed[0, 6] = (changed[0, 6] + 1) % VOCAB
+    before, after = model(x).logits, model(changed).logits
+    torch.testing.assert_close(before[:, :6], after[:, :6], atol=0, rtol=0)
+    assert not torch.equal(before[:, 6], after[:, 6])
+
+
+@pytest.mark.parametrize(("method", "backbone"), PAIRS)
+def test_doing_nothing_is_the_backbone_bit_for_bit(method: str, backbone: str):
+    plain, nothing = build(None, backbone), build(NOTHING[method], backbone)
+    nothing.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(plain(ids(2, 9)).logits, nothing(ids(2, 9)).logits)
+
+
+@pytest.mark.parametrize(("method", "backbone"), FEW)
+def test_saved_equals_loaded(method: str, backbone: str, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model, x = exact(method, backbone), ids(1, 7)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(again) is AdaptiveLM and again.config.think == model.config.think
+    assert torch.equal(again(x).logits, model(x).logits)
+
+
+@pytest.mark.parametrize(("method", "backbone"), FEW)
+@pytest.mark.parametrize("length", [1, 2])
+def test_shortest_inputs(method: str, backbone: str, length: int):
+    model, x = exact(method, backbone), ids(1, length)
+    cache = model.new_cache()
+    pieces = [model(x[:, t : t + 1], past_key_values=cache).logits for t in range(length)]
+    torch.testing.assert_close(torch.cat(pieces, 1), model(x).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("method", "backbone"), FEW)
+def test_bf16_runs_and_agrees_loosely(method: str, backbone: str):
+    model, x = exact(method, backbone), ids(2, 8)
+    fine = model(x).logits
+    coarse = model.to(torch.bfloat16)(x).logits.float()
+    assert (fine - coarse).abs().max() < 0.1 * fine.abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_eager_equals_sdpa(method: str):
+    model, x = exact(method, "gemma3"), ids(2, 9)
+    sdpa = model(x).logits
+    model.set_attn_implementation("eager")
+    model.backbone.lm.set_attn_implementation("eager")
+    torch.testing.assert_close(model(x).logits, sdpa, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestGenerate:
+    """Hugging Face's generate, in the modes people use, against the slow definition."""
+
+    def test_greedy_is_argmax_of_full_forwards(self, method: str):
+        model, x = exact(method), ids(1, 5)
+        slow = x
+        for _ in range(6):
+            slow = torch.cat([slow, model(slow).logits[:, -1:].argmax(-1)], dim=1)
+        assert torch.equal(model.generate(x, max_new_tokens=6, do_sample=False, eos_token_id=None), slow)
+
+    def test_padded_batch_generates_what_each_row_does(self, method: str):
+        model = exact(method)
+        rows = [ids(1, n, seed=n)[0] for n in (7, 3)]
+        x, mask = left_padded(rows)
+        options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        together = model.generate(x, attention_mask=mask, **options)
+        for row, out in zip(rows, together, strict=True):
+            alone = model.generate(row[None], attention_mask=torch.ones_like(row[None]), **options)
+            assert torch.equal(out[-5:], alone[0, -5:])
+
+    def test_beam_search_with_and_without_cache(self, method: str):
+        model, x = exact(method), ids(2, 4)
+        options = {"max_new_tokens": 5, "num_beams": 3, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        cached = model.generate(x, use_cache=True, **options)
+        assert torch.equal(cached, model.generate(x, use_cache=False, **options))
+
+    def test_sampling_returns_several_sequences(self, method: str):
+        model, x = exact(method), ids(1, 4)
+        torch.manual_seed(0)
+        options = {"max_new_tokens": 4, "do_sample": True, "num_return_sequences": 3, "eos_token_id": None}
+        first = model.generate(x, **options)
+        torch.manual_seed(0)
+        assert first.shape == (3, 8) and torch.equal(first, model.generate(x, **options))
+
+    def test_streamer_sees_every_token(self, method: str):
+        from transformers.generation.streamers import BaseStreamer
+
+        class Collect(BaseStreamer):
+            def __init__(self):
+                self.seen: list[int] = []
+
+            def put(self, value):
+                self.seen += value.flatten().tolist()
+
+            def end(self):
+                pass
+
+        model, x, streamer = exact(method), ids(1, 4), Collect()
+        out = model.generate(x, max_new_tokens=4, do_sample=False, streamer=streamer, eos_token_id=None)
+        assert streamer.seen == out[0].tolist()
+
+    def test_prompt_lookup_rolls_the_cache_back(self, method: str):
+        model = exact(method)
+        x = ids(1, 4).repeat(1, 3)
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+        assert torch.equal(model.generate(x, prompt_lookup_num_tokens=3, **options), model.generate(x, **options))
+
+    def test_a_foreign_cache_is_refused(self, method: str):
+        from transformers import DynamicCache
+
+        with pytest.raises(UserError, match="new_cache"):
+            exact(method).generate(ids(1, 3), past_key_values=DynamicCache(), max_new_tokens=2)
+
+
+class TestPrice:
+    """What a method says that it runs is what it runs."""
+
+    @pytest.mark.parametrize(("method", "backbone"), PAIRS)
+    def test_decoding(self, method: str, backbone: str):
+        model, x = exact(method, backbone), ids(1, 8)
+        cache = model.new_cache()
+        model(x, past_key_values=cache)
+        assert model.think is not None
+        schedule = Schedule(tuple(model.think.calls(1, context=8)), head_rows=1, tokens=1)
+        spent = measured_flops(lambda: model(x[:, :1], past_key_values=cache))
+        assert spent == pytest.approx(Prices(model.backbone.config).forward(schedule), rel=0.02)
+
+    @pytest.mark.parametrize(("method", "backbone"), PAIRS)
+    def test_training(self, method: str, backbone: str):
+        model, x = build(f"{method}()", backbone).train(), ids(1, 16)
+        assert model.think is not None
+        if method == "PonderLM2":
+            model.think.train_rounds = (2, 2)
+            model.begin_step(0, 0)
+        schedule = Schedule(tuple(model.think.calls(16, training=True)), head_rows=16, tokens=16)
+        prices = Prices(model.backbone.config)
+
+        def step():
+            with torch.enable_grad():
+                model(x, shift_labels=x).loss.backward()
+
+        assert measured_flops(step) == pytest.approx(prices.training(schedule), rel=0.02)
+
+    @pytest.mark.parametrize(("method", "backbone"), PAIRS)
+    def test_cache_bytes(self, method: str, backbone: str):
+        model, x = exact(method, backbone), ids(1, 9)
+        cache = model.new_cache()
+        model(x[:, :8], past_key_values=cache)
+        model(x[:, 8:], past_key_values=cache)
+        think = model.think
+        assert think is not None
+        newest = think.calls(1, context=8)[-1].queries
+        prices = Prices(model.backbone.config)
+        expected = prices.cache_bytes(9 * think.slots_per_token, slides=think.slides, newest=newest)
+        assert live_cache_bytes(cache) == expected
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_passes_are_recorded_per_token(self, method: str):
+        model, x = exact(method), ids(2, 5)
+        cache = model.new_cache()
+        model(x[:, :3], past_key_values=cache)
+        model(x[:, 3:4], past_key_values=cache)
+        assert cache.tokens == 4 == cache.get_seq_length() and cache.passes_BT.shape == (2, 4)
+        assert cache.slots.get_seq_length() in (4, 4 * model.think.slots_per_token)
+        cache.crop(-2)
+        assert cache.tokens == 2 and cache.passes_BT.shape == (2, 2)
+
+
+@pytest.mark.parametrize(("method", "backbone"), sorted(MISFITS))
+def test_misfits_are_refused_by_name(method: str, backbone: str):
+    with pytest.raises(UserError, match=f"{method} does not fit {backbone}"):
+        exact(method, backbone)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_splitting_a_batch_changes_no_gradient(method: str):
+    model, x = build(f"{method}()").train(), ids(4, 8)
+    labels = x.clone()
+    labels[0, :5] = -100
+    model.begin_step(3, 0)
+
+    def gradients(parts: int) -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        count = int((labels[:, 1:] != -100).sum())
+        with torch.enable_grad():
+            for x_part, labels_part in zip(x.chunk(parts), labels.chunk(parts), strict=True):
+                (model(x_part, labels=labels_part).terms["next_token"].sum / count).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    whole, split = gradients(1), gradients(4)
+    for name, gradient in whole.items():
+        torch.testing.assert_close(split[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
