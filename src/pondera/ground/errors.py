@@ -1,4 +1,4 @@
-"""The one kind of error that a user's input can cause."""
+"""The ways in which a command can end early: the user's input, a failure on the way, an interruption."""
 
 from __future__ import annotations
 
@@ -15,6 +15,20 @@ class UserError(ValueError):
         >>> raise UserError("data.text: no such file: 'bokos'")
         Traceback (most recent call last):
         pondera.ground.errors.UserError: data.text: no such file: 'bokos'
+    """
+
+
+class Failure(RuntimeError):
+    """Something went wrong on the way, such as a full disk or a loss that is not a number.
+
+    The command line prints the message without a traceback and exits with code 1.
+    """
+
+
+class Interrupted(Exception):
+    """The user or the system asked for an end, and everything was saved; the message says how to go on.
+
+    The command line prints the message and exits with code 130.
     """
 
 

@@ -1,4 +1,4 @@
-"""Opens what `eval`, `generate` and the harness are given: a run folder, a model folder, or a checkpoint from the hub."""
+"""Opens what `eval`, `generate` and the harness are given: a run folder, a model folder, or a hub checkpoint."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def _check_files(folder: Path) -> None:
             with safe_open(file, "pt"):  # reads the header, and compares what it promises with the size of the file
                 pass
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged ({first_line(error)}); copy it again, or use another checkpoint") from None
+            raise UserError(f"{file} is damaged ({first_line(error)}); copy it again or give another folder") from None
 
 
 def _weights(source: Path, given: str) -> Any:

@@ -154,12 +154,16 @@ class Backbone(nn.Module):
         decoder, count = self.decoder, self.config.num_hidden_layers
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= count:
             raise UserError(f"layers: {layers} is not a range within the {count} layers of this {self.config.model_type}")
+        if not layers:
+            return h_BSD
+        # An earlier range of this pass may have filled its layers already: lengths are those of this range's own layers.
+        own_cache = Cache(layers=cache.layers[layers.start :]) if cache is not None else None
         if position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
+            seen = own_cache.get_seq_length() if own_cache is not None else 0
             position_ids = torch.arange(seen, seen + h_BSD.shape[1], device=h_BSD.device)[None]
         if layout.positions and layers.start == 0:
             h_BSD = h_BSD + getattr(decoder, layout.positions)(position_ids)
-        masks = self._layer_masks(h_BSD, cache, mask, position_ids)
+        masks = self._layer_masks(h_BSD, own_cache, mask, position_ids)
         rotary = getattr(decoder, layout.rotary) if layout.rotary else None
         types = self.layer_types
         for index in layers:

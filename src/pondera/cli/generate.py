@@ -1,0 +1,67 @@
+"""``pondera generate``: text from a trained model, as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pondera.cli.checks import check_model_path
+from pondera.cli.parser import Parser, number, whole
+from pondera.ground.errors import UserError
+
+SUMMARY = "writes on from a prompt; can show what each token took"
+EXAMPLES = """
+pondera generate runs/ponderlm2-seed0 --prompt "def read(path):"
+pondera generate runs/ponderlm2-seed0 --prompt "The" --greedy --max-new-tokens 40 --show-compute
+cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
+"""
+
+
+def parser() -> Parser:
+    """What ``pondera generate`` takes."""
+    found = Parser("generate", "Writes on from a prompt.", EXAMPLES)
+    found.add_argument("path", metavar="RUN", help="a run folder, or a model folder")
+    found.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from stdin")
+    found.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="(default: 100)")
+    found.add_argument("--temperature", type=number(0), metavar="X", help="0 is greedy (default: 0.8)")
+    found.add_argument("--top-p", type=number(0, 1, above=True), metavar="X", help="share of probability (default: 0.95)")
+    found.add_argument("--greedy", action="store_true", help="always the likeliest token")
+    found.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling (default: 0)")
+    found.add_argument("--show-compute", action="store_true", help="then show the text shaded by passes per token")
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Streams the text to stdout."""
+    if args.greedy and (args.temperature or args.top_p is not None):
+        raise UserError("--greedy leaves nothing to sample; leave out --greedy, or --temperature and --top-p")
+    check_model_path(args.path)
+    prompt = _prompt(args.prompt)
+
+    from pondera.jobs.generate import generate
+    from pondera.jobs.shade import shade_terminal, visible
+
+    terminal = sys.stdout.isatty()
+
+    def on_text(text: str) -> None:
+        # A model may print anything, and a terminal would obey its control characters.
+        shown = "\n".join(visible(line) for line in text.split("\n")) if terminal else text
+        print(shown, end="", flush=True)
+
+    temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
+    top_p = 0.95 if args.top_p is None else args.top_p
+    found = generate(args.path, prompt, args.max_new_tokens, temperature, top_p, args.seed, on_text)
+    print()
+    if args.show_compute:
+        print(f"\n{shade_terminal(found.tokens, found.passes, color=terminal)}")
+    return 0
+
+
+def _prompt(given: str) -> str:
+    try:
+        if given == "-":
+            return sys.stdin.buffer.read().decode("utf-8")
+        given.encode("utf-8")
+    except UnicodeError:
+        raise UserError("--prompt: this is not UTF-8 text; convert it first, e.g. with iconv") from None
+    return given

@@ -1,0 +1,69 @@
+"""``pondera methods``: what there is to choose from, read from the method files."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+from typing import Any
+
+from pondera.cli.output import print_json
+from pondera.cli.parser import Parser
+from pondera.ground import spec
+from pondera.ground.spec import Method
+
+SUMMARY = "lists the methods, or explains one"
+EXAMPLES = """
+pondera methods
+pondera methods PonderLM2
+PONDERA_METHODS=my_methods pondera methods --json
+"""
+
+
+def parser() -> Parser:
+    """What ``pondera methods`` takes."""
+    found = Parser("methods", "Lists the methods: where each is from, what it costs, whether it reproduced here.", EXAMPLES)
+    found.add_argument("name", nargs="?", metavar="NAME", help="explain this one")
+    found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the index, or one method's own documentation."""
+    if args.name is None:
+        methods = list(spec.index().values())
+        if args.json:
+            print_json([_plain(method) for method in methods])
+        else:
+            print("\n\n".join(map(_entry, methods)))
+            print("\nuse one:  pondera train plain --think \"PonderLM2(thoughts=1)\"   more:  pondera methods NAME")
+        return 0
+    method = spec.find(args.name)
+    text = documentation(method)
+    if args.json:
+        print_json(_plain(method) | {"documentation": text})
+    else:
+        print(f"{_entry(method)}\n  file        {method.file}\n\n{text}")
+    return 0
+
+
+def documentation(method: Method) -> str:
+    """The docstring of a method's class, read without importing it."""
+    body = ast.parse(method.file.read_bytes()).body
+    cls = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == method.name)
+    return inspect.cleandoc(ast.get_docstring(cls) or "(no docstring)")
+
+
+def _entry(method: Method) -> str:
+    rows = (
+        ("write", f"{method.seam}: {method.signature}"),
+        ("paper", method.paper),
+        ("price", method.price),
+        ("reproduced", method.reproduced),
+    )
+    return "\n".join([f"{method.name}: {method.summary}", *(f"  {name:12}{text}" for name, text in rows if text)])
+
+
+def _plain(method: Method) -> dict[str, Any]:
+    keys = ("name", "seam", "signature", "summary", "paper", "price", "reproduced")
+    return {key: getattr(method, key) for key in keys} | {"file": str(method.file)}

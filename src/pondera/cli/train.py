@@ -1,0 +1,105 @@
+"""``pondera train``: a recipe or YAML file -> a run folder."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import textwrap
+from pathlib import Path
+from typing import Any
+
+from pondera.cli.checks import load_config
+from pondera.cli.parser import Parser
+from pondera.ground import settings
+from pondera.ground.errors import UserError
+from pondera.ground.run import Run, is_run
+
+SUMMARY = "trains one model and leaves a run folder"
+EXAMPLES = """
+pondera train ponderlm2
+pondera train ponderlm2 --data.text books/ --train.steps 2000 --out runs/books
+pondera train plain --think "PonderLM2(thoughts=2)" --backbone.hidden_size 256 --name two-thoughts
+pondera train mine.yaml --train.seed 1
+pondera train runs/books --resume
+"""
+
+
+def parser() -> Parser:
+    """What ``pondera train`` takes."""
+    found = Parser(
+        "train",
+        "Trains one model. Any setting of the recipe can be changed by its dotted name.",
+        EXAMPLES,
+        settings="",
+        notes=lambda: f"{recipes()}\n\n{every_setting()}\n",
+    )
+    found.add_argument("recipe", metavar="RECIPE", help="a recipe, a YAML file, or with --resume a run folder")
+    found.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME-seedSEED)")
+    found.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains, then says where everything is and what to type next."""
+    folder = Path(args.recipe)
+    again = is_run(folder)
+    config = load_config(str(folder / "config.yaml") if again else args.recipe, args.overrides)
+    named = Path("runs") / f"{re.sub(r'[^\w.-]+', '-', config.name)}-seed{config.train.seed}"
+    out = args.out or (folder if again else named)
+    if not args.resume and is_run(out):
+        raise UserError(f"{out} already holds a run; --resume goes on with it, --out FOLDER starts another one")
+    if args.resume and not is_run(out):
+        raise UserError(f"--resume: {out} holds no run; leave --resume out, or name the run's folder with --out")
+
+    from pondera.jobs.train import train
+
+    print(_summary(train(config, out, args.resume, progress=True)))
+    return 0
+
+
+def _summary(done: Run) -> str:
+    result = done.result() or {}
+    scores = [
+        text.format(result[key])
+        for key, text in (("bits_per_byte", "{:.4f} bits per byte"), ("passes_per_token", "{:.3g} passes per token"))
+        if isinstance(result.get(key), (int, float))
+    ]
+    path = shlex.quote(str(done.path))
+    rows = [
+        ("scores and prices", f"{done.result_file}{f'  ({", ".join(scores)})' if scores else ''}"),
+        ("the model", str(done.model_dir)),
+        ("the curve", str(done.metrics_file)),
+        ("talk to it", f'pondera generate {path} --prompt "Once upon a time" --show-compute'),
+        ("score it", f"pondera eval {path} --data.text FILE"),
+        ("see it", f"pondera report {path}"),
+    ]
+    return "\n".join(f"  {name + ':':19}{text}" for name, text in rows)
+
+
+def recipes() -> str:
+    """The shipped recipes, each with its sentence."""
+    lines = ["recipes:"]
+    for name in settings.recipe_names():
+        about = settings.load(name).about
+        lines += [f"  {name}", *textwrap.wrap(about, 100, initial_indent="      ", subsequent_indent="      ")]
+    return "\n".join(lines)
+
+
+def every_setting() -> str:
+    """Every field of a run with its help and default."""
+    lines = ["settings, with their defaults (a recipe may have its own):"]
+    for name, item in settings.fields().items():
+        help = f"{item.metadata['help']} (default: {_shown(item.default)})"
+        lines += [f"  --{name} VALUE", *textwrap.wrap(help, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
+    lines += [
+        "  --backbone.FIELD VALUE",
+        "      any field of the architecture's transformers config, e.g. --backbone.hidden_size 256",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(default: Any) -> str:
+    if default is None:
+        return "none"
+    return repr(default) if default == "" else str(default).lower() if isinstance(default, bool) else str(default)

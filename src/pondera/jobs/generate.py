@@ -1,0 +1,183 @@
+"""Continues a prompt, and tells how many passes each token took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pondera.ground.errors import UserError
+from pondera.jobs.load import Loaded, load
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass
+class Generated:
+    """A continuation.
+
+    Args:
+        text: what was written after the prompt, without special tokens.
+        tokens: each token of the prompt and the continuation as the text that it completes (``""`` for all but the last
+            token of a character that is spelled by several).
+        passes: passes that each of them took. The last token, which decoding itself has no need to run, is run too.
+        prompt_tokens: how many of them are the prompt.
+    """
+
+    text: str
+    tokens: list[str]
+    passes: list[float]
+    prompt_tokens: int
+
+
+def generate(
+    path: str | Path | Loaded,
+    prompt: str,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    seed: int = 0,
+    on_text: Callable[[str], Any] | None = None,
+) -> Generated:
+    """Continues `prompt` until the model ends the text or `max_new_tokens` are written.
+
+    Args:
+        path: what `load` takes, or what it returned.
+        prompt: text; if empty, the model starts a text of its own.
+        max_new_tokens: at most so many tokens.
+        temperature: 0 takes the likeliest token each time; else from 0.01 (close to that) to 100 (close to chance).
+        top_p: draw from the likeliest tokens that together have this much probability.
+        seed: the same seed draws the same text; torch's own random state is left as it was.
+        on_text: called with every piece of text as soon as its last character is whole; the pieces join to `text`.
+
+    Raises:
+        UserError: a setting out of range, or a prompt that leaves no room in the model's positions.
+
+    Example::
+
+        generate("runs/ponderlm2", "Once upon a time", on_text=lambda text: print(text, end="", flush=True))
+    """
+    _check(max_new_tokens, temperature, top_p, seed)
+    import torch
+
+    from pondera.model.cache import TokenCache
+
+    loaded = path if isinstance(path, Loaded) else load(path)
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = _prompt_ids(prompt, tokenizer)
+    _check_room(len(ids), max_new_tokens, model.backbone.config)
+    ids_BT = torch.tensor([ids], device=model.device)
+    cache = model.new_cache()
+    stream = Stream(tokenizer, on_text)
+    sampling: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": 1}
+    if temperature > 0:
+        sampling |= {"temperature": temperature, "top_p": top_p, "top_k": 0}
+    with torch.random.fork_rng(), torch.inference_mode():
+        torch.manual_seed(seed)
+        ids_BT = model.generate(
+            ids_BT,
+            attention_mask=torch.ones_like(ids_BT),
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            streamer=stream,
+            **sampling,
+        )
+        passes = [1.0] * ids_BT.shape[1]
+        if isinstance(cache, TokenCache):
+            model(ids_BT[:, cache.tokens :], past_key_values=cache)
+            passes = cast("Tensor", cache.passes_BT)[0].double().tolist()
+    return Generated(stream.text, stream.tokens, passes, len(ids))
+
+
+class Stream:
+    """Spells tokens one at a time, in the way `generate` feeds its streamers: the prompt first.
+
+    Args:
+        tokenizer: spells them.
+        on_text: told the text that comes after the first call's tokens, special tokens left out.
+
+    Attributes:
+        text: everything that `on_text` was told.
+        tokens: the text that each token completes.
+
+    Example::
+
+        stream = Stream(tokenizer)
+        stream.put(tokenizer("naïve", return_tensors="pt").input_ids)
+        stream.tokens  # ["na", "", "ï", "ve"]
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, on_text: Callable[[str], Any] | None = None) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self.tokenizer = tokenizer
+        self.on_text = on_text
+        self.decoder = DecodeStream(skip_special_tokens=True)
+        self.special = set(tokenizer.all_special_ids)
+        self.text = ""
+        self.tokens: list[str] = []
+        self._pending: list[int] = []
+        self._in_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        """Takes the next tokens."""
+        for token in value.flatten().tolist():
+            self._pending.append(token)
+            piece = self.decoder.step(self.tokenizer.backend_tokenizer, token)
+            self._tell(piece)
+            special = token in self.special
+            self.tokens.append(self.tokenizer.convert_ids_to_tokens(token) if special else piece or "")
+        self._in_prompt = False
+
+    def end(self) -> None:
+        """Spells what is left of a character that was never completed, as part of the last token."""
+        rest = self.tokenizer.decode(self._pending, skip_special_tokens=True)
+        self.tokens[-1:] = [token + rest for token in self.tokens[-1:]]
+        self._tell(rest)
+
+    def _tell(self, piece: str | None) -> None:
+        if piece is None:
+            return
+        self._pending.clear()
+        if piece and not self._in_prompt:
+            self.text += piece
+            if self.on_text is not None:
+                self.on_text(piece)
+
+
+def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens}: give 1 or more")
+    if temperature != 0 and not 0.01 <= temperature <= 100:
+        raise UserError(f"temperature={temperature}: give 0 (always the likeliest token), or from 0.01 to 100")
+    if not 0 < top_p <= 1:
+        raise UserError(f"top_p={top_p}: give a share above 0 and up to 1 (all tokens)")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed={seed}: give a whole number from 0 to 2**63 - 1")
+
+
+def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    try:
+        ids = tokenizer.encode(prompt)
+    except UnicodeEncodeError:
+        raise UserError("prompt: not valid text (half of a character pair, or bytes that are not UTF-8)") from None
+    if ids:
+        return ids
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError("prompt: empty, and this tokenizer has no token that starts a text; give at least one character")
+    return [start]
+
+
+def _check_room(prompt_tokens: int, max_new_tokens: int, config: Any) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and prompt_tokens + max_new_tokens > limit:
+        room = limit - prompt_tokens
+        advice = f"use max_new_tokens={room} or less" if room > 0 else f"shorten the prompt below {limit} tokens"
+        raise UserError(
+            f"the prompt has {prompt_tokens} tokens, and {max_new_tokens} new ones would make "
+            f"{prompt_tokens + max_new_tokens}, more than the {limit} positions of this model; {advice}"
+        )

@@ -1,0 +1,36 @@
+"""What a model costs per token, with the method that it was given."""
+
+from __future__ import annotations
+
+from pondera.ground.cost import Call, Prices, Schedule
+from pondera.model.lm import AdaptiveLM
+
+
+def price(model: AdaptiveLM, context: int) -> dict[str, float]:
+    """The analytic price of one token.
+
+    Args:
+        model: only its configs are read.
+        context: tokens per window.
+
+    Returns:
+        ``inference_flops_per_token`` of decoding with half a context cached, ``training_flops_per_token`` (forward and
+        backward, at the mean number of random rounds), and ``kv_bytes_per_token`` of a cache that holds a whole context
+        in the dtype of the model.
+
+    Raises:
+        UserError: an architecture that has no price yet.
+    """
+    prices, think = Prices(model.backbone.config), model.think
+    cached = context // 2
+    if think is None:
+        decoding, training = [Call(1, cached + 1, cached=True)], [Call(context, context)]
+    else:
+        decoding, training = think.calls(1, context=cached), think.calls(context, training=True)
+    slots = context * (think.slots_per_token if think is not None else 1)
+    number_bytes = next(model.parameters()).element_size()
+    return {
+        "inference_flops_per_token": prices.forward(Schedule(tuple(decoding), head_rows=1, tokens=1)),
+        "training_flops_per_token": prices.training(Schedule(tuple(training), context, context)) / context,
+        "kv_bytes_per_token": prices.cache_bytes(slots, number_bytes) / context,
+    }
