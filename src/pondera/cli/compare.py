@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from pondera.cli.checks import load_config
+from pondera.cli.config import load_config
 from pondera.cli.output import only_json, print_json, print_table
 from pondera.cli.parser import Parser, number, whole
 from pondera.ground.errors import UserError
@@ -34,21 +34,18 @@ def parser() -> Parser:
     """What ``pondera compare`` takes."""
     found = Parser(
         "compare",
-        "Trains every recipe with every seed and prints scores beside prices, as mean ± spread over seeds. Settings given "
+        "Trains every recipe with every seed; prints scores beside prices, as mean ± spread over seeds. Settings given "
         "by dotted name (see `pondera train --help`) hold for all recipes.",
         EXAMPLES,
         settings="",
     )
-    found.add_argument("recipes", nargs="+", metavar="RECIPE", help="two or more recipes or YAML files")
-    found.add_argument("--seeds", type=whole(1), default=3, metavar="N", help="runs per recipe (default: 3)")
-    found.add_argument(
-        "--equal", choices=("tokens", "flops"), default="tokens", help="what all get alike in training (default: tokens)"
-    )
-    found.add_argument(
-        "--flops", type=number(0, above=True), metavar="N", help="with --equal flops: how many; else what the first takes"
-    )
-    found.add_argument("--out", type=Path, metavar="DIR", help="where runs and report go (default: runs/compare-RECIPES)")
-    found.add_argument("--json", action="store_true", help="print the rows as JSON, and nothing else")
+    add = found.add_argument
+    add("recipes", nargs="+", metavar="RECIPE", help="recipes or YAML files, the one to beat first")
+    add("--seeds", type=whole(1), default=3, metavar="N", help="runs per recipe (default: 3)")
+    add("--equal", choices=("tokens", "flops"), default="tokens", help="what all are trained with (default: tokens)")
+    add("--flops", type=number(0, above=True), metavar="N", help="how many, with --equal flops (default: the first's)")
+    add("--out", type=Path, metavar="DIR", help="where runs and report go (default: runs/compare-RECIPES)")
+    add("--json", action="store_true", help="print the rows as JSON, and nothing else")
     return found
 
 
@@ -61,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
     names = [load_config(recipe, args.overrides).name for recipe in args.recipes]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"two of the recipes are called {name!r}, and the table could not tell them apart; rename one")
+            raise UserError(
+                f"two of the recipes are called {name!r}; the table could not tell them apart, so rename one"
+            )
     out = args.out or Path("runs") / f"compare-{'-'.join(Path(recipe).stem for recipe in args.recipes)}"
 
     from pondera.jobs.compare import compare

@@ -16,8 +16,10 @@ pondera demo --out demo
 
 def parser() -> Parser:
     """What ``pondera demo`` takes."""
-    found = Parser("demo", "Trains tiny models on this Python's own library and compares them. No network needed.", EXAMPLES)
-    found.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where runs and report go (default: demo)")
+    found = Parser("demo", "Trains tiny models on this Python's own library and compares them; no network.", EXAMPLES)
+    found.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="for runs and report (default: demo)"
+    )
     return found
 
 

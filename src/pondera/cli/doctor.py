@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from pondera.cli.checks import load_config
+from pondera.cli.config import load_config
 from pondera.cli.parser import Parser
 
 SUMMARY = "checks a run before it starts: what fits, what it takes, how long"
@@ -18,12 +18,12 @@ def parser() -> Parser:
     """What ``pondera doctor`` takes."""
     found = Parser(
         "doctor",
-        "Checks installation, machine and config, and estimates memory and time; trains nothing. Exit code 2 if the run "
-        "cannot work. Settings are given as to `pondera train`.",
+        "Checks installation, machine and config, and estimates memory and time; trains nothing. Exits with 2 if the "
+        "run cannot work. Settings are given as to `pondera train`.",
         EXAMPLES,
         settings="",
     )
-    found.add_argument("recipe", nargs="?", default="plain", metavar="RECIPE", help="a recipe or YAML file (default: plain)")
+    found.add_argument("recipe", nargs="?", default="plain", metavar="RECIPE", help="or a YAML file (default: plain)")
     return found
 
 

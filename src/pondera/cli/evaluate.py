@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 
-from pondera.cli.checks import check_model_path
 from pondera.cli.output import only_json, print_json, print_table
 from pondera.cli.parser import Parser, whole
 from pondera.ground import settings
@@ -30,7 +29,7 @@ SHOWN = (
 def parser() -> Parser:
     """What ``pondera eval`` takes."""
     found = Parser("eval", "Scores a trained model on held-out text.", EXAMPLES, settings="data.", notes=_settings)
-    found.add_argument("path", metavar="RUN", help="a run folder, or a model folder")
+    found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
     found.add_argument("--max-tokens", type=whole(1), metavar="N", help="score at most this many (default: all)")
     found.add_argument("--json", action="store_true", help="print the scores as JSON, and nothing else")
     return found
@@ -38,9 +37,6 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Scores and prints."""
-    check_model_path(args.path)
-    settings.load("plain", args.overrides)  # refuses a misspelt data setting now, not after the model has been loaded
-
     from pondera.jobs.evaluate import evaluate
 
     with only_json(args.json):
@@ -60,6 +56,6 @@ def _number(value: float) -> str:
 
 
 def _settings() -> str:
-    names = {name: item.metadata["help"] for name, item in settings.fields().items() if name.startswith("data.")}
-    lines = "\n".join(f"  --{name:18}{help}" for name, help in names.items())
-    return f"the text (default: what the run was trained on, its held-out part):\n{lines}\n"
+    helps = {name: settings.fields()[name].metadata["help"] for name in ("data.text", "data.context", "data.column")}
+    lines = "\n".join(f"  --{name:14}{help}" for name, help in helps.items())
+    return f"the text (default: what the run held out of its own; a model that is not from a run needs one):\n{lines}\n"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pondera.cli.checks import check_model_path
 from pondera.cli.parser import Parser, number, whole
 from pondera.ground.errors import UserError
 
@@ -20,11 +19,13 @@ cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
 def parser() -> Parser:
     """What ``pondera generate`` takes."""
     found = Parser("generate", "Writes on from a prompt.", EXAMPLES)
-    found.add_argument("path", metavar="RUN", help="a run folder, or a model folder")
+    found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
     found.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from stdin")
     found.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="(default: 100)")
     found.add_argument("--temperature", type=number(0), metavar="X", help="0 is greedy (default: 0.8)")
-    found.add_argument("--top-p", type=number(0, 1, above=True), metavar="X", help="share of probability (default: 0.95)")
+    found.add_argument(
+        "--top-p", type=number(0, 1, above=True), metavar="X", help="probability drawn from (default: 0.95)"
+    )
     found.add_argument("--greedy", action="store_true", help="always the likeliest token")
     found.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling (default: 0)")
     found.add_argument("--show-compute", action="store_true", help="then show the text shaded by passes per token")
@@ -35,7 +36,6 @@ def run(args: argparse.Namespace) -> int:
     """Streams the text to stdout."""
     if args.greedy and (args.temperature or args.top_p is not None):
         raise UserError("--greedy leaves nothing to sample; leave out --greedy, or --temperature and --top-p")
-    check_model_path(args.path)
     prompt = _prompt(args.prompt)
 
     from pondera.jobs.generate import generate

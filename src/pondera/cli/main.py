@@ -1,7 +1,7 @@
 """The command `pondera`: finds the verb, runs it, and turns what goes wrong into a message and an exit code.
 
-A verb is a module with `SUMMARY` (a line of ``pondera --help``), `parser()` and `run(args)`, which returns the exit code.
-Whatever is slow to import is imported inside `run`, so that help and mistakes in the input are answered at once.
+A verb is a module with `SUMMARY` (a line of ``pondera --help``), `parser()`, and `run(args)`, which returns the exit
+code. Whatever is slow to import is imported inside `run`, so that help and mistakes in the input are answered at once.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from pondera.cli import compare, demo, doctor, evaluate, generate, methods, report, train
-from pondera.ground import errors
-from pondera.ground.errors import UserError, unknown
+from pondera.ground.errors import Failure, Interrupted, UserError, unknown
 
 VERBS: dict[str, ModuleType] = {
     "demo": demo,
@@ -70,10 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
-    except (KeyboardInterrupt, errors.Interrupted) as error:
+    except (KeyboardInterrupt, Interrupted) as error:
         _say(str(error) or "interrupted")
         return INTERRUPTED
-    except errors.Failure as error:
+    except Failure as error:
         _say(str(error))
         return FAILURE
     except Exception:

@@ -22,7 +22,7 @@ PONDERA_METHODS=my_methods pondera methods --json
 
 def parser() -> Parser:
     """What ``pondera methods`` takes."""
-    found = Parser("methods", "Lists the methods: where each is from, what it costs, whether it reproduced here.", EXAMPLES)
+    found = Parser("methods", "Lists the methods: where each is from, its price, whether it reproduced here.", EXAMPLES)
     found.add_argument("name", nargs="?", metavar="NAME", help="explain this one")
     found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     return found
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             print_json([_plain(method) for method in methods])
         else:
             print("\n\n".join(map(_entry, methods)))
-            print("\nuse one:  pondera train plain --think \"PonderLM2(thoughts=1)\"   more:  pondera methods NAME")
+            print('\nuse one:  pondera train plain --think "PonderLM2(thoughts=1)"   more:  pondera methods NAME')
         return 0
     method = spec.find(args.name)
     text = documentation(method)

@@ -51,7 +51,7 @@ class Parser(argparse.ArgumentParser):
         """The arguments; given settings are in `overrides`, as a mapping from dotted name to text.
 
         Raises:
-            UserError: an unknown option (with the nearest), a missing or superfluous word, or a value that does not fit.
+            UserError: an unknown option (with the nearest), a word too few or too many, or a value that does not fit.
         """
         rest, overrides = self._divide(list(words))
         args = self.parse_args(rest)
@@ -92,7 +92,7 @@ class Parser(argparse.ArgumentParser):
         return rest, overrides
 
     def _is_setting(self, option: str) -> bool:
-        """Whether this names a setting, or at least a group that has settings: `settings.load` knows what is nearest."""
+        """Whether this names a setting or something in a group of settings, which `settings.load` checks by name."""
         name = option.removeprefix("--")
         known = self._setting_names()
         return name in known or ("." in name and name.split(".")[0] in {other.split(".")[0] for other in known})

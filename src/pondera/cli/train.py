@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from pondera.cli.checks import load_config
+from pondera.cli.config import load_config
 from pondera.cli.parser import Parser
 from pondera.ground import settings
 from pondera.ground.errors import UserError
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.recipe)
     again = is_run(folder)
     config = load_config(str(folder / "config.yaml") if again else args.recipe, args.overrides)
-    named = Path("runs") / f"{re.sub(r'[^\w.-]+', '-', config.name)}-seed{config.train.seed}"
-    out = args.out or (folder if again else named)
+    name = re.sub(r"[^\w.-]+", "-", config.name)
+    out = args.out or (folder if again else Path("runs") / f"{name}-seed{config.train.seed}")
     if not args.resume and is_run(out):
         raise UserError(f"{out} already holds a run; --resume goes on with it, --out FOLDER starts another one")
     if args.resume and not is_run(out):
@@ -60,14 +60,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(done: Run) -> str:
     result = done.result() or {}
-    scores = [
-        text.format(result[key])
-        for key, text in (("bits_per_byte", "{:.4f} bits per byte"), ("passes_per_token", "{:.3g} passes per token"))
-        if isinstance(result.get(key), (int, float))
-    ]
+    score = f"  ({result['bits_per_byte']:.4f} bits per byte)" if result.get("bits_per_byte") else ""
     path = shlex.quote(str(done.path))
     rows = [
-        ("scores and prices", f"{done.result_file}{f'  ({", ".join(scores)})' if scores else ''}"),
+        ("scores and prices", f"{done.result_file}{score}"),
         ("the model", str(done.model_dir)),
         ("the curve", str(done.metrics_file)),
         ("talk to it", f'pondera generate {path} --prompt "Once upon a time" --show-compute'),

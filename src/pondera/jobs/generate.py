@@ -66,7 +66,8 @@ def generate(
     from pondera.model.cache import TokenCache
 
     loaded = path if isinstance(path, Loaded) else load(path)
-    model, tokenizer = loaded.model, loaded.tokenizer
+    model: Any = loaded.model
+    tokenizer = loaded.tokenizer
     ids = _prompt_ids(prompt, tokenizer)
     _check_room(len(ids), max_new_tokens, model.backbone.config)
     ids_BT = torch.tensor([ids], device=model.device)
@@ -116,7 +117,7 @@ class Stream:
         self.tokenizer = tokenizer
         self.on_text = on_text
         self.decoder = DecodeStream(skip_special_tokens=True)
-        self.special = set(tokenizer.all_special_ids)
+        self.special = dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True))
         self.text = ""
         self.tokens: list[str] = []
         self._pending: list[int] = []
@@ -128,13 +129,12 @@ class Stream:
             self._pending.append(token)
             piece = self.decoder.step(self.tokenizer.backend_tokenizer, token)
             self._tell(piece)
-            special = token in self.special
-            self.tokens.append(self.tokenizer.convert_ids_to_tokens(token) if special else piece or "")
+            self.tokens.append(self.special.get(token, piece or ""))
         self._in_prompt = False
 
     def end(self) -> None:
         """Spells what is left of a character that was never completed, as part of the last token."""
-        rest = self.tokenizer.decode(self._pending, skip_special_tokens=True)
+        rest = cast(str, self.tokenizer.decode(self._pending, skip_special_tokens=True))
         self.tokens[-1:] = [token + rest for token in self.tokens[-1:]]
         self._tell(rest)
 
@@ -146,6 +146,18 @@ class Stream:
             self.text += piece
             if self.on_text is not None:
                 self.on_text(piece)
+
+
+def start_token(tokenizer: PreTrainedTokenizerFast) -> int:
+    """What a text begins after: BOS, or the EOS token of the text before.
+
+    Raises:
+        UserError: a tokenizer that has neither.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise UserError("the tokenizer has neither BOS nor EOS, so nothing can start a text; set its eos_token")
+    return cast(int, start)
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:
@@ -164,12 +176,7 @@ def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
         ids = tokenizer.encode(prompt)
     except UnicodeEncodeError:
         raise UserError("prompt: not valid text (half of a character pair, or bytes that are not UTF-8)") from None
-    if ids:
-        return ids
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise UserError("prompt: empty, and this tokenizer has no token that starts a text; give at least one character")
-    return [start]
+    return ids or [start_token(tokenizer)]
 
 
 def _check_room(prompt_tokens: int, max_new_tokens: int, config: Any) -> None:

@@ -136,9 +136,10 @@ def _weights(source: Path, given: str) -> Any:
     local = source.is_dir()
     try:
         with nullcontext() if local else hub():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loading: Any = AutoModelForCausalLM.from_pretrained(
                 str(source), use_safetensors=True, output_loading_info=True, local_files_only=local
             )
+            model, info = loading
     except UserError:
         raise
     except Exception as error:  # a config can ask for anything, and any part of the library can then refuse it
@@ -197,7 +198,7 @@ def _check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, g
         )
 
 
-def _placed(model: AdaptiveLM, device: str | None) -> AdaptiveLM:
+def _placed(model: Any, device: str | None) -> AdaptiveLM:
     import torch
 
     found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"

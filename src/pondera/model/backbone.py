@@ -69,20 +69,16 @@ class Backbone(nn.Module):
         torch.Size([1, 3, 97])
     """
 
+    decoder: nn.Module
+    """The stack without the head."""
+
     def __init__(self, lm: PreTrainedModel, embed_scale: float = 1.0) -> None:
         super().__init__()
         self.lm = lm
         self.embed_scale = embed_scale
-
-    @property
-    def config(self) -> PreTrainedConfig:
-        """The decoder's own config."""
-        return self.lm.config.get_text_config(decoder=True)
-
-    @property
-    def decoder(self) -> nn.Module:
-        """The stack without the head."""
-        return self.lm.get_decoder()
+        self.config: PreTrainedConfig = lm.config.get_text_config(decoder=True)
+        # Looked up once, as it is called for every token; past nn.Module's registry, where it would be a second copy.
+        object.__setattr__(self, "decoder", lm.get_decoder())
 
     @property
     def layer_types(self) -> list[str]:

@@ -1,0 +1,22 @@
+"""A run's config from the command line, refused before anything heavy is imported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pondera.ground import settings, spec
+from pondera.ground.errors import UserError
+from pondera.ground.settings import RunConfig
+
+
+def load_config(source: str, overrides: dict[str, Any]) -> RunConfig:
+    """A checked config whose methods exist, from a recipe or file and dotted overrides."""
+    config = settings.load(source, overrides)
+    for seam in spec.SEAMS:
+        text = getattr(config, seam)
+        if text is not None:
+            try:
+                spec.find(spec.parse(text).name, seam)
+            except UserError as error:
+                raise UserError(f"{seam}: {error}") from None
+    return config

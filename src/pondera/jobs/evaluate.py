@@ -1,0 +1,267 @@
+"""Scores a trained model on a text, with the price of a token and the speed of decoding.
+
+Shapes: T tokens of a text.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pondera.ground import settings
+from pondera.ground.data import Split, prepare
+from pondera.ground.errors import UserError, unknown
+from pondera.ground.run import Run
+from pondera.ground.settings import DataConfig
+from pondera.ground.text import Source, open_text
+from pondera.ground.tokens import encode, fingerprint
+from pondera.jobs.load import Loaded, load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pondera.model.lm import AdaptiveLM
+
+SETTINGS = ("text", "context", "column")
+DECODED = 32  # tokens that the speed is measured on
+TRACED = 200  # tokens of a trace, at most
+
+
+def evaluate(
+    path: str | Path | Loaded, data: dict[str, Any] | None = None, max_tokens: int | None = None
+) -> dict[str, Any]:
+    """Scores a model on a text.
+
+    A run is scored on what was held out of its own text, in whole windows, as at the end of its training. Any other
+    text is scored whole: tokenised as it stands (documents of a folder, JSONL file or dataset in a row, with EOS
+    between them), in windows that do not overlap, so that every token but the very first is predicted exactly once.
+
+    Args:
+        path: what `load` takes, or what it returned.
+        data: ``text``, ``context`` and ``column`` as in a run's ``data`` (a leading ``data.`` may stay). By default the
+            run's own; a model that is not from a run needs a ``text``.
+        max_tokens: predict at most this many tokens; none: all.
+
+    Returns:
+        ``loss`` (nats per token), ``perplexity`` and ``bits_per_byte`` over ``tokens`` predicted tokens that spell
+        ``bytes`` bytes; ``passes_per_token``, ``inference_flops_per_token`` and ``kv_bytes_per_token`` (none where the
+        architecture has no price yet); ``tokens_per_second`` of decoding one sequence: 32 greedy tokens with a cache,
+        on this machine, after a warm-up; ``context`` and ``name``.
+
+    Raises:
+        UserError: no model, no such text, a text that is empty or binary, or a context that the model has no positions
+            for.
+
+    Example::
+
+        evaluate("runs/ponderlm2", {"text": "book.txt"})["bits_per_byte"]
+    """
+    given = _given(data or {})
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens={max_tokens}: give 1 or more, or leave it out for all of the text")
+    source = open_text(given["text"], given.get("column", "text")) if "text" in given else None
+    loaded = path if isinstance(path, Loaded) else load(path)
+    model, run = loaded.model, loaded.run
+    context = _context(given.get("context"), loaded)
+    if run is not None and (source is None or given["text"] == run.config.data.text):
+        found = _score_held_out(loaded, run, context, max_tokens)
+    elif source is not None:
+        found = _score_whole(model, _Text.read(source, given["text"], loaded.tokenizer, max_tokens), context)
+    else:
+        raise UserError("data.text: this model is not from a run; say what to score it on, e.g. --data.text book.txt")
+    return {
+        "name": loaded.name,
+        **found,
+        "context": context,
+        "passes_per_token": model.passes(),
+        **_prices(model, context),
+        "tokens_per_second": _decoding_speed(model, loaded.tokenizer),
+    }
+
+
+def trace(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str, context: int) -> dict[str, list]:
+    """What each token of a text's beginning took, and how surprising it was.
+
+    Args:
+        model: any mode; left as it was.
+        tokenizer: its tokenizer.
+        text: its first tokens (as many as 200, or `context`) are traced; they are read after the token that starts a
+            text, so that the first has a loss too.
+        context: most tokens that the model may see.
+
+    Returns:
+        ``tokens`` (the text that each completes), ``passes`` that each took, and ``nll``, the negative log-likelihood
+        of each in nats.
+
+    Raises:
+        UserError: a text without any token.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from pondera.jobs.generate import Stream, start_token
+
+    ids, _ = next(encode([text], tokenizer))
+    if not len(ids):
+        raise UserError("the text to trace holds no token")
+    ids_BT = torch.tensor([[start_token(tokenizer), *ids[: min(TRACED, context - 1)].tolist()]])
+    stream = Stream(tokenizer)
+    stream.put(ids_BT[0, 1:])
+    stream.end()
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            out = model(ids_BT.to(model.device))
+    finally:
+        model.train(was_training)
+    nll_T = F.cross_entropy(out.logits[0, :-1].float(), ids_BT[0, 1:].to(model.device), reduction="none")
+    return {"tokens": stream.tokens, "passes": out.passes[0, 1:].double().tolist(), "nll": nll_T.tolist()}
+
+
+class _Text(Split):
+    """A split that was not prepared: one text in memory, without an EOS token at its end."""
+
+    def __init__(self, ids_T: np.ndarray, bytes_T: np.ndarray) -> None:
+        self.ids, self._bytes = ids_T, np.append(0, bytes_T)  # bytes up to the end of each token
+        self.num_tokens, self.num_bytes = len(ids_T), int(self._bytes[-1])
+
+    @classmethod
+    def read(cls, source: Source, name: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None) -> _Text:
+        """As many tokens as it takes to predict `max_tokens`."""
+        ids, ends, tokens = [], [], 0
+        for text in _texts(source, name):
+            (text_ids, text_ends), seen = next(encode([text], tokenizer)), ends[-1][-1] if ends else 0
+            if tokens and tokenizer.eos_token_id is not None:
+                text_ids, text_ends = np.append(tokenizer.eos_token_id, text_ids), np.append(0, text_ends)
+            ids.append(text_ids)
+            ends.append(text_ends + seen)
+            tokens += len(text_ids)
+            if max_tokens is not None and tokens > max_tokens:
+                break
+        stop = None if max_tokens is None else max_tokens + 1
+        text = cls(np.concatenate(ids)[:stop], np.concatenate(ends)[:stop]) if ids else None
+        if text is None or text.num_tokens < 2 or not text.num_bytes_of(1, text.num_tokens):
+            raise UserError(f"data.text: {name!r} is too short to score: nothing follows its first token")
+        return text
+
+
+def _texts(source: Source, name: str) -> Iterator[str]:
+    """The documents of a source; a lone file of plain text is one, though training cuts it to hold some of it out."""
+    documents = (document.text for document in source.read())
+    path = Path(name).expanduser()
+    if path.is_file() and ".jsonl" not in path.suffixes:
+        yield "".join(documents)
+    else:
+        yield from documents
+
+
+def _given(data: dict[str, Any]) -> dict[str, Any]:
+    """The settings by their bare names, read and checked as a run's are."""
+    tree: dict[str, Any] = {}
+    for key, value in data.items():
+        name = key.removeprefix("data.")
+        if name not in SETTINGS:
+            reason = "the model brings its own" if name == "tokenizer" else f"eval takes {', '.join(SETTINGS)}"
+            known = f"data.{name}" in settings.fields()
+            raise UserError(f"data.{name}: {reason}") if known else unknown("setting", key, SETTINGS)
+        tree[name] = settings.scalar(value) if name == "context" and isinstance(value, str) else value
+    checked = settings.from_dict({"data": tree}).data
+    return {name: getattr(checked, name) for name in tree}
+
+
+def _context(given: int | None, loaded: Loaded) -> int:
+    limit = getattr(loaded.model.backbone.config, "max_position_embeddings", None)
+    own = loaded.run.config.data.context if loaded.run else min(DataConfig().context, limit or DataConfig().context)
+    context = own if given is None else given
+    if context < 1:
+        raise UserError(f"data.context: a window needs at least 1 token, got {context}")
+    if limit is not None and context > limit:
+        raise UserError(f"data.context: {context} exceeds the {limit} positions of this model; give {limit} or less")
+    return context
+
+
+def _score_held_out(loaded: Loaded, run: Run, context: int, max_tokens: int | None) -> dict[str, float]:
+    from pondera.jobs.score import score
+
+    corpus = prepare(replace(run.config.data, context=context))
+    if fingerprint(corpus.tokenizer()) != fingerprint(loaded.tokenizer):
+        raise UserError(
+            f"data.text: {run.config.data.text!r} is not what it was when {loaded.name} was trained (it now gives "
+            "another tokenizer), so what was held out is not known; give --data.text with a text it has not seen"
+        )
+    held_out = corpus.validation
+    return score(loaded.model, held_out, context, max_tokens or held_out.num_tokens, _batch_size(context))
+
+
+def _score_whole(model: AdaptiveLM, text: _Text, context: int) -> dict[str, float]:
+    """The full windows, and the shorter one at the end."""
+    import torch
+
+    from pondera.jobs.score import score
+
+    tokens, num_bytes, nats = text.num_tokens - 1, text.num_bytes_of(1, text.num_tokens), 0.0
+    full = tokens // context * context
+    if full:
+        nats += full * score(model, text, context, full, _batch_size(context))["loss"]
+    if full < tokens:
+        rest_1T = torch.from_numpy(text.ids[full:]).to(model.device)[None]
+        with torch.no_grad():
+            out = model(rest_1T[:, :-1], shift_labels=rest_1T[:, 1:])
+        nats += float(out.terms["next_token"].sum)
+    loss = nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "tokens": tokens,
+        "bytes": num_bytes,
+    }
+
+
+def _batch_size(context: int) -> int:
+    return max(1, 2048 // context)
+
+
+def _prices(model: AdaptiveLM, context: int) -> dict[str, float | None]:
+    from pondera.jobs.price import price
+
+    keys = ("inference_flops_per_token", "kv_bytes_per_token")
+    try:
+        found = price(model, context)
+    except UserError:  # the scores are worth having without the price
+        return dict.fromkeys(keys)
+    return {key: found[key] for key in keys}
+
+
+def _decoding_speed(model: Any, tokenizer: PreTrainedTokenizerFast) -> float:
+    import torch
+
+    from pondera.jobs.generate import start_token
+
+    limit = getattr(model.backbone.config, "max_position_embeddings", None) or DECODED + 1
+    count = min(DECODED, limit - 1)
+    start_BT = torch.tensor([[start_token(tokenizer)]], device=model.device)
+
+    def decode(tokens: int) -> float:
+        began = time.perf_counter()
+        ids_BT = model.generate(
+            start_BT,
+            attention_mask=torch.ones_like(start_BT),
+            past_key_values=model.new_cache(),
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+            num_beams=1,
+        )
+        ids_BT.tolist()  # waits for the device
+        return time.perf_counter() - began
+
+    decode(min(4, count))
+    return count / decode(count)

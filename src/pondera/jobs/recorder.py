@@ -1,0 +1,182 @@
+"""What happens between optimizer steps: metrics, validation, checkpoints, and stopping when asked to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from pondera.ground.data import Corpus
+from pondera.ground.errors import Failure, UserError
+from pondera.ground.run import Run
+from pondera.ground.settings import RunConfig
+from pondera.jobs import checkpoints
+from pondera.jobs.price import price
+from pondera.jobs.progress import Watch
+from pondera.jobs.score import score
+from pondera.jobs.trainer import PonderaTrainer, learning_rate_share
+from pondera.model.lm import AdaptiveLM
+
+PRICES = ("inference_flops_per_token", "training_flops_per_token", "kv_bytes_per_token")
+
+
+class Recorder(TrainerCallback):
+    """Writes the run folder while a `PonderaTrainer` trains.
+
+    All processes take every decision alike, since what they decide on was summed over them; the first one writes.
+
+    Args:
+        run: the run folder.
+        config: of the run.
+        corpus: what is trained and validated on.
+        model: what is trained.
+        start: the checkpoint to go on from, if any.
+        show: show progress.
+
+    Attributes:
+        trainer: to be set before training.
+        first_step: steps that are done already.
+        validation: the last validation, if it was made after the last step.
+        stopped: training ended because it was asked to.
+    """
+
+    trainer: PonderaTrainer
+
+    def __init__(
+        self, run: Run, config: RunConfig, corpus: Corpus, model: AdaptiveLM, start: Path | None, show: bool
+    ) -> None:
+        self.run, self.config, self.corpus, self.model, self.start = run, config, corpus, model, start
+        state = checkpoints.read_state(start) if start else {"step": 0, "seconds": 0.0, "since": _nothing()}
+        self.first_step: int = state["step"]
+        self.seconds: float = state["seconds"]
+        self.since: dict[str, Any] = state["since"]
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.prices: dict[str, Any] = dict.fromkeys(PRICES)
+        try:
+            self.prices = price(model, config.data.context)
+        except UserError:
+            pass  # an architecture without a price can be trained all the same; its FLOPs stay empty
+        self.validation: dict[str, float] | None = None
+        self.stopped = False
+        self.watch = Watch(config.train.steps, self.first_step, show)
+        self._clock = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts optimizer and step where the checkpoint left them."""
+        state.global_step = self.first_step
+        if self.start is not None:
+            main = self.trainer.is_world_process_zero()
+            self.trainer.restore_optimizer(checkpoints.read_optimizer(self.start) if main else {})
+        self._clock = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs, validates and saves when their time has come."""
+        measured, settings, step = self.trainer.latest, self.config.train, state.global_step
+        assert measured is not None
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        since = self.since
+        since["steps"] += 1
+        since["seconds"] += now - self._clock
+        since["loss"] += measured.loss
+        for name, mean in measured.terms.items():
+            since["terms"][name] = since["terms"].get(name, 0.0) + mean
+
+        last = step >= settings.steps
+        alone = self.trainer.args.world_size == 1  # several processes only stop after a step whose sums told all of them
+        self.stopped = (measured.stop or (alone and self.trainer.stop_asked)) and not last
+        line = self._line(step) if last or step % settings.log_every == 0 else {}
+        speed = since["steps"] * self._tokens_per_step / since["seconds"]
+        if line:
+            self.since = _nothing()
+        if last or step % settings.eval_every == 0:
+            self.validation = self.validate()
+            line["validation"] = {name: self.validation[name] for name in ("loss", "perplexity", "bits_per_byte")}
+        else:
+            self.validation = None
+        if line:
+            self.on_main(lambda: self.run.log(**self._progress(step), **line))
+        if last or self.stopped or step % settings.save_every == 0:
+            self._save(step)
+        self.watch.step(step, line.get("loss", measured.loss), speed, logged="loss" in line)
+        if self.stopped:
+            control.should_training_stop = True
+        self._clock = time.monotonic()
+
+    def validate(self) -> dict[str, float]:
+        """Scores the model on the held-out text; by all processes at once, since a sharded model needs them all."""
+        tokens = self.config.train.eval_tokens
+        found = score(self.trainer.model, self.corpus.validation, self.config.data.context, tokens)  # pyright: ignore[reportArgumentType]
+        self.watch.bits_per_byte = found["bits_per_byte"]
+        return found
+
+    def totals(self) -> dict[str, Any]:
+        """The result of the run, but for its validation."""
+        steps = self.config.train.steps
+        tokens = steps * self._tokens_per_step
+        return {
+            "passes_per_token": self.model.passes(),
+            "inference_flops_per_token": self.prices["inference_flops_per_token"],
+            "train_flops": self._progress(steps)["train_flops"],
+            "train_tokens": tokens,
+            "train_seconds": self.seconds,
+            "tokens_per_second": tokens / self.seconds,
+            "kv_bytes_per_token": self.prices["kv_bytes_per_token"],
+            "parameters": self.parameters,
+        }
+
+    def on_main(self, write: Callable[[], None]) -> None:
+        """Has the first process write; where it fails, all of them raise.
+
+        Raises:
+            Failure: it could not write.
+        """
+        failure: Failure | None = None
+        if self.trainer.is_world_process_zero():
+            try:
+                write()
+            except Failure as error:
+                failure = error
+            except OSError as error:
+                failure = Failure(f"{self.run.path}: cannot be written ({error}); make room, then go on with --resume")
+        failed = torch.tensor(float(failure is not None), device=self.trainer.args.device)
+        if float(self.trainer.accelerator.reduce(failed, "sum")):  # pyright: ignore[reportArgumentType]
+            raise failure or Failure("the first process could not write; see its message")
+
+    def _save(self, step: int) -> None:
+        weights, optimizer = self.trainer.snapshot()
+        state = {"step": step, "seconds": self.seconds, "since": self.since, "corpus": self.corpus.digest}
+        tokenizer, keep = self.corpus.tokenizer_path, self.config.train.keep
+        self.on_main(
+            lambda: checkpoints.save(self.run, step, self.model, weights, optimizer, state, tokenizer, keep)
+        )
+
+    def _line(self, step: int) -> dict[str, Any]:
+        """The means since the last line, and the last step's gradient norm."""
+        settings, since, measured = self.config.train, self.since, self.trainer.latest
+        assert measured is not None
+        return {
+            "loss": since["loss"] / since["steps"],
+            "terms": {name: total / since["steps"] for name, total in since["terms"].items()},
+            "lr": settings.lr * learning_rate_share(step - 1, settings),
+            "grad_norm": measured.grad_norm,
+            "tokens_per_second": since["steps"] * self._tokens_per_step / since["seconds"],
+            "seconds": self.seconds,
+        }
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        """The axes that curves are drawn over."""
+        tokens, flops = step * self._tokens_per_step, self.prices["training_flops_per_token"]
+        return {"step": step, "tokens": tokens, "train_flops": None if flops is None else tokens * flops}
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.config.train.batch_size * self.config.data.context
+
+
+def _nothing() -> dict[str, Any]:
+    return {"steps": 0, "seconds": 0.0, "loss": 0.0, "terms": {}}

@@ -1,0 +1,256 @@
+"""`train`: a RunConfig becomes a run folder with metrics, checkpoints, a model and its result.
+
+On several processes (torchrun, accelerate launch) all of them call `train`; the first one writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pondera.ground.errors import Failure, Interrupted, UserError, unknown
+from pondera.ground.run import Run, is_run
+from pondera.ground.settings import RunConfig, TrainConfig
+from pondera.jobs.build import adopt, new_model, resolve
+
+if TYPE_CHECKING:
+    from pondera.ground.data import Corpus, Split
+    from pondera.jobs.recorder import Recorder
+    from pondera.jobs.trainer import NotFinite, PonderaTrainer
+    from pondera.model.lm import AdaptiveLM
+
+FREE = {"log_every", "eval_every", "eval_tokens", "save_every", "keep"}
+"""Settings of ``train`` that may change when a run is resumed: they decide what is seen, not what is learned."""
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> Run:
+    """Trains one model and leaves a run folder.
+
+    A run that was killed goes on with ``resume=True`` from its newest intact checkpoint and ends with the same weights,
+    byte for byte, as if nothing had happened. A finished run is returned as it is.
+
+    Args:
+        config: what decides the run.
+        out: the run folder; it must be new or empty, unless `resume`.
+        resume: go on with the run in `out`.
+        progress: show a bar (or lines, where stderr is no terminal).
+
+    Raises:
+        UserError: settings, text, backbone or folder cannot be used.
+        Failure: the disk is full, or the loss is not a number; the last checkpoint is intact.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+
+    Example::
+
+        run = train(load("ponderlm2", {"train.steps": 20}), Path("runs/first"))
+        run.result()["bits_per_byte"]
+    """
+    _check(config.train)
+    config, main = resolve(config), int(os.environ.get("RANK", 0)) == 0
+    run = _open(config, out) if resume else Run(out)
+    if resume and run.result() is not None:
+        return run
+    if main and not resume:
+        _check_free(out)
+
+    from pondera.ground.data import prepare
+
+    corpus = prepare(config.data)
+    with _quiet():
+        from pondera.jobs.recorder import Recorder
+        from pondera.jobs.trainer import NotFinite, PonderaTrainer, arguments
+
+        model, start = _restored(run, corpus, main) if resume else (None, None)
+        if model is None:
+            model = new_model(config, corpus.vocab_size)
+            if isinstance(config.backbone, dict):
+                adopt(model, corpus.tokenizer())
+        _check_recomputable(model, config.train)
+        args = arguments(config.train, str(out), _num_processes())
+        recorder = Recorder(run, config, corpus, model, start, show=progress and main)
+        trainer = PonderaTrainer(
+            model, args, config.train, corpus.train.windows(config.data.context), recorder.first_step, [recorder]
+        )
+        trainer.accelerator.wait_for_everyone()  # nobody still looks whether the folder is free
+        if main and not resume:
+            Run.create(out, config)
+        try:
+            with _signals(trainer), recorder.watch:
+                recorder.trainer = trainer
+                trainer.train()
+        except NotFinite as error:
+            raise _explained(error, run, corpus.train, config) from None
+        if recorder.stopped:
+            raise Interrupted(f"stopped after step {trainer.state.global_step}; go on with: {_again(run)}")
+        _finish(recorder, trainer)
+    return run
+
+
+def _finish(recorder: Recorder, trainer: PonderaTrainer) -> None:
+    """The final model and the result."""
+    from pondera.jobs import checkpoints
+
+    run = recorder.run
+    validation = recorder.validation or recorder.validate()
+    weights, _ = trainer.snapshot()
+    recorder.on_main(lambda: checkpoints.export(run, recorder.model, weights, recorder.corpus.tokenizer_path))
+    recorder.on_main(lambda: run.write_result(validation | recorder.totals()))
+
+
+def _check(settings: TrainConfig) -> None:
+    """Refuses numbers that no training can be made of."""
+    for name in ("steps", "batch_size", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"train.{name}: at least 1, got {getattr(settings, name)}")
+    if settings.micro_batch_size is not None and settings.micro_batch_size < 1:
+        raise UserError(f"train.micro_batch_size: at least 1, or none; got {settings.micro_batch_size}")
+    for name in ("lr", "grad_clip"):
+        if not getattr(settings, name) > 0:
+            raise UserError(f"train.{name}: more than 0, got {getattr(settings, name)}")
+    for name in ("warmup", "min_lr"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise UserError(f"train.{name}: a share from 0 to 1, got {getattr(settings, name)}")
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise unknown("train.dtype", settings.dtype, ("float32", "bfloat16"))
+    if settings.batch_size % _num_processes():
+        raise UserError(
+            f"train.batch_size: {settings.batch_size} windows cannot be shared by {_num_processes()} processes; "
+            f"use a multiple of {_num_processes()}"
+        )
+
+
+def _check_free(out: Path) -> None:
+    if out.is_file():
+        raise UserError(f"{out} is a file; give the name of a folder for the run with --out")
+    if out.is_dir() and any(out.iterdir()):
+        what, advice = ("already holds a run", "go on with it with --resume, or ") if is_run(out) else ("is not empty", "")
+        raise UserError(f"{out} {what}; {advice}give another folder with --out")
+
+
+def _check_recomputable(model: AdaptiveLM, settings: TrainConfig) -> None:
+    from pondera.model.cache import StagedLayer
+
+    if settings.gradient_checkpointing and any(isinstance(layer, StagedLayer) for layer in model.new_cache().layers):
+        raise UserError(
+            f"train.gradient_checkpointing: {model.config.think} reads the rows of its earlier steps from a cache, which "
+            "cannot be recomputed; leave gradient_checkpointing out and use a smaller train.micro_batch_size instead"
+        )
+
+
+def _open(config: RunConfig, out: Path) -> Run:
+    """The run to go on with, if it is the same."""
+    run = Run.open(out)
+    old, new = _flat(run.config.to_dict()), _flat(config.to_dict())
+    free = {f"train.{name}" for name in FREE}
+    changed = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
+    if changed:
+        listing = ", ".join(f"{name} ({old.get(name)} before, {new.get(name)} now)" for name in changed)
+        raise UserError(f"{out} was started with other settings: {listing}; resume with {run.config_file}, or use --out")
+    return run
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _restored(run: Run, corpus: Corpus, main: bool) -> tuple[AdaptiveLM | None, Path | None]:
+    """The model of the newest intact checkpoint and that checkpoint; none if the run has to start anew."""
+    from pondera.jobs import checkpoints
+    from pondera.jobs.load import load
+
+    folder, complaints = checkpoints.newest_intact(run)
+    if folder is None and complaints:
+        raise Failure(f"no checkpoint is intact: {'; '.join(complaints)}; start again with another --out")
+    if folder is not None and checkpoints.read_state(folder)["corpus"] != corpus.digest:
+        raise UserError(
+            f"the text or the tokenizer has changed since {folder.name} was saved; restore it, or start again with "
+            "another --out"
+        )
+    if main:
+        for complaint in complaints:
+            log.warning("%s; it was set aside", complaint)
+        checkpoints.set_aside(run, folder)
+        log.info("going on from %s", folder.name if folder else "the start: there is no checkpoint yet")
+        run.truncate_after(checkpoints.read_state(folder)["step"] if folder else 0)
+    return (load(folder, device="cpu").model.float(), folder) if folder else (None, None)
+
+
+def _explained(error: NotFinite, run: Run, split: Split, config: RunConfig) -> Failure:
+    """What a user needs to know about a loss that is not a number."""
+    context, windows = config.data.context, sorted(error.windows)
+    named = []
+    for window in windows[:8]:
+        first, last = (split.document_at(token) for token in (window * context, (window + 1) * context))
+        named.append(f"{window} ({first if first == last else f'{first} to {last}'})")
+    more = f" and {len(windows) - 8} more" if len(windows) > 8 else ""
+    found = run.checkpoints()
+    saved = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    return Failure(
+        f"step {error.step}: the loss is {error.measured.loss} and the gradient norm {error.measured.grad_norm}, so "
+        f"training stopped; {saved}.\nThe batch: windows {', '.join(named)}{more}.\n"
+        f"What to try: a lower learning rate (--train.lr {config.train.lr / 3:.1g}), a longer warmup (--train.warmup "
+        f"{min(1.0, 2 * config.train.warmup + 0.05):.2g}), train.dtype float32, or a look at these documents."
+    )
+
+
+def _again(run: Run) -> str:
+    return f"pondera train {shlex.quote(str(run.config_file))} --out {shlex.quote(str(run.path))} --resume"
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def _signals(trainer: PonderaTrainer) -> Iterator[None]:
+    """Lets the first SIGINT or SIGTERM end the training after the current step, and the second one at once."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _: Any) -> None:
+        trainer.stop_asked = True
+        for which, before in previous.items():
+            signal.signal(which, before)
+        os.write(2, b"\nfinishing this step and saving; once more stops at once\n")
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers and accelerate from commenting on the training."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    accelerate = logging.getLogger("accelerate")
+    level = accelerate.level
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    accelerate.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        accelerate.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()
