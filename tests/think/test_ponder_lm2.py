@@ -10,8 +10,9 @@ from architectures import BACKBONES, VOCAB
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.hf import Cache
-from pondera.think import _slots, ponder_lm2
-from pondera.think._slots import interleaved_pass
+from pondera.think import ponder_lm2
+from pondera.think.parts import slots as slot_tools
+from pondera.think.parts.slots import interleaved_pass
 
 
 def build(think: str, backbone: str = "llama", **config) -> AdaptiveLM:
@@ -178,14 +179,14 @@ class TestTraps:
                 return x_BT if x_BT is None else x_BT.repeat_interleave(slots, dim=1)
             return torch.cat([x_BT, torch.ones(1, x_BT.shape[1] * (slots - 1), dtype=x_BT.dtype)], dim=1)
 
-        monkeypatch.setattr(_slots, "per_slot", ones_appended)
+        monkeypatch.setattr(slot_tools, "per_slot", ones_appended)
         wrong = model(padded, attention_mask=mask).logits[:, 3:]
         assert not torch.allclose(wrong, right, atol=1e-3)
 
     def test_repeated_positions_must_not_be_read_as_packed_documents(self):
         model, x = build("PonderLM2(thoughts=1)"), ids(1, 6)
         backbone = model.backbone
-        slots = _slots.interleave([backbone.embed(x)] * 2)
+        slots = slot_tools.interleave([backbone.embed(x)] * 2)
         positions = torch.arange(6)[None].repeat_interleave(2, dim=1)
         guarded = backbone.step(slots, position_ids=positions)
         unguarded = backbone.decoder(inputs_embeds=slots, position_ids=positions, use_cache=False).last_hidden_state

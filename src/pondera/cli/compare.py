@@ -10,7 +10,6 @@ from typing import Any
 from pondera.cli.config import load_config
 from pondera.cli.output import only_json, print_json, print_table
 from pondera.cli.parser import Parser, number, whole
-from pondera.ground.errors import UserError
 
 SUMMARY = "trains several recipes over seeds and charges each for what it spends"
 EXAMPLES = """
@@ -34,8 +33,8 @@ def parser() -> Parser:
     """What ``pondera compare`` takes."""
     found = Parser(
         "compare",
-        "Trains every recipe with every seed; prints scores beside prices, as mean ± spread over seeds. Settings given "
-        "by dotted name (see `pondera train --help`) hold for all recipes.",
+        "Trains every recipe with every seed; prints scores beside prices, as mean ± deviation over seeds. Settings "
+        "given by dotted name (see `pondera train --help`) hold for all recipes.",
         EXAMPLES,
         settings="",
     )
@@ -44,6 +43,7 @@ def parser() -> Parser:
     add("--seeds", type=whole(1), default=3, metavar="N", help="runs per recipe (default: 3)")
     add("--equal", choices=("tokens", "flops"), default="tokens", help="what all are trained with (default: tokens)")
     add("--flops", type=number(0, above=True), metavar="N", help="how many, with --equal flops (default: the first's)")
+    add("--jobs", type=whole(1), default=1, metavar="N", help="runs side by side, sharing the cores (default: 1)")
     add("--out", type=Path, metavar="DIR", help="where runs and report go (default: runs/compare-RECIPES)")
     add("--json", action="store_true", help="print the rows as JSON, and nothing else")
     return found
@@ -51,42 +51,32 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Trains, prints the table and says where the report is."""
-    if "name" in args.overrides:
-        raise UserError("--name: here every recipe keeps its own name; leave it out")
-    if args.flops is not None and args.equal != "flops":
-        raise UserError("--flops says how much --equal flops grants; add --equal flops, or leave --flops out")
-    names = [load_config(recipe, args.overrides).name for recipe in args.recipes]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(
-                f"two of the recipes are called {name!r}; the table could not tell them apart, so rename one"
-            )
+    for recipe in args.recipes:
+        load_config(recipe, args.overrides)
     out = args.out or Path("runs") / f"compare-{'-'.join(Path(recipe).stem for recipe in args.recipes)}"
 
     from pondera.jobs.compare import compare
 
     with only_json(args.json):
-        found = compare(args.recipes, args.seeds, args.equal, args.flops, out, args.overrides, progress=True)
+        found = compare(args.recipes, args.seeds, args.equal, args.flops, out, args.overrides, True, args.jobs)
     if args.json:
         print_json(found)
         return 0
     rows = found["rows"]
-    keys = [key for key in COLUMNS if any(row.get(key) is not None for row in rows)]
+    keys = [key for key in COLUMNS if any(row[key]["mean"] is not None for row in rows)]
     print_table(
         ["recipe", *(COLUMNS[key] for key in keys)],
-        [[row["name"], *(_cell(row.get(key)) for key in keys)] for row in rows],
+        [[row["name"], *(_cell(row[key]) for key in keys)] for row in rows],
     )
-    print(f"mean ± spread over {args.seeds} seeds at equal training {args.equal}\n")
-    print(f"  the page:     {out / 'report.html'}\n  the numbers:  {out / 'results.json'}")
+    print(f"mean ± standard deviation over {args.seeds} seed(s), at equal training {args.equal}\n")
+    print("\n".join(found["verdict"]))
+    print(f"\n  the page:     {out / 'report.html'}\n  the numbers:  {out / 'results.json'}")
     return 0
 
 
-def _cell(value: Any) -> str:
-    """A number, or the mean and spread of several."""
-    if isinstance(value, dict):
-        mean, spread = value.get("mean"), value.get("spread")
-        return f"{_number(mean)} ± {_number(spread)}" if spread else _number(mean)
-    return _number(value)
+def _cell(value: dict[str, Any]) -> str:
+    """The mean of a measure over the seeds, with its spread where there is one."""
+    return _number(value["mean"]) + (f" ± {_number(value['std'])}" if value["std"] else "")
 
 
 def _number(value: float | None) -> str:

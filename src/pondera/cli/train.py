@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import shlex
 import textwrap
@@ -12,7 +13,6 @@ from typing import Any
 from pondera.cli.config import load_config
 from pondera.cli.parser import Parser
 from pondera.ground import settings
-from pondera.ground.errors import UserError
 from pondera.ground.run import Run, is_run
 
 SUMMARY = "trains one model and leaves a run folder"
@@ -47,14 +47,12 @@ def run(args: argparse.Namespace) -> int:
     config = load_config(str(folder / "config.yaml") if again else args.recipe, args.overrides)
     name = re.sub(r"[^\w.-]+", "-", config.name)
     out = args.out or (folder if again else Path("runs") / f"{name}-seed{config.train.seed}")
-    if not args.resume and is_run(out):
-        raise UserError(f"{out} already holds a run; --resume goes on with it, --out FOLDER starts another one")
-    if args.resume and not is_run(out):
-        raise UserError(f"--resume: {out} holds no run; leave --resume out, or name the run's folder with --out")
 
     from pondera.jobs.train import train
 
-    print(_summary(train(config, out, args.resume, progress=True)))
+    done = train(config, out, args.resume, progress=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(_summary(done))
     return 0
 
 

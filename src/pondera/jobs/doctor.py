@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pondera.ground import spec
 from pondera.ground.cost import Call
-from pondera.ground.errors import UserError, unknown
+from pondera.ground.errors import UserError
 from pondera.ground.settings import DataConfig, RunConfig, TrainConfig
 from pondera.ground.text import HUB_NAME
 from pondera.ground.tokens import bpe_size, load_tokenizer
@@ -28,8 +28,6 @@ KNOWN_GOOD = {"torch": ">=2.8", "transformers": ">=5.23,<5.24"}  # as in pyproje
 EFFICIENCY = 0.6  # of a large matrix product's speed is what training reaches, roughly
 LIBRARIES = 0.7e9  # bytes that torch and transformers take by themselves
 STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments, in float32
-DTYPES = ("float32", "bfloat16")
-NO_CHECKPOINTING = ("AdaptiveLatentCoT",)  # their caches cannot be filled twice, which recomputing would do
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def examine(config: RunConfig) -> Iterator[Finding]:
     from pondera.jobs.build import resolve
 
     config = resolve(config)
-    basics = [*_data(config.data), *_batch(config.train), *_dtype(config.train)]
+    basics = [*_data(config.data), *_training(config.train)]
     yield from basics
     try:
         model = skeleton(config)
@@ -194,29 +192,23 @@ def _data(data: DataConfig) -> Iterator[Finding]:
         yield Finding("problem", "context", f"data.context: a window needs at least 1 token, got {data.context}")
 
 
-def _batch(train: TrainConfig) -> Iterator[Finding]:
-    micro, processes = train.micro_batch_size, _processes()
-    for name, value in (("steps", train.steps), ("batch_size", train.batch_size), ("micro_batch_size", micro)):
-        if value is not None and value < 1:
-            yield Finding("problem", "batch", f"train.{name}: at least 1, got {value}")
-            return
-    share, rest = divmod(train.batch_size, processes)
-    if rest:
-        text = f"train.batch_size {train.batch_size} cannot be divided among {processes} processes"
-        yield Finding("problem", "batch", f"{text}; --train.batch_size {(share + 1) * processes} can")
-    elif micro and share % micro:
+def _training(train: TrainConfig) -> Iterator[Finding]:
+    from pondera.jobs.train import _check
+
+    try:
+        _check(train)
+    except UserError as error:
+        yield Finding("problem", "train", str(error))
+        return
+    share, micro = train.batch_size // _processes(), train.micro_batch_size
+    shared = f", {share} on each of {_processes()} processes" if _processes() > 1 else ""
+    if micro and share > micro and share % micro:
         text = f"{share} windows make parts of {micro} and one of {share % micro}; equal parts are faster"
         yield Finding("warning", "batch", text)
     else:
         parts = f" in parts of {micro}" if micro and micro < share else ""
-        shared = f", {share} on each of {processes} processes" if processes > 1 else ""
         yield Finding("ok", "batch", f"{train.batch_size} windows per step{shared}{parts}")
-
-
-def _dtype(train: TrainConfig) -> Iterator[Finding]:
-    if train.dtype not in DTYPES:
-        yield Finding("problem", "dtype", str(unknown("train.dtype", train.dtype, DTYPES)))
-    elif train.dtype == "bfloat16" and _device() == "cpu":
+    if train.dtype == "bfloat16" and _device() == "cpu":
         text = "many CPUs are far slower in bfloat16; compare the time below with that of --train.dtype float32"
         yield Finding("warning", "dtype", text)
     else:
@@ -225,14 +217,17 @@ def _dtype(train: TrainConfig) -> Iterator[Finding]:
 
 def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     """What the model is, and what of it does not go together with the rest."""
+    from pondera.jobs.train import _check_recomputable
+
     shape, think = model.backbone.config, model.think
     count = sum(parameter.numel() for parameter in model.parameters())
     method = f", {config.think} with {model.passes():g} passes per token" if think is not None else ""
     text = f"{shape.model_type}, {_count(count)} parameters, {shape.vocab_size} tokens in the vocabulary{method}"
     yield Finding("ok", "model", text)
-    if config.train.gradient_checkpointing and type(think).__name__ in NO_CHECKPOINTING:
-        text = f"{type(think).__name__} keeps caches while it trains, which recomputing would fill twice"
-        yield Finding("problem", "checkpointing", f"{text}; use --train.gradient_checkpointing false")
+    try:
+        _check_recomputable(model, config.train)
+    except UserError as error:
+        yield Finding("problem", "train", str(error))
     window = getattr(model.config.backbone, "sliding_window", None)
     if window and "sliding_attention" in model.backbone.layer_types:
         wider = (

@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
@@ -50,6 +51,8 @@ class PonderaLM(HFLM):
         prefix_token_id: int | None = None,
         truncation: bool = False,
     ) -> None:
+        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness's command line asks for cuda:0 unless it is told otherwise
         loaded = load(pretrained, device)
         arguments: dict[str, Any] = {
             "pretrained": loaded.model,

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
@@ -238,15 +239,15 @@ class PonderaTrainer(Trainer):
 
         To be called by all processes at once.
         """
-        weights = self.accelerator.get_state_dict(self.model_wrapped)
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        optimizer = get_optimizer_state_dict(cast(Any, self.model), self._inner_optimizer(), options=options)
-        return weights, cast("dict[str, Any]", optimizer)
+        model, options = cast(nn.Module, self.model), StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(model, options=options)
+        optimizer = get_optimizer_state_dict(model, self._inner_optimizer(), options=options)
+        return cast("dict[str, Tensor]", weights), cast("dict[str, Any]", optimizer)
 
     def restore_optimizer(self, state: dict[str, Any]) -> None:
         """Takes over what `snapshot` gave; only the first process needs to have it. To be called by all at once."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.args.world_size > 1)
-        set_optimizer_state_dict(cast(Any, self.model), self._inner_optimizer(), state, options=options)
+        set_optimizer_state_dict(cast(nn.Module, self.model), self._inner_optimizer(), state, options=options)
 
     def _inner_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper

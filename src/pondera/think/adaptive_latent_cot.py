@@ -14,7 +14,7 @@ from pondera.ground.cost import Call
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone, SlotMask
 from pondera.model.cache import StagedLayer, TokenCache, at_step
-from pondera.think._feedback import Feedback
+from pondera.think.parts.feedback import Feedback
 from pondera.think.contract import Think, Thought, token_positions
 
 

@@ -14,7 +14,7 @@ from pondera.ground.cost import Call
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone
 from pondera.model.cache import TokenCache
-from pondera.think._slots import interleaved_cache, interleaved_pass
+from pondera.think.parts.slots import interleaved_cache, interleaved_pass
 from pondera.think.contract import Think, Thought, token_positions
 
 
