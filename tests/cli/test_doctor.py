@@ -68,7 +68,7 @@ def test_time_follows_the_price(examine):
         ({"backbone.vocab_size": 100}, "model", "the backbone has 100 tokens and the tokenizer 'bpe-2048' has 2048"),
         ({"backbone.max_position_embeddings": 128}, "model", "256 tokens do not fit the 128 positions of the backbone"),
         ({"data.tokenizer": "bpe-3"}, "model", "'bpe-N' takes N from 257"),
-        ({"data.tokenizer": "./no/such"}, "model", "data.tokenizer: './no/such' is not 'bpe-N'"),
+        ({"data.tokenizer": "./no/such"}, "model", "data.tokenizer: no such folder: './no/such'"),
         ({"data.text": "./no/such.txt"}, "text", "data.text: no such file or folder: './no/such.txt'"),
         ({"data.context": 0}, "context", "a window needs at least 1 token, got 0"),
         ({"train.steps": 0}, "train", "train.steps: at least 1, got 0"),

@@ -52,8 +52,8 @@ for verb in VERBS:
         main([verb, "--help"])
     except SystemExit as exit:
         codes.append(exit.code)
-for words in (["trian"], ["train", "plian"], ["train", "plain", "--train.stesp", "1"], ["eval", "./no"], ["doctor", "no"]):
-    codes.append(main(words))
+for words in ("trian", "train plian", "train plain --train.stesp 1", "eval ./no", "doctor no"):
+    codes.append(main(words.split()))
 print(codes, [name for name in {HEAVY} if name in sys.modules])
 """
     environment = {**os.environ, "PYTHONPATH": str(SOURCES)}

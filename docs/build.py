@@ -1,0 +1,135 @@
+"""Writes the generated parts of README.md and docs/*.md from the index of methods and the files under results/.
+
+    python docs/build.py            rewrites them
+    python docs/build.py --check    exits 1 if one of them is not what it would write
+
+A generated part stands between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pondera.ground import spec
+
+ROOT = Path(__file__).parent.parent
+PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def methods(_: str) -> str:
+    """The index of methods."""
+    rows = [(f"`{m.name}`", m.seam, m.paper, m.price, m.reproduced) for m in spec.index().values()]
+    return table(["method", "seam", "source", "price", "claim at our scale"], rows)
+
+
+def comparison(path: str) -> str:
+    """A comparison: score and prices, each relative to the first row where that says more."""
+    found = read(path)
+    first = found["rows"][0]
+    rows = []
+    for row in found["rows"]:
+        gap = row["bits_per_byte_against_baseline"]
+        rows.append(
+            (
+                f"`{row['name']}`",
+                f"{row['train_tokens']['mean'] / 1e6:.2f} M",
+                f"{row['train_flops']['mean'] / first['train_flops']['mean']:.2f} ×",
+                f"{row['inference_flops_per_token']['mean'] / first['inference_flops_per_token']['mean']:.2f} ×",
+                f"{row['kv_bytes_per_token']['mean'] / first['kv_bytes_per_token']['mean']:.2f} ×",
+                with_spread(row["bits_per_byte"]),
+                "" if row is first else with_spread(gap, sign="+"),
+            )
+        )
+    head = [
+        "recipe",
+        "tokens",
+        "training FLOPs",
+        "inference FLOPs",
+        "KV bytes",
+        "bits per byte",
+        f"against {found['baseline']}, same seed",
+    ]
+    said = "\n".join(f"- {sentence}" for sentence in found["verdict"])
+    return f"{table(head, rows)}\n\n{said}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
+
+
+def rounds(path: str) -> str:
+    """Loss against the number of Jacobi rounds at evaluation."""
+    rows = [
+        (str(row["rounds"]), f"{row['bits_per_byte']:.4f}", f"{row['residuals'][-1]:.1e}" if "residuals" in row else "")
+        for row in read(path)["rows"]
+    ]
+    return table(["rounds", "bits per byte", "largest change of a latent in the last round"], rows)
+
+
+def speed(path: str) -> str:
+    """Time beside arithmetic."""
+    found = read(path)
+    rows = [
+        (
+            name,
+            f"{row['decode_tokens_per_second']:.0f}",
+            f"{row['decode_speed_ratio']:.2f}",
+            f"{row['decode_ratio_by_arithmetic']:.2f}",
+            f"{row['train_cost_ratio']:.2f}",
+            f"{row['train_cost_by_arithmetic']:.2f}",
+        )
+        for name, row in found["rows"].items()
+    ]
+    head = ["model", "decoding, tokens/s", "speed against bare", "by FLOPs", "training cost against bare", "by FLOPs"]
+    size = f"{found['parameters'] / 1e6:.1f} M parameters, {found['threads']} threads, batch 1, float32"
+    return f"{table(head, rows)}\n\n`{found['command']}`: {size}, medians of {found['rounds']} interleaved rounds."
+
+
+def output(path: str) -> str:
+    """What a command printed."""
+    return f"```text\n{(ROOT / path).read_text().rstrip()}\n```"
+
+
+MAKERS: dict[str, Callable[[str], str]] = {
+    maker.__name__: maker for maker in (methods, comparison, rounds, speed, output)
+}
+
+
+def read(path: str) -> dict[str, Any]:
+    """A result file, by its path from the root of the repository."""
+    return json.loads((ROOT / path).read_text())
+
+
+def table(head: list[str], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; the first column is text, the others align to the right."""
+    lines = [head, ["---", *["---:" for _ in head[1:]]], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_spread(value: dict[str, Any], sign: str = "") -> str:
+    """``mean ± spread``."""
+    mean = f"{value['mean']:{sign}.3f}"
+    return mean if value["spread"] is None else f"{mean} ± {value['spread']:.3f}"
+
+
+def built(text: str) -> str:
+    """`text` with every generated part made anew."""
+    return PART.sub(lambda part: f"{part[1]}{MAKERS[part[2]](part[3])}\n{part[4]}", text)
+
+
+def main() -> None:
+    stale = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        text = page.read_text()
+        if built(text) != text:
+            stale.append(page.name)
+            if "--check" not in sys.argv:
+                page.write_text(built(text))
+    if stale:
+        print("not what the results say:" if "--check" in sys.argv else "rewrote:", ", ".join(stale))
+    sys.exit(bool(stale) and "--check" in sys.argv)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""How many Jacobi rounds does evaluation need? Loss of one trained PonderLM-2 against R, and the exact rollout.
+
+    python experiments/rounds.py RUN --out results/thinking/rounds.json
+
+Writes for R = 0..6 the validation loss and bits per byte, the largest change of any latent in the last round, and the
+loss of the exact token-by-token rollout, all on the same windows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from pondera.ground.data import prepare
+from pondera.ground.run import Run, write_atomic
+from pondera.jobs.load import load
+from pondera.jobs.score import score
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--out", type=Path, default=Path("results/thinking/rounds.json"))
+    args = parser.parse_args()
+    config, model = Run.open(args.run).config, load(str(args.run)).model
+    split, context = prepare(config.data).validation, config.data.context
+    think = model.think
+    assert think is not None, f"{args.run} does not think"
+    rows = []
+    for rounds in [0, 1, 2, 3, 4, 5, 6, "exact"]:
+        think.eval_rounds = rounds
+        row = {"rounds": rounds, **score(model, split, context, args.tokens, batch_size=16)}
+        if isinstance(rounds, int) and rounds:
+            think.record = True
+            window = split.windows(context)[0]
+            with torch.no_grad():
+                row["residuals"] = model(window["input_ids"][None]).trace["residuals"]
+            think.record = False
+        rows.append(row)
+        print(rounds, f"{row['bits_per_byte']:.4f} bits per byte", flush=True)
+    result = {"command": f"python experiments/rounds.py {args.run} --tokens {args.tokens}", "rows": rows}
+    write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+
+from pondera.ground.errors import UserError
+from pondera.ground.run import Run
+from pondera.ground.settings import RunConfig
+from pondera.jobs import load as load_module
+from pondera.jobs.load import load
+from pondera.model.lm import AdaptiveLM
+
+IDS = torch.arange(1, 9)[None]
+
+
+def message(path: object, **arguments: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path, **arguments)  # pyright: ignore[reportArgumentType]
+    return str(caught.value)
+
+
+@pytest.fixture
+def folder(save_model, tmp_path: Path) -> Path:
+    return save_model(tmp_path / "model", "ponderlm2")
+
+
+def test_model_folder(folder: Path, tokenizer):
+    saved = AdaptiveLM.from_pretrained(folder).eval()
+    loaded = load(folder)
+    assert not loaded.model.training and loaded.run is None and loaded.name == "model"
+    assert torch.equal(loaded.model(IDS).logits, saved(IDS).logits)
+    assert loaded.tokenizer.get_vocab() == tokenizer.get_vocab()
+    # Llama's own default is token 2, a letter of this tokenizer: generation must not stop there.
+    assert loaded.model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
+
+
+def test_foreign_checkpoint_is_itself(tmp_path: Path, tokenizer):
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=len(tokenizer), n_positions=64)
+    theirs = GPT2LMHeadModel(config).eval()
+    theirs.generation_config = GenerationConfig(eos_token_id=[7, 9], repetition_penalty=1.5)
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load(str(tmp_path))
+    assert isinstance(loaded.model, AdaptiveLM) and loaded.model.think is None and not loaded.model.training
+    assert torch.equal(loaded.model(IDS).logits, theirs(IDS).logits)
+    assert loaded.model.generation_config.eos_token_id == [7, 9]
+    assert loaded.model.generation_config.repetition_penalty == 1.5
+    assert loaded.model.num_parameters() == theirs.num_parameters()
+    loaded.model.save_pretrained(tmp_path / "ours")
+    tokenizer.save_pretrained(tmp_path / "ours")
+    assert torch.equal(load(tmp_path / "ours").model(IDS).logits, theirs(IDS).logits)
+
+
+def test_run_gives_its_model_else_its_newest_checkpoint(save_model, tmp_path: Path):
+    run = Run.create(tmp_path / "runs" / "first", RunConfig(name="mine"))
+    assert "no checkpoint yet" in message(run.path)
+    for step, name in ((5, "plain"), (10, "cot"), (9, "plain")):
+        with run.saving(step) as partial:
+            save_model(partial, name)
+    found = load(run.path)
+    assert found.model.config.think == "AdaptiveLatentCoT(steps=1)"
+    assert found.name == "mine" and found.run is not None and found.run.path == run.path
+    save_model(run.model_dir, "exact")
+    assert "exact" in str(load(run.path).model.config.think)
+    inside = load(run.checkpoints()[0])
+    assert inside.model.config.think is None and inside.run is not None and inside.run.config.name == "mine"
+    assert "first" in message(tmp_path / "runs")
+
+
+def test_paths_that_are_no_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(load_module, "hub", nullcontext)  # no waiting for a name server; the tests are offline anyhow
+    assert "is a file" in message(folder / "config.json")
+    assert f"did you mean {str(folder)!r}" in message(tmp_path / "modle")
+    (tmp_path / "empty").mkdir()
+    assert "no config.json" in message(tmp_path / "empty")
+    assert "nobody/nothing" in message("nobody/nothing")
+
+
+def test_damaged_weights_are_named(folder: Path):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (whole[:-1], whole[:100], b"", b"\xff" * 200):
+        weights.write_bytes(damaged)
+        assert str(weights) in message(folder)
+    weights.unlink()
+    assert "no weights" in message(folder)
+    torch.save({}, folder / "pytorch_model.bin")
+    assert "pickled" in message(folder)
+    weights.write_bytes(whole)
+    load(folder)
+
+
+def test_never_half_loaded(folder: Path):
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights)
+    name = next(key for key in tensors if "mlp" in key)
+    rest = {key: value for key, value in tensors.items() if key != name}
+    for content, complaint in (
+        (rest, f"missing {name}"),
+        ({**tensors, "extra": torch.zeros(1)}, "unexpected extra"),
+        ({**tensors, name: tensors[name][:1].clone()}, "cannot be loaded"),
+    ):
+        save_file(content, weights, {"format": "pt"})
+        assert complaint in message(folder)
+
+
+def test_missing_shard_is_named(folder: Path):
+    AdaptiveLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="40KB")
+    (folder / "model.safetensors").unlink(missing_ok=True)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    load(folder)
+    shards[1].unlink()
+    assert shards[1].name in message(folder)
+
+
+def test_damaged_config(folder: Path):
+    config = folder / "config.json"
+    tree = json.loads(config.read_text())
+    for content in ("{", json.dumps({**tree, "model_type": "no_such"}), json.dumps({**tree, "think": "PonderLM3()"})):
+        config.write_text(content)
+        message(folder)
+    assert "PonderLM2" in message(folder)
+
+
+def test_tokenizer_must_be_there_and_fit(folder: Path, tmp_path: Path):
+    from pondera.ground.tokens import train_tokenizer
+
+    larger = train_tokenizer(["one two three four five six seven eight nine ten eleven twelve " * 9], 300)
+    larger.save_pretrained(folder)
+    assert f"{len(larger)} tokens and the model embeds 280" in message(folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    assert "no tokenizer" in message(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in message(folder)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is here")
+def test_device_that_is_not_here(models: dict[str, Path]):
+    assert "device='cuda'" in message(models["plain"], device="cuda")
+
+
+def test_shared_folder_is_untouched(models: dict[str, Path], tmp_path: Path):
+    """Loading writes nothing, so a folder without write permission works."""
+    copy = shutil.copytree(models["plain"], tmp_path / "copy")
+    before = {path.name: path.read_bytes() for path in copy.iterdir()}
+    load(copy)
+    assert {path.name: path.read_bytes() for path in copy.iterdir()} == before
