@@ -127,6 +127,17 @@ def test_doing_nothing_is_the_backbone_bit_for_bit(method: str, backbone: str):
     assert torch.equal(plain(ids(2, 9)).logits, nothing(ids(2, 9)).logits)
 
 
+@pytest.mark.parametrize(("method", "backbone"), [("plain", "gemma3"), ("plain", "gpt2"), *FEW, *[(m, "mistral") for m in METHODS]])
+def test_packed_documents_equal_each_alone(method: str, backbone: str):
+    model = build(None, backbone) if method == "plain" else exact(method, backbone)
+    lengths = (3, 8, 2)
+    x = ids(2, sum(lengths))
+    documents = torch.cat([torch.full((2, n), number) for number, n in enumerate(lengths, start=1)], dim=1)
+    packed = model(x, document_ids=documents).logits
+    alone = torch.cat([model(piece).logits for piece in x.split(lengths, dim=1)], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("method", "backbone"), FEW)
 def test_saved_equals_loaded(method: str, backbone: str, tmp_path):
     from transformers import AutoModelForCausalLM

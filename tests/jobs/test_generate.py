@@ -1,20 +1,20 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+import saved
 import torch
 
 from pondera.ground.errors import UserError
 from pondera.jobs.generate import Stream, generate
 from pondera.jobs.load import Loaded, load
 
-NAMES = ("plain", "ponderlm2", "exact", "cot")
+NAMES = list(saved.THINKS)
 
 
 @pytest.fixture(scope="module")
-def loaded(models: dict[str, Path]) -> dict[str, Loaded]:
-    return {name: load(models[name], device="cpu") for name in NAMES}
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: load(saved.save(folder / name, name), device="cpu") for name in NAMES}
 
 
 def no_end(found: Loaded, monkeypatch: pytest.MonkeyPatch) -> Loaded:

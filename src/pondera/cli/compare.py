@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,6 @@ pondera compare plain ponderlm2 --seeds 3
 pondera compare plain doubledepth pausetoken ponderlm2 --equal flops --data.text books/
 pondera compare plain mine.yaml --equal flops --flops 1e14 --out runs/mine --json
 """
-COLUMNS = {
-    "bits_per_byte": "bits/byte",
-    "loss": "loss",
-    "passes_per_token": "passes/token",
-    "inference_flops_per_token": "inference FLOPs/token",
-    "kv_bytes_per_token": "KV bytes/token",
-    "train_flops": "training FLOPs",
-    "tokens_per_second": "tokens/s",
-    "parameters": "parameters",
-}
 
 
 def parser() -> Parser:
@@ -56,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / f"compare-{'-'.join(Path(recipe).stem for recipe in args.recipes)}"
 
     from pondera.jobs.compare import compare
+    from pondera.jobs.report import COLUMNS
 
     with only_json(args.json):
         found = compare(args.recipes, args.seeds, args.equal, args.flops, out, args.overrides, True, args.jobs)
@@ -63,23 +54,20 @@ def run(args: argparse.Namespace) -> int:
         print_json(found)
         return 0
     rows = found["rows"]
-    keys = [key for key in COLUMNS if any(row[key]["mean"] is not None for row in rows)]
+    columns = [column for column in COLUMNS if any(row[column[0]]["mean"] is not None for row in rows)]
     print_table(
-        ["recipe", *(COLUMNS[key] for key in keys)],
-        [[row["name"], *(_cell(row[key]) for key in keys)] for row in rows],
+        ["recipe", *(label for _, label, _ in columns)],
+        [[row["name"], *(_cell(row[key], show) for key, _, show in columns)] for row in rows],
     )
-    print(f"mean ± standard deviation over {args.seeds} seed(s), at equal training {args.equal}\n")
+    seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
+    print(f"mean ± standard deviation over {seeds}, at equal training {args.equal}\n")
     print("\n".join(found["verdict"]))
     print(f"\n  the page:     {out / 'report.html'}\n  the numbers:  {out / 'results.json'}")
     return 0
 
 
-def _cell(value: dict[str, Any]) -> str:
+def _cell(value: dict[str, Any], show: Callable[[float], str]) -> str:
     """The mean of a measure over the seeds, with its spread where there is one."""
-    return _number(value["mean"]) + (f" ± {_number(value['std'])}" if value["std"] else "")
-
-
-def _number(value: float | None) -> str:
-    if value is None or not math.isfinite(value):
+    if value["mean"] is None:
         return "–"
-    return f"{value:.4f}".rstrip("0").rstrip(".") if abs(value) < 1000 else f"{value:.3g}"
+    return show(value["mean"]) + (f" ± {show(value['spread'])}" if value["spread"] else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 
-from pondera.cli.output import only_json, print_json, print_table
+from pondera.cli.output import only_json, print_json
 from pondera.cli.parser import Parser, whole
 from pondera.ground import settings
 
@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(found)
     else:
-        rows = [[name, _number(found[key]), unit] for key, name, unit in SHOWN if found.get(key) is not None]
-        print_table(["", "value", ""], rows)
+        for key, name, unit in SHOWN:
+            if found.get(key) is not None:
+                print(f"  {name:15}{_number(found[key]):>12}  {unit}")
     return 0
 
 

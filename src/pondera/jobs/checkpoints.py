@@ -102,7 +102,8 @@ def write_model(folder: Path, model: AdaptiveLM, weights: dict[str, Tensor], tok
     bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
     if bad is not None:
         raise Failure(f"{bad} has weights that are not finite, so nothing was saved; try a lower learning rate")
-    model.save_pretrained(folder, state_dict=weights)
+    tied = model.all_tied_weights_keys  # gathered from shards, tied weights come as copies
+    model.save_pretrained(folder, state_dict={name: tensor for name, tensor in weights.items() if name not in tied})
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
 
 

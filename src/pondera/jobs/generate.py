@@ -173,10 +173,10 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     try:
-        ids = tokenizer.encode(prompt)
+        prompt.encode()
     except UnicodeEncodeError:
-        raise UserError("prompt: not valid text (half of a character pair, or bytes that are not UTF-8)") from None
-    return ids or [start_token(tokenizer)]
+        raise UserError("prompt: holds bytes that are not UTF-8 text; convert it first") from None
+    return tokenizer.encode(prompt) or [start_token(tokenizer)]
 
 
 def _check_room(prompt_tokens: int, max_new_tokens: int, config: Any) -> None:

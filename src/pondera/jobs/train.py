@@ -226,7 +226,8 @@ def _signals(trainer: PonderaTrainer) -> Iterator[None]:
         trainer.stop_asked = True
         for which, before in previous.items():
             signal.signal(which, before)
-        os.write(2, b"\nfinishing this step and saving; once more stops at once\n")
+        if trainer.is_world_process_zero():
+            os.write(2, b"\nfinishing this step and saving; once more stops at once\n")  # print may be interrupted by itself
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -117,7 +117,8 @@ class Backbone(nn.Module):
         Args:
             h_BSD: one input vector per slot.
             cache: counts slots; new rows are appended to it.
-            mask: none, a 2-D mask over all cached and new slots (1 = real, 0 = padding), or a `SlotMask`.
+            mask: none, a 2-D mask over all cached and new slots (1 = real, 0 = padding; without a cache also 1, 2, 3, ...
+                for documents that must not see each other), or a `SlotMask`.
             position_ids: ``[B, S]`` token positions; slots of one token share theirs.
         """
         return self.decoder(
@@ -207,6 +208,10 @@ class Backbone(nn.Module):
             # Without a mask transformers reads position ids that do not count 0, 1, 2, ... as packed documents, and
             # slots of one token, which share a position, would each become a document of their own.
             return _all_real(h_BSD)
+        if mask is not None and cache is None and has_documents(mask):
+            order_1S = torch.arange(h_BSD.shape[1], device=h_BSD.device)[None]
+            allowed_BSK = within_documents(mask, mask) & (order_1S[:, :, None] >= order_1S[:, None, :])
+            return self._dense_masks(h_BSD, SlotMask(allowed_BSK, order_1S, order_1S))
         return mask
 
     def _dense_masks(self, h_BSD: Tensor, mask: SlotMask) -> Any:
@@ -215,7 +220,7 @@ class Backbone(nn.Module):
         if "linear_attention" in kinds:
             raise UserError(
                 f"{self.config.model_type}: its linear-attention layers read slots in storage order and cannot follow a "
-                "mask of their own; use a method that only needs causal order, such as PonderLM2"
+                "mask of their own; use a method that only needs causal order, such as PonderLM2, and data.isolate: false"
             )
         masks = {}
         for kind in kinds:
@@ -230,6 +235,37 @@ class Backbone(nn.Module):
         if self.config._attn_implementation != "eager":
             return allowed_B1SK
         return torch.zeros_like(allowed_B1SK, dtype=dtype).masked_fill(~allowed_B1SK, torch.finfo(dtype).min)
+
+
+def token_positions(tokens: int, mask: Tensor | None, seen: int, device: torch.device) -> Tensor:
+    """Positions ``[B or 1, T]`` of the last tokens: counted from the first token of each row's document.
+
+    Args:
+        tokens: T, new tokens.
+        mask: ``[B, seen + T]`` token mask (0 = padding, else the document's number), or none.
+        seen: tokens before them.
+
+    Example:
+        >>> token_positions(6, torch.tensor([[0, 1, 1, 1, 2, 2]]), 0, torch.device("cpu")).tolist()
+        [[0, 0, 1, 2, 0, 1]]
+    """
+    if mask is None:
+        return torch.arange(seen, seen + tokens, device=device)[None]
+    mask_BK = mask.long()
+    count_BK = (mask_BK > 0).cumsum(-1) - 1
+    begins_BK = mask_BK.diff(prepend=torch.zeros_like(mask_BK[:, :1])) != 0
+    start_BK = torch.where(begins_BK, count_BK, 0).cummax(-1).values
+    return (count_BK - start_BK).clamp(min=0)[:, -tokens:]
+
+
+def has_documents(mask: Tensor | None) -> bool:
+    """Whether a token or slot mask tells several documents apart."""
+    return mask is not None and mask.dtype != torch.bool and bool((mask > 1).any())
+
+
+def within_documents(queries_BS: Tensor, keys_BK: Tensor) -> Tensor:
+    """``[B, S, K]``: same document and no padding. A padding row sees its like: a softmax over nothing would be NaN."""
+    return queries_BS[:, :, None] == keys_BK[:, None, :]
 
 
 def _all_real(h_BSD: Tensor) -> Tensor:

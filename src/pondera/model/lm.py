@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from pondera.ground import spec
 from pondera.ground.errors import UserError
-from pondera.model.backbone import Backbone, scaled_init
+from pondera.model.backbone import Backbone, scaled_init, token_positions
 from pondera.model.cache import TokenCache
 from pondera.model.config import AdaptiveConfig
 from pondera.model.hf import (
@@ -152,6 +152,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         budget: int | None = None,
+        document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> AdaptiveOutput:
         """Logits, and the loss if labels are given.
@@ -167,10 +168,18 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache.
             logits_to_keep: only the last so many positions, or these positions.
             budget: at most this many passes per token.
+            document_ids: ``[B, T]``, 1, 2, 3, ...: tokens of different documents do not see each other. Without a cache.
         """
         h_BTD = self.backbone.embed(input_ids) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if past_key_values is not None else (self.new_cache() if use_cache else None)
-        if self.think is None:
+        if document_ids is not None:
+            if cache is not None:
+                raise UserError("document_ids: documents are told apart in training only; leave past_key_values out")
+            attention_mask = document_ids
+        if position_ids is None and (self.think is not None or document_ids is not None):
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = token_positions(h_BTD.shape[1], attention_mask, seen, h_BTD.device)
+        if self.think is None or position_ids is None:
             h_BTD = self.backbone.step(h_BTD, cache, attention_mask, position_ids)
             passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
             terms, trace = {}, {}
@@ -179,7 +188,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
                 raise UserError(
                     f"past_key_values: a {type(cache).__name__} cannot hold this model's thoughts; pass model.new_cache()"
                 )
-            thought = self.think(self.backbone, h_BTD, cache, attention_mask, position_ids, budget)
+            thought = self.think(self.backbone, h_BTD, position_ids, cache, attention_mask, budget)
             h_BTD, passes_BT, terms, trace = thought.h_BTD, thought.passes_BT, dict(thought.terms), thought.trace
         if isinstance(logits_to_keep, Tensor):
             h_BTD = h_BTD[:, logits_to_keep]

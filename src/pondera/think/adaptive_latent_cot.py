@@ -12,10 +12,10 @@ from torch import Tensor
 
 from pondera.ground.cost import Call
 from pondera.ground.errors import UserError
-from pondera.model.backbone import Backbone, SlotMask
+from pondera.model.backbone import Backbone, SlotMask, token_positions, within_documents
 from pondera.model.cache import StagedLayer, TokenCache, at_step
 from pondera.think.parts.feedback import Feedback
-from pondera.think.contract import Think, Thought, token_positions
+from pondera.think.contract import Think, Thought
 
 
 class AdaptiveLatentCoT(Think):
@@ -75,14 +75,12 @@ class AdaptiveLatentCoT(Think):
         self,
         backbone: Backbone,
         h_BTD: Tensor,
+        position_ids: Tensor,
         cache: TokenCache | None = None,
         mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         budget: int | None = None,
     ) -> Thought:
         """See `Think.forward`. Training, prefill and decoding are this one loop; `budget` may cut the later steps."""
-        if position_ids is None:
-            position_ids = token_positions(h_BTD, cache, mask)
         steps = self.slots_per_token
         if budget is not None and budget < steps:
             if cache is not None:
@@ -109,10 +107,9 @@ class AdaptiveLatentCoT(Think):
         causal_BTK = (order_K[cache.tokens :, None] >= order_K)[None]
         key_positions_BK = order_K[None]
         if mask is not None:
-            # A padding row may look at itself: a softmax over nothing would be NaN and spread through the batch.
-            itself_TK = order_K[cache.tokens :, None] == order_K
-            causal_BTK = causal_BTK & (mask[:, None, :total].bool() | itself_TK)
-            key_positions_BK = (mask[:, :total].long().cumsum(-1) - 1).clamp(min=0)
+            seen_BK = mask[:, :total].long()
+            causal_BTK = causal_BTK & within_documents(seen_BK[:, cache.tokens :], seen_BK)
+            key_positions_BK = token_positions(total, seen_BK, 0, h_BTD.device)
         return SlotMask(causal_BTK, position_ids.expand(-1, tokens), key_positions_BK)
 
     def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:

@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from pondera.ground.cost import Call
@@ -78,9 +77,9 @@ class Think(nn.Module, ABC):
         self,
         backbone: Backbone,
         h_BTD: Tensor,
+        position_ids: Tensor,
         cache: TokenCache | None = None,
         mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         budget: int | None = None,
     ) -> Thought:
         """Thinks about T new tokens.
@@ -88,9 +87,10 @@ class Think(nn.Module, ABC):
         Args:
             backbone: runs the passes.
             h_BTD: token embeddings.
+            position_ids: ``[B, T]`` or ``[1, T]`` token positions; all slots of a token share its own.
             cache: what came before; the new tokens' slots are added.
-            mask: ``[B, seen + T]``, 1 = real, 0 = padding; none: no padding.
-            position_ids: ``[B, T]`` or ``[1, T]`` token positions.
+            mask: ``[B, seen + T]``, 0 = padding, else the number of the token's document (1 where there is but one);
+                none: no padding.
             budget: at most this many passes per token; none: the method's own number.
         """
 
@@ -101,19 +101,3 @@ class Think(nn.Module, ABC):
     @abstractmethod
     def passes(self) -> float:
         """Passes per token at inference, on average."""
-
-
-def token_positions(h_BTD: Tensor, cache: TokenCache | None, mask: Tensor | None) -> Tensor:
-    """Positions ``[B or 1, T]`` of new tokens: counted from the first real token of each row.
-
-    Args:
-        h_BTD: the new tokens.
-        cache: what came before.
-        mask: ``[B, seen + T]`` token mask or none.
-    """
-    tokens = h_BTD.shape[1]
-    if mask is not None:
-        positions_BK = (mask.long().cumsum(-1) - 1).clamp(min=0)
-        return positions_BK[:, -tokens:]
-    seen = cache.tokens if cache is not None else 0
-    return torch.arange(seen, seen + tokens, device=h_BTD.device)[None]

@@ -15,7 +15,7 @@ from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone
 from pondera.model.cache import TokenCache
 from pondera.think.parts.slots import interleaved_cache, interleaved_pass
-from pondera.think.contract import Think, Thought, token_positions
+from pondera.think.contract import Think, Thought
 
 
 class PauseToken(Think):
@@ -69,16 +69,14 @@ class PauseToken(Think):
         self,
         backbone: Backbone,
         h_BTD: Tensor,
+        position_ids: Tensor,
         cache: TokenCache | None = None,
         mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         budget: int | None = None,
     ) -> Thought:
         """See `Think.forward`. The number of pauses is fixed by the cache layout, so `budget` must allow P + 1."""
         if budget is not None and budget < self.slots_per_token:
             raise UserError(f"budget={budget}: PauseToken(pauses={self.pauses}) needs {self.slots_per_token} passes")
-        if position_ids is None:
-            position_ids = token_positions(h_BTD, cache, mask)
         stages = [h_BTD, *(pause_D.expand_as(h_BTD) for pause_D in self.pause_PD.to(h_BTD.dtype))]
         last_BTD = interleaved_pass(backbone, stages, mask, position_ids, cache)[-1]
         passes_BT = torch.full(h_BTD.shape[:2], self.slots_per_token, device=h_BTD.device)

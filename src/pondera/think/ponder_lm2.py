@@ -13,11 +13,11 @@ from torch import Tensor
 
 from pondera.ground.cost import Call
 from pondera.ground.errors import UserError
-from pondera.model.backbone import Backbone
+from pondera.model.backbone import Backbone, has_documents
 from pondera.model.cache import TokenCache
 from pondera.think.parts.feedback import Feedback
 from pondera.think.parts.slots import interleaved_cache, interleaved_pass
-from pondera.think.contract import Think, Thought, token_positions
+from pondera.think.contract import Think, Thought
 
 
 class PonderLM2(Think):
@@ -99,22 +99,19 @@ class PonderLM2(Think):
         self,
         backbone: Backbone,
         h_BTD: Tensor,
+        position_ids: Tensor,
         cache: TokenCache | None = None,
         mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
         budget: int | None = None,
     ) -> Thought:
         """See `Think.forward`. The number of thoughts is fixed by the cache layout, so `budget` must allow K + 1."""
         if budget is not None and budget < self.slots_per_token:
             raise UserError(f"budget={budget}: PonderLM2(thoughts={self.thoughts}) needs {self.slots_per_token} passes")
-        if position_ids is None:
-            position_ids = token_positions(h_BTD, cache, mask)
         trace: dict = {}
         started = cache is not None and (cache.tokens > 0 or h_BTD.shape[1] == 1)
         rounds = self._rounds_now if self.training else self.eval_rounds
-        if rounds == "exact" and mask is not None and "linear_attention" in backbone.layer_types:
-            # A recurrent state cannot skip padding one token at a time; enough Jacobi rounds are as exact.
-            rounds = h_BTD.shape[1] * self.thoughts
+        if rounds == "exact" and not started and not self._can_roll_out(backbone, mask):
+            rounds = h_BTD.shape[1] * self.thoughts  # enough of them are as exact
         if started or rounds == "exact":
             cache = cache if cache is not None else self.new_cache(backbone)
             last_BTD = self._roll_out(backbone, h_BTD, cache, mask, position_ids)
@@ -125,6 +122,10 @@ class PonderLM2(Think):
             if cache is not None:
                 cache.record(passes_BT)
         return Thought(last_BTD, _filled(h_BTD, self.slots_per_token), trace=trace)
+
+    def _can_roll_out(self, backbone: Backbone, mask: Tensor | None) -> bool:
+        """A recurrent state cannot skip padding one token at a time, nor a cache tell documents apart."""
+        return mask is None or not ("linear_attention" in backbone.layer_types or has_documents(mask))
 
     def _jacobi(
         self, backbone: Backbone, h_BTD: Tensor, rounds: int, mask: Tensor | None, position_ids: Tensor, trace: dict

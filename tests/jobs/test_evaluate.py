@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import saved
+import torch
+from torch.nn import functional as F
+
+from pondera.ground.data import prepare
+from pondera.ground.errors import UserError
+from pondera.ground.run import Run
+from pondera.ground.settings import DataConfig, RunConfig
+from pondera.jobs.evaluate import evaluate, trace
+from pondera.jobs.load import Loaded, load
+from pondera.jobs.price import price
+from pondera.jobs.score import score
+from pondera.model.config import AdaptiveConfig
+from pondera.model.lm import AdaptiveLM
+
+TEXT = "The quick brown fox jumps over the lazy dog; Größe, naïve, 日本語, 🙂!\n" * 6
+NAMES = list(saved.THINKS)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: load(saved.save(folder / name, name), device="cpu") for name in NAMES}
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Path:
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def by_hand(found: Loaded, ids: list[int], context: int) -> float:
+    """Nats: every token but the first is predicted from the at most `context` tokens of its window."""
+    nats = 0.0
+    for start in range(0, len(ids) - 1, context):
+        window = torch.tensor(ids[start : start + context + 1])
+        with torch.no_grad():
+            logits = found.model(window[None, :-1]).logits[0]
+        nats += float(F.cross_entropy(logits, window[1:], reduction="sum"))
+    return nats
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_text_every_token_once(name: str, loaded: dict[str, Loaded], book: Path):
+    ids = loaded[name].tokenizer.encode(TEXT)
+    assert (len(ids) - 1) % 50, "the last window must be a partial one"
+    found = evaluate(loaded[name], {"text": str(book), "context": 50})
+    nats = by_hand(loaded[name], ids, 50)
+    assert found["tokens"] == len(ids) - 1 and found["context"] == 50 and found["name"] == name
+    assert found["bytes"] == len(TEXT.encode()) - len(loaded[name].tokenizer.decode(ids[0]))
+    assert found["loss"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+    assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / found["bytes"], rel=1e-5)
+    assert found["passes_per_token"] == (1 if name == "plain" else 2)
+    prices = price(loaded[name].model, 50)
+    for key in ("inference_flops_per_token", "kv_bytes_per_token"):
+        assert found[key] == prices[key] > 0
+    assert found["tokens_per_second"] > 0
+    assert not loaded[name].model.training
+    json.dumps(found, allow_nan=False)
+
+
+def test_text_shorter_than_a_window(loaded: dict[str, Loaded], tmp_path: Path):
+    (tmp_path / "short.txt").write_text("lazy fox")
+    ids = loaded["cot"].tokenizer.encode("lazy fox")
+    found = evaluate(loaded["cot"], {"text": str(tmp_path / "short.txt")})
+    assert found["tokens"] == len(ids) - 1 and found["context"] == 96
+    assert found["loss"] * found["tokens"] == pytest.approx(by_hand(loaded["cot"], ids, 96), rel=1e-5)
+
+
+@pytest.mark.parametrize("limit", [1, 49, 50, 51, 120])
+def test_max_tokens_is_exact(limit: int, loaded: dict[str, Loaded], book: Path):
+    tokenizer = loaded["plain"].tokenizer
+    ids = tokenizer.encode(TEXT)
+    found = evaluate(loaded["plain"], {"data.text": str(book), "data.context": "50"}, max_tokens=limit)
+    assert found["tokens"] == limit
+    assert found["loss"] * limit == pytest.approx(by_hand(loaded["plain"], ids[: limit + 1], 50), rel=1e-5)
+
+
+def test_documents_are_told_apart(loaded: dict[str, Loaded], tmp_path: Path):
+    texts = ["The quick brown fox", "jumps 🙂", "over"]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"body": text}) for text in texts))
+    tokenizer = loaded["plain"].tokenizer
+    ids: list[int] = []
+    for text in texts:
+        ids += [*([tokenizer.eos_token_id] if ids else []), *tokenizer.encode(text)]
+    found = evaluate(loaded["plain"], {"text": str(path), "column": "body", "context": 16})
+    first = len(tokenizer.decode(ids[0]).encode())
+    assert found["tokens"] == len(ids) - 1
+    assert found["bytes"] == sum(len(text.encode()) for text in texts) - first
+    assert found["loss"] * found["tokens"] == pytest.approx(by_hand(loaded["plain"], ids, 16), rel=1e-5)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    text = tmp_path / "own.txt"
+    text.write_text("".join(f"Line {number} of this text, {number * 7919 % 1000}.\n" for number in range(600)))
+    config = RunConfig(name="mine", data=DataConfig(text=str(text), tokenizer="bpe-300", context=32))
+    corpus = prepare(config.data)
+    made = Run.create(tmp_path / "run", config)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    backbone = {"model_type": "llama", "vocab_size": corpus.vocab_size, "max_position_embeddings": 64, **sizes}
+    AdaptiveLM(AdaptiveConfig(backbone=backbone)).save_pretrained(made.model_dir)
+    corpus.tokenizer().save_pretrained(made.model_dir)
+    return made
+
+
+def test_run_is_scored_on_what_it_held_out(run: Run, book: Path):
+    held_out = prepare(run.config.data).validation
+    expected = score(load(run.path, "cpu").model, held_out, 32, held_out.num_tokens)
+    named = {"data.text": run.config.data.text}
+    for found in (evaluate(run.path), evaluate(run.path, named)):
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+        assert found["name"] == "mine" and found["context"] == 32
+    assert evaluate(run.path, {"context": 16}, max_tokens=40)["tokens"] == 32
+    other = evaluate(run.path, {"text": str(book)})
+    assert other["tokens"] == len(load(run.path).tokenizer.encode(TEXT)) - 1 and other["context"] == 32
+
+
+def test_run_whose_text_has_changed(run: Run):
+    path = Path(run.config.data.text)
+    path.write_text(path.read_text().replace("Line", "Row") * 2)
+    with pytest.raises(UserError, match="is not what it was"):
+        evaluate(run.path)
+
+
+def test_what_cannot_be_scored(loaded: dict[str, Loaded], tmp_path: Path, book: Path):
+    for name, content in {"empty.txt": b"", "blank.txt": b" \n", "binary.txt": b"\0\xff\x01", "one.txt": b"T"}.items():
+        (tmp_path / name).write_bytes(content)
+    for data, complaint in (
+        ({"text": str(tmp_path / "bok.txt")}, "did you mean"),
+        ({"text": str(tmp_path / "empty.txt")}, "empty"),
+        ({"text": str(tmp_path / "blank.txt")}, "empty"),
+        ({"text": str(tmp_path / "binary.txt")}, "binary"),
+        ({"text": str(tmp_path / "one.txt")}, "too short"),
+        ({"text": str(book), "context": 97}, "96 positions"),
+        ({"text": str(book), "context": 0}, "at least 1"),
+        ({"text": str(book), "context": "many"}, "data.context: expected int"),
+        ({"txt": str(book)}, "did you mean"),
+        ({"text": str(book), "tokenizer": "bpe-300"}, "brings its own"),
+        ({}, "not from a run"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            evaluate(loaded["plain"], data)
+    with pytest.raises(UserError, match="max_tokens=0"):
+        evaluate(loaded["plain"], {"text": str(book)}, max_tokens=0)
+
+
+@pytest.mark.parametrize("name", ["plain", "cot"])
+def test_trace(name: str, loaded: dict[str, Loaded]):
+    model, tokenizer = loaded[name].model, loaded[name].tokenizer
+    found = trace(model, tokenizer, TEXT, context=40)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(TEXT)[:39]]
+    assert len(found["tokens"]) == len(found["passes"]) == len(found["nll"]) == 39
+    assert TEXT.startswith("".join(found["tokens"]).rstrip("\ufffd"))
+    assert set(found["passes"]) == {1.0 if name == "plain" else 2.0}
+    assert sum(found["nll"]) == pytest.approx(by_hand(loaded[name], ids, 40), rel=1e-5)
+    assert len(trace(model, tokenizer, "fox", 40)["tokens"]) == len(tokenizer.encode("fox"))
+    with pytest.raises(UserError, match="no token"):
+        trace(model, tokenizer, "", 40)
+
+
+def test_trace_leaves_the_mode(loaded: dict[str, Loaded]):
+    model = load(Path(loaded["plain"].model.name_or_path)).model.train()
+    trace(model, loaded["plain"].tokenizer, "fox", 40)
+    assert model.training

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import saved
+import torch
+import yaml
+
+from pondera.ground.errors import UserError
+from pondera.jobs.generate import generate
+from pondera.jobs.load import load
+
+pytest.importorskip("lm_eval", reason="pip install pondera[eval]")
+
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+
+from pondera.jobs import harness  # noqa: E402
+
+ROWS = [
+    {"start": "The quick brown fox", "ends": [" jumps over the dog", " is 🙂"], "right": 0},
+    {"start": "", "ends": ["The lazy dog", "dog lazy The fox"], "right": 1},
+    {"start": "Naïve", "ends": [" fox", " dog", " quick brown"], "right": 2},
+]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: saved.save(folder / name, name) for name in saved.THINKS}
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> dict:
+    """A multiple-choice task whose data lie in a local file."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps(row) for row in ROWS))
+    return {
+        "task": "local_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path / "cache")},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "num_fewshot": 0,
+        "doc_to_text": "{{start}}",
+        "doc_to_choice": "{{ends}}",
+        "doc_to_target": "{{right}}",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    }
+
+
+def by_hand(path: Path, start: str, end: str) -> float:
+    """Log-likelihood of `end` after `start` (or after BOS), alone and without a cache."""
+    found = load(path, "cpu")
+    before = found.tokenizer.encode(start) or [found.tokenizer.bos_token_id]
+    whole = torch.tensor([*before, *found.tokenizer.encode(end)])
+    with torch.no_grad():
+        log_p = found.model(whole[None, :-1]).logits[0].log_softmax(-1)
+    return float(log_p[torch.arange(len(before) - 1, len(whole) - 1), whole[len(before) :]].sum())
+
+
+@pytest.mark.parametrize("name", list(saved.THINKS))
+def test_log_likelihoods_are_our_own(name: str, models: dict[str, Path], task: dict):
+    """In batches of 4, whose shorter requests are padded, each request scores as it does alone."""
+    found = simple_evaluate(
+        model="pondera",
+        model_args={"pretrained": str(models[name])},
+        tasks=[task],
+        batch_size=4,
+        device="cpu",
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    assert found is not None
+    hits = 0
+    for sample in found["samples"]["local_choice"]:
+        row = sample["doc"]
+        expected = [by_hand(models[name], row["start"], end) for end in row["ends"]]
+        assert [float(reply[0]) for reply in sample["filtered_resps"]] == pytest.approx(expected, rel=1e-4)
+        hits += expected.index(max(expected)) == row["right"]
+    assert found["results"]["local_choice"]["acc,none"] == pytest.approx(hits / len(ROWS))
+
+
+@pytest.mark.parametrize("name", ["plain", "exact"])
+def test_writes_what_generate_writes(name: str, models: dict[str, Path]):
+    """Prompts of two lengths in one batch: the shorter one is padded on the left."""
+    prompts = ["The quick", "The quick brown fox jumps over"]
+    lm = harness.PonderaLM(pretrained=str(models[name]), device="cpu", batch_size=2)
+    settings = {"until": ["\0never"], "max_gen_toks": 8, "do_sample": False}
+    requests = [Instance("generate_until", {}, (prompt, settings), index) for index, prompt in enumerate(prompts)]
+    alone = [generate(str(models[name]), prompt, 8, temperature=0).text for prompt in prompts]
+    assert lm.generate_until(requests, disable_tqdm=True) == alone
+
+
+def test_limits_come_from_the_model(models: dict[str, Path]):
+    lm = harness.PonderaLM(pretrained=str(models["cot"]), device="cuda:0" if not torch.cuda.is_available() else "cpu")
+    assert lm.max_length == 96 and lm.device.type == "cpu"
+    assert harness.PonderaLM(pretrained=str(models["cot"]), device="cpu", max_length=20).max_length == 20
+    with pytest.raises(TypeError, match="dtype"):  # not ignored in silence
+        harness.PonderaLM(pretrained=str(models["cot"]), dtype="float16")  # pyright: ignore[reportCallIssue]
+    with pytest.raises(UserError, match="no such folder"):
+        harness.PonderaLM(pretrained="no/such/run")
+
+
+def test_command_line(models: dict[str, Path], task: dict, tmp_path: Path, monkeypatch, capsys):
+    path = tmp_path / "local_choice.yaml"
+    path.write_text(yaml.safe_dump(task))
+    words = ["--model", "pondera", "--tasks", str(path), "--device", "cpu", "--batch_size", "2"]
+    monkeypatch.setattr(sys, "argv", ["pondera-lm-eval", *words, "--model_args", f"pretrained={models['ponderlm2']}"])
+    harness.main()
+    assert "|local_choice|" in capsys.readouterr().out.replace(" ", "")
+    monkeypatch.setattr(sys, "argv", ["pondera-lm-eval", *words, "--model_args", "pretrained=no/such/run"])
+    with pytest.raises(SystemExit, match="pondera-lm-eval: .*no such folder"):
+        harness.main()

@@ -1,0 +1,42 @@
+"""Model folders to load: one tiny tokenizer, and untrained models that have it."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+THINKS = {
+    "plain": None,
+    "ponderlm2": "PonderLM2(thoughts=1)",
+    "exact": "PonderLM2(thoughts=1, eval_rounds='exact')",
+    "cot": "AdaptiveLatentCoT(steps=1)",
+}
+POSITIONS = 96
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerFast:
+    """280 tokens, all bytes among them; an emoji takes several."""
+    from pondera.ground.tokens import train_tokenizer
+
+    return train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 8], 280)
+
+
+def save(folder: Path, name: str = "plain") -> Path:
+    """Writes the model of that name, with the tokenizer."""
+    import torch
+
+    from pondera.model.config import AdaptiveConfig
+    from pondera.model.lm import AdaptiveLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"vocab_size": 280, "max_position_embeddings": POSITIONS, "initializer_range": 0.3}
+    config = AdaptiveConfig(backbone={"model_type": "llama", **sizes, **words}, think=THINKS[name])
+    AdaptiveLM(config).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
