@@ -86,7 +86,9 @@ def main() -> None:
     torch.manual_seed(0)
     bare = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in BACKBONE.items() if k != "model_type"}))
     models: dict[str, torch.nn.Module] = {"bare transformers": bare}
-    models |= {name: AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONE), think=think)) for name, think in METHODS.items()}
+    models |= {
+        name: AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONE), think=think)) for name, think in METHODS.items()
+    }
     seconds: dict[str, dict[str, list[float]]] = {name: {"decode": [], "train": []} for name in models}
     for task, prepare in (("decode", decoding), ("train", training)):
         work = {name: prepare(model.train(task == "train")) for name, model in models.items()}
@@ -103,7 +105,9 @@ def main() -> None:
         price = predicted(model) if isinstance(model, AdaptiveLM) else reference
         # Rounds are interleaved, so each is compared with the bare model of the same round.
         ratio = {
-            task: statistics.median(b / a for a, b in zip(seconds[name][task], seconds["bare transformers"][task], strict=True))
+            task: statistics.median(
+                b / a for a, b in zip(seconds[name][task], seconds["bare transformers"][task], strict=True)
+            )
             for task in ("decode", "train")
         }
         rows[name] = {

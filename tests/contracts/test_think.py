@@ -127,7 +127,9 @@ def test_doing_nothing_is_the_backbone_bit_for_bit(method: str, backbone: str):
     assert torch.equal(plain(ids(2, 9)).logits, nothing(ids(2, 9)).logits)
 
 
-@pytest.mark.parametrize(("method", "backbone"), [("plain", "gemma3"), ("plain", "gpt2"), *FEW, *[(m, "mistral") for m in METHODS]])
+@pytest.mark.parametrize(
+    ("method", "backbone"), [("plain", "gemma3"), ("plain", "gpt2"), *FEW, *[(m, "mistral") for m in METHODS]]
+)
 def test_packed_documents_equal_each_alone(method: str, backbone: str):
     model = build(None, backbone) if method == "plain" else exact(method, backbone)
     lengths = (3, 8, 2)

@@ -20,7 +20,7 @@ from pondera.jobs.score import score
 from pondera.model.config import AdaptiveConfig
 from pondera.model.lm import AdaptiveLM
 
-TEXT = "The quick brown fox jumps over the lazy dog; Größe, naïve, 日本語, 🙂!\n" * 6
+TEXT = "The quick brown fox jumps over the lazy dog; Größe, naïve, 日本語, 🙂!\n" * 4
 NAMES = list(saved.THINKS)
 
 

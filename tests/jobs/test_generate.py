@@ -62,9 +62,8 @@ def test_sampling_settings_matter(loaded: dict[str, Loaded]):
     assert generate(loaded["plain"], "The", 16, 1.0, top_p=1e-6, seed=5).tokens == greedy
     assert generate(loaded["plain"], "The", 16, 0.01, seed=5).tokens == greedy
     assert generate(loaded["plain"], "The", 16, 100.0, seed=5).tokens != greedy
-    # At the temperature of chance every token comes up: nothing but top_p may cut the vocabulary.
-    drawn = {token for seed in range(4) for token in generate(loaded["plain"], "", 90, 100.0, seed=seed).tokens}
-    assert len(drawn) > 60
+    # Close to chance, almost every first token comes up: nothing but top_p may cut the vocabulary.
+    assert len({generate(loaded["plain"], "", 1, 100.0, seed=seed).text for seed in range(150)}) > 50
 
 
 def test_stops_where_the_text_ends(loaded: dict[str, Loaded], monkeypatch):

@@ -17,6 +17,7 @@ pytest.importorskip("lm_eval", reason="pip install pondera[eval]")
 
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
 
 from pondera.jobs import harness  # noqa: E402
 
@@ -70,6 +71,7 @@ def test_log_likelihoods_are_our_own(name: str, models: dict[str, Path], task: d
         model="pondera",
         model_args={"pretrained": str(models[name])},
         tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
         batch_size=4,
         device="cpu",
         log_samples=True,
@@ -113,6 +115,9 @@ def test_command_line(models: dict[str, Path], task: dict, tmp_path: Path, monke
     monkeypatch.setattr(sys, "argv", ["pondera-lm-eval", *words, "--model_args", f"pretrained={models['ponderlm2']}"])
     harness.main()
     assert "|local_choice|" in capsys.readouterr().out.replace(" ", "")
-    monkeypatch.setattr(sys, "argv", ["pondera-lm-eval", *words, "--model_args", "pretrained=no/such/run"])
+
+
+def test_bad_input_is_no_traceback(monkeypatch):
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: harness.PonderaLM(pretrained="no/such/run"))
     with pytest.raises(SystemExit, match="pondera-lm-eval: .*no such folder"):
         harness.main()

@@ -120,7 +120,9 @@ def test_a_range_outside_the_stack_is_refused():
 @pytest.mark.parametrize("backbone", ["llama", "gpt_neox", "gpt2", "qwen3"])
 def test_a_pretrained_checkpoint_thinks_and_trains(backbone: str, tmp_path):
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AdaptiveConfig(backbone=dict(BACKBONES[backbone])).backbone).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(AdaptiveConfig(backbone=dict(BACKBONES[backbone])).backbone).save_pretrained(
+        tmp_path
+    )
     model = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path), think="PonderLM2(thoughts=1)")).train()
     x = ids(4, 12)
     h = model.backbone.embed(x)
@@ -183,9 +185,12 @@ def test_importing_pondera_registers_whatever_the_order():
     import subprocess
     import sys
 
+    made = "print({}(backbone={{'model_type': 'gpt2'}}).model_type)"
     programs = [
-        "import pondera; from transformers import AutoConfig; print(AutoConfig.for_model('pondera', backbone={'model_type': 'llama'}).model_type)",
-        "from transformers import AutoModelForCausalLM; import pondera; print(pondera.AdaptiveConfig(backbone={'model_type': 'gpt2'}).model_type)",
+        f"import pondera; from transformers import AutoConfig; {made.format('AutoConfig.for_model')}".replace(
+            "for_model(", "for_model('pondera', "
+        ),
+        f"from transformers import AutoModelForCausalLM; import pondera; {made.format('pondera.AdaptiveConfig')}",
         "import pondera, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print('pondera')",
     ]
     for program in programs:

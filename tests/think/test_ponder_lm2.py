@@ -204,7 +204,9 @@ class TestTraps:
         options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
         right = model.generate(x, **options)
         # A cache that answers with slots makes generate slice and place tokens wrongly.
-        monkeypatch.setattr(type(cache), "get_seq_length", lambda self, layer_idx=0: Cache.get_seq_length(self, layer_idx))
+        monkeypatch.setattr(
+            type(cache), "get_seq_length", lambda self, layer_idx=0: Cache.get_seq_length(self, layer_idx)
+        )
         started = model.new_cache()
         model(x[:, :3], past_key_values=started)
         try:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pondera.cli.config import load_config
-from pondera.cli.output import only_json, print_json, print_table
+from pondera.cli.output import only_json, print_comparison, print_json
 from pondera.cli.parser import Parser, number, whole
 
 SUMMARY = "trains several recipes over seeds and charges each for what it spends"
@@ -46,28 +44,12 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or Path("runs") / f"compare-{'-'.join(Path(recipe).stem for recipe in args.recipes)}"
 
     from pondera.jobs.compare import compare
-    from pondera.jobs.report import COLUMNS
 
     with only_json(args.json):
         found = compare(args.recipes, args.seeds, args.equal, args.flops, out, args.overrides, True, args.jobs)
     if args.json:
         print_json(found)
         return 0
-    rows = found["rows"]
-    columns = [column for column in COLUMNS if any(row[column[0]]["mean"] is not None for row in rows)]
-    print_table(
-        ["recipe", *(label for _, label, _ in columns)],
-        [[row["name"], *(_cell(row[key], show) for key, _, show in columns)] for row in rows],
-    )
-    seeds = f"{args.seeds} seed{'s' * (args.seeds > 1)}"
-    print(f"mean ± standard deviation over {seeds}, at equal training {args.equal}\n")
-    print("\n".join(found["verdict"]))
+    print_comparison(found)
     print(f"\n  the page:     {out / 'report.html'}\n  the numbers:  {out / 'results.json'}")
     return 0
-
-
-def _cell(value: dict[str, Any], show: Callable[[float], str]) -> str:
-    """The mean of a measure over the seeds, with its spread where there is one."""
-    if value["mean"] is None:
-        return "–"
-    return show(value["mean"]) + (f" ± {show(value['spread'])}" if value["spread"] else "")

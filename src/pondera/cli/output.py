@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 
@@ -34,3 +34,25 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         table.add_row(*map(Text, row))
     # Piped into a file, a table is as wide as it needs to be.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
+
+
+def print_comparison(found: dict[str, Any]) -> None:
+    """Prints what `pondera.jobs.compare.compare` returned: the table, how to read it, and the verdict."""
+    from pondera.jobs.report import COLUMNS
+
+    rows = found["rows"]
+    columns = [column for column in COLUMNS if any(row[column[0]]["mean"] is not None for row in rows)]
+    print_table(
+        ["recipe", *(label for _, label, _ in columns)],
+        [[row["name"], *(_cell(row[key], show) for key, _, show in columns)] for row in rows],
+    )
+    seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
+    print(f"mean ± standard deviation over {seeds}, at equal training {found['equal']}\n")
+    print("\n".join(found["verdict"]))
+
+
+def _cell(value: dict[str, Any], show: Callable[[float], str]) -> str:
+    """The mean of a measure over the seeds, with its spread where there is one."""
+    if value["mean"] is None:
+        return "–"
+    return show(value["mean"]) + (f" ± {show(value['spread'])}" if value["spread"] else "")

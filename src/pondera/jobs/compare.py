@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pondera.ground.errors import UserError, unknown
+from pondera.ground.errors import Failure, UserError, unknown
 from pondera.ground.run import Run, is_run, write_atomic
 from pondera.ground.settings import RunConfig, load
 from pondera.jobs.build import new_model, resolve
@@ -88,7 +88,9 @@ def compare(
     write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
     from pondera.jobs.report import write_report
 
-    write_report(list(folders), out / "report.html", title=f"{', '.join(config.name for config in configs)} at equal {equal}")
+    write_report(
+        list(folders), out / "report.html", title=f"{', '.join(config.name for config in configs)} at equal {equal}"
+    )
     return result
 
 
@@ -165,12 +167,15 @@ def _train_apart(folder: Path, config: RunConfig, threads: int) -> None:
     arguments = ["train", str(recipe), "--out", str(folder), *(["--resume"] if is_run(folder) else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(
-        [sys.executable, "-m", "pondera", *arguments], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "pondera", *arguments],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     recipe.unlink(missing_ok=True)
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise RuntimeError(f"{folder.name} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+        raise Failure(f"{folder.name} failed: {said[-1] if said else f'exit code {done.returncode}'}")
 
 
 def say(progress: bool, text: str) -> None:
@@ -211,7 +216,11 @@ def spread(values: list[float | None]) -> dict[str, Any]:
     known = [value for value in values if value is not None]
     if not known:
         return {"mean": None, "spread": None, "values": values}
-    return {"mean": statistics.fmean(known), "spread": statistics.stdev(known) if len(known) > 1 else None, "values": values}
+    return {
+        "mean": statistics.fmean(known),
+        "spread": statistics.stdev(known) if len(known) > 1 else None,
+        "values": values,
+    }
 
 
 def _verdict(row: dict[str, Any], baseline: str) -> str:
@@ -228,14 +237,10 @@ def _verdict(row: dict[str, Any], baseline: str) -> str:
     return f"{said} (± {error:.3f} over {len(gap['values'])} seeds, every seed the same way)."
 
 
-def command(
-    recipes: list[str], seeds: int, equal: str, flops: float | None, overrides: dict[str, Any] | None
-) -> str:
+def command(recipes: list[str], seeds: int, equal: str, flops: float | None, overrides: dict[str, Any] | None) -> str:
     """The command line that does this comparison."""
     words = ["pondera", "compare", *recipes, "--seeds", str(seeds), "--equal", equal]
     words += ["--flops", f"{flops:g}"] if flops is not None else []
     for dotted, value in (overrides or {}).items():
         words += [f"--{dotted}", str(value)]
     return " ".join(words)
-
-

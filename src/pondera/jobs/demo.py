@@ -44,5 +44,7 @@ def demo(out: Path, progress: bool = True) -> Demo:
     """
     found = compare(RECIPES, seeds=SEEDS, out=out, overrides=SETTINGS, progress=progress)
     thinker = out / "runs" / f"adaptivelatentcot-{SETTINGS['train.steps']}steps-seed0"
-    sample = generate(str(thinker), PROMPT, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=0, on_text=lambda text: None)
+    sample = generate(
+        str(thinker), PROMPT, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=0, on_text=lambda text: None
+    )
     return Demo(found, sample, out / "report.html", thinker)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pondera.ground.cost import Call, Prices, Schedule
-from pondera.model.lm import AdaptiveLM
+
+if TYPE_CHECKING:
+    from pondera.model.lm import AdaptiveLM
 
 
 def price(model: AdaptiveLM, context: int) -> dict[str, float]:
@@ -28,9 +32,10 @@ def price(model: AdaptiveLM, context: int) -> dict[str, float]:
     else:
         decoding, training = think.calls(1, context=cached), think.calls(context, training=True)
     slots = context * (think.slots_per_token if think is not None else 1)
+    slides = think is None or think.slides
     number_bytes = next(model.parameters()).element_size()
     return {
         "inference_flops_per_token": prices.forward(Schedule(tuple(decoding), head_rows=1, tokens=1)),
         "training_flops_per_token": prices.training(Schedule(tuple(training), context, context)) / context,
-        "kv_bytes_per_token": prices.cache_bytes(slots, number_bytes) / context,
+        "kv_bytes_per_token": prices.cache_bytes(slots, number_bytes, slides, newest=decoding[-1].queries) / context,
     }

@@ -150,7 +150,9 @@ class Backbone(nn.Module):
         layout = self._layout()
         decoder, count = self.decoder, self.config.num_hidden_layers
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= count:
-            raise UserError(f"layers: {layers} is not a range within the {count} layers of this {self.config.model_type}")
+            raise UserError(
+                f"layers: {layers} is not a range within the {count} layers of this {self.config.model_type}"
+            )
         if not layers:
             return h_BSD
         # An earlier range of this pass may have filled its layers already: lengths are those of this range's own layers.
@@ -167,7 +169,10 @@ class Backbone(nn.Module):
             arguments: dict[str, Any] = {"attention_mask": masks[types[index]], layout.cache_argument: cache}
             if rotary is not None:
                 per_type = (types[index],) if self.config.model_type == "gemma3_text" else ()
-                arguments |= {"position_embeddings": rotary(h_BSD, position_ids, *per_type), "position_ids": position_ids}
+                arguments |= {
+                    "position_embeddings": rotary(h_BSD, position_ids, *per_type),
+                    "position_ids": position_ids,
+                }
             h_BSD = getattr(decoder, layout.layers)[index](h_BSD, use_cache=cache is not None, **arguments)
         return getattr(decoder, layout.norm)(h_BSD) if layers.stop == count else h_BSD
 

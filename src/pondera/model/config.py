@@ -110,7 +110,9 @@ def _checkpoint_config(path: str) -> PreTrainedConfig:
             f"{str(error).splitlines()[0]}"
         ) from None
     if config.model_type == AdaptiveConfig.model_type:
-        raise UserError(f"backbone: {path!r} is a Pondera model already; give its own path to eval, generate or --resume")
+        raise UserError(
+            f"backbone: {path!r} is a Pondera model already; give its own path to eval, generate or --resume"
+        )
     return config
 
 

@@ -1,7 +1,7 @@
 """Every name that Pondera takes from transformers and that may move between its versions.
 
-Nothing else in the package imports transformers' internals (but `hf_config.py`, which is light); when a new minor series arrives, this file and
-`backbone.py` are what has to be read again. Known to work: transformers 5.23.
+Nothing else in the package imports transformers' internals, but `hf_config.py`, which is light. When a new minor series
+arrives, these two and `backbone.py` are what has to be read again. Known to work: transformers 5.23.
 """
 
 from __future__ import annotations

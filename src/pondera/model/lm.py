@@ -237,7 +237,9 @@ def _causal_lm(config: AdaptiveConfig, think: Think | None) -> PreTrainedModel:
         try:
             return AutoModelForCausalLM.from_pretrained(config._checkpoint, config=backbone)
         except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{config._checkpoint}: its weights cannot be loaded: {str(error).splitlines()[0]}") from error
+            raise UserError(
+                f"{config._checkpoint}: its weights cannot be loaded: {str(error).splitlines()[0]}"
+            ) from error
     lm = AutoModelForCausalLM.from_config(backbone)
     if config.init == "scaled":
         scaled_init(lm)

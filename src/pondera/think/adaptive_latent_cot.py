@@ -14,8 +14,8 @@ from pondera.ground.cost import Call
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone, SlotMask, token_positions, within_documents
 from pondera.model.cache import StagedLayer, TokenCache, at_step
-from pondera.think.parts.feedback import Feedback
 from pondera.think.contract import Think, Thought
+from pondera.think.parts.feedback import Feedback
 
 
 class AdaptiveLatentCoT(Think):
@@ -84,7 +84,9 @@ class AdaptiveLatentCoT(Think):
         steps = self.slots_per_token
         if budget is not None and budget < steps:
             if cache is not None:
-                raise UserError(f"budget={budget}: with a cache AdaptiveLatentCoT(steps={self.steps}) runs {steps} passes")
+                raise UserError(
+                    f"budget={budget}: with a cache AdaptiveLatentCoT(steps={self.steps}) runs {steps} passes"
+                )
             steps = max(1, budget)
         cache = cache if cache is not None else self.new_cache(backbone)
         allowed = self._one_step_mask(h_BTD, cache, mask, position_ids)
@@ -98,9 +100,7 @@ class AdaptiveLatentCoT(Think):
         cache.record(passes_BT)
         return Thought(state_BTD, passes_BT)
 
-    def _one_step_mask(
-        self, h_BTD: Tensor, cache: TokenCache, mask: Tensor | None, position_ids: Tensor
-    ) -> SlotMask:
+    def _one_step_mask(self, h_BTD: Tensor, cache: TokenCache, mask: Tensor | None, position_ids: Tensor) -> SlotMask:
         """Causal order over tokens, which every step repeats for its own rows and for those of each step below."""
         tokens, total = h_BTD.shape[1], cache.tokens + h_BTD.shape[1]
         order_K = torch.arange(total, device=h_BTD.device)
@@ -119,4 +119,6 @@ class AdaptiveLatentCoT(Think):
 
 
 def _repeat(mask: SlotMask, times: int) -> SlotMask:
-    return SlotMask(mask.allowed_BSK.repeat(1, 1, times), mask.query_positions_BS, mask.key_positions_BK.repeat(1, times))
+    return SlotMask(
+        mask.allowed_BSK.repeat(1, 1, times), mask.query_positions_BS, mask.key_positions_BK.repeat(1, times)
+    )

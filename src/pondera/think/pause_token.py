@@ -14,8 +14,8 @@ from pondera.ground.cost import Call
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone
 from pondera.model.cache import TokenCache
-from pondera.think.parts.slots import interleaved_cache, interleaved_pass
 from pondera.think.contract import Think, Thought
+from pondera.think.parts.slots import interleaved_cache, interleaved_pass
 
 
 class PauseToken(Think):

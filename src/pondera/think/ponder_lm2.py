@@ -15,9 +15,9 @@ from pondera.ground.cost import Call
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone, has_documents
 from pondera.model.cache import TokenCache
+from pondera.think.contract import Think, Thought
 from pondera.think.parts.feedback import Feedback
 from pondera.think.parts.slots import interleaved_cache, interleaved_pass
-from pondera.think.contract import Think, Thought
 
 
 class PonderLM2(Think):
