@@ -115,7 +115,13 @@ def with_spread(value: dict[str, Any], sign: str = "") -> str:
 
 def built(text: str) -> str:
     """`text` with every generated part made anew."""
-    return PART.sub(lambda part: f"{part[1]}{MAKERS[part[2]](part[3])}\n{part[4]}", text)
+
+    def made(part: re.Match[str]) -> str:
+        # A result that no command has written yet leaves its place empty, never filled by hand.
+        there = not part[3] or (ROOT / part[3]).is_file()
+        return f"{part[1]}{MAKERS[part[2]](part[3]) if there else '*not run yet*'}\n{part[4]}"
+
+    return PART.sub(made, text)
 
 
 def main() -> None:

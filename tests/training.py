@@ -86,19 +86,21 @@ class TwoTerms(AdaptiveLM):
 def gradients(
     folder: Path, micro_batch_size: int | None = None, num_processes: int = 1, kind: type[AdaptiveLM] = AdaptiveLM
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient of one step on all of `Gappy`."""
+    """Loss and gradient of the second step on all of `Gappy`; the first teaches the trainer what the loss is made of."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     backbone = {"model_type": "llama", "vocab_size": 97, **sizes}
     model = kind(AdaptiveConfig(backbone=backbone, init="scaled", think="PonderLM2(thoughts=1)"))
-    settings = TrainConfig(steps=1, batch_size=4, micro_batch_size=micro_batch_size, grad_clip=1e9)
+    settings = TrainConfig(steps=2, lr=1e-12, batch_size=4, micro_batch_size=micro_batch_size, grad_clip=1e9)
     found: dict[str, torch.Tensor] = {}
 
     class Look(TrainerCallback):
         def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
             found.update({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
 
-    trainer = PonderaTrainer(model, arguments(settings, str(folder), num_processes), settings, Gappy(), callbacks=[Look()])
+    trainer = PonderaTrainer(
+        model, arguments(settings, str(folder), num_processes), settings, Gappy(), callbacks=[Look()]
+    )
     trainer.train()
     assert trainer.latest is not None
     return trainer.latest.loss, found

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -108,16 +109,11 @@ def test_limits_come_from_the_model(models: dict[str, Path]):
         harness.PonderaLM(pretrained="no/such/run")
 
 
-def test_command_line(models: dict[str, Path], task: dict, tmp_path: Path, monkeypatch, capsys):
+def test_the_harness_own_command_knows_pondera(models: dict[str, Path], task: dict, tmp_path: Path):
+    """`lm_eval --model pondera` as a user types it, in a program that never imported us."""
     path = tmp_path / "local_choice.yaml"
     path.write_text(yaml.safe_dump(task))
-    words = ["--model", "pondera", "--tasks", str(path), "--device", "cpu", "--batch_size", "2"]
-    monkeypatch.setattr(sys, "argv", ["pondera-lm-eval", *words, "--model_args", f"pretrained={models['ponderlm2']}"])
-    harness.main()
-    assert "|local_choice|" in capsys.readouterr().out.replace(" ", "")
-
-
-def test_bad_input_is_no_traceback(monkeypatch):
-    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: harness.PonderaLM(pretrained="no/such/run"))
-    with pytest.raises(SystemExit, match="pondera-lm-eval: .*no such folder"):
-        harness.main()
+    command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "pondera", "--tasks", str(path)]
+    command += ["--model_args", f"pretrained={models['ponderlm2']}", "--device", "cpu", "--batch_size", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "|local_choice|" in done.stdout.replace(" ", ""), done.stderr

@@ -56,7 +56,7 @@ def test_loss_is_the_mean_over_labels(tmp_path):
     data, sums, counts = training.Gappy(), [], []
     torch.manual_seed(0)
     fresh = AdaptiveLM(model.config).train()
-    fresh.begin_step(0, 0)
+    fresh.begin_step(1, 0)
     for window in (data[index] for index in range(4)):
         logits = fresh(window["input_ids"][None]).logits[0]
         sums.append(F.cross_entropy(logits, window["targets"], ignore_index=-100, reduction="sum").item())
@@ -155,9 +155,9 @@ def checkpoint(text, tmp_path_factory):
         corpus = prepare(tiny(text, {"data.tokenizer": "bpe-280"}).data)
     torch.manual_seed(1)
     folder = tmp_path_factory.mktemp("checkpoint")
-    LlamaForCausalLM(LlamaConfig(vocab_size=288, max_position_embeddings=64, **training.SIZES)).bfloat16().save_pretrained(
-        folder
-    )
+    LlamaForCausalLM(
+        LlamaConfig(vocab_size=288, max_position_embeddings=64, **training.SIZES)
+    ).bfloat16().save_pretrained(folder)
     corpus.tokenizer().save_pretrained(folder)
     return folder
 
@@ -180,7 +180,10 @@ def test_wrapped_checkpoint(text, checkpoint, tmp_path):
 @pytest.mark.parametrize(
     "settings, complaint",
     [
-        ({"data.tokenizer": "bpe-270"}, "288 tokens .*'bpe-270' has 270; use the checkpoint's own .*--data.tokenizer /"),
+        (
+            {"data.tokenizer": "bpe-270"},
+            "288 tokens .*'bpe-270' has 270; use the checkpoint's own .*--data.tokenizer /",
+        ),
         ({"data.tokenizer": "bpe-300"}, "288 tokens .*'bpe-300' has 300"),
         ({"data.tokenizer": "bpe-2048", "data.context": 128}, "128 tokens do not fit the 64 .*use --data.context 64$"),
     ],

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -82,7 +82,7 @@ class Order(Sampler[list[int]]):
         return torch.randperm(self.num_windows, generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
 
 
-def collate(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def collate(windows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Windows as the model's keyword arguments: ``input_ids`` and ``shift_labels``, each ``[B, C]``."""
     return {
         "input_ids": torch.stack([window["input_ids"] for window in windows]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pondera.ground.errors import UserError
 from pondera.ground.settings import DataConfig, RunConfig
@@ -72,8 +72,8 @@ def _adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
             "or a checkpoint folder"
         )
     tree = {"vocab_size": vocab_size, **given} if isinstance(given, dict) else given
-    methods = {"think": config.think, "memory": config.memory, "segment": config.segment}
-    adaptive = AdaptiveConfig(backbone=tree, init=config.init, **methods)
+    parts: dict[str, Any] = {"think": config.think, "memory": config.memory, "segment": config.segment}
+    adaptive = AdaptiveConfig(backbone=tree, init=config.init, **parts)
     inner = adaptive.get_text_config()
     _check_vocabulary(config, inner.vocab_size, vocab_size)
     context, limit = config.data.context, getattr(inner, "max_position_embeddings", None)

@@ -70,7 +70,9 @@ def save(
     except Exception as error:  # each library has its own way to say that the disk is full
         last = run.checkpoints()
         kept = f"{last[-1].name} is intact: make room, then go on with --resume" if last else "there is none yet"
-        raise Failure(f"the checkpoint of step {step} could not be written ({error}); the last checkpoint: {kept}") from error
+        raise Failure(
+            f"the checkpoint of step {step} could not be written ({error}); the last checkpoint: {kept}"
+        ) from error
     for path in run.checkpoints()[:-keep]:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -92,7 +94,9 @@ def export(run: Run, model: AdaptiveLM, weights: dict[str, Tensor], tokenizer: P
     except Failure:
         raise
     except Exception as error:
-        raise Failure(f"the model could not be written ({error}); make room, then finish the run with --resume") from error
+        raise Failure(
+            f"the model could not be written ({error}); make room, then finish the run with --resume"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

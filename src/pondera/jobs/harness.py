@@ -1,27 +1,18 @@
 """Pondera models in EleutherAI's evaluation harness (``pip install "pondera[eval]"``).
 
-Once installed beside a harness that finds models by entry point (those after 0.4.13), the usual command knows them:
+    lm_eval --model pondera --model_args pretrained=runs/ponderlm2-seed0 --tasks lambada_openai
 
-    lm_eval --model pondera --model_args pretrained=runs/ponderlm2 --tasks lambada_openai
-
-Harness 0.4.13 and earlier know only the models in their own source tree. There the same command has another first word,
-
-    pondera-lm-eval --model pondera --model_args pretrained=runs/ponderlm2 --tasks lambada_openai
-
-(or ``python -m pondera.jobs.harness``); it takes everything that ``lm_eval`` takes. From Python, importing this module
-makes ``lm_eval.simple_evaluate(model="pondera", ...)`` work with either.
+``examples/lm_eval`` has tasks that read files of your own. How the harness comes to know us: `pondera.model.auto`.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import torch
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from pondera.ground.errors import UserError
 from pondera.jobs.load import load
 
 
@@ -66,17 +57,3 @@ class PonderaLM(HFLM):
             "truncation": truncation,
         }
         super().__init__(**arguments)
-
-
-def main() -> None:
-    """The harness's own command line, knowing `pondera`."""
-    from lm_eval.__main__ import cli_evaluate
-
-    try:
-        cli_evaluate()
-    except UserError as error:
-        sys.exit(f"pondera-lm-eval: {error}")
-
-
-if __name__ == "__main__":
-    main()

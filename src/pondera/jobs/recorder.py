@@ -5,9 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from pondera.ground.data import Corpus
@@ -87,7 +86,8 @@ class Recorder(TrainerCallback):
             since["terms"][name] = since["terms"].get(name, 0.0) + mean
 
         last = step >= settings.steps
-        alone = self.trainer.args.world_size == 1  # several processes only stop after a step whose sums told all of them
+        # Several processes stop together, after a step whose sums told all of them; a single one need not wait for that.
+        alone = self.trainer.args.world_size == 1
         self.stopped = (measured.stop or (alone and self.trainer.stop_asked)) and not last
         line = self._line(step) if last or step % settings.log_every == 0 else {}
         speed = since["steps"] * self._tokens_per_step / since["seconds"]
@@ -110,7 +110,7 @@ class Recorder(TrainerCallback):
     def validate(self) -> dict[str, float]:
         """Scores the model on the held-out text; by all processes at once, since a sharded model needs them all."""
         tokens = self.config.train.eval_tokens
-        found = score(self.trainer.model, self.corpus.validation, self.config.data.context, tokens)  # pyright: ignore[reportArgumentType]
+        found = score(self.trainer.lm, self.corpus.validation, self.config.data.context, tokens)
         self.watch.bits_per_byte = found["bits_per_byte"]
         return found
 
@@ -143,17 +143,14 @@ class Recorder(TrainerCallback):
                 failure = error
             except OSError as error:
                 failure = Failure(f"{self.run.path}: cannot be written ({error}); make room, then go on with --resume")
-        failed = torch.tensor(float(failure is not None), device=self.trainer.args.device)
-        if float(self.trainer.accelerator.reduce(failed, "sum")):  # pyright: ignore[reportArgumentType]
+        if self.trainer.over_processes({"failures": float(failure is not None)})["failures"] > 0:
             raise failure or Failure("the first process could not write; see its message")
 
     def _save(self, step: int) -> None:
         weights, optimizer = self.trainer.snapshot()
         state = {"step": step, "seconds": self.seconds, "since": self.since, "corpus": self.corpus.digest}
         tokenizer, keep = self.corpus.tokenizer_path, self.config.train.keep
-        self.on_main(
-            lambda: checkpoints.save(self.run, step, self.model, weights, optimizer, state, tokenizer, keep)
-        )
+        self.on_main(lambda: checkpoints.save(self.run, step, self.model, weights, optimizer, state, tokenizer, keep))
 
     def _line(self, step: int) -> dict[str, Any]:
         """The means since the last line, and the last step's gradient norm."""

@@ -5,7 +5,6 @@ On several processes (torchrun, accelerate launch) all of them call `train`; the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shlex
@@ -131,7 +130,9 @@ def _check_free(out: Path) -> None:
     if out.is_file():
         raise UserError(f"{out} is a file; give the name of a folder for the run with --out")
     if out.is_dir() and any(out.iterdir()):
-        what, advice = ("already holds a run", "go on with it with --resume, or ") if is_run(out) else ("is not empty", "")
+        what, advice = (
+            ("already holds a run", "go on with it with --resume, or ") if is_run(out) else ("is not empty", "")
+        )
         raise UserError(f"{out} {what}; {advice}give another folder with --out")
 
 
@@ -153,7 +154,9 @@ def _open(config: RunConfig, out: Path) -> Run:
     changed = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
     if changed:
         listing = ", ".join(f"{name} ({old.get(name)} before, {new.get(name)} now)" for name in changed)
-        raise UserError(f"{out} was started with other settings: {listing}; resume with {run.config_file}, or use --out")
+        raise UserError(
+            f"{out} was started with other settings: {listing}; resume with {run.config_file}, or use --out"
+        )
     return run
 
 
@@ -227,7 +230,9 @@ def _signals(trainer: PonderaTrainer) -> Iterator[None]:
         for which, before in previous.items():
             signal.signal(which, before)
         if trainer.is_world_process_zero():
-            os.write(2, b"\nfinishing this step and saving; once more stops at once\n")  # print may be interrupted by itself
+            os.write(
+                2, b"\nfinishing this step and saving; once more stops at once\n"
+            )  # print may be interrupted by itself
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -116,7 +116,7 @@ class PonderaTrainer(Trainer):
         model: AdaptiveLM,
         args: TrainingArguments,
         settings: TrainConfig,
-        dataset: Dataset,
+        dataset: Any,
         first_step: int = 0,
         callbacks: list | None = None,
     ) -> None:
@@ -125,7 +125,7 @@ class PonderaTrainer(Trainer):
         self.settings, self.first_step = settings, first_step
         self.loss_is_scaled_for_ga = True
         self.order = Order(
-            num_windows=len(cast(Any, dataset)),
+            num_windows=len(dataset),
             batch_size=settings.batch_size,
             micro_batch_size=args.per_device_train_batch_size,
             steps=settings.steps,
@@ -141,15 +141,22 @@ class PonderaTrainer(Trainer):
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, float] = {}
 
+    @property
+    def lm(self) -> AdaptiveLM:
+        """The model itself; where it is sharded, all processes have to call it together."""
+        return cast(AdaptiveLM, self.model)
+
     def get_train_dataloader(self) -> DataLoader:
         """This process's micro-batches, in the order of `Order`."""
         pin = self.args.device.type == "cuda"
-        return DataLoader(cast(Dataset, self.train_dataset), batch_sampler=self.order, collate_fn=collate, pin_memory=pin)
+        return DataLoader(
+            cast(Dataset, self.train_dataset), batch_sampler=self.order, collate_fn=collate, pin_memory=pin
+        )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
         """AdamW, with weight decay on matrices (and embeddings) only."""
         if self.optimizer is None:
-            parameters = [p for p in (model or self.model).parameters() if p.requires_grad]
+            parameters = [p for p in (model or self.lm).parameters() if p.requires_grad]
             groups = [
                 {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
                 {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -173,7 +180,7 @@ class PonderaTrainer(Trainer):
         """The micro-batches of the next step; here everything that is drawn or counted once per step is."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         seed, step = self.settings.seed, self.state.global_step
-        cast(AdaptiveLM, self.model).begin_step(step, seed)
+        self.lm.begin_step(step, seed)
         torch.manual_seed(mixed_seed(seed, step, self.args.process_index))
         self._sums = {}
         self._counts = self._count(batches) if len(batches) > 1 else {}
@@ -186,7 +193,7 @@ class PonderaTrainer(Trainer):
         outputs: AdaptiveOutput = model(**inputs)
         terms = outputs.terms or {}
         if not self._counts:  # a single micro-batch: its own forward pass tells what there is to count
-            self._counts = self._over_processes({name: term.count for name, term in terms.items()})
+            self._counts = self.over_processes({name: term.count for name, term in terms.items()})
         self._term_names = tuple(terms)
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0) + term.sum.detach().float()
@@ -203,27 +210,22 @@ class PonderaTrainer(Trainer):
         """
         if self._term_names == ("next_token",):
             labels = sum((batch["shift_labels"] != IGNORED).sum() for batch in batches)
-            return self._over_processes({"next_token": labels})
+            return self.over_processes({"next_token": labels})
         counts: dict[str, Any] = {}
-        cast(Any, self.model).train()
+        self.lm.train()
         with torch.no_grad(), torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             for batch in batches:
                 for name, term in cast(Any, self.model_wrapped)(**self._prepare_inputs(batch)).terms.items():
                     counts[name] = counts.get(name, 0) + term.count
-        return self._over_processes(counts)
-
-    def _over_processes(self, values: dict[str, Any]) -> dict[str, Tensor]:
-        """Each value summed over all processes."""
-        vector = torch.stack([torch.as_tensor(v, dtype=torch.float32, device=self.args.device) for v in values.values()])
-        return dict(zip(values, cast(Tensor, self.accelerator.reduce(vector, "sum")), strict=True))
+        return self.over_processes(counts)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called once per step, when its gradient is whole and the weights are still as they were: sums up the step."""
         norm = super()._get_grad_norm(model, grad_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        total = self._over_processes({**self._sums, "": float(self.stop_asked)})
+        norm = float(cast(Tensor, norm.full_tensor() if isinstance(norm, DTensor) else norm))
+        total = self.over_processes({**self._sums, "": float(self.stop_asked)})
         stop = bool(total.pop("") > 0)
-        terms = {name: float(total[name] / self._counts[name].clamp(min=1)) for name in total}
+        terms = {name: float(total[name] / _divisor(self._counts[name])) for name in total}
         loss = sum(self._weights[name] * mean for name, mean in terms.items())
         self.latest = Step(loss, terms, norm, stop)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -234,20 +236,27 @@ class PonderaTrainer(Trainer):
         """Not used: Pondera prices a step by its own account."""
         return 0
 
+    def over_processes(self, values: dict[str, Any]) -> dict[str, Tensor]:
+        """Each value summed over all processes."""
+        vector = torch.stack(
+            [torch.as_tensor(v, dtype=torch.float32, device=self.args.device) for v in values.values()]
+        )
+        return dict(zip(values, cast(Tensor, self.accelerator.reduce(vector, "sum")), strict=True))
+
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All weights, and the optimizer's state by parameter name, on the first process; empty on the others.
 
         To be called by all processes at once.
         """
-        model, options = cast(nn.Module, self.model), StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(model, options=options)
-        optimizer = get_optimizer_state_dict(model, self._inner_optimizer(), options=options)
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.lm, options=options)
+        optimizer = get_optimizer_state_dict(self.lm, self._inner_optimizer(), options=options)
         return cast("dict[str, Tensor]", weights), cast("dict[str, Any]", optimizer)
 
     def restore_optimizer(self, state: dict[str, Any]) -> None:
         """Takes over what `snapshot` gave; only the first process needs to have it. To be called by all at once."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.args.world_size > 1)
-        set_optimizer_state_dict(cast(nn.Module, self.model), self._inner_optimizer(), state, options=options)
+        set_optimizer_state_dict(self.lm, self._inner_optimizer(), state, options=options)
 
     def _inner_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
