@@ -13,17 +13,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import training
-from training import tiny
 
 from pondera.ground.errors import Failure, Interrupted, UserError
 from pondera.ground.run import Run
+from pondera.ground.settings import RunConfig
 from pondera.jobs import checkpoints
 from pondera.jobs.train import train
 from pondera.jobs.trainer import PonderaTrainer
+from pondera.model.lm import AdaptiveLM
+
+
+def tiny(text: Path, settings: dict[str, Any] | None = None) -> RunConfig:
+    """With dropout, so that random numbers matter."""
+    return training.tiny(text, {"backbone.attention_dropout": 0.1, **(settings or {})})
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +116,14 @@ def test_killed_and_resumed(straight, text, tmp_path):
     assert [folder.name for folder in run.checkpoints()] == ["step-000004"]
     train(tiny(text), run.path, resume=True, progress=False)
     same(run, straight)
+
+
+def test_methods_are_told_each_step(unfinished, text, monkeypatch):
+    told = []
+    monkeypatch.setattr(AdaptiveLM, "begin_step", lambda self, *step_and_seed: told.append(step_and_seed))
+    shutil.rmtree(unfinished.checkpoints()[-1])
+    train(tiny(text), unfinished.path, resume=True, progress=False)
+    assert told == [(step, 0) for step in range(4, 8)]
 
 
 def test_asked_to_stop(straight, text, tmp_path, monkeypatch, capfd):
