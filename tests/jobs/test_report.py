@@ -53,7 +53,7 @@ def make_run(
                 "loss": bits * 2.6, "perplexity": math.exp(bits * 2.6), "bits_per_byte": bits,
                 "passes_per_token": passes,
                 "inference_flops_per_token": price, "train_flops": 3 * price * tokens, "train_tokens": tokens,
-                "train_seconds": 312.0, "kv_bytes_per_token": 3072 * passes, "tokens_per_second": 5200 / passes,
+                "train_seconds": 312.0, "kv_bytes_per_token": 3072 * passes, "train_tokens_per_second": 5200 / passes,
                 "parameters": 1_240_000,
             }
         )  # fmt: skip

@@ -19,10 +19,13 @@ import pytest
 import torch
 import training
 
+from pondera.ground.data import prepare
 from pondera.ground.errors import Failure, Interrupted, UserError
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig
 from pondera.jobs import checkpoints
+from pondera.jobs.batches import collate
+from pondera.jobs.load import load
 from pondera.jobs.train import train
 from pondera.jobs.trainer import PonderaTrainer
 from pondera.model.lm import AdaptiveLM
@@ -324,3 +327,21 @@ def test_resume_is_of_the_same_run(unfinished, text, tmp_path):
     unfinished.config_file.write_text(json.dumps(config))
     with pytest.raises(UserError, match="the text or the tokenizer has changed since step-000008"):
         train(tiny(other), unfinished.path, resume=True)
+
+
+def test_isolated_documents_are_trained_and_read_apart(text: Path, tmp_path: Path):
+    """With data.isolate a token is read as if its document stood alone; without it, it is not."""
+    config = training.tiny(text, {"train.steps": 2, "data.isolate": True, "data.context": 64})
+    run = train(config, tmp_path / "run", progress=False)
+    assert set(run.traces()) == {"sample"}
+    corpus, model = prepare(config.data), load(str(run.path), "cpu").model
+    windows = corpus.train.windows(64, isolate=True)
+    window = next(window for window in map(windows.__getitem__, range(len(windows))) if window["document_ids"].max() > 1)
+    batch = collate([window])
+    start = int((window["document_ids"] == 1).sum())
+    with torch.no_grad():
+        apart = model(**batch).logits[0, start:]
+        together = model(batch["input_ids"]).logits[0, start:]
+        alone = model(batch["input_ids"][:, start:], document_ids=batch["document_ids"][:, start:] - 1).logits[0]
+    torch.testing.assert_close(apart, alone, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(apart, together, atol=1e-4)

@@ -40,6 +40,7 @@ class DataConfig:
     context: int = option(256, "tokens per training window")
     column: str = option("text", "the text column of a JSONL file or HF dataset")
     validation: float = option(0.05, "share of documents held out, chosen by the hash of their name")
+    isolate: bool = option(False, "tokens of a window attend within their own document only (slower: masks are dense)")
     max_bytes: int | None = option(
         None, "read at most this many bytes of training text, whole documents in their fixed order; none: all of it"
     )

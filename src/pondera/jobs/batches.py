@@ -82,9 +82,11 @@ class Order(Sampler[list[int]]):
         return torch.randperm(self.num_windows, generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
 
 
+ARGUMENTS = {"input_ids": "input_ids", "targets": "shift_labels", "document_ids": "document_ids"}
+
+
 def collate(windows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Windows as the model's keyword arguments: ``input_ids`` and ``shift_labels``, each ``[B, C]``."""
-    return {
-        "input_ids": torch.stack([window["input_ids"] for window in windows]),
-        "shift_labels": torch.stack([window["targets"] for window in windows]),
-    }
+    """Windows as the model's keyword arguments: ``input_ids``, ``shift_labels`` and, if they tell documents apart,
+    ``document_ids``, each ``[B, C]``."""
+    names = [name for name in ARGUMENTS if name in windows[0]]
+    return {ARGUMENTS[name]: torch.stack([window[name] for window in windows]) for name in names}

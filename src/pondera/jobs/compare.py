@@ -34,7 +34,7 @@ MEASURES = (
     "train_flops",
     "train_tokens",
     "train_seconds",
-    "tokens_per_second",
+    "train_tokens_per_second",
     "parameters",
 )
 

@@ -197,7 +197,8 @@ def _score_held_out(loaded: Loaded, run: Run, context: int, max_tokens: int | No
             "another tokenizer), so what was held out is not known; give --data.text with a text it has not seen"
         )
     held_out = corpus.validation
-    return score(loaded.model, held_out, context, max_tokens or held_out.num_tokens, _batch_size(context))
+    tokens, isolate = max_tokens or held_out.num_tokens, run.config.data.isolate
+    return score(loaded.model, held_out, context, tokens, _batch_size(context), isolate)
 
 
 def _score_whole(model: AdaptiveLM, text: _Text, context: int) -> dict[str, float]:

@@ -14,6 +14,7 @@ from pondera.ground.errors import Failure, UserError
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig
 from pondera.jobs import checkpoints
+from pondera.jobs.evaluate import TRACED, trace
 from pondera.jobs.price import price
 from pondera.jobs.progress import Watch
 from pondera.jobs.score import score
@@ -109,8 +110,8 @@ class Recorder(TrainerCallback):
 
     def validate(self) -> dict[str, float]:
         """Scores the model on the held-out text; by all processes at once, since a sharded model needs them all."""
-        tokens = self.config.train.eval_tokens
-        found = score(self.trainer.lm, self.corpus.validation, self.config.data.context, tokens)
+        data, tokens = self.config.data, self.config.train.eval_tokens
+        found = score(self.trainer.lm, self.corpus.validation, data.context, tokens, isolate=data.isolate)
         self.watch.bits_per_byte = found["bits_per_byte"]
         return found
 
@@ -124,10 +125,16 @@ class Recorder(TrainerCallback):
             "train_flops": self._progress(steps)["train_flops"],
             "train_tokens": tokens,
             "train_seconds": self.seconds,
-            "tokens_per_second": tokens / self.seconds,
+            "train_tokens_per_second": tokens / self.seconds,
             "kv_bytes_per_token": self.prices["kv_bytes_per_token"],
             "parameters": self.parameters,
         }
+
+    def sample(self) -> dict[str, list]:
+        """How the model reads the beginning of the held-out text, token by token."""
+        tokenizer, context = self.corpus.tokenizer(), self.config.data.context
+        text = tokenizer.decode(self.corpus.validation.ids[:TRACED].tolist(), skip_special_tokens=True)
+        return trace(self.model, tokenizer, text, context)
 
     def on_main(self, write: Callable[[], None]) -> None:
         """Has the first process write; where it fails, all of them raise.

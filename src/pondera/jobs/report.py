@@ -31,7 +31,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("inference_flops_per_token", "inference FLOPs/token", human),
     ("kv_bytes_per_token", "KV bytes/token", human),
     ("train_flops", "training FLOPs", human),
-    ("tokens_per_second", "tokens/s", human),
+    ("train_tokens_per_second", "training tokens/s", human),
     ("parameters", "parameters", human),
 )
 

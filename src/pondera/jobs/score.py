@@ -12,7 +12,7 @@ from pondera.model.lm import AdaptiveLM
 
 
 @torch.no_grad()
-def score(model: AdaptiveLM, split: Split, context: int, max_tokens: int, batch_size: int = 8) -> dict[str, float]:
+def score(model: AdaptiveLM, split: Split, context: int, max_tokens: int, batch_size: int = 8, isolate: bool = False) -> dict[str, float]:
     """Next-token loss on the first windows of a split.
 
     The mode of the model and all random states are left as they were.
@@ -23,12 +23,13 @@ def score(model: AdaptiveLM, split: Split, context: int, max_tokens: int, batch_
         context: tokens per window; each token sees at most this many.
         max_tokens: predict at most this many tokens, but at least one window.
         batch_size: windows per forward pass.
+        isolate: tokens attend within their own document only.
 
     Returns:
         ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), and the ``tokens``
         and ``bytes`` of text that were predicted.
     """
-    windows = split.windows(context)
+    windows = split.windows(context, isolate)
     count = min(len(windows), max(1, max_tokens // context))
     device = next(model.parameters()).device
     was_training, nats = model.training, 0.0

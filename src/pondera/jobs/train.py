@@ -75,8 +75,9 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
         _check_recomputable(model, config.train)
         args = arguments(config.train, str(out), _num_processes())
         recorder = Recorder(run, config, corpus, model, start, show=progress and main)
+        windows = corpus.train.windows(config.data.context, config.data.isolate)
         trainer = PonderaTrainer(
-            model, args, config.train, corpus.train.windows(config.data.context), recorder.first_step, [recorder]
+            model, args, config.train, windows, recorder.first_step, [recorder]
         )
         trainer.accelerator.wait_for_everyone()  # nobody still looks whether the folder is free
         if main and not resume:
@@ -101,6 +102,8 @@ def _finish(recorder: Recorder, trainer: PonderaTrainer) -> None:
     validation = recorder.validation or recorder.validate()
     weights, _ = trainer.snapshot()
     recorder.on_main(lambda: checkpoints.export(run, recorder.model, weights, recorder.corpus.tokenizer_path))
+    if trainer.args.world_size == 1:  # a sharded model takes all processes for a forward pass
+        run.write_trace("sample", recorder.sample())
     recorder.on_main(lambda: run.write_result(validation | recorder.totals()))
 
 
