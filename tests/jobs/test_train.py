@@ -336,7 +336,9 @@ def test_isolated_documents_are_trained_and_read_apart(text: Path, tmp_path: Pat
     assert set(run.traces()) == {"sample"}
     corpus, model = prepare(config.data), load(str(run.path), "cpu").model
     windows = corpus.train.windows(64, isolate=True)
-    window = next(window for window in map(windows.__getitem__, range(len(windows))) if window["document_ids"].max() > 1)
+    window = next(
+        window for window in map(windows.__getitem__, range(len(windows))) if window["document_ids"].max() > 1
+    )
     batch = collate([window])
     start = int((window["document_ids"] == 1).sum())
     with torch.no_grad():

@@ -51,7 +51,7 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
     from pondera.model.lm import AdaptiveLM
 
     torch.manual_seed(config.train.seed)
-    return AdaptiveLM(_adaptive_config(config, vocab_size)).float()
+    return AdaptiveLM(adaptive_config(config, vocab_size)).float()
 
 
 def adopt(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -62,7 +62,7 @@ def adopt(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast) -> None:
         place.bos_token_id, place.eos_token_id, place.pad_token_id = tokenizer.bos_token_id, end, pad
 
 
-def _adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
+def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     from pondera.model.config import AdaptiveConfig
 
     given = config.backbone

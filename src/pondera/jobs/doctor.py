@@ -89,11 +89,11 @@ def skeleton(config: RunConfig) -> AdaptiveLM:
     """
     import torch
 
-    from pondera.jobs.build import _adaptive_config
+    from pondera.jobs.build import adaptive_config
     from pondera.model.config import AdaptiveConfig
     from pondera.model.lm import AdaptiveLM
 
-    adaptive = _adaptive_config(config, _vocabulary(config))
+    adaptive = adaptive_config(config, _vocabulary(config))
     chosen = {seam: getattr(adaptive, seam) for seam in spec.SEAMS}
     with torch.device("meta"):
         # Made anew from the shape of the backbone, so that a checkpoint's weights are not read.
@@ -193,10 +193,10 @@ def _data(data: DataConfig) -> Iterator[Finding]:
 
 
 def _training(train: TrainConfig) -> Iterator[Finding]:
-    from pondera.jobs.train import _check
+    from pondera.jobs.train import check_settings
 
     try:
-        _check(train)
+        check_settings(train)
     except UserError as error:
         yield Finding("problem", "train", str(error))
         return
@@ -217,7 +217,7 @@ def _training(train: TrainConfig) -> Iterator[Finding]:
 
 def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     """What the model is, and what of it does not go together with the rest."""
-    from pondera.jobs.train import _check_recomputable
+    from pondera.jobs.train import check_recomputable
 
     shape, think = model.backbone.config, model.think
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -225,7 +225,7 @@ def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     text = f"{shape.model_type}, {_count(count)} parameters, {shape.vocab_size} tokens in the vocabulary{method}"
     yield Finding("ok", "model", text)
     try:
-        _check_recomputable(model, config.train)
+        check_recomputable(model, config.train)
     except UserError as error:
         yield Finding("problem", "train", str(error))
     window = getattr(model.config.backbone, "sliding_window", None)

@@ -12,7 +12,9 @@ from pondera.model.lm import AdaptiveLM
 
 
 @torch.no_grad()
-def score(model: AdaptiveLM, split: Split, context: int, max_tokens: int, batch_size: int = 8, isolate: bool = False) -> dict[str, float]:
+def score(
+    model: AdaptiveLM, split: Split, context: int, max_tokens: int, batch_size: int = 8, isolate: bool = False
+) -> dict[str, float]:
     """Next-token loss on the first windows of a split.
 
     The mode of the model and all random states are left as they were.

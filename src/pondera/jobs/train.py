@@ -52,7 +52,7 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
         run = train(load("ponderlm2", {"train.steps": 20}), Path("runs/first"))
         run.result()["bits_per_byte"]
     """
-    _check(config.train)
+    check_settings(config.train)
     config, main = resolve(config), int(os.environ.get("RANK", 0)) == 0
     run = _open(config, out) if resume else Run(out)
     if resume and run.result() is not None:
@@ -72,13 +72,11 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
             model = new_model(config, corpus.vocab_size)
             if isinstance(config.backbone, dict):
                 adopt(model, corpus.tokenizer())
-        _check_recomputable(model, config.train)
+        check_recomputable(model, config.train)
         args = arguments(config.train, str(out), _num_processes())
         recorder = Recorder(run, config, corpus, model, start, show=progress and main)
         windows = corpus.train.windows(config.data.context, config.data.isolate)
-        trainer = PonderaTrainer(
-            model, args, config.train, windows, recorder.first_step, [recorder]
-        )
+        trainer = PonderaTrainer(model, args, config.train, windows, recorder.first_step, [recorder])
         trainer.accelerator.wait_for_everyone()  # nobody still looks whether the folder is free
         if main and not resume:
             Run.create(out, config)
@@ -107,7 +105,7 @@ def _finish(recorder: Recorder, trainer: PonderaTrainer) -> None:
     recorder.on_main(lambda: run.write_result(validation | recorder.totals()))
 
 
-def _check(settings: TrainConfig) -> None:
+def check_settings(settings: TrainConfig) -> None:
     """Refuses numbers that no training can be made of."""
     for name in ("steps", "batch_size", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
         if getattr(settings, name) < 1:
@@ -139,10 +137,9 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out} {what}; {advice}give another folder with --out")
 
 
-def _check_recomputable(model: AdaptiveLM, settings: TrainConfig) -> None:
-    from pondera.model.cache import StagedLayer
-
-    if settings.gradient_checkpointing and any(isinstance(layer, StagedLayer) for layer in model.new_cache().layers):
+def check_recomputable(model: AdaptiveLM, settings: TrainConfig) -> None:
+    """Refuses gradient checkpointing for a method whose passes cannot be run a second time."""
+    if settings.gradient_checkpointing and model.think is not None and not model.think.recomputable:
         raise UserError(
             f"train.gradient_checkpointing: {model.config.think} reads the rows of its earlier steps from a cache, which "
             "cannot be recomputed; leave gradient_checkpointing out and use a smaller train.micro_batch_size instead"

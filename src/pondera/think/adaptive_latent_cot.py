@@ -44,6 +44,7 @@ class AdaptiveLatentCoT(Think):
     price: ClassVar[str] = "L+1 passes and KV rows per token; training the same L+1 passes"
     reproduced: ClassVar[str] = "not yet"
     slides: ClassVar[bool] = False
+    recomputable: ClassVar[bool] = False
 
     def __init__(self, steps: int = 1) -> None:
         super().__init__()

@@ -55,6 +55,9 @@ class Think(nn.Module, ABC):
     slides: ClassVar[bool] = True
     """Its cache drops rows that have left a sliding window; false where they are kept and masked."""
 
+    recomputable: ClassVar[bool] = True
+    """Gradient checkpointing may run its passes again; false where a pass reads rows that an earlier one left."""
+
     slots_per_token: int = 1
     """KV rows that a token leaves in every layer."""
 
