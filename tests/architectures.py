@@ -19,6 +19,14 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **SIZES},
     "mistral": {"model_type": "mistral", "sliding_window": WINDOW, **SIZES},
     "qwen3": {"model_type": "qwen3", "head_dim": 16, **SIZES},
+    "qwen3_mixed": {
+        "model_type": "qwen3",
+        "head_dim": 16,
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        **SIZES,
+    },
     "gemma3": {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": WINDOW, **SIZES, "num_hidden_layers": 6},
     "gpt_neox": {"model_type": "gpt_neox", **{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}},
     "gpt2": {

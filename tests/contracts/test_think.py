@@ -255,9 +255,10 @@ class TestPrice:
         spent = measured_flops(lambda: model(x[:, :1], past_key_values=cache))
         assert spent == pytest.approx(Prices(model.backbone.config).forward(schedule), rel=0.02)
 
+    @pytest.mark.parametrize("exactly", [False, True])
     @pytest.mark.parametrize(("method", "backbone"), PAIRS)
-    def test_training(self, method: str, backbone: str):
-        model, x = build(f"{method}()", backbone).train(), ids(1, 16)
+    def test_training(self, method: str, backbone: str, exactly: bool):
+        model, x = (exact(method, backbone) if exactly else build(f"{method}()", backbone)).train(), ids(1, 16)
         assert model.think is not None
         if method == "PonderLM2":
             model.think.train_rounds = (2, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from architectures import BACKBONES, LINEAR, VOCAB
@@ -112,12 +114,41 @@ def test_every_mapped_architecture_is_tested():
     assert set(LAYOUTS) == {config["model_type"] for config in BACKBONES.values()} - {"qwen3_next"}
 
 
+@pytest.mark.parametrize("model_type", ["granite", "cohere"])
+def test_scaled_logits_are_the_models_own(model_type: str):
+    sizes = {name: size for name, size in BACKBONES["llama"].items() if name != "model_type"}
+    scaling = {"logits_scaling": 8.0} if model_type == "granite" else {"logit_scale": 0.25}
+    tree = {"model_type": model_type, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **sizes, **scaling}
+    model, x = AdaptiveLM(AdaptiveConfig(backbone=tree)).eval(), ids(1, 6)
+    torch.testing.assert_close(model(x).logits, model.backbone.lm(x).logits, atol=1e-6, rtol=1e-5)
+
+
+def test_logits_that_are_not_understood_are_refused(monkeypatch):
+    monkeypatch.setattr(Backbone, "head", lambda self, h: 2 * self.lm.get_output_embeddings()(h))
+    with pytest.raises(UserError, match="does something to its logits"):
+        build("llama")
+
+
+def test_kernels_that_misread_shared_positions_are_refused():
+    backbone = {**BACKBONES["llama"], "attn_implementation": "flex_attention"}
+    with pytest.raises(UserError, match="thinking models need 'sdpa'"):
+        AdaptiveLM(AdaptiveConfig(backbone=backbone, think="PonderLM2()"))
+
+
+def test_a_config_file_cannot_name_another_checkpoint(tmp_path):
+    AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]))).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"backbone": "somebody/else"}))
+    with pytest.raises(UserError, match="refused"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_a_range_outside_the_stack_is_refused():
     with pytest.raises(UserError, match="not a range within the 3 layers"):
         build("llama").run(torch.zeros(1, 2, 64), range(1, 9))
 
 
-@pytest.mark.parametrize("backbone", ["llama", "gpt_neox", "gpt2", "qwen3"])
+@pytest.mark.parametrize("backbone", ["llama", "mistral", "gemma3", "gpt_neox", "gpt2", "qwen3"])
 def test_a_pretrained_checkpoint_thinks_and_trains(backbone: str, tmp_path):
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AdaptiveConfig(backbone=dict(BACKBONES[backbone])).backbone).save_pretrained(

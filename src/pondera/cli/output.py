@@ -46,8 +46,8 @@ def print_comparison(found: dict[str, Any]) -> None:
         ["recipe", *(label for _, label, _ in columns)],
         [[row["name"], *(_cell(row[key], show) for key, _, show in columns)] for row in rows],
     )
-    seeds = f"{found['seeds']} seed{'s' * (found['seeds'] > 1)}"
-    print(f"mean ± standard deviation over {seeds}, at equal training {found['equal']}\n")
+    over = f"mean ± standard deviation over {found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
+    print(f"{over}, at equal training {'FLOPs' if found['equal'] == 'flops' else found['equal']}\n")
     print("\n".join(found["verdict"]))
 
 

@@ -168,7 +168,6 @@ def live_cache_bytes(cache: Cache) -> int:
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
     import torch
-    from transformers.cache_utils import CacheLayerMixin
 
     if isinstance(value, torch.Tensor):
         yield value
@@ -178,5 +177,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    elif isinstance(value, CacheLayerMixin):
+    elif hasattr(value, "get_seq_length"):  # a layer within a layer
         yield from _tensors(vars(value))

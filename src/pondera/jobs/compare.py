@@ -1,7 +1,8 @@
 """Trains the candidates on the same text at equal cost and seeds, and says what came out.
 
 Runs are ordinary run folders under ``OUT/runs``; whatever is there already with the same config is reused, whatever was
-interrupted is resumed, so a comparison can be stopped and started again, and widened by more recipes or seeds.
+interrupted is resumed, so a comparison can be stopped and started again, and widened by more recipes or seeds. Beside
+them, ``OUT/configs`` and ``OUT/logs`` hold what runs in processes of their own were started with, and what they said.
 """
 
 from __future__ import annotations
@@ -9,17 +10,22 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pondera.ground.errors import Failure, UserError, unknown
+from pondera.ground.errors import Failure, Interrupted, UserError, unknown
 from pondera.ground.run import Run, is_run, write_atomic
 from pondera.ground.settings import RunConfig, load
+from pondera.jobs import verdict
 from pondera.jobs.build import new_model, resolve
 from pondera.jobs.price import price
 
@@ -37,6 +43,8 @@ MEASURES = (
     "train_tokens_per_second",
     "parameters",
 )
+OLD_NAMES = {"train_tokens_per_second": "tokens_per_second"}
+"""What runs of earlier versions call a measure."""
 
 
 def compare(
@@ -63,11 +71,15 @@ def compare(
         jobs: runs trained side by side, each in a process with its share of the cores.
 
     Returns:
-        ``{"equal", "seeds", "baseline", "rows": [...], "verdict": [...]}``; a row has the recipe's `name`, and for each
-        measure a mean, a spread (sample standard deviation) and the value of each seed.
+        ``{"equal", "seeds", "command", "baseline", "rows": [...], "verdict": [...]}``; a row has the recipe's `name`,
+        its `runs` (folders below `out`), and for each measure a mean, a spread (sample standard deviation) and the value
+        of each seed.
 
     Raises:
-        UserError: a recipe that does not exist, two of one name, or a number that makes no sense.
+        UserError: a recipe that does not exist, two of one name, a number that makes no sense, or a folder in `out` that
+            holds a run of something else.
+        Failure: a training failed; the others were stopped and saved.
+        Interrupted: SIGINT or SIGTERM came; what was trained so far is kept.
     """
     if equal not in EQUAL:
         raise unknown("--equal", equal, EQUAL)
@@ -82,9 +94,14 @@ def compare(
         raise UserError("--flops sets the budget of --equal flops; add --equal flops, or leave it out")
     planned = [with_seed(config, config.train.seed + number) for number in range(seeds) for config in configs]
     folders = {folder_of(config, out): config for config in planned}
-    train_all(folders, progress, jobs)
+    typed = command(recipes, seeds, equal, flops, overrides, jobs)
+    try:
+        train_all(folders, progress, jobs)
+    except (Interrupted, KeyboardInterrupt):
+        again = f"{typed} --out {shlex.quote(str(out))}"
+        raise Interrupted(f"stopped; what was trained so far is kept, go on with:\n{again}") from None
     result = summarise([config.name for config in configs], list(folders))
-    result |= {"equal": equal, "seeds": seeds, "command": command(recipes, seeds, equal, flops, overrides)}
+    result |= {"equal": equal, "seeds": seeds, "command": typed}
     write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
     from pondera.jobs.report import write_report
 
@@ -127,55 +144,136 @@ def flops_per_step(config: RunConfig) -> float:
 
 def train_all(folders: dict[Path, RunConfig], progress: bool, jobs: int) -> None:
     """Trains what is not there yet; in this process, or several side by side in processes of their own."""
-    missing = {folder: config for folder, config in folders.items() if not finished(folder, config)}
-    if jobs == 1 or len(missing) < 2:
-        from pondera.jobs.train import train
-
-        for folder, config in missing.items():
-            say(progress, f"training {folder.name}")
-            train(config, folder, resume=is_run(folder), progress=progress)
-        return
-    # One tokenisation before many processes ask for it.
     from pondera.ground.data import prepare
 
-    for config in missing.values():
-        prepare(config.data)
-    threads = max(1, (os.cpu_count() or 1) // jobs)
-    with ThreadPoolExecutor(jobs) as pool:
-        work = [pool.submit(_train_apart, folder, config, threads) for folder, config in missing.items()]
-        for folder, done in zip(missing, work, strict=True):
-            done.result()
-            say(progress, f"trained {folder.name}")
+    texts = {repr(config.data): config.data for config in folders.values()}
+    digests = {key: prepare(data).digest for key, data in texts.items()}
+    missing = {
+        folder: config for folder, config in folders.items() if not finished(folder, config, digests[repr(config.data)])
+    }
+    if jobs > 1 and len(missing) > 1:
+        _train_apart(missing, jobs, progress)
+        return
+    from pondera.jobs.train import train
+
+    for folder, config in missing.items():
+        say(progress, f"training {folder.name}")
+        train(config, folder, resume=is_run(folder), progress=progress)
 
 
-def finished(folder: Path, config: RunConfig) -> bool:
-    """Whether this run is there and complete. One with another config is refused rather than mixed in."""
+def finished(folder: Path, config: RunConfig, digest: str) -> bool:
+    """Whether this run is there and complete. One with another config or text is refused rather than mixed in.
+
+    Args:
+        folder: where it would be.
+        config: what it should have been trained with.
+        digest: of the corpus that `config` stands for today.
+    """
     if not is_run(folder):
         return False
-    run = Run.open(folder)
+    run, advice = Run.open(folder), "choose another --out, or remove that folder"
     if run.config.to_dict() != config.to_dict():
-        raise UserError(f"{folder}: holds a run with another config; choose another --out, or remove that folder")
-    return run.result() is not None
+        raise UserError(f"{folder}: holds a run with another config; {advice}")
+    result = run.result()
+    if result is not None and result.get("corpus", digest) != digest:
+        raise UserError(f"{folder}: holds a run on another text, or {config.data.text!r} has changed since; {advice}")
+    return result is not None
 
 
-def _train_apart(folder: Path, config: RunConfig, threads: int) -> None:
+def _train_apart(missing: dict[Path, RunConfig], jobs: int, progress: bool) -> None:
+    """Trains each run in a process of its own, `jobs` at a time; when one fails, or we are asked to stop, all end."""
+    threads = max(1, (os.cpu_count() or 1) // jobs)
+    waiting, running = list(missing), dict[Path, subprocess.Popen]()
+    with _noticed_signals() as noticed:
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    folder = waiting.pop(0)
+                    say(progress, f"training {folder.name}")
+                    running[folder] = _start(folder, missing[folder], threads)
+                time.sleep(0.1)
+                for folder in [folder for folder, child in running.items() if child.poll() is not None]:
+                    code = running.pop(folder).returncode
+                    if code:
+                        say(progress and bool(running), f"{folder.name} ended early; stopping the others")
+                        raise ended_early(folder, code)
+                    say(progress, f"trained {folder.name}")
+                if noticed:
+                    raise Interrupted("stopped")
+        finally:
+            _stop(list(running.values()))
+
+
+def _start(folder: Path, config: RunConfig, threads: int) -> subprocess.Popen:
+    """`pondera train` on a config that stays, so that the command in the run's env.json can be typed again."""
     import yaml
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recipe = folder.parent / f".{folder.name}.yaml"
-    write_atomic(recipe, yaml.safe_dump(config.to_dict(), sort_keys=False))
-    arguments = ["train", str(recipe), "--out", str(folder), *(["--resume"] if is_run(folder) else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(
-        [sys.executable, "-m", "pondera", *arguments],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    recipe.unlink(missing_ok=True)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        raise Failure(f"{folder.name} failed: {said[-1] if said else f'exit code {done.returncode}'}")
+    recipe, log = (_beside(folder, kind) for kind in ("configs", "logs"))
+    for path in (recipe, log):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(recipe, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
+    words = ["train", str(recipe), "--out", str(folder), *(["--resume"] if is_run(folder) else [])]
+    with open(log, "wb") as said:
+        return subprocess.Popen(
+            [sys.executable, "-m", "pondera", *words],
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.DEVNULL,
+            stdout=said,
+            stderr=said,
+            process_group=0,  # Ctrl-C reaches us alone; a child would take our signal for the second, which loses its step
+        )
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.parents[1] / kind / f"{folder.name}.{'yaml' if kind == 'configs' else 'txt'}"
+
+
+def ended_early(folder: Path, code: int) -> Exception:
+    """What to raise when the training process of `folder` ended with this exit code, with its own last words."""
+    log = _beside(folder, "logs")
+    lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
+    # What `pondera` says at its end may take several lines.
+    last = max((number for number, line in enumerate(lines) if line.startswith("pondera: ")), default=len(lines) - 1)
+    said = "\n".join(lines[last:]).removeprefix("pondera: ")
+    if code in (130, -signal.SIGINT, -signal.SIGTERM):
+        return Interrupted(f"{folder} was interrupted")
+    kind = UserError if code == 2 else Failure
+    return kind(f"{folder}: {said}\n(all that it said: {log})")
+
+
+def _stop(children: list[subprocess.Popen]) -> None:
+    """Has children finish their step and save, and waits for them; interrupted once more, ends them at once."""
+    try:
+        for child in children:
+            child.send_signal(signal.SIGINT)
+        for child in children:
+            child.wait()
+    finally:
+        for child in children:
+            child.kill()
+
+
+@contextmanager
+def _noticed_signals() -> Iterator[list[int]]:
+    """A list that gets the first SIGINT or SIGTERM; the second one does what it always does."""
+    noticed: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noticed
+        return
+
+    def notice(number: int, _: Any) -> None:
+        noticed.append(number)
+        restore()
+
+    def restore() -> None:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+    previous = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noticed
+    finally:
+        restore()
 
 
 def say(progress: bool, text: str) -> None:
@@ -197,18 +295,30 @@ def summarise(names: Iterable[str], folders: list[Path]) -> dict[str, Any]:
         runs[run.config.name].append(run)
     baseline = next(iter(runs))
     rows = [_row(name, members, runs[baseline]) for name, members in runs.items()]
-    return {"baseline": baseline, "rows": rows, "verdict": [_verdict(row, baseline) for row in rows[1:]]}
+    gaps = [verdict.gap(_scores(runs[name]), _scores(runs[baseline])) for name in runs]
+    said = [verdict.told(name, baseline, found, "bits per byte") for name, found in zip(runs, gaps, strict=True)]
+    return {"baseline": baseline, "rows": rows, "verdict": said[1:]}
 
 
 def _row(name: str, members: list[Run], baseline: list[Run]) -> dict[str, Any]:
-    by_seed = {run.config.train.seed: run.result() or {} for run in members}
-    base = {run.config.train.seed: run.result() or {} for run in baseline}
-    row: dict[str, Any] = {"name": name, "seeds": list(by_seed), "steps": members[0].config.train.steps}
+    row: dict[str, Any] = {
+        "name": name,
+        "seeds": [run.config.train.seed for run in members],
+        "runs": [f"{run.path.parent.name}/{run.path.name}" for run in members],
+        "steps": members[0].config.train.steps,
+    }
+    results = [run.result() or {} for run in members]
     for measure in MEASURES:
-        row[measure] = spread([result.get(measure) for result in by_seed.values()])
-    gains = [result["bits_per_byte"] - base[seed]["bits_per_byte"] for seed, result in by_seed.items()]
-    row["bits_per_byte_against_baseline"] = spread(gains)
+        old = OLD_NAMES.get(measure, measure)
+        row[measure] = spread([result.get(measure, result.get(old)) for result in results])
+    base = _scores(baseline)
+    row["bits_per_byte_against_baseline"] = spread([score - base[seed] for seed, score in _scores(members).items()])
     return row
+
+
+def _scores(runs: list[Run]) -> dict[int, float]:
+    """Bits per byte by seed."""
+    return {run.config.train.seed: (run.result() or {})["bits_per_byte"] for run in runs}
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:
@@ -223,24 +333,18 @@ def spread(values: list[float | None]) -> dict[str, Any]:
     }
 
 
-def _verdict(row: dict[str, Any], baseline: str) -> str:
-    """One sentence on the paired differences: the same seed sees the same windows in the same order."""
-    gap = row["bits_per_byte_against_baseline"]
-    size, error = abs(gap["mean"]), gap["spread"]
-    side = "below" if gap["mean"] < 0 else "above"
-    said = f"{row['name']} is {size:.3f} bits per byte {side} {baseline}"
-    if error is None:
-        return f"{said}; one seed, so this may be luck."
-    same_sign = all((value < 0) == (gap["mean"] < 0) for value in gap["values"])
-    if not same_sign or size < 2 * error / len(gap["values"]) ** 0.5:
-        return f"{said}, which is inside the noise of {len(gap['values'])} seeds (± {error:.3f})."
-    return f"{said} (± {error:.3f} over {len(gap['values'])} seeds, every seed the same way)."
+def command(
+    recipes: list[str], seeds: int, equal: str, flops: float | None, overrides: dict[str, Any] | None, jobs: int
+) -> str:
+    """The command line that does this comparison.
 
-
-def command(recipes: list[str], seeds: int, equal: str, flops: float | None, overrides: dict[str, Any] | None) -> str:
-    """The command line that does this comparison."""
+    Example:
+        >>> command(["plain", "mine.yaml"], 3, "tokens", None, {"think": "PauseToken(pauses=1)"}, jobs=2)
+        "pondera compare plain mine.yaml --seeds 3 --equal tokens --jobs 2 --think 'PauseToken(pauses=1)'"
+    """
     words = ["pondera", "compare", *recipes, "--seeds", str(seeds), "--equal", equal]
-    words += ["--flops", f"{flops:g}"] if flops is not None else []
+    words += ["--flops", str(flops)] if flops is not None else []
+    words += ["--jobs", str(jobs)] if jobs > 1 else []
     for dotted, value in (overrides or {}).items():
         words += [f"--{dotted}", str(value)]
-    return " ".join(words)
+    return shlex.join(map(str, words))

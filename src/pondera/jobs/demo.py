@@ -10,8 +10,8 @@ from pondera.jobs.compare import compare
 from pondera.jobs.generate import Generated, generate
 
 RECIPES = ["plain", "doubledepth", "adaptivelatentcot"]
-SETTINGS = {"train.steps": 120, "train.eval_every": 40, "train.eval_tokens": 65536, "train.save_every": 60}
-SEEDS = 2
+SETTINGS = {"train.steps": 80, "train.eval_every": 40, "train.eval_tokens": 32768, "train.save_every": 40}
+SEEDS = 3
 PROMPT = "def "
 
 
@@ -36,14 +36,14 @@ def demo(out: Path, progress: bool = True) -> Demo:
     """Trains a plain, a twice as deep and a thinking model, compares them and lets the thinking one write.
 
     Two passes per token through 3 layers cost as many inference FLOPs as one pass through 6, so the twice as deep model
-    is the fair opponent. Each is trained with two seeds: enough to see whether a difference is larger than luck.
+    is the fair opponent. Three seeds each are the fewest that can tell a difference of this size from luck.
 
     Args:
         out: where everything goes; runs that are there already are reused.
         progress: show bars.
     """
     found = compare(RECIPES, seeds=SEEDS, out=out, overrides=SETTINGS, progress=progress)
-    thinker = out / "runs" / f"adaptivelatentcot-{SETTINGS['train.steps']}steps-seed0"
+    thinker = out / found["rows"][-1]["runs"][0]
     sample = generate(
         str(thinker), PROMPT, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=0, on_text=lambda text: None
     )

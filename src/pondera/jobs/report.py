@@ -71,6 +71,14 @@ class Arm:
         found = (run.result.get(key) for run in self.finished)
         return [float(value) for value in found if isinstance(value, (int, float))]
 
+    def scores(self, key: str) -> dict[int, float]:
+        """One number of the result by seed; where runs repeat a seed, their mean."""
+        found: dict[int, list[float]] = {}
+        for run in self.finished:
+            if isinstance(value := run.result.get(key), (int, float)):
+                found.setdefault(run.config.train.seed, []).append(float(value))
+        return {seed: statistics.fmean(values) for seed, values in found.items()}
+
     def curve(self, measure: Measure, x_key: str) -> Series:
         """Its runs' curves, and their mean over the steps that all finished runs have (all runs, when none has)."""
         curves = [run.points(measure, x_key) for run in self.runs]
@@ -183,7 +191,7 @@ def _headline(arms: list[Arm]) -> str:
     entries = [
         verdict.Entry(
             name=arm.name,
-            scores=arm.values(key),
+            scores=arm.scores(key),
             prices={price: _mean(arm.values(price)) for price in verdict.PRICES},
             curve=arm.curve(measure, "train_flops").mean,
         )

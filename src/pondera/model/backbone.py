@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pondera.ground.errors import UserError
-from pondera.model.hf import Cache, Conv1D, PreTrainedConfig, PreTrainedModel
+from pondera.model.hf import (
+    Cache,
+    Conv1D,
+    PreTrainedConfig,
+    PreTrainedModel,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+)
 
 
 @dataclass
@@ -59,6 +66,7 @@ class Backbone(nn.Module):
     Args:
         lm: any transformers causal LM.
         embed_scale: what token embeddings are multiplied with; 1 leaves them as they are, bit for bit.
+        unit_rms: the weights were drawn so that token embeddings enter at unit RMS, as final states leave.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -72,13 +80,15 @@ class Backbone(nn.Module):
     decoder: nn.Module
     """The stack without the head."""
 
-    def __init__(self, lm: PreTrainedModel, embed_scale: float = 1.0) -> None:
+    def __init__(self, lm: PreTrainedModel, embed_scale: float = 1.0, unit_rms: bool = False) -> None:
         super().__init__()
         self.lm = lm
-        self.embed_scale = embed_scale
+        self.embed_scale, self.unit_rms = embed_scale, unit_rms
         self.config: PreTrainedConfig = lm.config.get_text_config(decoder=True)
         # Looked up once, as it is called for every token; past nn.Module's registry, where it would be a second copy.
         object.__setattr__(self, "decoder", lm.get_decoder())
+        self._logit_scale = getattr(self.config, "logit_scale", 1.0) / getattr(self.config, "logits_scaling", 1.0)
+        self._logit_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
 
     @property
     def layer_types(self) -> list[str]:
@@ -101,9 +111,23 @@ class Backbone(nn.Module):
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of final hidden states."""
-        logits_BTV = self.lm.get_output_embeddings()(h_BTD)
-        cap = getattr(self.config, "final_logit_softcapping", None)
-        return logits_BTV if cap is None else torch.tanh(logits_BTV / cap) * cap
+        logits_BTV = cast(nn.Module, self.lm.get_output_embeddings())(h_BTD)
+        if self._logit_scale != 1.0:
+            logits_BTV = logits_BTV * self._logit_scale
+        return logits_BTV if self._logit_cap is None else torch.tanh(logits_BTV / self._logit_cap) * self._logit_cap
+
+    @torch.no_grad()
+    def check_head(self) -> None:
+        """Refuses a model whose logits are more than its head's output, in a way that `head` does not know."""
+        was_training, ids_BT = self.training, torch.arange(4, device=self.lm.device)[None]
+        self.eval()
+        ours, theirs = self.head(self.step(self.embed(ids_BT))), self.lm(input_ids=ids_BT, use_cache=False).logits
+        self.train(was_training)
+        if not torch.allclose(ours.float(), theirs.float(), atol=1e-2 * float(theirs.abs().max()), rtol=1e-2):
+            raise UserError(
+                f"backbone: {self.config.model_type} does something to its logits that Pondera does not know; "
+                f"known and tested are {', '.join(sorted(LAYOUTS))} and qwen3_next"
+            )
 
     def step(
         self,
@@ -188,8 +212,6 @@ class Backbone(nn.Module):
     def _layer_masks(
         self, h_BSD: Tensor, cache: Cache | None, mask: Tensor | None, position_ids: Tensor
     ) -> dict[str, Tensor | None]:
-        from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-
         if mask is None and cache is None:
             mask = _all_real(h_BSD)
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
@@ -234,7 +256,7 @@ class Backbone(nn.Module):
                 distance_BSK = mask.query_positions_BS[:, :, None] - mask.key_positions_BK[:, None, :]
                 allowed_BSK = allowed_BSK & (distance_BSK < self.config.sliding_window)
             masks[kind] = self._as_attention_takes_it(allowed_BSK[:, None], h_BSD.dtype)
-        return masks if self.config.model_type == "gemma3_text" else next(iter(masks.values()))
+        return masks if len(masks) > 1 else next(iter(masks.values()))
 
     def _as_attention_takes_it(self, allowed_B1SK: Tensor, dtype: torch.dtype) -> Tensor:
         if self.config._attn_implementation != "eager":

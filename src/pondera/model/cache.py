@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 
 from pondera.model.hf import Cache, CacheLayerMixin, DynamicLayer
 
@@ -64,7 +65,7 @@ class TokenCache(Cache):
         super().reset()
         self.tokens, self.passes_BT = 0, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Rearranges the batch for beam search."""
         super().reorder_cache(beam_idx)
         self._rows(beam_idx)
@@ -140,7 +141,7 @@ class StagedLayer(CacheLayerMixin):
         for part in self.parts:
             part.crop(-abs(tokens_to_remove) // len(self.parts))
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Rearranges the batch for beam search."""
         for part in self.parts:
             part.reorder_cache(beam_idx)
@@ -159,10 +160,11 @@ class StagedLayer(CacheLayerMixin):
 @contextmanager
 def at_step(cache: TokenCache, step: int) -> Iterator[Cache]:
     """The slot view of a staged cache, with every layer set to one thinking step."""
-    for layer in cache.layers:
+    layers = cast("list[StagedLayer]", cache.layers)
+    for layer in layers:
         layer.step = step
     try:
         yield cache.slots
     finally:
-        for layer in cache.layers:
+        for layer in layers:
             layer.step = 0

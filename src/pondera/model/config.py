@@ -65,6 +65,13 @@ class AdaptiveConfig(PreTrainedConfig):
         kwargs.setdefault("tie_word_embeddings", getattr(self.backbone, "tie_word_embeddings", False))
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From a ``config.json``, whose backbone must be written out: a name would fetch weights from elsewhere."""
+        if isinstance(config_dict.get("backbone"), str):
+            raise UserError(f"config.json: the backbone is the name {config_dict['backbone']!r}, not a config; refused")
+        return super().from_dict(config_dict, **kwargs)
+
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's config: what transformers asks for head counts, vocabulary and layer types."""
         return self.backbone if isinstance(self.backbone, PreTrainedConfig) else self

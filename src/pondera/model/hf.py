@@ -15,8 +15,9 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 __all__ = [
     "AutoModelForCausalLM",
@@ -30,4 +31,6 @@ __all__ = [
     "ModelOutput",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "create_causal_mask",
+    "create_sliding_window_causal_mask",
 ]

@@ -88,7 +88,10 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: AdaptiveConfig) -> None:
         super().__init__(config)
         self.think: Think | None = cast("Think | None", spec.build(config.think, "think")) if config.think else None
-        self.backbone = Backbone(_causal_lm(config, self.think))
+        self.backbone = Backbone(_causal_lm(config, self.think), unit_rms=config.init == "scaled")
+        self._check_attention()
+        if self.backbone.lm.device.type != "meta":
+            self.backbone.check_head()
         if config.embed_scale is None:
             config.embed_scale = self._embed_scale()
         self.backbone.embed_scale = config.embed_scale
@@ -101,6 +104,14 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {f"backbone.lm.{key}": f"backbone.lm.{source}" for key, source in tied.items()}
         self.generation_config = GenerationConfig.from_model_config(self.backbone.config)
         self.post_init()
+
+    def _check_attention(self) -> None:
+        kernel = self.backbone.config._attn_implementation
+        if self.think is not None and kernel not in (None, "sdpa", "eager"):
+            raise UserError(
+                f"attn_implementation: {kernel!r} reads slots that share a position as packed documents, or takes no mask "
+                "of ours; thinking models need 'sdpa' (fused kernels on GPUs all the same) or 'eager'"
+            )
 
     def _embed_scale(self) -> float:
         if self.config.init != "scaled":
@@ -119,7 +130,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> nn.Module:
         """The backbone's head."""
-        return self.backbone.lm.get_output_embeddings()
+        return cast(nn.Module, self.backbone.lm.get_output_embeddings())
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replaces the backbone's head."""
@@ -170,7 +181,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
             budget: at most this many passes per token.
             document_ids: ``[B, T]``, 1, 2, 3, ...: tokens of different documents do not see each other. Without a cache.
         """
-        h_BTD = self.backbone.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        h_BTD = self.backbone.embed(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
         cache = past_key_values if past_key_values is not None else (self.new_cache() if use_cache else None)
         if document_ids is not None:
             if cache is not None:
@@ -208,7 +219,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     ) -> None:
         """`generate` asks here for its cache; a thinking model needs one that counts tokens and slots apart."""
         if self.think is None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+            cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise UserError(
@@ -232,10 +243,10 @@ def _causal_lm(config: AdaptiveConfig, think: Think | None) -> PreTrainedModel:
     if think is not None and think.interleaved and window:
         backbone = type(backbone).from_dict(backbone.to_dict())
         backbone.sliding_window = window * think.slots_per_token
-        backbone._attn_implementation = config.backbone._attn_implementation
+        backbone._attn_implementation = cast(PreTrainedConfig, config.backbone)._attn_implementation
     if config._checkpoint is not None:
         try:
-            return AutoModelForCausalLM.from_pretrained(config._checkpoint, config=backbone)
+            return AutoModelForCausalLM.from_pretrained(config._checkpoint, config=backbone, use_safetensors=True)
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{config._checkpoint}: its weights cannot be loaded: {str(error).splitlines()[0]}"

@@ -58,6 +58,9 @@ class Think(nn.Module, ABC):
     recomputable: ClassVar[bool] = True
     """Gradient checkpointing may run its passes again; false where a pass reads rows that an earlier one left."""
 
+    record: bool = False
+    """Set it to have `Thought.trace` filled with what the method finds worth showing."""
+
     slots_per_token: int = 1
     """KV rows that a token leaves in every layer."""
 

@@ -5,7 +5,7 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ class PauseToken(Think):
 
     def attach(self, backbone: Backbone) -> None:
         """Creates the pause vectors at the RMS of the token embeddings."""
-        weight = backbone.lm.get_input_embeddings().weight
+        weight = cast(nn.Embedding, backbone.lm.get_input_embeddings()).weight
         pause_PD = torch.empty(self.pauses, weight.shape[1], dtype=weight.dtype, device=weight.device)
         if weight.device.type != "meta":
             ids_1V = torch.arange(min(256, weight.shape[0]), device=weight.device)[None]

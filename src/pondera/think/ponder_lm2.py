@@ -72,7 +72,6 @@ class PonderLM2(Think):
         self.eval_rounds = eval_rounds
         self.slots_per_token = thoughts + 1
         self.feedback = Feedback(feedback)
-        self.record = False
         self._rounds_now = self.train_rounds[0]
 
     def attach(self, backbone: Backbone) -> None:
@@ -167,7 +166,7 @@ class PonderLM2(Think):
     def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
         """See `Think.calls`; in training at the mean number of rounds, which may be a half."""
         slots = self.slots_per_token
-        if context or tokens == 1 or self.eval_rounds == "exact":
+        if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
             return [Call(1, row + 1, cached=True) for row in range(context * slots, (context + tokens) * slots)]
         rounds = sum(self.train_rounds) / 2 if training else float(self.eval_rounds)
         guess = [Call(tokens * n, tokens * n) for n in range(1, slots)]

@@ -46,11 +46,11 @@ class Feedback(nn.Module):
     def attach(self, backbone: Backbone) -> None:
         """Measures the RMS ratio on random tokens; embeddings scaled to unit RMS need none."""
         device = next(backbone.parameters()).device
-        if device.type == "meta" or backbone.embed_scale != 1.0 or self.kind == "vocab":
+        if device.type == "meta" or backbone.unit_rms or self.kind == "vocab":
             return
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         length = min(64, getattr(backbone.config, "max_position_embeddings", 64))
-        ids_BT = torch.randint(backbone.config.vocab_size, (4, length), generator=generator).to(device)
+        ids_BT = torch.randint(backbone.config.vocab_size, (4, length), generator=generator, device="cpu").to(device)
         was_training = backbone.training
         backbone.eval()
         h_BTD = backbone.embed(ids_BT)
