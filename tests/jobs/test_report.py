@@ -136,7 +136,7 @@ def test_page_tells_scores_prices_and_how_runs_were_made(tmp_path):
     mean = sum(scores) / 3
     spread = math.sqrt(sum((score - mean) ** 2 for score in scores) / 2)
     assert f"{mean:.4f}" in page.text and f"± {spread:.4f}" in page.text
-    assert any(words.startswith("ponderlm2 is ahead, narrowly: 1.90") for words in page.words)
+    assert any(words.startswith(("ponderlm2 is best: 1.90", "ponderlm2 and halting are level")) for words in page.words)
     assert "Every token got the same 2 passes." in page.text and "darker tokens took more" in page.text
     assert "seed: 2" in page.text and "python 3." in page.text and "pytest" in page.text
 
@@ -208,25 +208,57 @@ def test_wrong_input_is_refused(tmp_path):
         write_report([make_run(tmp_path, "plain", 0)], tmp_path)
 
 
-def entry(name: str, scores: list[float], price: float = 1.0) -> verdict.Entry:
+def entry(name: str, scores: list[float], price: float = 1.0, first_seed: int = 0) -> verdict.Entry:
     curve = [(price * x, 3.0 - x / 10) for x in (1.0, 2.0, 4.0, 8.0)]
-    return verdict.Entry(name, scores, dict.fromkeys(verdict.PRICES, price) | {"train_flops": 8 * price}, curve)
+    prices = dict.fromkeys(verdict.PRICES, price) | {"train_flops": 8 * price}
+    return verdict.Entry(name, dict(enumerate(scores, first_seed)), prices, curve)
 
 
-def test_verdict_calls_a_gap_within_the_spread_level():
-    first, *rest = verdict.sentences([entry("a", [2.00, 2.02]), entry("b", [2.01, 2.03])], "loss")
-    assert "level" in first and "within one standard deviation" in rest[0]
+def test_verdict_calls_a_gap_within_the_noise_level():
+    said = verdict.sentences([entry("a", [2.00, 2.02, 2.01], 2.0), entry("b", [2.03, 2.01, 2.02])], "loss")
+    assert said[0] == "a and b are level: 2.010 and 2.020 loss."
+    # Differences -.03, .01, -.01: mean -.01, standard deviation .02, margin 4.30 * .02 / sqrt 3.
+    assert said[1] == "a is 0.010 loss below b, which 3 seeds cannot tell from noise (± 0.050 at 95 %, paired)."
+    assert said[2].startswith("For 0.010 loss less than b, which 3 seeds cannot tell from noise, a spends 2×")
 
 
 def test_verdict_names_best_and_its_price():
-    said = verdict.sentences([entry("plain", [2.0, 2.01]), entry("deep", [1.8, 1.81], price=2.0)], "loss")
-    assert said[0] == "deep is best: 1.805 loss, 0.200 below plain."
-    assert "28.3 times" in said[1] and "2× the training FLOPs" in said[2]
+    deep = entry("deep", [1.80, 1.82, 1.81], price=2.0)
+    said = verdict.sentences([entry("plain", [2.00, 2.01, 2.02]), deep], "loss")
+    assert said[0] == "deep is best: 1.810 loss."
+    assert said[1] == (
+        "deep is 0.200 loss below plain (± 0.025 at 95 % over 3 seeds, paired; more than seeds explain)."
+    )
+    assert said[2].startswith("For 0.200 loss less than plain, deep spends") and "2× the training FLOPs" in said[2]
     assert "deep is 0.400 behind" in said[3]  # at 8 FLOPs: plain 2.2, deep (its point 4.0) 2.6
 
 
 def test_verdict_with_one_seed_warns():
-    assert "may be luck" in verdict.sentences([entry("a", [1.0]), entry("b", [2.0])], "loss")[1]
+    said = verdict.sentences([entry("a", [1.0], price=2.0), entry("b", [2.0])], "loss")
+    assert said[1] == "a is 1.000 loss below b; one seed, so this may be luck."
+    assert "less than b, which with one seed may be luck, a spends" in said[2]
+
+
+def test_verdict_pairs_seeds_and_says_when_it_cannot():
+    """Seeds that differ by much, recipes that differ by little: clear when paired, noise when not."""
+    a, b = [2.00, 2.20, 2.40], [2.01, 2.21, 2.41]
+    assert verdict.gap(dict(enumerate(a)), dict(enumerate(b))).clear
+    apart = verdict.gap(dict(enumerate(a)), dict(enumerate(b, 3)))
+    assert not apart.clear and apart.how == "unpaired, with no seed in common" and apart.seeds == "3 and 3 seeds"
+    assert apart.margin == pytest.approx(2.78 * 0.2 * math.sqrt(2 / 3), rel=1e-3)  # Welch: 4 degrees of freedom
+    assert verdict.gap({0: 1.0}, {1: 2.0, 2: 2.1}).margin is None
+
+
+def test_two_seeds_can_hardly_tell():
+    assert not verdict.gap({0: 1.90, 1: 1.92}, {0: 2.00, 1: 2.00}).clear  # t is 12.71 with one degree of freedom
+    assert verdict.gap({0: 1.90, 1: 1.901}, {0: 2.00, 1: 2.00}).clear
+
+
+@pytest.mark.parametrize(
+    "freedom, t", [(1, 12.71), (2, 4.30), (2.9, 4.30), (9, 2.26), (14, 2.23), (59, 2.04), (999, 2.0)]
+)
+def test_t_never_claims_more_than_its_table(freedom, t):
+    assert verdict.t95(freedom) == t
 
 
 def test_verdict_without_prices_makes_no_claim_about_them():

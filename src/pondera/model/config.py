@@ -63,7 +63,10 @@ class AdaptiveConfig(PreTrainedConfig):
                 spec.find(parsed.name, seam)
                 setattr(self, seam, spec.format(parsed))
         kwargs.setdefault("tie_word_embeddings", getattr(self.backbone, "tie_word_embeddings", False))
+        kernel = kwargs.get("attn_implementation") or self.backbone._attn_implementation
         super().__post_init__(**kwargs)
+        if kernel is not None:
+            self._attn_implementation = kernel  # of the backbone, too
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -82,6 +82,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = True
     _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
 
