@@ -38,7 +38,7 @@ def main() -> None:
             think.record = True
             window = split.windows(context)[0]
             with torch.no_grad():
-                row["residuals"] = model(window["input_ids"][None]).trace["residuals"]
+                row["residuals"] = model(window["input_ids"][None].to(model.device)).trace["residuals"]
             think.record = False
         rows.append(row)
         print(rounds, f"{row['bits_per_byte']:.4f} bits per byte", flush=True)

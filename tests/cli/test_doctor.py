@@ -48,7 +48,7 @@ def test_time_follows_the_price(examine):
 
     plain = hours({})
     assert hours({"train.batch_size": 16}) == pytest.approx(2 * plain, rel=0.1)
-    assert hours({"train.gradient_checkpointing": True}) == pytest.approx(4 / 3 * plain, rel=0.1)
+    assert 1.05 * plain < hours({"train.gradient_checkpointing": True}) < 4 / 3 * plain  # all but the head, once more
     assert 5 < hours({"think": "PonderLM2(thoughts=1)"}) / plain < 9
 
 

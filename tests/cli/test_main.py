@@ -52,13 +52,15 @@ for verb in VERBS:
         main([verb, "--help"])
     except SystemExit as exit:
         codes.append(exit.code)
-for words in ("trian", "train plian", "train plain --train.stesp 1", "eval ./no", "doctor no"):
+mistakes = ("trian", "train plian", "train plain --train.stesp 1", "eval ./no", "eval ./no --data.text ./no", "doctor no")
+mistakes += ("generate ./no --prompt a", "report no", "compare plain plian")
+for words in mistakes:
     codes.append(main(words.split()))
 print(codes, [name for name in {HEAVY} if name in sys.modules])
 """
     environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment)
-    assert done.stdout.splitlines()[-1] == f"{[0] * (5 + len(VERBS)) + [2] * 5} []", done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == f"{[0] * (5 + len(VERBS)) + [2] * 9} []", done.stdout + done.stderr
 
 
 def test_version_and_help_as_processes():
@@ -180,6 +182,16 @@ def test_failures_end_without_a_traceback(raised, code, message, said, monkeypat
 
     monkeypatch.setattr(spec, "index", fail)
     assert said("methods") == (code, "", message)
+
+
+def test_a_terminal_obeys_no_message(said, monkeypatch):
+    """Messages quote what files hold: a document's name may carry anything."""
+    evil = "windows 3 (a\x1b[2J\x9b31m\u202e)\r\nWhat to try"
+    for error in (Failure(evil), ValueError(evil)):
+        monkeypatch.setattr(spec, "index", lambda error=error: (_ for _ in ()).throw(error))
+        code, _, err = said("methods")
+        assert code == 1 and r"windows 3 (a\x1b[2J\x9b31m\u202e)\r" in err
+        assert all(character.isprintable() or character == "\n" for character in err)
 
 
 def test_a_bug_keeps_its_traceback(said, monkeypatch):

@@ -2,21 +2,26 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import saved
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional as F
 
+from pondera.cli.evaluate import SHOWN
+from pondera.cli.main import main
 from pondera.ground.data import prepare
 from pondera.ground.errors import UserError
 from pondera.ground.run import Run
 from pondera.ground.settings import DataConfig, RunConfig
-from pondera.jobs.evaluate import evaluate, trace
+from pondera.jobs.evaluate import evaluate
 from pondera.jobs.load import Loaded, load
 from pondera.jobs.price import price
 from pondera.jobs.score import score
+from pondera.jobs.trace import trace
 from pondera.model.config import AdaptiveConfig
 from pondera.model.lm import AdaptiveLM
 
@@ -133,6 +138,111 @@ def test_run_whose_text_has_changed(run: Run):
         evaluate(run.path)
 
 
+def test_run_whose_text_has_changed_under_the_same_tokenizer(run: Run, tmp_path: Path):
+    config, path = run.config, Path(run.config.data.text)
+    prepare(config.data).tokenizer().save_pretrained(tmp_path / "tokenizer")
+    config.data.tokenizer = str(tmp_path / "tokenizer")
+    model_dir, run = run.model_dir, Run.create(tmp_path / "again", config)
+    shutil.copytree(model_dir, run.model_dir)
+    run.write_result({"corpus": prepare(config.data).digest})
+    evaluate(run.path, max_tokens=32)
+    path.write_text(path.read_text().replace("Line 300 ", "Line three hundred "))
+    with pytest.raises(UserError, match="is not what it was.*give another --data.text"):
+        evaluate(run.path, max_tokens=32)
+    run.result_file.unlink()  # an unfinished run: its checkpoint tells
+    evaluate(run.path, max_tokens=32)
+    with run.saving(1) as folder:
+        (folder / "state.json").write_text(json.dumps({"corpus": "another"}))
+    with pytest.raises(UserError, match="is not what it was"):
+        evaluate(run.path, max_tokens=32)
+
+
+def test_own_text_by_another_name(run: Run, tmp_path: Path, monkeypatch, caplog: pytest.LogCaptureFixture):
+    """However it is spelled, only what was held out is scored; of a part of it, the user is told."""
+    monkeypatch.chdir(tmp_path)
+    expected = evaluate(run.path)
+    copy = tmp_path / "copy" / "own.txt"
+    copy.parent.mkdir()
+    shutil.copy(run.config.data.text, copy)
+    for name in ("own.txt", "./own.txt", "copy/../own.txt", str(copy)):
+        assert evaluate(run.path, {"text": name})["tokens"] == expected["tokens"]
+    assert "trained on" not in caplog.text
+    (tmp_path / "other.txt").write_text(TEXT)
+    evaluate(run.path, {"text": "other.txt"}, max_tokens=32)
+    assert "trained on" not in caplog.text
+    evaluate(run.path, {"text": "copy/.."}, max_tokens=32)  # the folder around it
+    assert "part of this text was trained on" in caplog.text
+
+
+@pytest.mark.parametrize("context", [2, 13, 50])
+def test_foreign_model_reads_bos_first(context: int, book: Path, tmp_path: Path):
+    """Each window is BOS and context - 1 tokens of the text; BOS is not predicted, every token but the first is, once."""
+    from tokenizers.processors import TemplateProcessing
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    backend = Tokenizer.from_str(saved.tokenizer().backend_tokenizer.to_str())
+    backend.add_special_tokens(["<s>"])
+    bos = backend.token_to_id("<s>")
+    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="<|endoftext|>")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(vocab_size=bos + 1, initializer_range=0.3, **sizes)).save_pretrained(
+        tmp_path / "llama"
+    )
+    tokenizer.save_pretrained(tmp_path / "llama")
+    loaded = load(tmp_path / "llama", "cpu")
+    ids = loaded.tokenizer.encode(TEXT)
+    assert ids[0] == bos
+    nats, text = 0.0, ids[1:]
+    for start in range(0, len(text) - 1, context - 1):
+        window = torch.tensor([bos, *text[start : start + context]])
+        with torch.no_grad():
+            logits = loaded.model(window[None, :-1]).logits[0, 1:]
+        nats += float(F.cross_entropy(logits, window[2:], reduction="sum"))
+    found = evaluate(loaded, {"text": str(book), "context": context})
+    assert found["tokens"] == len(text) - 1
+    assert found["loss"] * found["tokens"] == pytest.approx(nats, rel=1e-5)
+    with pytest.raises(UserError, match="at least 1 token after BOS, got 1; give 2"):
+        evaluate(loaded, {"text": str(book), "context": 1})
+
+
+def test_isolated_run_reads_other_documents_apart(run: Run, loaded: dict[str, Loaded], tmp_path: Path):
+    texts = ["The quick brown fox", "jumps 🙂 over the dog", "over and over"]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    run.config_file.write_text(run.config_file.read_text().replace("isolate: false", "isolate: true"))
+    found = load(run.path, "cpu")
+    eos = found.tokenizer.eos_token_id
+    rows = [[*found.tokenizer.encode(text), eos] for text in texts]
+    rows[-1].pop()
+    nats = 0.0
+    for row, following in zip(rows, [*rows[1:], None], strict=True):
+        targets = torch.tensor([*row[1:], *(following or [])[:1]])
+        with torch.no_grad():
+            logits = found.model(torch.tensor([row])).logits[0, : len(targets)]
+        nats += float(F.cross_entropy(logits, targets, reduction="sum"))
+    scored = evaluate(found, {"text": str(tmp_path / "rows.jsonl"), "context": 64})
+    assert scored["tokens"] == sum(map(len, rows)) - 1 <= 64
+    assert scored["loss"] * scored["tokens"] == pytest.approx(nats, rel=1e-5)
+    apart = evaluate(found, {"text": str(tmp_path / "rows.jsonl"), "context": 8})
+    run.config_file.write_text(run.config_file.read_text().replace("isolate: true", "isolate: false"))
+    assert (
+        apart["loss"] != evaluate(load(run.path, "cpu"), {"text": str(tmp_path / "rows.jsonl"), "context": 8})["loss"]
+    )
+
+
+def test_json_has_every_number(book: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    folder = saved.save(tmp_path / "model", "cot")
+    assert main(["eval", str(folder), "--data.text", str(book), "--max-tokens", "40", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {key for key, _, _ in SHOWN} == {
+        "loss", "perplexity", "bits_per_byte", "passes_per_token",
+        "inference_flops_per_token", "kv_bytes_per_token", "tokens_per_second",
+    }  # fmt: skip
+    assert found.keys() == {key for key, _, _ in SHOWN} | {"name", "context", "tokens", "bytes"}
+    assert all(found[key] > 0 for key, _, _ in SHOWN)
+
+
 def test_what_cannot_be_scored(loaded: dict[str, Loaded], tmp_path: Path, book: Path):
     for name, content in {"empty.txt": b"", "blank.txt": b" \n", "binary.txt": b"\0\xff\x01", "one.txt": b"T"}.items():
         (tmp_path / name).write_bytes(content)
@@ -165,8 +275,9 @@ def test_trace(name: str, loaded: dict[str, Loaded]):
     assert set(found["passes"]) == {1.0 if name == "plain" else 2.0}
     assert sum(found["nll"]) == pytest.approx(by_hand(loaded[name], ids, 40), rel=1e-5)
     assert len(trace(model, tokenizer, "fox", 40)["tokens"]) == len(tokenizer.encode("fox"))
-    with pytest.raises(UserError, match="no token"):
-        trace(model, tokenizer, "", 40)
+    for text, context in (("", 40), ("fox", 1)):
+        with pytest.raises(UserError, match="no token to trace"):
+            trace(model, tokenizer, text, context)
 
 
 def test_trace_leaves_the_mode(loaded: dict[str, Loaded]):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from lm_eval.tasks import TaskManager  # noqa: E402
 
 from pondera.jobs import harness  # noqa: E402
 
+EXAMPLES = Path(__file__).parents[2] / "examples" / "lm_eval"
 ROWS = [
     {"start": "The quick brown fox", "ends": [" jumps over the dog", " is 🙂"], "right": 0},
     {"start": "", "ends": ["The lazy dog", "dog lazy The fox"], "right": 1},
@@ -55,6 +57,30 @@ def task(tmp_path: Path) -> dict:
     }
 
 
+def shipped(name: str, folder: Path, rows: list[dict]) -> dict:
+    """A task of the examples, with its file in the current folder."""
+    found = yaml.safe_load((EXAMPLES / f"{name}_local.yaml").read_text())
+    Path(f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found["dataset_kwargs"]["cache_dir"] = str(folder / "cache")
+    return found
+
+
+def results(path: Path, task: dict) -> dict:
+    """What the harness says of a model on a task, samples included."""
+    found = simple_evaluate(
+        model="pondera",
+        model_args={"pretrained": str(path)},
+        tasks=[task],
+        task_manager=TaskManager(include_defaults=False),
+        batch_size=4,
+        device="cpu",
+        log_samples=True,
+        bootstrap_iters=0,
+    )
+    assert found is not None
+    return found
+
+
 def by_hand(path: Path, start: str, end: str) -> float:
     """Log-likelihood of `end` after `start` (or after BOS), alone and without a cache."""
     found = load(path, "cpu")
@@ -68,24 +94,38 @@ def by_hand(path: Path, start: str, end: str) -> float:
 @pytest.mark.parametrize("name", list(saved.THINKS))
 def test_log_likelihoods_are_our_own(name: str, models: dict[str, Path], task: dict):
     """In batches of 4, whose shorter requests are padded, each request scores as it does alone."""
-    found = simple_evaluate(
-        model="pondera",
-        model_args={"pretrained": str(models[name])},
-        tasks=[task],
-        task_manager=TaskManager(include_defaults=False),
-        batch_size=4,
-        device="cpu",
-        log_samples=True,
-        bootstrap_iters=0,
-    )
-    assert found is not None
-    hits = 0
+    found, hits = results(models[name], task), 0
     for sample in found["samples"]["local_choice"]:
         row = sample["doc"]
         expected = [by_hand(models[name], row["start"], end) for end in row["ends"]]
         assert [float(reply[0]) for reply in sample["filtered_resps"]] == pytest.approx(expected, rel=1e-4)
         hits += expected.index(max(expected)) == row["right"]
     assert found["results"]["local_choice"]["acc,none"] == pytest.approx(hits / len(ROWS))
+
+
+def test_the_blimp_example(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [("The dogs jump.", "The dogs jumps."), ("A fox is quick.", "A fox are quick."), ("Go over.", "Over go.")]
+    rows = [{"sentence_good": good, "sentence_bad": bad, "UID": "agreement"} for good, bad in pairs]
+    found = results(models["plain"], shipped("blimp", tmp_path, rows))["results"]["blimp_local"]["acc,none"]
+    hits = sum(by_hand(models["plain"], "", good) > by_hand(models["plain"], "", bad) for good, bad in pairs)
+    assert found == pytest.approx(hits / 3)
+
+
+def test_the_lambada_example(models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    passages = ["the quick brown fox jumps over the lazy dog", "over the dog jumps a 'naïve' fox"]
+    rows = [{"text": passage} for passage in passages]
+    found = results(models["plain"], shipped("lambada", tmp_path, rows))["results"]["lambada_local"]
+    nats = [-by_hand(models["plain"], *split_last(passage)) for passage in passages]
+    assert found["perplexity,none"] == pytest.approx(math.exp(sum(nats) / 2), rel=1e-4)
+    assert found["acc,none"] in (0, 0.5, 1)
+
+
+def split_last(passage: str) -> tuple[str, str]:
+    """All but the last word, and that one with its space."""
+    start, _, last = passage.rpartition(" ")
+    return start, f" {last}"
 
 
 @pytest.mark.parametrize("name", ["plain", "exact"])

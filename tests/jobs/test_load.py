@@ -13,6 +13,7 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from pondera.ground.errors import UserError
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig
+from pondera.jobs import checkpoints
 from pondera.jobs import load as load_module
 from pondera.jobs.load import load
 from pondera.model.lm import AdaptiveLM
@@ -64,14 +65,51 @@ def test_run_gives_its_model_else_its_newest_checkpoint(tmp_path: Path):
     for step, name in ((5, "plain"), (10, "cot"), (9, "plain")):
         with run.saving(step) as partial:
             saved.save(partial, name)
+            checkpoints._seal(partial)
     found = load(run.path)
     assert found.model.config.think == "AdaptiveLatentCoT(steps=1)"
     assert found.name == "mine" and found.run is not None and found.run.path == run.path
     saved.save(run.model_dir, "exact")
     assert "exact" in str(load(run.path).model.config.think)
-    inside = load(run.checkpoints()[0])
+    inside = load(str(run.checkpoints()[0]))
     assert inside.model.config.think is None and inside.run is not None and inside.run.config.name == "mine"
     assert "first" in message(tmp_path / "runs")
+
+
+def flip(file: Path) -> None:
+    """Changes one bit in the middle of a file: header and size stay as they were."""
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def test_one_flipped_bit_is_found(tmp_path: Path):
+    run = Run.create(tmp_path / "run", RunConfig(name="mine"))
+    original = AdaptiveLM.from_pretrained(saved.save(tmp_path / "model"))
+    tokenizer = tmp_path / "tokenizer"
+    saved.tokenizer().save_pretrained(tokenizer)
+    checkpoints.export(run, original, original.state_dict(), tokenizer)
+    load(run.path)
+    flip(run.model_dir / "model.safetensors")
+    for path in (run.path, run.model_dir):
+        assert f"{run.model_dir} is damaged (model.safetensors has other content" in message(path)
+    (run.model_dir / "manifest.json").unlink()
+    load(run.path)
+
+
+def test_damaged_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = Run.create(tmp_path / "run", RunConfig(name="mine"))
+    for step, name in ((5, "plain"), (10, "cot")):
+        with run.saving(step) as partial:
+            checkpoints._seal(saved.save(partial, name))
+    earlier, later = run.checkpoints()
+    flip(later / "model.safetensors")
+    assert load(run.path).model.config.think is None
+    assert f"{later} is damaged (model.safetensors has other content" in caplog.text
+    assert "step-000005 is used instead" in caplog.text
+    assert f"{later} is damaged" in message(later)
+    flip(earlier / "model.safetensors")
+    assert "no intact checkpoint" in message(run.path)
 
 
 def test_paths_that_are_no_model(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -128,6 +166,22 @@ def test_damaged_config(folder: Path):
         config.write_text(content)
         message(folder)
     assert "PonderLM2" in message(folder)
+    other = saved.save(folder / "other")
+    for change in ({"backbone": str(other)}, {"_checkpoint": str(other)}):
+        config.write_text(json.dumps({**tree, **change}))
+        assert "names another checkpoint" in message(folder)
+
+
+def test_no_bar_is_shown(folder: Path, capfd: pytest.CaptureFixture):
+    from transformers.utils import logging
+
+    logging.enable_progress_bar()
+    try:
+        load(folder)
+        assert logging.is_progress_bar_enabled(), "others may want theirs"
+    finally:
+        logging.disable_progress_bar()
+    assert capfd.readouterr().err == ""
 
 
 def test_tokenizer_must_be_there_and_fit(folder: Path, tmp_path: Path):

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import training
+from architectures import BACKBONES
 
 from pondera.ground.data import prepare
 from pondera.ground.errors import Failure, Interrupted, UserError
@@ -29,6 +30,8 @@ from pondera.jobs.load import load
 from pondera.jobs.train import train
 from pondera.jobs.trainer import PonderaTrainer
 from pondera.model.lm import AdaptiveLM
+
+QWEN3_NEXT = {**BACKBONES["qwen3_next"], "vocab_size": 300}
 
 
 def tiny(text: Path, settings: dict[str, Any] | None = None) -> RunConfig:
@@ -92,6 +95,8 @@ def test_what_a_run_leaves(straight):
     result = straight.result()
     assert result["bits_per_byte"] == lines[-1]["validation"]["bits_per_byte"]
     assert result["passes_per_token"] == 2 and result["train_flops"] == lines[-1]["train_flops"] > 0
+    assert result["corpus"] == prepare(straight.config.data).digest
+    assert checkpoints.find_damage(straight.model_dir) is None
     assert result["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 4  # slots, keys and values, layers, width, bytes
 
     ids = torch.arange(1, 9)[None]
@@ -172,6 +177,21 @@ def test_full_disk(what, straight, text, tmp_path, monkeypatch):
     run = Run.open(tmp_path / "run")
     assert [path.name for path in run.checkpoints_dir.iterdir()] == ["step-000004"]
     same(train(tiny(text), run.path, resume=True, progress=False), straight)
+
+
+def test_full_disk_at_the_very_end(unfinished, straight, text, monkeypatch):
+    """Not even room for the sample: the run is as good as saved, and says how to go on."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_trace", lambda *args: (_ for _ in ()).throw(full))
+        with pytest.raises(Failure, match="cannot be written .*make room, then go on with --resume"):
+            train(tiny(text), unfinished.path, resume=True, progress=False)
+    same(train(tiny(text), unfinished.path, resume=True, progress=False), straight)
+
+
+def test_windows_of_one_token_leave_no_sample(text, tmp_path):
+    run = train(tiny(text, {"train.steps": 1, "data.context": 1}), tmp_path / "run", progress=False)
+    assert run.result() is not None and run.traces() == {}
 
 
 def damage_content(folder: Path) -> None:
@@ -285,7 +305,15 @@ def test_progress_is_lines_without_a_terminal(text, tmp_path, capsys):
     "settings, complaint",
     [
         ({"train.steps": 0}, "train.steps: at least 1, got 0"),
-        ({"train.lr": -1}, "train.lr: more than 0"),
+        ({"train.lr": -1}, "train.lr: a number above 0, got -1"),
+        ({"train.lr": float("inf")}, "train.lr: a number above 0, got inf"),
+        ({"train.lr": float("nan")}, "train.lr: a number above 0, got nan"),
+        ({"train.weight_decay": -1}, "train.weight_decay: a number of at least 0, got -1"),
+        ({"train.beta1": 1.5}, "train.beta1: from 0 to below 1, got 1.5"),
+        ({"train.beta2": -0.1}, "train.beta2: from 0 to below 1, got -0.1"),
+        ({"train.seed": -1}, r"train.seed: a whole number from 0 to 2\*\*32 - 1, got -1"),
+        ({"train.seed": 2**32}, "train.seed: .*got 4294967296"),
+        ({"backbone": QWEN3_NEXT, "data.isolate": True}, "data.isolate: qwen3_next has linear-attention layers"),
         ({"train.dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"backbone": None}, "backbone: None; give a mapping"),
         ({"backbone.vocab_size": 999}, r"999 tokens .* 'bpe-300' has 300; leave backbone.vocab_size out"),

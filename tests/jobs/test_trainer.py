@@ -9,6 +9,7 @@ import pytest
 import torch
 import training
 from torch.nn import functional as F
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from training import tiny
 
 from pondera.ground.cost import measured_flops
@@ -16,6 +17,7 @@ from pondera.ground.data import prepare
 from pondera.ground.errors import UserError
 from pondera.jobs.batches import Order
 from pondera.jobs.build import new_model, resolve
+from pondera.jobs.load import load
 from pondera.jobs.price import price
 from pondera.jobs.score import score
 from pondera.jobs.train import train
@@ -75,6 +77,8 @@ def test_order_is_one_permutation_per_epoch():
     seen = [window for step in first for window in step]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
     assert list(Order(10, 4, 4, 5, seed=0, first_step=3)) == first[3:]
+    with torch.device("meta"):  # or any accelerator that was made the default
+        assert list(Order(10, 4, 4, 5, seed=0)) == first
 
 
 def test_order_is_shared_by_processes():
@@ -107,6 +111,49 @@ def test_score_by_hand(text):
     assert found["bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
 
 
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_processes_share_the_windows_of_a_score(batch_size, text):
+    """Every window once, whatever is left over at the end; and all make as many forward passes."""
+    corpus = prepare(tiny(text).data)
+    model = new_model(tiny(text), corpus.vocab_size)
+    whole = score(model, corpus.validation, 32, 10 * 32, batch_size)
+    parts, passes, calls = [], [], []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    for rank in range(4):
+        calls.clear()
+        score(model, corpus.validation, 32, 10 * 32, batch_size, rank=rank, num_processes=4, total=keep(parts))
+        passes.append(len(calls))
+    assert sum(parts) == pytest.approx(whole["loss"] * 320, rel=1e-6)
+    assert all(part > 0 for part in parts[:3]) and len(set(passes)) == 1
+
+
+def keep(parts: list[float]):
+    """Takes down each process's part of a sum."""
+
+    def total(nats: float) -> float:
+        parts.append(nats)
+        return nats
+
+    return total
+
+
+@pytest.mark.parametrize("think", [None, "PonderLM2(thoughts=1, train_rounds=(2, 2))"])
+def test_price_of_recomputing_is_what_is_measured(think, text):
+    """torch stops a recomputation as soon as it has all that it needs; the price is that of running it to its end."""
+    model = new_model(tiny(text, {"think": think}), 300).train()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+    def step():
+        model.begin_step(0, 0)
+        ids = torch.zeros(1, 32, dtype=torch.long)
+        with set_checkpoint_early_stop(False):
+            model(ids, shift_labels=ids).loss.backward()
+
+    found = price(model, context=32, recompute=True)
+    assert found["training_flops_per_token"] * 32 == pytest.approx(measured_flops(step), rel=1e-6)
+    assert found["training_flops_per_token"] > price(model, context=32)["training_flops_per_token"]
+
+
 @pytest.mark.parametrize("think", [None, "PonderLM2(thoughts=1, train_rounds=(2, 2))", "AdaptiveLatentCoT(steps=1)"])
 def test_price_is_what_is_measured(think, text):
     model = new_model(tiny(text, {"think": think}), 300)
@@ -129,6 +176,7 @@ def test_recomputing_activations_changes_nothing(text, tmp_path):
     settings = {"train.steps": 2, "train.eval_every": 10}
     plain = train(tiny(text, settings), tmp_path / "plain", progress=False)
     again = train(tiny(text, {**settings, "train.gradient_checkpointing": True}), tmp_path / "again", progress=False)
+    assert again.result()["train_flops"] > plain.result()["train_flops"]
     for line, wanted in zip(again.metrics(), plain.metrics(), strict=True):
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-6)
         assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-5)
@@ -143,6 +191,9 @@ def test_bfloat16_trains_float32_weights(text, tmp_path):
     from safetensors.torch import load_file
 
     assert {tensor.dtype for tensor in load_file(half.model_dir / "model.safetensors").values()} == {torch.float32}
+    split, settings = prepare(half.config.data).validation, half.config.train
+    later = score(load(half.path, "cpu").model, split, 32, settings.eval_tokens)["loss"]
+    assert half.result()["loss"] == pytest.approx(later, rel=1e-6), "validation is in float32, then as later"
 
 
 @pytest.fixture(scope="module")

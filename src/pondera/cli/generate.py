@@ -7,6 +7,7 @@ import sys
 
 from pondera.cli.parser import Parser, number, whole
 from pondera.ground.errors import UserError
+from pondera.ground.visible import visible_lines
 
 SUMMARY = "writes on from a prompt; can show what each token took"
 EXAMPLES = """
@@ -39,14 +40,13 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.prompt)
 
     from pondera.jobs.generate import generate
-    from pondera.jobs.shade import shade_terminal, visible
+    from pondera.jobs.shade import shade_terminal
 
     terminal = sys.stdout.isatty()
 
     def on_text(text: str) -> None:
         # A model may print anything, and a terminal would obey its control characters.
-        shown = "\n".join(visible(line) for line in text.split("\n")) if terminal else text
-        print(shown, end="", flush=True)
+        print(visible_lines(text) if terminal else text, end="", flush=True)
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p

@@ -16,6 +16,7 @@ from types import ModuleType
 
 from pondera.cli import compare, demo, doctor, evaluate, generate, methods, report, train
 from pondera.ground.errors import Failure, Interrupted, UserError, unknown
+from pondera.ground.visible import visible_lines
 
 VERBS: dict[str, ModuleType] = {
     "demo": demo,
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return FAILURE
     except Exception:
-        traceback.print_exc()
+        print(visible_lines(traceback.format_exc()), end="", file=sys.stderr)
         _say("this should not have happened; please report it with the lines above and what `pondera doctor` prints")
         return FAILURE
 
@@ -107,4 +108,5 @@ def _prepare_streams() -> None:
 
 
 def _say(message: str) -> None:
-    print(f"pondera: {message}", file=sys.stderr)
+    """A message may quote what files hold, such as the names of documents, which a terminal must not obey."""
+    print(f"pondera: {visible_lines(message)}", file=sys.stderr)

@@ -79,7 +79,8 @@ class Order(Sampler[list[int]]):
         return (self.steps - self.first_step) * math.ceil(self.share / self.micro_batch_size)
 
     def _permute(self, epoch: int) -> Tensor:
-        return torch.randperm(self.num_windows, generator=torch.Generator().manual_seed(mixed_seed(self.seed, epoch)))
+        generator = torch.Generator("cpu").manual_seed(mixed_seed(self.seed, epoch))
+        return torch.randperm(self.num_windows, generator=generator, device="cpu")
 
 
 ARGUMENTS = {"input_ids": "input_ids", "targets": "shift_labels", "document_ids": "document_ids"}

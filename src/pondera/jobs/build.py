@@ -76,6 +76,11 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     adaptive = AdaptiveConfig(backbone=tree, init=config.init, **parts)
     inner = adaptive.get_text_config()
     _check_vocabulary(config, inner.vocab_size, vocab_size)
+    if config.data.isolate and "linear_attention" in (getattr(inner, "layer_types", None) or ()):
+        raise UserError(
+            f"data.isolate: {inner.model_type} has linear-attention layers, whose state runs on from one document into "
+            "the next; use data.isolate: false"
+        )
     context, limit = config.data.context, getattr(inner, "max_position_embeddings", None)
     if limit is not None and limit < context:
         names = {"max_position_embeddings", inner.attribute_map.get("max_position_embeddings")}

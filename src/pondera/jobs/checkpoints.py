@@ -6,6 +6,8 @@
       state.json                                     the step, and what was being averaged for the next metrics line
       manifest.json                                  sizes and hashes of all of these
 
+The final model, RUN/model, is such a folder without the optimizer and the state.
+
 Nothing else has to be kept: learning rate, data order and random numbers are functions of the step and the seed.
 """
 
@@ -27,7 +29,6 @@ if TYPE_CHECKING:
     from pondera.model.lm import AdaptiveLM
 
 MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.pt"
-HASHED_BYTES = 100_000_000  # larger files are known by their size: hashing them would take longer than writing them
 
 
 def save(
@@ -62,8 +63,7 @@ def save(
             write_model(folder, model, weights, tokenizer)
             torch.save(optimizer, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state))
-            (folder / MANIFEST).write_text(json.dumps(_describe(folder), indent=1))
-            _flush(folder)
+            _seal(folder)
         _flush(run.checkpoints_dir)
     except Failure:
         raise
@@ -88,7 +88,7 @@ def export(run: Run, model: AdaptiveLM, weights: dict[str, Tensor], tokenizer: P
     try:
         partial.mkdir()
         write_model(partial, model, weights, tokenizer)
-        _flush(partial)
+        _seal(partial)
         shutil.rmtree(run.model_dir, ignore_errors=True)
         os.replace(partial, run.model_dir)
     except Failure:
@@ -127,7 +127,7 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, or none if all its files are what was written."""
+    """What is wrong with a checkpoint or final model, or none if all its files are what was written."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())
         for name, wanted in files.items():
@@ -136,7 +136,7 @@ def find_damage(folder: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != wanted["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
-            if wanted["sha256"] is not None and _sha256(path) != wanted["sha256"]:
+            if _sha256(path) != wanted["sha256"]:
                 return f"{name} has other content than was written"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
@@ -165,13 +165,14 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
     return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
 
 
-def _describe(folder: Path) -> dict[str, dict[str, Any]]:
-    described = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        size = path.stat().st_size
-        sha256 = _sha256(path) if size <= HASHED_BYTES else None
-        described[path.relative_to(folder).as_posix()] = {"bytes": size, "sha256": sha256}
-    return described
+def _seal(folder: Path) -> None:
+    """Writes the manifest of a folder that is whole, and has all of it put on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    described = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+    }
+    (folder / MANIFEST).write_text(json.dumps(described, indent=1))
+    _flush(folder)
 
 
 def _sha256(path: Path) -> str:

@@ -260,12 +260,10 @@ def _time(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     train, context = config.train, config.data.context
     tokens = train.steps * train.batch_size * context
     try:
-        flops = tokens * price(model, context)["training_flops_per_token"]
+        flops = tokens * price(model, context, train.gradient_checkpointing)["training_flops_per_token"]
     except UserError as error:
         yield Finding("warning", "time", f"cannot be estimated: {error}")
         return
-    if train.gradient_checkpointing:
-        flops *= 4 / 3
     speed = matmul_speed(_device(), train.dtype)
     seconds = flops / (speed * EFFICIENCY * _processes())
     yield Finding("ok", "training", f"{_count(tokens)} tokens, {flops:.2g} FLOPs")

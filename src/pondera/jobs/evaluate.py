@@ -5,9 +5,10 @@ Shapes: T tokens of a text.
 
 from __future__ import annotations
 
-import math
+import logging
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from pondera.ground.run import Run
 from pondera.ground.settings import DataConfig
 from pondera.ground.text import Source, open_text
 from pondera.ground.tokens import encode, fingerprint
+from pondera.jobs import checkpoints
 from pondera.jobs.load import Loaded, load
 
 if TYPE_CHECKING:
@@ -30,7 +32,8 @@ if TYPE_CHECKING:
 
 SETTINGS = ("text", "context", "column")
 DECODED = 32  # tokens that the speed is measured on
-TRACED = 200  # tokens of a trace, at most
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -41,6 +44,8 @@ def evaluate(
     A run is scored on what was held out of its own text, in whole windows, as at the end of its training. Any other
     text is scored whole: tokenised as it stands (documents of a folder, JSONL file or dataset in a row, with EOS
     between them), in windows that do not overlap, so that every token but the very first is predicted exactly once.
+    A foreign model whose tokenizer begins texts with BOS reads it first in every window. A run with ``data.isolate``
+    reads the documents of other texts apart, too.
 
     Args:
         path: what `load` takes, or what it returned.
@@ -55,8 +60,8 @@ def evaluate(
         on this machine, after a warm-up; ``context`` and ``name``.
 
     Raises:
-        UserError: no model, no such text, a text that is empty or binary, or a context that the model has no positions
-            for.
+        UserError: no model, no such text, a text that is empty or binary, a context that the model has no positions
+            for, or a run whose text is not what it was.
 
     Example::
 
@@ -69,10 +74,12 @@ def evaluate(
     loaded = path if isinstance(path, Loaded) else load(path)
     model, run = loaded.model, loaded.run
     context = _context(given.get("context"), loaded)
-    if run is not None and (source is None or given["text"] == run.config.data.text):
+    if run is not None and (source is None or _is_own(run.config.data, given)):
         found = _score_held_out(loaded, run, context, max_tokens)
     elif source is not None:
-        found = _score_whole(model, _Text.read(source, given["text"], loaded.tokenizer, max_tokens), context)
+        if run is not None:
+            _warn_of_overlap(run, given["text"])
+        found = _score_whole(loaded, _Text.read(source, given["text"], loaded.tokenizer, max_tokens), context)
     else:
         raise UserError("data.text: this model is not from a run; say what to score it on, e.g. --data.text book.txt")
     return {
@@ -85,68 +92,36 @@ def evaluate(
     }
 
 
-def trace(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str, context: int) -> dict[str, list]:
-    """What each token of a text's beginning took, and how surprising it was.
-
-    Args:
-        model: any mode; left as it was.
-        tokenizer: its tokenizer.
-        text: its first tokens (as many as 200, or `context`) are traced; they are read after the token that starts a
-            text, so that the first has a loss too.
-        context: most tokens that the model may see.
-
-    Returns:
-        ``tokens`` (the text that each completes), ``passes`` that each took, and ``nll``, the negative log-likelihood
-        of each in nats.
-
-    Raises:
-        UserError: a text without any token.
-    """
-    import torch
-    from torch.nn import functional as F
-
-    from pondera.jobs.generate import Stream, start_token
-
-    ids, _ = next(encode([text], tokenizer))
-    if not len(ids):
-        raise UserError("the text to trace holds no token")
-    ids_BT = torch.tensor([[start_token(tokenizer), *ids[: min(TRACED, context - 1)].tolist()]])
-    stream = Stream(tokenizer)
-    stream.put(ids_BT[0, 1:])
-    stream.end()
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model(ids_BT.to(model.device))
-    finally:
-        model.train(was_training)
-    nll_T = F.cross_entropy(out.logits[0, :-1].float(), ids_BT[0, 1:].to(model.device), reduction="none")
-    return {"tokens": stream.tokens, "passes": out.passes[0, 1:].double().tolist(), "nll": nll_T.tolist()}
-
-
 class _Text(Split):
     """A split that was not prepared: one text in memory, without an EOS token at its end."""
 
-    def __init__(self, ids_T: np.ndarray, bytes_T: np.ndarray) -> None:
-        self.ids, self._bytes = ids_T, np.append(0, bytes_T)  # bytes up to the end of each token
+    def __init__(self, ids_T: np.ndarray, bytes_T: np.ndarray, starts_D: np.ndarray) -> None:
+        self.ids, self._bytes, self._starts = ids_T, np.append(0, bytes_T), starts_D  # bytes up to each token's end
         self.num_tokens, self.num_bytes = len(ids_T), int(self._bytes[-1])
+
+    def after(self, token: int) -> _Text:
+        """The text from a token on."""
+        starts_D = np.append(0, self._starts[self._starts > token] - token)
+        return _Text(self.ids[token:], self._bytes[token + 1 :], starts_D)
 
     @classmethod
     def read(cls, source: Source, name: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None) -> _Text:
         """As many tokens as it takes to predict `max_tokens`."""
-        ids, ends, tokens = [], [], 0
+        ids, ends, starts, tokens = [], [], [], 0
         for text in _texts(source, name):
             (text_ids, text_ends), seen = next(encode([text], tokenizer)), ends[-1][-1] if ends else 0
             if tokens and tokenizer.eos_token_id is not None:
-                text_ids, text_ends = np.append(tokenizer.eos_token_id, text_ids), np.append(0, text_ends)
+                ids.append(np.array([tokenizer.eos_token_id]))  # the end of the document before
+                ends.append(np.array([seen]))
+                tokens += 1
             ids.append(text_ids)
             ends.append(text_ends + seen)
+            starts.append(tokens)
             tokens += len(text_ids)
             if max_tokens is not None and tokens > max_tokens:
                 break
         stop = None if max_tokens is None else max_tokens + 1
-        text = cls(np.concatenate(ids)[:stop], np.concatenate(ends)[:stop]) if ids else None
+        text = cls(np.concatenate(ids)[:stop], np.concatenate(ends)[:stop], np.array(starts)) if ids else None
         if text is None or text.num_tokens < 2 or not text.num_bytes_of(1, text.num_tokens):
             raise UserError(f"data.text: {name!r} is too short to score: nothing follows its first token")
         return text
@@ -180,50 +155,83 @@ def _context(given: int | None, loaded: Loaded) -> int:
     limit = getattr(loaded.model.backbone.config, "max_position_embeddings", None)
     own = loaded.run.config.data.context if loaded.run else min(DataConfig().context, limit or DataConfig().context)
     context = own if given is None else given
-    if context < 1:
-        raise UserError(f"data.context: a window needs at least 1 token, got {context}")
+    least = 1 + (_first_token(loaded) is not None)
+    if context < least:
+        after = " after BOS" * (least - 1)
+        raise UserError(f"data.context: a window needs at least 1 token{after}, got {context}; give {least} or more")
     if limit is not None and context > limit:
         raise UserError(f"data.context: {context} exceeds the {limit} positions of this model; give {limit} or less")
     return context
+
+
+def _is_own(data: DataConfig, given: dict[str, Any]) -> bool:
+    """Whether a text is the one that a run was trained on, however its path is spelled."""
+    column = given.get("column", data.column)
+    if (given["text"], column) == (data.text, data.column):
+        return True
+    if not Path(data.text).expanduser().exists():
+        return False
+    return open_text(given["text"], column).digest == open_text(data.text, data.column).digest
+
+
+def _warn_of_overlap(run: Run, text: str) -> None:
+    """Says so where a text is a part of what the run was trained on, or the other way round."""
+    own, other = (Path(name).expanduser() for name in (run.config.data.text, text))
+    if own.exists() and other.exists():
+        own, other = own.resolve(), other.resolve()
+        if own.is_relative_to(other) or other.is_relative_to(own):
+            log.warning(
+                "data.text: part of this text was trained on (%s); the score says little about other text",
+                run.config.data.text,
+            )
+
+
+def _corpus_digest(run: Run) -> str | None:
+    """Of the text that the run was trained on, as its result or its last checkpoint tells."""
+    if (result := run.result()) is not None:
+        return result.get("corpus")
+    for folder in reversed(run.checkpoints()):
+        with suppress(OSError, ValueError):  # a damaged one; `load` has said so
+            return checkpoints.read_state(folder).get("corpus")
+    return None
 
 
 def _score_held_out(loaded: Loaded, run: Run, context: int, max_tokens: int | None) -> dict[str, float]:
     from pondera.jobs.score import score
 
     corpus = prepare(replace(run.config.data, context=context))
-    if fingerprint(corpus.tokenizer()) != fingerprint(loaded.tokenizer):
+    trained_on, same = _corpus_digest(run), fingerprint(corpus.tokenizer()) == fingerprint(loaded.tokenizer)
+    if not same or trained_on not in (None, corpus.digest):
         raise UserError(
-            f"data.text: {run.config.data.text!r} is not what it was when {loaded.name} was trained (it now gives "
-            "another tokenizer), so what was held out is not known; give --data.text with a text it has not seen"
+            f"data.text: {run.config.data.text!r} is not what it was when {loaded.name} was trained, so what was held "
+            "out is not known; give another --data.text, one that it has not seen"
         )
     held_out = corpus.validation
     tokens, isolate = max_tokens or held_out.num_tokens, run.config.data.isolate
     return score(loaded.model, held_out, context, tokens, _batch_size(context), isolate)
 
 
-def _score_whole(model: AdaptiveLM, text: _Text, context: int) -> dict[str, float]:
+def _score_whole(loaded: Loaded, text: _Text, context: int) -> dict[str, float]:
     """The full windows, and the shorter one at the end."""
-    import torch
+    from pondera.jobs.score import measures, nats_of
 
-    from pondera.jobs.score import score
+    model, start = loaded.model, _first_token(loaded)
+    isolate = loaded.run is not None and loaded.run.config.data.isolate
+    size = context - (start is not None)
+    windows, batch_size, nats = text.windows(size, isolate), _batch_size(context), 0.0
+    for first in range(0, len(windows), batch_size):
+        last = min(first + batch_size, len(windows))
+        nats += nats_of(model, [windows[index] for index in range(first, last)], start)
+    tokens = text.num_tokens - 1
+    if rest := tokens % size:
+        nats += nats_of(model, [text.after(tokens - rest).windows(rest, isolate)[0]], start)
+    return measures(nats, tokens, text.num_bytes_of(1, tokens + 1))
 
-    tokens, num_bytes, nats = text.num_tokens - 1, text.num_bytes_of(1, text.num_tokens), 0.0
-    full = tokens // context * context
-    if full:
-        nats += full * score(model, text, context, full, _batch_size(context))["loss"]
-    if full < tokens:
-        rest_1T = torch.from_numpy(text.ids[full:]).to(model.device)[None]
-        with torch.no_grad():
-            out = model(rest_1T[:, :-1], shift_labels=rest_1T[:, 1:])
-        nats += float(out.terms["next_token"].sum)
-    loss = nats / tokens
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": nats / math.log(2) / num_bytes,
-        "tokens": tokens,
-        "bytes": num_bytes,
-    }
+
+def _first_token(loaded: Loaded) -> int | None:
+    """BOS, if a foreign model's tokenizer begins texts with it; Pondera trains on texts without."""
+    first = loaded.tokenizer("").input_ids[:1] if loaded.foreign else []
+    return first[0] if first == [loaded.tokenizer.bos_token_id] else None
 
 
 def _batch_size(context: int) -> int:

@@ -61,11 +61,12 @@ def generate(
         generate("runs/ponderlm2", "Once upon a time", on_text=lambda text: print(text, end="", flush=True))
     """
     _check(max_new_tokens, temperature, top_p, seed)
+    loaded = path if isinstance(path, Loaded) else load(path)  # a path that is not there is told before torch is loaded
+
     import torch
 
     from pondera.model.cache import TokenCache
 
-    loaded = path if isinstance(path, Loaded) else load(path)
     model: Any = loaded.model
     tokenizer = loaded.tokenizer
     ids = _prompt_ids(prompt, tokenizer)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from contextlib import nullcontext
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pondera.ground.errors import UserError
 from pondera.ground.run import Run, is_run
 from pondera.ground.text import HUB_NAME, first_line, hub
+from pondera.jobs import checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
     from pondera.model.lm import AdaptiveLM
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -31,22 +36,25 @@ class Loaded:
         tokenizer: the one saved beside it.
         name: what to call it in tables.
         run: the run folder it is from, if it is from one.
+        foreign: not a Pondera model, but another one, wrapped.
     """
 
     model: AdaptiveLM
     tokenizer: PreTrainedTokenizerFast
     name: str
     run: Run | None = None
+    foreign: bool = False
 
 
 def load(path: str | Path, device: str | None = None) -> Loaded:
     """Loads a model and its tokenizer, completely or not at all.
 
-    Only safetensors are read: unpickling weights would run whatever code is in them.
+    Only safetensors are read: unpickling weights would run whatever code is in them. Where there is a manifest, as in
+    all that Pondera trained, every file is held against its hash.
 
     Args:
-        path: a run folder (its final model, else its newest checkpoint), a Pondera model folder, or the folder or hub
-            name of any causal LM of transformers, which comes wrapped as an `AdaptiveLM` that chose nothing.
+        path: a run folder (its final model, else its newest intact checkpoint), a Pondera model folder, or the folder
+            or hub name of any causal LM of transformers, which comes wrapped as an `AdaptiveLM` that chose nothing.
         device: where the model goes; none: the accelerator if there is one, else the CPU.
 
     Raises:
@@ -69,7 +77,7 @@ def load(path: str | Path, device: str | None = None) -> Loaded:
         if getattr(tokenizer, role) is not None and (own or getattr(lm.generation_config, role) is None):
             setattr(lm.generation_config, role, getattr(tokenizer, role))
     name = run.config.name if run else source.resolve().name if source.is_dir() else str(path)
-    return Loaded(_placed(lm if own else _wrapped(lm), device), tokenizer, name, run)
+    return Loaded(_placed(lm if own else _wrapped(lm), device), tokenizer, name, run, foreign=not own)
 
 
 def _find(path: Path, given: str) -> tuple[Path, Run | None]:
@@ -83,15 +91,29 @@ def _find(path: Path, given: str) -> tuple[Path, Run | None]:
     if is_run(path):
         run = Run(path)
         if (run.model_dir / "config.json").is_file():
-            return run.model_dir, run
-        if checkpoints := run.checkpoints():
-            return checkpoints[-1], run
-        raise UserError(f"{given!r} has no checkpoint yet; wait for its first one, or train it again with --resume")
+            return _whole(run.model_dir), run
+        folder, complaints = checkpoints.newest_intact(run)
+        if folder is None:
+            why = f"has no intact checkpoint: {'; '.join(complaints)}" if complaints else "has no checkpoint yet"
+            raise UserError(f"{given!r} {why}; wait for the next one, or train it again with another --out")
+        for complaint in complaints:
+            log.warning("%s; %s is used instead", complaint, folder.name)
+        return folder, run
     if (path / "config.json").is_file():
-        return path, next((Run(above) for above in path.resolve().parents[:2] if is_run(above)), None)
+        return _whole(path), next((Run(above) for above in path.resolve().parents[:2] if is_run(above)), None)
     runs = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and is_run(entry))
     hint = f"; it holds the runs {', '.join(runs)}: give one of them" if runs else "; give a run or model folder"
     raise UserError(f"{given!r} is neither a run nor a model folder (no config.json){hint}")
+
+
+def _whole(folder: Path) -> Path:
+    """The folder, unless its manifest says that it holds something else than was written."""
+    manifest = folder / checkpoints.MANIFEST
+    if manifest.is_file() and (damage := checkpoints.find_damage(folder)):
+        raise UserError(
+            f"{folder} is damaged ({damage}); copy it again, or if you changed it yourself, delete {manifest}"
+        )
+    return folder
 
 
 def _near(path: Path) -> str:
@@ -131,11 +153,17 @@ def _check_files(folder: Path) -> None:
 
 def _weights(source: Path, given: str) -> Any:
     """The transformers model, with every weight that its config asks for and no other."""
-    from pondera.model.hf import AutoModelForCausalLM
+    from pondera.model.hf import AutoModelForCausalLM, PreTrainedConfig
 
     local = source.is_dir()
     try:
-        with nullcontext() if local else hub():
+        with _no_bar() if local else hub():
+            tree, _ = PreTrainedConfig.get_config_dict(str(source), local_files_only=local)
+            if tree.get("model_type") == "pondera" and (isinstance(tree.get("backbone"), str) or "_checkpoint" in tree):
+                raise UserError(
+                    f"{given!r}: its config.json names another checkpoint (backbone), whose weights would be fetched; "
+                    "what Pondera saved does not: give the folder of a trained model"
+                )
             loading: Any = AutoModelForCausalLM.from_pretrained(
                 str(source), use_safetensors=True, output_loading_info=True, local_files_only=local
             )
@@ -154,6 +182,20 @@ def _weights(source: Path, given: str) -> Any:
                 "give a folder whose files belong to one checkpoint"
             )
     return model
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keeps transformers from showing a bar while it reads weights that are here already."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def _wrapped(lm: PreTrainedModel) -> AdaptiveLM:

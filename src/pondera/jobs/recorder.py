@@ -14,10 +14,10 @@ from pondera.ground.errors import Failure, UserError
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig
 from pondera.jobs import checkpoints
-from pondera.jobs.evaluate import TRACED, trace
 from pondera.jobs.price import price
 from pondera.jobs.progress import Watch
 from pondera.jobs.score import score
+from pondera.jobs.trace import TRACED, trace
 from pondera.jobs.trainer import PonderaTrainer, learning_rate_share
 from pondera.model.lm import AdaptiveLM
 
@@ -57,7 +57,7 @@ class Recorder(TrainerCallback):
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.prices: dict[str, Any] = dict.fromkeys(PRICES)
         try:
-            self.prices = price(model, config.data.context)
+            self.prices = price(model, config.data.context, config.train.gradient_checkpointing)
         except UserError:
             pass  # an architecture without a price can be trained all the same; its FLOPs stay empty
         self.validation: dict[str, float] | None = None
@@ -109,9 +109,20 @@ class Recorder(TrainerCallback):
         self._clock = time.monotonic()
 
     def validate(self) -> dict[str, float]:
-        """Scores the model on the held-out text; by all processes at once, since a sharded model needs them all."""
-        data, tokens = self.config.data, self.config.train.eval_tokens
-        found = score(self.trainer.lm, self.corpus.validation, data.context, tokens, isolate=data.isolate)
+        """Scores the model on the held-out text; by all processes at once, each its share."""
+        trainer, data = self.trainer, self.config.data
+        with trainer.full_precision():
+            found = score(
+                trainer.lm,
+                self.corpus.validation,
+                data.context,
+                self.config.train.eval_tokens,
+                batch_size=min(8, trainer.args.per_device_train_batch_size),  # what fits in training fits here
+                isolate=data.isolate,
+                rank=trainer.args.process_index,
+                num_processes=trainer.args.world_size,
+                total=lambda nats: float(trainer.over_processes({"nats": nats})["nats"]),
+            )
         self.watch.bits_per_byte = found["bits_per_byte"]
         return found
 
@@ -128,13 +139,19 @@ class Recorder(TrainerCallback):
             "train_tokens_per_second": tokens / self.seconds,
             "kv_bytes_per_token": self.prices["kv_bytes_per_token"],
             "parameters": self.parameters,
+            "corpus": self.corpus.digest,
         }
 
-    def sample(self) -> dict[str, list]:
-        """How the model reads the beginning of the held-out text, token by token."""
+    def write_sample(self) -> None:
+        """Writes how the model reads the beginning of the held-out text, token by token."""
         tokenizer, context = self.corpus.tokenizer(), self.config.data.context
         text = tokenizer.decode(self.corpus.validation.ids[:TRACED].tolist(), skip_special_tokens=True)
-        return trace(self.model, tokenizer, text, context)
+        try:
+            with self.trainer.full_precision():
+                found = trace(self.model, tokenizer, text, context)
+        except UserError:
+            return  # nothing to see, such as windows of one token: no reason to lose a finished run
+        self.run.write_trace("sample", found)
 
     def on_main(self, write: Callable[[], None]) -> None:
         """Has the first process write; where it fails, all of them raise.

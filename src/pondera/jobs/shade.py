@@ -8,24 +8,13 @@ from __future__ import annotations
 
 import html
 import itertools
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from pondera.ground.visible import visible
+
 SHADES = (231, 195, 153, 117, 75, 33, 26, 19)  # xterm's 256 colours, white to dark blue
 SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
-HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (text direction), lone surrogates, line separators
-JOINERS = "\u200c\u200d"  # formats that only shape the letters beside them
-
-
-def visible(token: str) -> str:
-    """The token with every character that would act instead of show written out; a line end shows and ends the line.
-
-    Example:
-        >>> visible("a\\x1b[2J\\n")
-        'a\\\\x1b[2J↵\\n'
-    """
-    return "".join(_visible(character) for character in token)
 
 
 def shade_terminal(
@@ -92,14 +81,6 @@ def shade_html(tokens: Sequence[str], passes: Sequence[float | None], nll: Seque
         style = f"--passes:{_share(count, *passes_range):.3g};--nll:{_share(loss, *nll_range):.3g}"
         spans.append(f'<span style="{style}" title="{", ".join(title)}">{html.escape(visible(token))}</span>')
     return "".join(spans)
-
-
-def _visible(character: str) -> str:
-    if character == "\n":
-        return "↵\n"
-    if character == "\t" or character in JOINERS or unicodedata.category(character) not in HIDDEN:
-        return character
-    return character.encode("unicode_escape").decode()
 
 
 def _range(values: Sequence[float | None]) -> tuple[float, float]:

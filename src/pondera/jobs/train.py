@@ -6,6 +6,7 @@ On several processes (torchrun, accelerate launch) all of them call `train`; the
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shlex
 from collections.abc import Iterator
@@ -101,7 +102,7 @@ def _finish(recorder: Recorder, trainer: PonderaTrainer) -> None:
     weights, _ = trainer.snapshot()
     recorder.on_main(lambda: checkpoints.export(run, recorder.model, weights, recorder.corpus.tokenizer_path))
     if trainer.args.world_size == 1:  # a sharded model takes all processes for a forward pass
-        run.write_trace("sample", recorder.sample())
+        recorder.on_main(recorder.write_sample)
     recorder.on_main(lambda: run.write_result(validation | recorder.totals()))
 
 
@@ -113,11 +114,18 @@ def check_settings(settings: TrainConfig) -> None:
     if settings.micro_batch_size is not None and settings.micro_batch_size < 1:
         raise UserError(f"train.micro_batch_size: at least 1, or none; got {settings.micro_batch_size}")
     for name in ("lr", "grad_clip"):
-        if not getattr(settings, name) > 0:
-            raise UserError(f"train.{name}: more than 0, got {getattr(settings, name)}")
+        if not 0 < getattr(settings, name) < math.inf:
+            raise UserError(f"train.{name}: a number above 0, got {getattr(settings, name)}")
+    if not 0 <= settings.weight_decay < math.inf:
+        raise UserError(f"train.weight_decay: a number of at least 0, got {settings.weight_decay}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"train.{name}: from 0 to below 1, got {getattr(settings, name)}")
     for name in ("warmup", "min_lr"):
         if not 0 <= getattr(settings, name) <= 1:
             raise UserError(f"train.{name}: a share from 0 to 1, got {getattr(settings, name)}")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"train.seed: a whole number from 0 to 2**32 - 1, got {settings.seed}")
     if settings.dtype not in ("float32", "bfloat16"):
         raise unknown("train.dtype", settings.dtype, ("float32", "bfloat16"))
     if settings.batch_size % _num_processes():

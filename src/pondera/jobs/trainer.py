@@ -6,6 +6,8 @@ Shapes: B batch, C context.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -235,6 +237,17 @@ class PonderaTrainer(Trainer):
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not used: Pondera prices a step by its own account."""
         return 0
+
+    @contextmanager
+    def full_precision(self) -> Iterator[None]:
+        """Without autocast, so that what is measured here is what `score` measures later (shards, which FSDP itself
+        casts, excepted)."""
+        cast_forward = self.lm.__dict__.pop("forward", None)  # accelerate lays its own over that of the class
+        try:
+            yield
+        finally:
+            if cast_forward is not None:
+                self.lm.forward = cast_forward
 
     def over_processes(self, values: dict[str, Any]) -> dict[str, Tensor]:
         """Each value summed over all processes."""
