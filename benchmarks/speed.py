@@ -128,6 +128,7 @@ def main() -> None:
         "rounds": args.rounds,
         "rows": rows,
     }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out, json.dumps(result, indent=1) + "\n")
 
 

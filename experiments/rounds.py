@@ -43,6 +43,7 @@ def main() -> None:
         rows.append(row)
         print(rounds, f"{row['bits_per_byte']:.4f} bits per byte", flush=True)
     result = {"command": f"python experiments/rounds.py {args.run} --tokens {args.tokens}", "rows": rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out, json.dumps(result, indent=1) + "\n")
 
 

@@ -22,7 +22,7 @@ _HOMES = {
     "Thought": "pondera.think.contract",
     "UserError": "pondera.ground.errors",
 }
-__all__ = [*_HOMES, "__version__"]
+__all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 auto.announce()
 

@@ -68,7 +68,7 @@ class TrainConfig:
     save_every: int = option(100, "steps between two checkpoints")
     keep: int = option(2, "checkpoints kept")
     gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass: less memory, a third more compute"
+        False, "recompute activations in the backward pass: less memory, up to a third more compute"
     )
 
 

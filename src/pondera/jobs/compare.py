@@ -139,7 +139,8 @@ def flops_per_step(config: RunConfig) -> float:
     from pondera.ground.data import prepare
 
     model = new_model(config, prepare(config.data).vocab_size)
-    return price(model, config.data.context)["training_flops_per_token"] * config.data.context * config.train.batch_size
+    per_token = price(model, config.data.context, config.train.gradient_checkpointing)["training_flops_per_token"]
+    return per_token * config.data.context * config.train.batch_size
 
 
 def train_all(folders: dict[Path, RunConfig], progress: bool, jobs: int) -> None:

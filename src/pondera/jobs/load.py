@@ -153,17 +153,11 @@ def _check_files(folder: Path) -> None:
 
 def _weights(source: Path, given: str) -> Any:
     """The transformers model, with every weight that its config asks for and no other."""
-    from pondera.model.hf import AutoModelForCausalLM, PreTrainedConfig
+    from pondera.model.hf import AutoModelForCausalLM
 
     local = source.is_dir()
     try:
         with _no_bar() if local else hub():
-            tree, _ = PreTrainedConfig.get_config_dict(str(source), local_files_only=local)
-            if tree.get("model_type") == "pondera" and (isinstance(tree.get("backbone"), str) or "_checkpoint" in tree):
-                raise UserError(
-                    f"{given!r}: its config.json names another checkpoint (backbone), whose weights would be fetched; "
-                    "what Pondera saved does not: give the folder of a trained model"
-                )
             loading: Any = AutoModelForCausalLM.from_pretrained(
                 str(source), use_safetensors=True, output_loading_info=True, local_files_only=local
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import TrainerCallback
 
@@ -145,7 +145,7 @@ class Recorder(TrainerCallback):
     def write_sample(self) -> None:
         """Writes how the model reads the beginning of the held-out text, token by token."""
         tokenizer, context = self.corpus.tokenizer(), self.config.data.context
-        text = tokenizer.decode(self.corpus.validation.ids[:TRACED].tolist(), skip_special_tokens=True)
+        text = cast(str, tokenizer.decode(self.corpus.validation.ids[:TRACED].tolist(), skip_special_tokens=True))
         try:
             with self.trainer.full_precision():
                 found = trace(self.model, tokenizer, text, context)

@@ -71,8 +71,11 @@ class AdaptiveConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """From a ``config.json``, whose backbone must be written out: a name would fetch weights from elsewhere."""
-        if isinstance(config_dict.get("backbone"), str):
-            raise UserError(f"config.json: the backbone is the name {config_dict['backbone']!r}, not a config; refused")
+        if isinstance(config_dict.get("backbone"), str) or "_checkpoint" in config_dict:
+            raise UserError(
+                "config.json names another checkpoint (backbone), whose weights would be fetched; what Pondera saved does "
+                "not: give the folder of a trained model"
+            )
         return super().from_dict(config_dict, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
