@@ -22,7 +22,7 @@ from pondera.cli.main import main
 from pondera.cli.parser import Parser
 from pondera.ground.errors import Failure, Interrupted, UserError
 from pondera.ground.run import Run
-from pondera.ground.settings import RunConfig, TrainConfig
+from pondera.ground.settings import RunConfig, TrainConfig, from_dict
 from pondera.jobs import compare as module
 from pondera.jobs import demo
 from pondera.jobs.compare import at_equal_flops, compare, ended_early, flops_per_step, summarise
@@ -296,3 +296,16 @@ def test_what_is_published_names_no_path_of_this_machine(experiment, out, tmp_pa
     assert json.loads((tmp_path / "results" / "tokens.json").read_text())["command"] == command
     run = Run.open(tmp_path / "results" / "runs" / "plain-4steps-seed0")
     assert run.config.data.text == "text" and run.result() and run.env["command"] == command
+
+
+def test_equal_inference_is_said(tmp_path: Path):
+    """Of three recipes the two that cost about the same are compared with each other, too."""
+    scores = {"plain": (2.0, 100.0), "deep": (1.9, 200.0), "thinking": (1.8, 212.0)}
+    for name, (score, cost) in scores.items():
+        for seed in range(3):
+            config = from_dict({"name": name, "train": {"seed": seed}})
+            run = Run.create(tmp_path / f"{name}{seed}", config)
+            run.write_result({"bits_per_byte": score + seed / 100, "inference_flops_per_token": cost})
+    said = summarise(list(scores), sorted(tmp_path.iterdir()))["verdict"]
+    assert len(said) == 3
+    assert said[2].startswith("At about equal inference FLOPs, thinking is 0.100 bits per byte below deep")

@@ -298,7 +298,29 @@ def summarise(names: Iterable[str], folders: list[Path]) -> dict[str, Any]:
     rows = [_row(name, members, runs[baseline]) for name, members in runs.items()]
     gaps = [verdict.gap(_scores(runs[name]), _scores(runs[baseline])) for name in runs]
     said = [verdict.told(name, baseline, found, "bits per byte") for name, found in zip(runs, gaps, strict=True)]
-    return {"baseline": baseline, "rows": rows, "verdict": said[1:]}
+    return {"baseline": baseline, "rows": rows, "verdict": said[1:] + _at_equal_inference(rows, runs)}
+
+
+def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]]) -> list[str]:
+    """Recipes that cost about the same per token against the first of their price, where that is not the baseline."""
+    said, leaders = [], rows[:1]
+    for row in rows[1:]:
+        cost = row["inference_flops_per_token"]["mean"]
+        leader = next(
+            (first for first in leaders if _about_equal(first["inference_flops_per_token"]["mean"], cost)), None
+        )
+        if leader is None:
+            leaders.append(row)
+        elif leader is not rows[0]:
+            found = verdict.gap(_scores(runs[row["name"]]), _scores(runs[leader["name"]]))
+            said.append(
+                f"At about equal inference FLOPs, {verdict.told(row['name'], leader['name'], found, 'bits per byte')}"
+            )
+    return said
+
+
+def _about_equal(one: float | None, other: float | None) -> bool:
+    return one is not None and other is not None and max(one, other) <= 1.15 * min(one, other)
 
 
 def _row(name: str, members: list[Run], baseline: list[Run]) -> dict[str, Any]:
