@@ -70,10 +70,6 @@ class AdaptiveLatentCoT(Think):
         layers = [StagedLayer(self.slots_per_token) for _ in range(backbone.config.num_hidden_layers)]
         return TokenCache(layers, self.slots_per_token)
 
-    def passes(self) -> float:
-        """L + 1 for every token."""
-        return float(self.slots_per_token)
-
     def forward(
         self,
         backbone: Backbone,

@@ -104,6 +104,6 @@ class Think(nn.Module, ABC):
     def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
         """The decoder calls that processing `tokens` new tokens after `context` cached ones takes, for the price."""
 
-    @abstractmethod
     def passes(self) -> float:
-        """Passes per token at inference, on average."""
+        """Passes per token at inference, on average: one per slot, where depth is fixed."""
+        return float(self.slots_per_token)

@@ -61,10 +61,6 @@ class PauseToken(Think):
         """One cache with P + 1 rows per token."""
         return interleaved_cache(backbone, self.slots_per_token)
 
-    def passes(self) -> float:
-        """P + 1 for every token."""
-        return float(self.slots_per_token)
-
     def forward(
         self,
         backbone: Backbone,

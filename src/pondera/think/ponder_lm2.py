@@ -92,10 +92,6 @@ class PonderLM2(Think):
         """One cache with K + 1 rows per token."""
         return interleaved_cache(backbone, self.slots_per_token)
 
-    def passes(self) -> float:
-        """K + 1 for every token."""
-        return float(self.slots_per_token)
-
     def forward(
         self,
         backbone: Backbone,
