@@ -220,12 +220,18 @@ def _names_aside(series: Sequence[Series], x: Scale, y: Scale) -> str:
 
 
 def _names_beside(series: Sequence[Series], x: Scale, y: Scale) -> str:
-    """Each name to the right of its mean, or to the left where the chart ends."""
-    parts = []
-    for one in series:
+    """Each name to the right of its mean, or to the left where the chart ends; lower, where another stands already."""
+    parts, taken = [], []
+    for one in sorted(series, key=lambda one: y(one.mean[-1][1])):
         across, height = x(one.mean[-1][0]), y(one.mean[-1][1]) + 4
         name = _short(one.name)
-        fits = across + 10 + LETTER * len(name) <= WIDTH
+        length = LETTER * len(name)
+        fits = across + 10 + length <= WIDTH
+        left = across + 10 if fits else across - 10 - length
+        for other_left, other_right, other_height in taken:
+            if left < other_right and other_left < left + length and abs(height - other_height) < 14:
+                height = other_height + 14
+        taken.append((left, left + length, height))
         place = f'x="{across + (10 if fits else -10):.1f}" y="{height:.1f}" text-anchor="{"start" if fits else "end"}"'
         parts.append(f'<text class="name" {place}>{escape(name)}</text>')
     return "".join(parts)
