@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 VOCAB = 97
 SIZES = {
     "hidden_size": 64,
@@ -53,3 +55,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     },
 }
 LINEAR = {"qwen3_next"}
+
+
+def ids(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
+    """Random token ids ``[batch, tokens]``, the same every time."""
+    return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from architectures import BACKBONES, LINEAR, VOCAB
+from architectures import BACKBONES, LINEAR, VOCAB, ids
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.ground import spec
@@ -52,10 +52,6 @@ def exact(method: str, backbone: str = "llama") -> AdaptiveLM:
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def ids(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
-    return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from architectures import BACKBONES, LINEAR, VOCAB
+from architectures import BACKBONES, LINEAR, ids
 from transformers import AutoModelForCausalLM
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
@@ -17,10 +17,6 @@ from pondera.model.hf import DynamicCache
 def build(backbone: str) -> Backbone:
     torch.manual_seed(0)
     return AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES[backbone]))).eval().backbone
-
-
-def ids(batch: int, tokens: int) -> torch.Tensor:
-    return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(autouse=True)

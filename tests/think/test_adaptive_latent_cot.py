@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import BACKBONES, VOCAB
+from architectures import BACKBONES, ids
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.backbone import Backbone
@@ -14,10 +14,6 @@ def build(steps: int, backbone: str = "llama", **config) -> AdaptiveLM:
     torch.manual_seed(0)
     think = f"AdaptiveLatentCoT(steps={steps})"
     return AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES[backbone]), think=think, init="scaled", **config)).eval()
-
-
-def ids(batch: int, tokens: int) -> torch.Tensor:
-    return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from architectures import BACKBONES, VOCAB
+from architectures import BACKBONES, ids
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.hf import Cache
@@ -18,10 +18,6 @@ from pondera.think.parts.slots import interleaved_pass
 def build(think: str, backbone: str = "llama", **config) -> AdaptiveLM:
     torch.manual_seed(0)
     return AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES[backbone]), think=think, **config)).eval()
-
-
-def ids(batch: int, tokens: int) -> torch.Tensor:
-    return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(autouse=True)

@@ -31,6 +31,8 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class DataConfig:
+    """What is read: the ``data`` part of a run."""
+
     text: str = option(
         "stdlib", "a text file, a folder, 'stdlib' (the sources and docs of this Python), or a HF dataset name"
     )
@@ -48,6 +50,8 @@ class DataConfig:
 
 @dataclass
 class TrainConfig:
+    """How it is learned: the ``train`` part of a run."""
+
     steps: int = option(500, "optimizer steps")
     batch_size: int = option(8, "windows per optimizer step, over all processes")
     micro_batch_size: int | None = option(
@@ -74,6 +78,8 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
+    """Everything that decides a run."""
+
     name: str = option("run", "what to call the run in tables")
     about: str = option("", "one sentence on what the recipe is for")
     backbone: Any = option(None, "a HF config as a mapping (model_type: llama, ...), or a checkpoint folder")

@@ -36,6 +36,8 @@ TOPICS = "pydoc_data/topics.py"  # the language reference, as one big dictionary
 
 
 class Document(NamedTuple):
+    """One text with the name that decides which side of the split it falls on."""
+
     name: str
     text: str
 
