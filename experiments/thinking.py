@@ -29,11 +29,14 @@ from pondera.ground.errors import Interrupted
 from pondera.ground.run import Run, write_atomic
 from pondera.ground.settings import load
 from pondera.jobs.compare import compare
+from pondera.jobs.demo import SETTINGS
 
 ARMS = ["plain", "doubledepth", "adaptivelatentcot", "pausetoken", "ponderlm2"]
 AT_EQUAL_FLOPS = ["doubledepth", "plain", "adaptivelatentcot", "pausetoken", "ponderlm2"]
 SCALES = {
     "cpu": {"train.steps": 400, "train.eval_tokens": 65536, "train.eval_every": 200, "train.save_every": 200},
+    # As short as the demo, whose runs it shares.
+    "demo": SETTINGS,
     # 34M parameters, 105M tokens.
     "gpu": {
         "backbone.hidden_size": 512,
@@ -142,7 +145,7 @@ def main() -> None:
         overrides["train.steps"] = args.steps
     paths = write_recipes(overrides, out / "recipes")
     recipes = {"tokens": ARMS, "flops": AT_EQUAL_FLOPS}
-    jobs = args.jobs if args.scale == "cpu" else 1
+    jobs = args.jobs if args.scale != "gpu" else 1
     try:
         for equal in args.equal:
             found = compare([paths[arm] for arm in recipes[equal]], args.seeds, equal, None, out, jobs=jobs)
