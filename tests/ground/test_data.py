@@ -416,7 +416,7 @@ def write(path: Path, content: bytes) -> str:
         ("binary.txt", b"ab\0cd", "binary"),
         ("latin.txt", "größe".encode("latin-1"), "not UTF-8"),
         ("broken.txt.xz", b"not xz", "damaged archive"),
-        ("broken.txt.gz", gzip.compress(b"text" * 99)[:-20], "damaged archive"),
+        ("broken.txt.gz", gzip.compress(b"text" * 99, mtime=0)[:-20], "damaged archive"),
         ("bad.jsonl", b'{"text": "a"}\n{"text', "bad.jsonl:2: not valid JSON"),
         ("list.jsonl", b"[1, 2]", "expected an object such as"),
         ("column.jsonl", b'{"txt": "a", "id": 3}', "did you mean 'txt'"),
