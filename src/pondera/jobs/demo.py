@@ -12,7 +12,7 @@ from pondera.jobs.generate import Generated, generate
 RECIPES = ["plain", "doubledepth", "adaptivelatentcot"]
 SETTINGS = {"train.steps": 80, "train.eval_every": 40, "train.eval_tokens": 32768, "train.save_every": 40}
 SEEDS = 3
-PROMPT = "import os\n\n\ndef "
+PROMPT = "def "
 
 
 @dataclass
