@@ -8,6 +8,7 @@ from architectures import BACKBONES, ids
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.backbone import Backbone
+from pondera.model.slots import Write
 
 
 def build(steps: int, backbone: str = "llama", **config) -> AdaptiveLM:
@@ -112,26 +113,22 @@ def test_one_sub_cache_per_step():
     model, x = build(2), ids(1, 6)
     cache = model.new_cache()
     model(x, past_key_values=cache)
-    assert [[part.get_seq_length() for part in layer.parts] for layer in cache.layers] == [[6, 6, 6]] * 3
+    assert [[part[0].shape[-2] for part in layer.parts] for layer in cache.layers] == [[6, 6, 6]] * 3
 
 
 def test_a_budget_cuts_later_steps():
     model, x = build(2), ids(1, 6)
     states = states_of_each_step(model, x)
-    out = model(x, budget=2)
+    out = model(x, max_passes=2)
     torch.testing.assert_close(out.logits, model.backbone.head(states[1]), atol=1e-6, rtol=1e-6)
     assert out.passes.unique().tolist() == [2]
-    with pytest.raises(UserError, match="runs 3 passes"):
-        model(x, budget=2, past_key_values=model.new_cache())
 
 
-def test_an_exception_half_way_leaves_the_cache_at_step_zero():
-    from pondera.model.cache import at_step
-
+def test_an_exception_half_way_leaves_the_cache_writing_to_step_zero():
     cache = build(1).new_cache()
-    with pytest.raises(RuntimeError), at_step(cache, 1):
+    with pytest.raises(RuntimeError), cache.writing(Write(1, range(2))):
         raise RuntimeError
-    assert [layer.step for layer in cache.layers] == [0, 0, 0]
+    assert [layer.write.depth for layer in cache.layers] == [0, 0, 0]
 
 
 def test_bad_arguments():

@@ -246,9 +246,14 @@ def test_bad_arguments_say_what_to_type(spec: str, complaint: str):
         build(spec)
 
 
-def test_a_budget_below_its_passes_is_refused():
-    with pytest.raises(UserError, match="needs 2 passes"):
-        build("PonderLM2(thoughts=1)")(ids(1, 3), budget=1)
+def test_a_cache_keeps_the_budget_it_was_filled_with():
+    model = build("PonderLM2(thoughts=1)")
+    cache = model.new_cache()
+
+    model(ids(1, 3), past_key_values=cache, max_passes=1)
+    assert cache.slots.get_seq_length() == 3
+    with pytest.raises(UserError, match="filled with 1 passes"):
+        model(ids(1, 1), past_key_values=cache)
 
 
 def test_interleaved_pass_takes_apart_what_it_put_together():

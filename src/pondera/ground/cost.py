@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pondera.ground.flops import Call, describe
+from pondera.ground.flops import Call, Product, describe
 
 if TYPE_CHECKING:
     import torch
     from transformers import Cache, PretrainedConfig
 
-__all__ = ["Call", "Prices", "Schedule", "live_cache_bytes", "measured_flops"]
+__all__ = ["Call", "Prices", "Product", "Schedule", "live_cache_bytes", "measured_flops"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Schedule:
     """What a method does to process some tokens of one sequence.
 
     Args:
-        calls: every pass through the decoder stack.
-        head_rows: rows through the output head.
+        calls: every pass through the decoder stack, and what the method multiplies beside it.
+        head_rows: rows through the output head, for the prediction.
         tokens: tokens processed, so that a price can be given per token.
     """
 
-    calls: tuple[Call, ...]
+    calls: tuple[Call | Product, ...]
     head_rows: int
     tokens: int
 
@@ -62,8 +62,10 @@ class Prices:
         self._stack = describe(config)
         self._layers = Counter(self._stack.layers)  # few are distinct, and each is priced once
 
-    def step(self, call: Call) -> float:
-        """FLOPs of one forward pass through the decoder stack (no output head)."""
+    def step(self, call: Call | Product) -> float:
+        """Forward FLOPs of one pass through the decoder stack (no output head), or of a product beside it."""
+        if isinstance(call, Product):
+            return 2.0 * call.rows * (self._stack.head if call.weights == "head" else call.weights)
         rows = 2 * call.queries
         once = sum(n * (rows * layer.weights + layer.mixer.forward(call)) for layer, n in self._layers.items())
         return float(call.repeats * once)
@@ -80,7 +82,9 @@ class Prices:
         """FLOPs of a schedule, forward and backward, with every parameter trainable and no activation recomputed."""
         return self.forward(schedule) + 2 * self.head(schedule.head_rows) + sum(map(self._backward, schedule.calls))
 
-    def _backward(self, call: Call) -> float:
+    def _backward(self, call: Call | Product) -> float:
+        if isinstance(call, Product):
+            return 2 * self.step(call)
         # Twice a matrix's forward: the gradient of its weights and, as the embedding is trained too, of its input.
         rows = 4 * call.queries
         once = sum(n * (rows * layer.weights + layer.mixer.backward(call)) for layer, n in self._layers.items())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from pondera.ground.errors import UserError
 
@@ -27,10 +27,23 @@ class Call:
         repeats: how many times it is made; a fraction where the number is random and this is its mean.
     """
 
-    queries: int
-    keys: int
+    queries: float
+    keys: float
     cached: bool = False
     repeats: float = 1
+
+
+@dataclass(frozen=True)
+class Product:
+    """Rows that a method multiplies with a matrix outside of the decoder stack, for one sequence.
+
+    Args:
+        rows: how many, fractions as in `Call`.
+        weights: entries of the matrix; ``"head"``: of the output head or the embedding table, which are of one size.
+    """
+
+    rows: float
+    weights: int | Literal["head"]
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from pondera.ground.errors import UserError
 from pondera.model.hf import (
@@ -21,6 +22,7 @@ from pondera.model.hf import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
+from pondera.model.rows import Rows, packed
 
 
 @dataclass
@@ -32,11 +34,13 @@ class SlotMask:
         query_positions_BS: token position of each row.
         key_positions_BK: token position of each cached and new row. Positions let sliding-window layers keep their
             window in tokens, however many slots a token owns.
+        log_weight_BK: added to every attention score of that row; none: all rows count alike.
     """
 
     allowed_BSK: Tensor
     query_positions_BS: Tensor
     key_positions_BK: Tensor
+    log_weight_BK: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,21 @@ class Backbone(nn.Module):
         h_BTD = self.lm.get_input_embeddings()(ids_BT)
         return h_BTD if self.embed_scale == 1.0 else h_BTD * self.embed_scale
 
-    def mix_embeddings(self, weights_BTV: Tensor) -> Tensor:
-        """Weighted sums of all token embeddings, ``[B, T, D]``, scaled as `embed` scales them."""
-        every_V = torch.arange(weights_BTV.shape[-1], device=weights_BTV.device)
-        return weights_BTV @ self.embed(every_V)
+    def mix_embeddings(self, weights_BTV: Tensor, ids_BTV: Tensor | None = None) -> Tensor:
+        """Weighted sums of token embeddings, ``[B, T, D]``, scaled as `embed` scales them.
+
+        Args:
+            weights_BTV: of all tokens, or of those that `ids_BTV` names.
+            ids_BTV: which tokens are mixed at each position; none: all of them.
+        """
+        if ids_BTV is None:
+            every_V = torch.arange(weights_BTV.shape[-1], device=weights_BTV.device)
+            return weights_BTV @ self.embed(every_V)
+        table = cast(nn.Embedding, self.lm.get_input_embeddings())
+        scale = self.embed_scale * float(getattr(table, "embed_scale", 1.0))
+        weights = (weights_BTV * scale).to(table.weight.dtype).flatten(0, 1)
+        mixed = F.embedding_bag(ids_BTV.flatten(0, 1), table.weight, per_sample_weights=weights, mode="sum")
+        return mixed.unflatten(0, ids_BTV.shape[:2])
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of final hidden states."""
@@ -135,23 +150,29 @@ class Backbone(nn.Module):
         cache: Cache | None = None,
         mask: Tensor | SlotMask | None = None,
         position_ids: Tensor | None = None,
+        rows: Rows | None = None,
     ) -> Tensor:
         """One whole pass through the decoder by its public call; returns states after the final norm, ``[B, S, D]``.
 
         Args:
-            h_BSD: one input vector per slot.
+            h_BSD: one input vector per slot; packed into ``[1, N, D]`` if `rows` say so.
             cache: counts slots; new rows are appended to it.
             mask: none, a 2-D mask over all cached and new slots (1 = real, 0 = padding; without a cache also 1, 2, 3, ...
                 for documents that must not see each other), or a `SlotMask`.
-            position_ids: ``[B, S]`` token positions; slots of one token share theirs.
+            position_ids: ``[B, S]`` token positions; slots of one token share theirs. Packed as the inputs are.
+            rows: which slots of which texts the rows of a packed call are; then `mask` must be a `SlotMask` of all texts.
         """
-        return self.decoder(
-            inputs_embeds=h_BSD,
-            attention_mask=self._attention_mask(h_BSD, cache, mask, position_ids),
-            position_ids=position_ids,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+        call: dict[str, Any] = {
+            "inputs_embeds": h_BSD,
+            "attention_mask": self._attention_mask(h_BSD, cache, mask, position_ids),
+            "position_ids": position_ids,
+            "past_key_values": cache,
+            "use_cache": cache is not None,
+        }
+        if rows is None or rows.batch == 1:
+            return self.decoder(**call).last_hidden_state
+        with packed(self.config) as how:
+            return self.decoder(**call, rows=rows, **how).last_hidden_state
 
     def run(
         self,
@@ -255,13 +276,15 @@ class Backbone(nn.Module):
             if kind == "sliding_attention":
                 distance_BSK = mask.query_positions_BS[:, :, None] - mask.key_positions_BK[:, None, :]
                 allowed_BSK = allowed_BSK & (distance_BSK < self.config.sliding_window)
-            masks[kind] = self._as_attention_takes_it(allowed_BSK[:, None], h_BSD.dtype)
+            masks[kind] = self._as_attention_takes_it(allowed_BSK, mask.log_weight_BK, h_BSD.dtype)
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _as_attention_takes_it(self, allowed_B1SK: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.config._attn_implementation != "eager":
-            return allowed_B1SK
-        return torch.zeros_like(allowed_B1SK, dtype=dtype).masked_fill(~allowed_B1SK, torch.finfo(dtype).min)
+    def _as_attention_takes_it(self, allowed_BSK: Tensor, log_weight_BK: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """``[B, 1, S, K]``: booleans where they say all and the attention function knows them, else what to add."""
+        if log_weight_BK is None and self.config._attn_implementation != "eager":
+            return allowed_BSK[:, None]
+        added = allowed_BSK.new_zeros(()) if log_weight_BK is None else log_weight_BK[:, None]
+        return added.to(dtype).expand(allowed_BSK.shape).masked_fill(~allowed_BSK, torch.finfo(dtype).min)[:, None]
 
 
 def token_positions(tokens: int, mask: Tensor | None, seen: int, device: torch.device) -> Tensor:

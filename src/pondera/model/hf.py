@@ -7,6 +7,7 @@ arrives, these two and `backbone.py` are what has to be read again. Known to wor
 from __future__ import annotations
 
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     DynamicCache,
     GenerationConfig,
@@ -16,10 +17,13 @@ from transformers import (
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ModelOutput
 
 __all__ = [
+    "ALL_ATTENTION_FUNCTIONS",
+    "AttentionInterface",
     "AutoModelForCausalLM",
     "Cache",
     "CacheLayerMixin",

@@ -5,16 +5,19 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera.ground import spec
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone, scaled_init, token_positions
+from pondera.model.budget import Budget
 from pondera.model.cache import TokenCache
 from pondera.model.config import AdaptiveConfig
 from pondera.model.hf import (
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
 
 IGNORED = -100
 """Label of tokens that carry no loss, as in transformers."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,7 +70,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     With nothing chosen it equals its backbone bit for bit.
 
     Args:
-        config: what it is made of. A config made from a checkpoint folder loads that checkpoint's weights.
+        config: what it is made of. A config made from a checkpoint folder loads that checkpoint's weights; of another
+            Pondera model also what the two methods share, and a line of the log says what came from there.
 
     Example:
         >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -90,12 +96,16 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: AdaptiveConfig) -> None:
         super().__init__(config)
         self.think: Think | None = cast("Think | None", spec.build(config.think, "think")) if config.think else None
-        self.backbone = Backbone(_causal_lm(config, self.think), unit_rms=config.init == "scaled")
+        old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
+        # Training moves weights away from the unit RMS that they were drawn at, so what a new method feeds back is matched
+        # to trained embeddings as on any pretrained backbone; a scale that was trained with comes along with its method.
+        unit_rms = config.init == "scaled" and old is None
+        self.backbone = Backbone(_causal_lm(config, self.think, old), unit_rms=unit_rms)
         self._check_attention()
         if self.backbone.lm.device.type != "meta":
             self.backbone.check_head()
         if config.embed_scale is None:
-            config.embed_scale = self._embed_scale()
+            config.embed_scale = self._embed_scale(old)
         self.backbone.embed_scale = config.embed_scale
         if self.think is not None:
             self.think.attach(self.backbone)
@@ -106,6 +116,23 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {f"backbone.lm.{key}": f"backbone.lm.{source}" for key, source in tied.items()}
         self.generation_config = GenerationConfig.from_model_config(self.backbone.config)
         self.post_init()
+        if old is not None:
+            self._take_over(old)
+
+    def _take_over(self, old: AdaptiveLM) -> None:
+        """What else an old model knows: where a text ends, and what its method has under the names and shapes of ours."""
+        self.generation_config = old.generation_config
+        mine, theirs = ({} if lm.think is None else lm.think.state_dict() for lm in (self, old))
+        shared = {name: theirs[name] for name in theirs if name in mine and mine[name].shape == theirs[name].shape}
+        if self.think is not None:
+            self.think.load_state_dict(shared, strict=False)
+        said = [sorted(names) for names in (shared, mine.keys() - shared, theirs.keys() - shared)]
+        log.info(
+            "%s: taken over: its backbone (%d tensors), of its method %s; new: %s; left out: %s",
+            self.config._checkpoint,
+            len(old.backbone.lm.state_dict()),
+            *(", ".join(names) or "nothing" for names in said),
+        )
 
     def _check_attention(self) -> None:
         kernel = self.backbone.config._attn_implementation
@@ -115,7 +142,9 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
                 "of ours; thinking models need 'sdpa' (fused kernels on GPUs all the same) or 'eager'"
             )
 
-    def _embed_scale(self) -> float:
+    def _embed_scale(self, old: AdaptiveLM | None) -> float:
+        if old is not None:
+            return old.backbone.embed_scale
         if self.config.init != "scaled":
             return 1.0
         width = self.backbone.config.hidden_size
@@ -164,7 +193,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        budget: int | None = None,
+        effort: str | float | None = None,
+        max_passes: int | None = None,
         document_ids: Tensor | None = None,
         **kwargs: Any,
     ) -> AdaptiveOutput:
@@ -180,7 +210,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
             shift_labels: ``[B, T]``, the token after each input; not shifted.
             use_cache: return a cache.
             logits_to_keep: only the last so many positions, or these positions.
-            budget: at most this many passes per token.
+            effort: how much thinking is wanted, ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
+            max_passes: no token gets more passes.
             document_ids: ``[B, T]``, 1, 2, 3, ...: tokens of different documents do not see each other. Without a cache.
         """
         h_BTD = self.backbone.embed(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
@@ -189,30 +220,33 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
             if cache is not None:
                 raise UserError("document_ids: documents are told apart in training only; leave past_key_values out")
             attention_mask = document_ids
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         if position_ids is None and (self.think is not None or document_ids is not None):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = token_positions(h_BTD.shape[1], attention_mask, seen, h_BTD.device)
         if self.think is None or position_ids is None:
             h_BTD = self.backbone.step(h_BTD, cache, attention_mask, position_ids)
             passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
-            terms, trace = {}, {}
+            terms, trace, judge = {}, {}, None
         else:
             if cache is not None and not isinstance(cache, TokenCache):
                 raise UserError(
                     f"past_key_values: a {type(cache).__name__} cannot hold this model's thoughts; pass model.new_cache()"
                 )
-            thought = self.think(self.backbone, h_BTD, position_ids, cache, attention_mask, budget)
-            h_BTD, passes_BT, terms, trace = thought.h_BTD, thought.passes_BT, dict(thought.terms), thought.trace
+            budget = Budget.of(effort, max_passes)
+            thought = self.think(self.backbone, h_BTD, position_ids, cache, attention_mask, budget, shift_labels)
+            h_BTD, passes_BT, terms, trace = thought.h_BTD, thought.passes_BT, thought.terms, thought.trace
+            judge = thought.judge
         if isinstance(logits_to_keep, Tensor):
             h_BTD = h_BTD[:, logits_to_keep]
         elif logits_to_keep:
             h_BTD = h_BTD[:, -logits_to_keep:]
         logits_BTV = self.backbone.head(h_BTD)
-        if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
         loss = None
         if shift_labels is not None:
-            terms = {"next_token": next_token_term(logits_BTV, shift_labels), **terms}
+            judged = judge(logits_BTV, shift_labels) if judge is not None else {}
+            terms = {"next_token": next_token_term(logits_BTV, shift_labels), **terms, **judged}
             loss = torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
         return AdaptiveOutput(loss, logits_BTV, cache, passes_BT, terms, trace)
 
@@ -238,24 +272,42 @@ def next_token_term(logits_BTV: Tensor, shift_labels_BT: Tensor) -> Term:
     return Term(total, (flat != IGNORED).sum())
 
 
-def _causal_lm(config: AdaptiveConfig, think: Think | None) -> PreTrainedModel:
-    """The transformers model inside: loaded from its checkpoint, or built and initialised."""
+def _causal_lm(config: AdaptiveConfig, think: Think | None, old: AdaptiveLM | None) -> PreTrainedModel:
+    """The transformers model inside: that of an old model, loaded from its checkpoint, or built and initialised."""
     backbone = cast(PreTrainedConfig, config.backbone)
     window = getattr(backbone, "sliding_window", None)
     if think is not None and think.interleaved and window:
         backbone = type(backbone).from_dict(backbone.to_dict())
         backbone.sliding_window = window * think.slots_per_token
         backbone._attn_implementation = cast(PreTrainedConfig, config.backbone)._attn_implementation
+    if old is not None:  # its weights, in a model whose windows are as wide as the new method needs
+        lm = old.backbone.lm
+        return type(lm).from_pretrained(None, config=backbone, state_dict=lm.state_dict(), dtype=lm.dtype)
     if config._checkpoint is not None:
-        try:
-            return AutoModelForCausalLM.from_pretrained(config._checkpoint, config=backbone, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"{config._checkpoint}: its weights cannot be loaded: {str(error).splitlines()[0]}"
-            ) from error
+        return _saved_model(config._checkpoint, config=backbone)
     lm = AutoModelForCausalLM.from_config(backbone)
     if config.init == "scaled":
         scaled_init(lm)
+    return lm
+
+
+def _saved_model(path: str, **options: Any) -> Any:
+    """The causal LM of a checkpoint, with every weight that its config asks for."""
+    try:
+        loading: Any = AutoModelForCausalLM.from_pretrained(
+            path, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{path}: its weights cannot be loaded: {str(error).splitlines()[0]}") from error
+    lm, info = loading
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise UserError(
+            f"{path}: its weights are not all there: missing {', '.join(missing[:3])}{more}; give a folder whose files "
+            "belong to one checkpoint"
+        )
+    if unused := sorted(info["unexpected_keys"]):
+        log.info("%s: left out, as its config has no place for them: %s", path, ", ".join(unused))
     return lm
 
 

@@ -1,74 +1,114 @@
-"""Adaptive latent chain of thought, at fixed depth: thoughts along a second causal axis, trained in parallel exactly.
+"""Adaptive latent chain of thought: thoughts along a second causal axis, trained in parallel exactly, halted one by one.
 
-Shapes: B batch, T tokens, K tokens cached and new, D width.
+Shapes: B batch, T tokens, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pondera.ground.cost import Call
+from pondera.ground.cost import Call, Product
 from pondera.ground.errors import UserError
-from pondera.model.backbone import Backbone, SlotMask, token_positions, within_documents
-from pondera.model.cache import StagedLayer, TokenCache, at_step
+from pondera.model.backbone import Backbone
+from pondera.model.budget import FULL, Budget
+from pondera.model.cache import TokenCache
+from pondera.model.slots import SlotCache
+from pondera.model.terms import Term
 from pondera.think.contract import Think, Thought
 from pondera.think.parts.feedback import Feedback
+from pondera.think.parts.halting import Halting, exit_masses, router
+from pondera.think.parts.passes import Passes, staged_calls
+from pondera.think.parts.readout import mixture
 
 
 class AdaptiveLatentCoT(Think):
-    """Every token takes L extra passes; step k of a token attends to steps 0..k of all tokens up to it.
+    """Every token takes up to L extra passes; step k of a token attends to steps 0..k of all tokens up to it.
 
     The two-axis mask is what sets it apart from `PonderLM2`: step 0 never sees a thought, so step k of all tokens can
-    run at once as soon as the steps below are known. Training is L + 1 passes of T rows, exactly the function that
-    decoding computes, with no fixed point to wait for.
+    run at once as soon as the steps below are known. Training is exactly the function that decoding computes, with no
+    fixed point to wait for. With ``halting="router"`` a router after each step says how likely the token goes on; the
+    product of these probabilities is the mass that *reaches* a step. A token stops where that mass falls below
+    `threshold`, in training as at inference, and its prediction mixes the states of its steps by the mass that *exits*
+    at each. A penalty on the masses, weighted by how right the model already is, teaches the router to stop where nothing
+    is left to gain and leaves it alone where the model is wrong.
 
     Source: Pretraining with token-level adaptive latent chain-of-thought, arXiv 2602.08220.
-    Cost: L + 1 passes and KV rows per token, in training as at inference; step k attends to k + 1 rows per token.
+    Cost: 1 + (mean of the steps taken) passes and KV rows per token, in training as at inference; step k attends to the
+    rows of k + 1 steps.
     When not to use it: on decoders with linear-attention layers, whose state follows storage order (refused by name);
     with gradient checkpointing, which cannot keep the sub-caches.
-    Resolved: depth is fixed (every gate at 1), the read-out is the last step's state; feedback is the last hidden state,
-    RMS-matched on backbones whose embeddings do not enter at unit RMS (the paper's own feedback was not visible).
+    Resolved: feedback is the last hidden state, RMS-matched on backbones whose embeddings do not enter at unit RMS;
+    states are mixed, not probabilities; the penalty is lambda * mean of sg(p_true)^beta * (sum of the masses that reach
+    steps 1..L), with p_true from the final prediction; the last step taken gets all mass that is left. The paper's own
+    feedback, threshold and penalty were not visible.
 
     Args:
-        steps: L, extra passes per token; 0 is the backbone itself.
+        steps: L, the most extra passes per token; 0 is the backbone itself.
+        halting: ``"fixed"`` (every token takes all steps, and the last state is read), ``"router"`` (the paper), or a
+            control: ``"random"``, ``"oracle"`` (`pondera.think.parts.halting`).
+        threshold: the mass that must reach a step for it to be taken.
+        penalty: lambda, what a whole step costs in nats; more prunes more.
+        beta: how much less wrong predictions pay; 0: all the same.
+        keep: ``"random"``: the share of tokens that take each further step.
 
     Example:
         >>> AdaptiveLatentCoT(steps=1).calls(tokens=8)
         [Call(queries=8, keys=8, cached=False, repeats=1), Call(queries=8, keys=16, cached=False, repeats=1)]
     """
 
-    paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220 (fixed depth)"
-    price: ClassVar[str] = "L+1 passes and KV rows per token; training the same L+1 passes"
+    paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220"
+    price: ClassVar[str] = "1 + mean steps taken passes and KV rows per token; training the same passes"
     reproduced: ClassVar[str] = (
-        "at 1.1 M parameters and 0.8 M tokens: level with PonderLM-2 at a quarter of its training FLOPs"
+        "at 1.1 M parameters and 0.8 M tokens: level with PonderLM-2 at a quarter of its training FLOPs (fixed depth)"
     )
     slides: ClassVar[bool] = False
     recomputable: ClassVar[bool] = False
 
-    def __init__(self, steps: int = 1) -> None:
+    def __init__(
+        self,
+        steps: int = 1,
+        halting: str = "fixed",
+        threshold: float = 0.5,
+        penalty: float = 0.05,
+        beta: float = 1.0,
+        keep: float = 0.5,
+    ) -> None:
         super().__init__()
         if steps < 0:
             raise UserError(f"steps={steps}: give 0 (no thinking) or more")
-        self.steps = steps
+        if not 0 < threshold < 1:
+            raise UserError(f"threshold={threshold}: give a probability between 0 and 1")
+        if penalty < 0 or beta < 0:
+            raise UserError(f"penalty={penalty}, beta={beta}: give 0 or more")
+        self.steps, self.threshold, self.penalty, self.beta = steps, threshold, penalty, beta
         self.slots_per_token = steps + 1
         self.feedback = Feedback("hidden")
+        self.halting = Halting(halting, "router", keep)
+        self.adaptive = self.halting.adaptive and steps > 0
 
     def attach(self, backbone: Backbone) -> None:
-        """Refuses backbones that cannot follow the mask; measures the scale of the feedback."""
+        """Refuses backbones that cannot follow the mask; measures the scale of the feedback, creates the router."""
         if self.steps and "linear_attention" in backbone.layer_types:
             raise UserError(
                 f"AdaptiveLatentCoT does not fit {backbone.config.model_type}: its linear-attention layers read slots in "
                 "storage order and cannot hide later thinking steps; use PonderLM2(thoughts=1) on this backbone"
             )
         self.feedback.attach(backbone)
+        if self.halting.learned and self.steps:
+            # Training starts with all steps: 0.9 to the power of a usual number of them is above the threshold.
+            self.router = router(backbone, start=0.9)
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
+    def begin_step(self, step: int, seed: int) -> None:
+        """Lets a random control draw anew."""
+        self.halting.draw = 1 + step
+
+    def new_cache(self, backbone: Backbone) -> SlotCache:
         """One sub-cache per step in every layer."""
-        layers = [StagedLayer(self.slots_per_token) for _ in range(backbone.config.num_hidden_layers)]
-        return TokenCache(layers, self.slots_per_token)
+        return SlotCache(backbone.config.num_hidden_layers, self.slots_per_token)
 
     def forward(
         self,
@@ -77,47 +117,71 @@ class AdaptiveLatentCoT(Think):
         position_ids: Tensor,
         cache: TokenCache | None = None,
         mask: Tensor | None = None,
-        budget: int | None = None,
+        budget: Budget = FULL,
+        labels_BT: Tensor | None = None,
     ) -> Thought:
-        """See `Think.forward`. Training, prefill and decoding are this one loop; `budget` may cut the later steps."""
-        steps = self.slots_per_token
-        if budget is not None and budget < steps:
-            if cache is not None:
-                raise UserError(
-                    f"budget={budget}: with a cache AdaptiveLatentCoT(steps={self.steps}) runs {steps} passes"
-                )
-            steps = max(1, budget)
-        cache = cache if cache is not None else self.new_cache(backbone)
-        allowed = self._one_step_mask(h_BTD, cache, mask, position_ids)
-        x_BTD = state_BTD = h_BTD
-        for step in range(steps):
-            with at_step(cache, step) as slots:
-                state_BTD = backbone.step(x_BTD, slots, _repeat(allowed, step + 1), position_ids)
-            if step + 1 < steps:
-                x_BTD = self.feedback(backbone, state_BTD)
-        passes_BT = torch.full(h_BTD.shape[:2], steps, device=h_BTD.device)
-        cache.record(passes_BT)
-        return Thought(state_BTD, passes_BT)
+        """See `Think.forward`. Training, prefill and decoding are this one loop."""
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
+        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "lower", self.packed)
+        state_BTD = passes.first(h_BTD)
+        states, reach, active_BT = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)], None
+        for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
+            reach_BT, goes_on_BT = self._halt(backbone, step, state_BTD, reach[-1], position_ids, labels_BT, budget)
+            if goes_on_BT is not None:
+                goes_on_BT = goes_on_BT.expand(h_BTD.shape[:2])
+                active_BT = passes.real(goes_on_BT if active_BT is None else active_BT & goes_on_BT)
+            if not passes.goes_on(active_BT):
+                break
+            state_BTD = passes.deeper(step, self.feedback(backbone, state_BTD), active_BT, state_BTD)
+            states.append(state_BTD)
+            reach.append(reach_BT if active_BT is None else torch.where(active_BT, reach_BT, 0.0))
+        passes.finish()
+        if self.halting.learned:
+            state_BTD = mixture(states, exit_masses(reach))
+        judge = self._penalty(reach) if self.training and self.halting.learned and len(reach) > 1 else None
+        trace = {"states": states} if self.record else {}
+        return Thought(state_BTD, passes.passes_BT, judge=judge, trace=trace)
 
-    def _one_step_mask(self, h_BTD: Tensor, cache: TokenCache, mask: Tensor | None, position_ids: Tensor) -> SlotMask:
-        """Causal order over tokens, which every step repeats for its own rows and for those of each step below."""
-        tokens, total = h_BTD.shape[1], cache.tokens + h_BTD.shape[1]
-        order_K = torch.arange(total, device=h_BTD.device)
-        causal_BTK = (order_K[cache.tokens :, None] >= order_K)[None]
-        key_positions_BK = order_K[None]
-        if mask is not None:
-            seen_BK = mask[:, :total].long()
-            causal_BTK = causal_BTK & within_documents(seen_BK[:, cache.tokens :], seen_BK)
-            key_positions_BK = token_positions(total, seen_BK, 0, h_BTD.device)
-        return SlotMask(causal_BTK, position_ids.expand(-1, tokens), key_positions_BK)
+    def _halt(
+        self,
+        backbone: Backbone,
+        step: int,
+        state_BTD: Tensor,
+        reach_BT: Tensor,
+        position_ids: Tensor,
+        labels_BT: Tensor | None,
+        budget: Budget,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mass that reaches `step`, and who takes it (none: everyone)."""
+        if self.halting.learned:
+            reach_BT = reach_BT * self.router(state_BTD)[..., 0].float().sigmoid()
+            return reach_BT, reach_BT >= budget.threshold(self.threshold)
+        goes_on_BT = self.halting.goes_on(
+            step, position_ids, labels_BT, lambda: backbone.head(state_BTD.detach()).argmax(-1)
+        )
+        return reach_BT, goes_on_BT
 
-    def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
+    def _penalty(self, reach: list[Tensor]) -> Callable[[Tensor, Tensor], dict[str, Term]]:
+        """The correctness-aware price of going on."""
+
+        def judge(logits_BTV: Tensor, labels_BT: Tensor) -> dict[str, Term]:
+            known_BT = labels_BT >= 0
+            true_BT = logits_BTV.detach().float().softmax(-1).gather(-1, labels_BT.clamp(min=0)[..., None])[..., 0]
+            cost_BT = true_BT**self.beta * torch.stack(reach[1:]).sum(0)
+            return {"thinking": Term(cost_BT[known_BT].sum(), known_BT.sum(), self.penalty)}
+
+        return judge
+
+    def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
+        """See `Think.slots`: steps that were not taken leave nothing."""
+        return tokens * (sum(shares) if shares else self.slots_per_token)
+
+    def calls(
+        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
+    ) -> list[Call | Product]:
         """See `Think.calls`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
-        keys = context + tokens
-        return [Call(tokens, keys * (step + 1)) for step in range(self.slots_per_token)]
-
-
-def _repeat(mask: SlotMask, times: int) -> SlotMask:
-    return SlotMask(
-        mask.allowed_BSK.repeat(1, 1, times), mask.query_positions_BS, mask.key_positions_BK.repeat(1, times)
-    )
+        shares = shares or [1.0] * self.slots_per_token
+        made: list[Call | Product] = list(staged_calls(tokens, context, shares))
+        if self.halting.learned and self.steps:
+            made.append(Product(tokens * sum(shares[:-1]), self.router.weight.numel()))
+        return made

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from pondera.ground.cost import Call
+from pondera.ground.cost import Call, Product
 from pondera.model.backbone import Backbone
+from pondera.model.budget import FULL, Budget
 from pondera.model.cache import TokenCache
 from pondera.model.terms import Term
 
@@ -26,12 +28,16 @@ class Thought:
         h_BTD: one state per token, ready for the head.
         passes_BT: passes that each token costs at inference.
         terms: loss terms of the method's own, by name.
-        trace: what a method found worth showing, when asked to record.
+        judge: further terms, which need what the head makes of the states: called with logits ``[B, T, V]`` and labels
+            ``[B, T]`` where there are labels.
+        trace: what a method found worth showing, when asked to record. ``"states"``: the states after each pass,
+            ``[B, T, D]`` each; ``"residuals"``: the largest change in each round of refinement.
     """
 
     h_BTD: Tensor
     passes_BT: Tensor
     terms: dict[str, Term] = field(default_factory=dict)
+    judge: Callable[[Tensor, Tensor], dict[str, Term]] | None = None
     trace: dict[str, Any] = field(default_factory=dict)
 
 
@@ -57,6 +63,12 @@ class Think(nn.Module, ABC):
 
     recomputable: ClassVar[bool] = True
     """Gradient checkpointing may run its passes again; false where a pass reads rows that an earlier one left."""
+
+    adaptive: bool = False
+    """Tokens take different numbers of passes, so that prices have to be told how many each took."""
+
+    packed: bool = True
+    """Passes that only some tokens take are run for those alone; false runs all rows and masks, the slow twin for tests."""
 
     record: bool = False
     """Set it to have `Thought.trace` filled with what the method finds worth showing."""
@@ -86,7 +98,8 @@ class Think(nn.Module, ABC):
         position_ids: Tensor,
         cache: TokenCache | None = None,
         mask: Tensor | None = None,
-        budget: int | None = None,
+        budget: Budget = FULL,
+        labels_BT: Tensor | None = None,
     ) -> Thought:
         """Thinks about T new tokens.
 
@@ -97,13 +110,28 @@ class Think(nn.Module, ABC):
             cache: what came before; the new tokens' slots are added.
             mask: ``[B, seen + T]``, 0 = padding, else the number of the token's document (1 where there is but one);
                 none: no padding.
-            budget: at most this many passes per token; none: the method's own number.
+            budget: how much thinking is wanted. A cache whose layout depends on it takes the budget of its first call.
+            labels_BT: the token after each, where training or scoring knows it; negative where it does not. Only losses
+                and controls may look.
         """
 
     @abstractmethod
-    def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
-        """The decoder calls that processing `tokens` new tokens after `context` cached ones takes, for the price."""
+    def calls(
+        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
+    ) -> list[Call | Product]:
+        """What processing `tokens` new tokens after `context` cached ones takes, for the price.
+
+        Args:
+            tokens: new tokens.
+            context: cached ones.
+            training: with the passes of training.
+            shares: of the tokens that take each pass, as measured, from 1 downwards; none: every token takes all.
+        """
+
+    def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
+        """KV rows that `tokens` tokens leave in every layer; `shares` as for `calls`."""
+        return tokens * self.slots_per_token
 
     def passes(self) -> float:
-        """Passes per token at inference, on average: one per slot, where depth is fixed."""
+        """Passes per token at inference, where every token takes all that it may."""
         return float(self.slots_per_token)

@@ -5,17 +5,19 @@ Shapes: B batch, T tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from pondera.ground.cost import Call
+from pondera.ground.cost import Call, Product
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone
+from pondera.model.budget import FULL, Budget
 from pondera.model.cache import TokenCache
 from pondera.think.contract import Think, Thought
-from pondera.think.parts.slots import interleaved_cache, interleaved_pass
+from pondera.think.parts.slots import interleaved_cache, interleaved_pass, slots_allowed
 
 
 class PauseToken(Think):
@@ -68,19 +70,21 @@ class PauseToken(Think):
         position_ids: Tensor,
         cache: TokenCache | None = None,
         mask: Tensor | None = None,
-        budget: int | None = None,
+        budget: Budget = FULL,
+        labels_BT: Tensor | None = None,
     ) -> Thought:
-        """See `Think.forward`. The number of pauses is fixed by the cache layout, so `budget` must allow P + 1."""
-        if budget is not None and budget < self.slots_per_token:
-            raise UserError(f"budget={budget}: PauseToken(pauses={self.pauses}) needs {self.slots_per_token} passes")
-        stages = [h_BTD, *(pause_D.expand_as(h_BTD) for pause_D in self.pause_PD.to(h_BTD.dtype))]
-        last_BTD = interleaved_pass(backbone, stages, mask, position_ids, cache)[-1]
-        passes_BT = torch.full(h_BTD.shape[:2], self.slots_per_token, device=h_BTD.device)
+        """See `Think.forward`. A smaller budget leaves pauses out."""
+        slots = slots_allowed(self.slots_per_token, budget, cache)
+        stages = [h_BTD, *(pause_D.expand_as(h_BTD) for pause_D in self.pause_PD[: slots - 1].to(h_BTD.dtype))]
+        states = interleaved_pass(backbone, stages, mask, position_ids, cache)
+        passes_BT = torch.full(h_BTD.shape[:2], slots, device=h_BTD.device)
         if cache is not None:
             cache.record(passes_BT)
-        return Thought(last_BTD, passes_BT)
+        return Thought(states[-1], passes_BT, trace={"states": states} if self.record else {})
 
-    def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
+    def calls(
+        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
+    ) -> list[Call | Product]:
         """See `Think.calls`."""
-        slots = self.slots_per_token
+        slots = len(shares or ()) or self.slots_per_token
         return [Call(tokens * slots, (context + tokens) * slots, cached=context > 0)]

@@ -6,18 +6,22 @@ Shapes: B batch, T tokens, D width; a token owns slots 0 (its embedding) to K (i
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pondera.ground.cost import Call
+from pondera.ground.cost import Call, Product
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone, has_documents
+from pondera.model.budget import FULL, Budget
 from pondera.model.cache import TokenCache
 from pondera.think.contract import Think, Thought
 from pondera.think.parts.feedback import Feedback
-from pondera.think.parts.slots import interleaved_cache, interleaved_pass
+from pondera.think.parts.jacobi import jacobi
+from pondera.think.parts.slots import interleaved_cache, interleaved_pass, slots_allowed
 
 
 class PonderLM2(Think):
@@ -99,76 +103,68 @@ class PonderLM2(Think):
         position_ids: Tensor,
         cache: TokenCache | None = None,
         mask: Tensor | None = None,
-        budget: int | None = None,
+        budget: Budget = FULL,
+        labels_BT: Tensor | None = None,
     ) -> Thought:
-        """See `Think.forward`. The number of thoughts is fixed by the cache layout, so `budget` must allow K + 1."""
-        if budget is not None and budget < self.slots_per_token:
-            raise UserError(f"budget={budget}: PonderLM2(thoughts={self.thoughts}) needs {self.slots_per_token} passes")
-        trace: dict = {}
+        """See `Think.forward`. A smaller budget leaves the last thoughts out."""
+        slots = slots_allowed(self.slots_per_token, budget, cache)
         started = cache is not None and (cache.tokens > 0 or h_BTD.shape[1] == 1)
         rounds = self._rounds_now if self.training else self.eval_rounds
         if rounds == "exact" and not started and not self._can_roll_out(backbone, mask):
-            rounds = h_BTD.shape[1] * self.thoughts  # enough of them are as exact
+            rounds = h_BTD.shape[1] * (slots - 1)  # enough of them are as exact
+        residuals: list[float] = []
         if started or rounds == "exact":
             cache = cache if cache is not None else self.new_cache(backbone)
-            last_BTD = self._roll_out(backbone, h_BTD, cache, mask, position_ids)
+            cache.slots_per_token = slots
+            states = self._roll_out(backbone, h_BTD, cache, mask, position_ids)
         else:
-            stages = self._jacobi(backbone, h_BTD, int(rounds), mask, position_ids, trace)
-            last_BTD = interleaved_pass(backbone, stages, mask, position_ids, cache)[-1]
-            passes_BT = _filled(h_BTD, self.slots_per_token)
+
+            def run(stages: list[Tensor]) -> list[Tensor]:
+                return interleaved_pass(backbone, stages, mask, position_ids)
+
+            watch = residuals if self.record else None
+            stages = jacobi(run, h_BTD, slots - 1, int(rounds), partial(self.feedback, backbone), watch)
+            states = interleaved_pass(backbone, stages, mask, position_ids, cache)
             if cache is not None:
-                cache.record(passes_BT)
-        return Thought(last_BTD, _filled(h_BTD, self.slots_per_token), trace=trace)
+                cache.record(_filled(h_BTD, slots))
+        trace = {"states": states, "residuals": residuals} if self.record else {}
+        return Thought(states[-1], _filled(h_BTD, slots), trace=trace)
 
     def _can_roll_out(self, backbone: Backbone, mask: Tensor | None) -> bool:
         """A recurrent state cannot skip padding one token at a time, nor a cache tell documents apart."""
         return mask is None or not ("linear_attention" in backbone.layer_types or has_documents(mask))
 
-    def _jacobi(
-        self, backbone: Backbone, h_BTD: Tensor, rounds: int, mask: Tensor | None, position_ids: Tensor, trace: dict
-    ) -> list[Tensor]:
-        """Input vectors of all K + 1 slots after the initial guess and `rounds` refinements."""
-        stages = [h_BTD]
-        for _ in range(self.thoughts):
-            states = interleaved_pass(backbone, stages, mask, position_ids)
-            stages = [h_BTD, *(self.feedback(backbone, state) for state in states)]
-        for _ in range(rounds if self.thoughts else 0):
-            states = interleaved_pass(backbone, stages, mask, position_ids)
-            refined = [h_BTD, *(self.feedback(backbone, state) for state in states[:-1])]
-            if self.record:
-                change = max((new - old).abs().max().item() for new, old in zip(refined, stages, strict=True))
-                trace.setdefault("residuals", []).append(change)
-            stages = refined
-        return stages
-
     def _roll_out(
         self, backbone: Backbone, h_BTD: Tensor, cache: TokenCache, mask: Tensor | None, position_ids: Tensor
-    ) -> Tensor:
-        """The sequential definition: for each token, K + 1 single-slot calls into one cache."""
-        outputs = []
+    ) -> list[Tensor]:
+        """The sequential definition: for each token, as many single-slot calls into one cache as it has slots."""
+        slots = cache.slots_per_token
+        outputs: list[list[Tensor]] = [[] for _ in range(slots)]
         for token in range(h_BTD.shape[1]):
             x_B1D = h_BTD[:, token : token + 1]
             seen_BK = None
             if mask is not None:
-                seen_BK = mask[:, : cache.tokens].repeat_interleave(self.slots_per_token, dim=1)
-            for thought in range(self.slots_per_token):
+                seen_BK = mask[:, : cache.tokens].repeat_interleave(slots, dim=1)
+            for thought in range(slots):
                 if mask is not None and seen_BK is not None:
                     seen_BK = torch.cat([seen_BK, mask[:, cache.tokens : cache.tokens + 1]], dim=1)
                 state_B1D = backbone.step(x_B1D, cache.slots, seen_BK, position_ids[:, token : token + 1])
-                if thought < self.thoughts:
+                outputs[thought].append(state_B1D)
+                if thought < slots - 1:
                     x_B1D = self.feedback(backbone, state_B1D)
-            cache.record(_filled(x_B1D, self.slots_per_token))
-            outputs.append(state_B1D)
-        return torch.cat(outputs, dim=1)
+            cache.record(_filled(x_B1D, slots))
+        return [torch.cat(states, dim=1) for states in outputs]
 
-    def calls(self, tokens: int, context: int = 0, training: bool = False) -> list[Call]:
+    def calls(
+        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
+    ) -> list[Call | Product]:
         """See `Think.calls`; in training at the mean number of rounds, which may be a half."""
-        slots = self.slots_per_token
+        slots = len(shares or ()) or self.slots_per_token
         if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
             return [Call(1, row + 1, cached=True) for row in range(context * slots, (context + tokens) * slots)]
         rounds = sum(self.train_rounds) / 2 if training else float(self.eval_rounds)
         guess = [Call(tokens * n, tokens * n) for n in range(1, slots)]
-        return [*guess, Call(tokens * slots, tokens * slots, repeats=(rounds if self.thoughts else 0) + 1)]
+        return [*guess, Call(tokens * slots, tokens * slots, repeats=(rounds if slots > 1 else 0) + 1)]
 
 
 def _filled(h_BTD: Tensor, value: int) -> Tensor:

@@ -6,11 +6,13 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from pondera.ground.errors import unknown
+from pondera.ground.cost import Product
+from pondera.ground.errors import UserError, unknown
 from pondera.model.backbone import Backbone
 
 KINDS = ("hidden", "vocab")
@@ -27,15 +29,20 @@ class Feedback(nn.Module):
 
     Args:
         kind: ``"hidden"`` or ``"vocab"``.
+        top: ``"vocab"``: mix only so many of the likeliest tokens, their probabilities renormalised; none: all of them.
+            At 50,000 tokens and a narrow model the full mixture costs as much as several layers.
     """
 
     scale: Tensor
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, top: int | None = None) -> None:
         super().__init__()
         if kind not in KINDS:
             raise unknown("feedback", kind, KINDS)
-        self.kind = kind
+        if top is not None and top < 1:
+            raise UserError(f"top={top}: give the number of tokens to mix, 1 or more, or None for all")
+        self.kind, self.top = kind, top
+        self._whole = top is None
         self.register_buffer("scale", torch.ones(()))
 
     def embed_scale(self, width: int) -> float:
@@ -45,6 +52,7 @@ class Feedback(nn.Module):
     @torch.no_grad()
     def attach(self, backbone: Backbone) -> None:
         """Measures the RMS ratio on random tokens; embeddings scaled to unit RMS need none."""
+        self._whole = self.top is None or self.top >= backbone.config.vocab_size
         device = next(backbone.parameters()).device
         if device.type == "meta" or backbone.unit_rms or self.kind == "vocab":
             return
@@ -61,7 +69,17 @@ class Feedback(nn.Module):
         """The next input vector for each state, ``[B, T, D]``."""
         if self.kind == "hidden":
             return h_BTD * self.scale
-        return backbone.mix_embeddings(backbone.head(h_BTD).softmax(-1))
+        logits_BTV = backbone.head(h_BTD)
+        if self._whole:
+            return backbone.mix_embeddings(logits_BTV.softmax(-1))
+        top = logits_BTV.topk(cast(int, self.top), dim=-1)
+        return backbone.mix_embeddings(top.values.softmax(-1), top.indices)
+
+    def calls(self, rows: float) -> list[Product]:
+        """What feeding `rows` states back multiplies, for the price: the head and, over all tokens, the mixture."""
+        if self.kind == "hidden":
+            return []
+        return [Product(rows, "head")] * (2 if self._whole else 1)
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone
+from pondera.model.budget import Budget
 from pondera.model.cache import TokenCache
 from pondera.model.hf import DynamicCache
 
@@ -62,3 +64,27 @@ def interleaved_pass(
 def interleaved_cache(backbone: Backbone, slots: int) -> TokenCache:
     """An empty cache of the backbone's own layer kinds, `slots` rows per token."""
     return TokenCache(DynamicCache(config=backbone.config).layers, slots)
+
+
+def slots_allowed(slots: int, budget: Budget, cache: TokenCache | None) -> int:
+    """Slots per token under a budget; the first call that fills a cache decides for all that follow.
+
+    Args:
+        slots: that the method has.
+        budget: of this call.
+        cache: of this call, if any.
+
+    Raises:
+        UserError: the cache was filled under another budget.
+    """
+    wanted = budget.passes(slots)
+    if cache is None:
+        return wanted
+    if cache.tokens == 0:
+        cache.slots_per_token = wanted
+    if cache.slots_per_token != wanted:
+        raise UserError(
+            f"budget: the cache was filled with {cache.slots_per_token} passes per token and this call wants {wanted}; "
+            "keep effort and max_passes as they were, or start with a new cache"
+        )
+    return wanted

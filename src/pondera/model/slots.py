@@ -1,0 +1,244 @@
+"""A cache whose rows are kept apart by depth, where texts may own different numbers of rows.
+
+A **slot** is one KV row: the keys and values that one token left in every layer at one depth (thinking step). Which
+tokens have a slot at a depth is the same in all layers, so it is noted once, beside the layers.
+
+Shapes: B batch, T new tokens, N packed rows, C columns of a depth, K columns of all depths read, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import LongTensor, Tensor
+from torch.nn import functional as F
+
+from pondera.model.cache import TokenCache
+from pondera.model.hf import Cache, CacheLayerMixin
+from pondera.model.rows import Rows
+
+FREE = -1
+"""Token number of a column that holds nothing."""
+
+
+@dataclass
+class Write:
+    """How the rows of one call enter a cache, and what the call reads.
+
+    Args:
+        depth: where they enter.
+        reads: the depths whose rows attention is given, in this order.
+        rows: packed rows; none: one row for each new token.
+        column_N: the column of each packed row; none: every text has as many, and they follow what is there.
+        width: columns of the depth afterwards.
+        kept_BT: the tokens whose new rows are wanted; others repeat what they left one depth below. None: all.
+    """
+
+    depth: int
+    reads: range
+    rows: Rows | None = None
+    column_N: Tensor | None = None
+    width: int = 0
+    kept_BT: Tensor | None = None
+
+
+class SlotLayer(CacheLayerMixin):
+    """One decoder layer's rows by depth. What a call does with them is set by `SlotCache.writing`."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, depths: int) -> None:
+        super().__init__()
+        self.parts: list[tuple[Tensor, Tensor] | None] = [None] * depths
+        self.write = Write(0, range(1))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes dtype and device from the first keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Stores the call's rows; returns keys and values of the depths it reads, ``[B, H, K, d]``."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        write = self.write
+        old, below = self.parts[write.depth], self.parts[write.depth - 1]
+        self.parts[write.depth] = (
+            _entered(write, old and old[0], below and below[0], key_states),
+            _entered(write, old and old[1], below and below[1], value_states),
+        )
+        found = [part for part in self.parts[write.reads.start : write.reads.stop] if part is not None]
+        if len(found) == 1:
+            return found[0]
+        keys, values = zip(*found, strict=True)
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+
+    def repeat_below(self, depth: int, tokens: int) -> None:
+        """Lets the newest tokens show at a depth what they left one depth below."""
+        old, below = self.parts[depth], self.parts[depth - 1]
+        assert below is not None
+        newest = [state[:, :, -tokens:] for state in below]
+        joined = newest if old is None else [torch.cat(pair, dim=-2) for pair in zip(old, newest, strict=True)]
+        self.parts[depth] = cast("tuple[Tensor, Tensor]", tuple(joined))
+
+    def get_seq_length(self) -> int:
+        """Rows that the call finds."""
+        parts = self.parts[self.write.reads.start : self.write.reads.stop]
+        return sum(part[0].shape[-2] for part in parts if part is not None)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width and offset of the call's mask."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        for depth in range(len(self.parts)):
+            self.parts[depth] = None
+        self.is_initialized = False
+
+    def trim(self, widths: list[int]) -> None:
+        """Keeps so many columns of each depth."""
+        for depth, (part, width) in enumerate(zip(self.parts, widths, strict=True)):
+            if part is not None:
+                self.parts[depth] = (part[0][:, :, :width], part[1][:, :, :width])
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these texts of the batch, in this order."""
+        for depth, part in enumerate(self.parts):
+            if part is not None:
+                chosen = rows.to(part[0].device)
+                self.parts[depth] = (part[0][chosen], part[1][chosen])
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Rearranges the batch for beam search."""
+        self.select(beam_idx)
+
+
+def _entered(write: Write, old: Tensor | None, below: Tensor | None, new: Tensor) -> Tensor:
+    """The rows of a depth, ``[B, H, C, d]``, after a call."""
+    if write.rows is None:
+        if write.kept_BT is not None and below is not None:
+            new = torch.where(write.kept_BT[:, None, :, None], new, below[:, :, -new.shape[-2] :])
+        return torch.cat([new] if old is None else [old, new], dim=-2)
+    rows = write.rows
+    before = 0 if old is None else old.shape[-2]
+    if write.column_N is None:
+        entering = rows.spread_heads(new)
+    elif write.kept_BT is not None:
+        assert below is not None
+        entering = below[:, :, -write.kept_BT.shape[-1] :]
+    else:
+        entering = new.new_zeros(rows.batch, new.shape[1], write.width - before, new.shape[-1])
+    # Joining copies, so what an earlier call was given stays as it was, and no larger storage is kept alive.
+    buffer = torch.cat([entering] if old is None else [old, entering], dim=-2)
+    if write.column_N is not None:
+        buffer[rows.batch_N, :, write.column_N] = new[0].transpose(0, 1)
+    return buffer
+
+
+@dataclass
+class Depth:
+    """What the columns of one depth hold.
+
+    Args:
+        token_BC: the number of the token in its text (padding counts), or `FREE`.
+        log_weight_BC: what attention adds to the scores of each row; none: nothing.
+        next_B: the first column of each text behind all its rows.
+    """
+
+    token_BC: Tensor
+    log_weight_BC: Tensor | None = None
+    next_B: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # One column more, so that there is a largest even where there are none.
+        order_C = torch.arange(self.token_BC.shape[1] + 1, device=self.token_BC.device)
+        self.next_B = torch.where(F.pad(self.token_BC, (1, 0), value=FREE) >= 0, order_C, 0).amax(-1)
+
+    def select(self, rows: Tensor) -> Depth:
+        """These texts."""
+        rows = rows.to(self.token_BC.device)
+        return Depth(self.token_BC[rows], None if self.log_weight_BC is None else self.log_weight_BC[rows])
+
+    def before(self, token: int) -> Depth:
+        """The rows of earlier tokens."""
+        token_BC = torch.where(self.token_BC < token, self.token_BC, FREE)
+        width = int(Depth(token_BC).next_B.amax()) if token_BC.numel() else 0
+        return Depth(token_BC[:, :width], None if self.log_weight_BC is None else self.log_weight_BC[:, :width])
+
+
+class SlotCache(TokenCache):
+    """Tokens to `generate`, slots by depth to the backbone.
+
+    Args:
+        num_layers: of the decoder.
+        depths: the most slots that a token can have.
+
+    Attributes:
+        depths: what each depth holds; none where nothing was written yet.
+    """
+
+    def __init__(self, num_layers: int, depths: int) -> None:
+        super().__init__([SlotLayer(depths) for _ in range(num_layers)], depths)
+        self.depths: list[Depth | None] = [None] * depths
+
+    @property
+    def _layers(self) -> list[SlotLayer]:
+        return cast("list[SlotLayer]", self.layers)
+
+    @contextmanager
+    def writing(self, write: Write) -> Iterator[Cache]:
+        """The slot view of this cache, while a call writes to it so."""
+        for layer in self._layers:
+            layer.write = write
+        try:
+            yield self.slots
+        finally:
+            for layer in self._layers:
+                layer.write = Write(0, range(1))
+
+    def repeat_below(self, depth: int, tokens: int) -> None:
+        """Lets the newest tokens show at a depth what they left one depth below."""
+        for layer in self._layers:
+            layer.repeat_below(depth, tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens (given as a negative number, as transformers does)."""
+        kept = self.tokens - abs(tokens_to_remove)
+        self.depths = [depth and depth.before(kept) for depth in self.depths]
+        for layer in self._layers:
+            layer.trim([0 if depth is None else depth.token_BC.shape[1] for depth in self.depths])
+        self.forget(abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.depths = [None] * len(self.depths)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows of the batch."""
+        for layer in self._layers:
+            layer.select(indices)
+        self._rows(indices)
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Rearranges the batch for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch."""
+        first = next(depth for depth in self.depths if depth is not None).token_BC
+        self.batch_select_indices(torch.arange(first.shape[0], device=first.device).repeat_interleave(repeats))
+
+    def _rows(self, indices: Tensor) -> None:
+        super()._rows(indices)
+        self.depths = [depth and depth.select(indices) for depth in self.depths]

@@ -1,0 +1,242 @@
+"""Passes over the new tokens, one depth after the other, of which each token may leave off.
+
+The one place that knows how a pass is run for some tokens only: which rows are packed, what they see, what they leave in
+the cache. A method says which tokens go on and what their next input is.
+
+Shapes: B batch, T new tokens, S rows of a call in one text, N packed rows, C columns of a depth, K columns read, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from pondera.ground.cost import Call
+from pondera.model.backbone import Backbone, SlotMask, has_documents, token_positions
+from pondera.model.rows import Rows
+from pondera.model.slots import FREE, Depth, SlotCache, Write
+
+Sees = Literal["lower", "own"]
+
+
+class Passes:
+    """The passes of one call over T new tokens.
+
+    Args:
+        backbone: runs them.
+        position_ids: ``[B or 1, T]`` token positions.
+        cache: what came before; the new tokens' slots are added.
+        mask: as for `Think.forward`.
+        tokens: T.
+        sees: the visibility rule. ``"lower"``: depth k sees every slot of depths 0..k, and tokens that left off have none
+            further up (two causal axes). ``"own"``: depth k sees depth k, where tokens that left off show their last slot.
+        packed: gather the rows that go on; else all rows run and those that have left off are masked, which computes the
+            same: it is what the tests hold the packed form against.
+
+    Attributes:
+        passes_BT: passes that each new token got so far.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        position_ids: Tensor,
+        cache: SlotCache,
+        mask: Tensor | None,
+        tokens: int,
+        sees: Sees = "lower",
+        packed: bool = True,
+    ) -> None:
+        self.backbone, self.position_ids, self.cache, self.sees, self.packed = (
+            backbone,
+            position_ids,
+            cache,
+            sees,
+            packed,
+        )
+        self.tokens, self.total = tokens, cache.tokens + tokens
+        self.mask_BK = None if mask is None else mask[:, : self.total].long()
+        self._by_position = "sliding_attention" in backbone.layer_types
+        self._plain_order = not has_documents(mask)
+        self._deepest = 0
+        self.passes_BT = torch.zeros(0)
+
+    def first(self, h_BTD: Tensor) -> Tensor:
+        """Depth 0, which every token takes; returns final states ``[B, T, D]``."""
+        self.passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
+        return self._dense(0, h_BTD, None)
+
+    def deeper(
+        self, depth: int, x_BTD: Tensor, active_BT: Tensor | None, state_BTD: Tensor, everyone: bool = False
+    ) -> Tensor:
+        """One pass of the tokens that go on; the states of the others stay as they were.
+
+        Args:
+            depth: 1, 2, ...
+            x_BTD: inputs; those of tokens that have left off are not read.
+            active_BT: tokens that go on, among those that took the last pass; none: all. Padding never does.
+            state_BTD: the states so far.
+            everyone: run the other tokens too, over what the active ones left (it costs a dense pass).
+        """
+        active_BT = self.real(active_BT)
+        self._deepest = depth
+        self.passes_BT = self.passes_BT + (1 if active_BT is None else active_BT.long())
+        if active_BT is None:
+            return self._dense(depth, x_BTD, None)
+        if self.packed and not everyone:
+            return self._packed(depth, x_BTD, active_BT, state_BTD)
+        new_BTD = self._dense(depth, x_BTD, active_BT)
+        return new_BTD if everyone else torch.where(active_BT[..., None], new_BTD, state_BTD)
+
+    def goes_on(self, active_BT: Tensor | None) -> bool:
+        """Whether the next pass has to be made; processes that train together make all of them."""
+        together = torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
+        active_BT = self.real(active_BT)
+        return active_BT is None or together or bool(active_BT.any())
+
+    def finish(self) -> None:
+        """Notes the new tokens in the cache; depths that no token reached show the one below."""
+        if self.sees == "own":
+            for depth in range(self._deepest + 1, len(self.cache.depths)):
+                self.cache.repeat_below(depth, self.tokens)
+                self._note(depth, self._new_tokens(self.passes_BT.shape[0]))
+        self.cache.record(self.passes_BT)
+
+    def real(self, active_BT: Tensor | None) -> Tensor | None:
+        """Without padding."""
+        if active_BT is None or self.mask_BK is None:
+            return active_BT
+        return active_BT & (self.mask_BK[:, -self.tokens :] > 0)
+
+    def _reads(self, depth: int) -> range:
+        return range(depth + 1) if self.sees == "lower" else range(depth, depth + 1)
+
+    def _new_tokens(self, batch: int) -> Tensor:
+        order_T = torch.arange(self.cache.tokens, self.total, device=self.position_ids.device)
+        return order_T.expand(batch, -1)
+
+    def _note(self, depth: int, token_BC: Tensor) -> None:
+        """Appends columns to what a depth holds."""
+        old = self.cache.depths[depth]
+        self.cache.depths[depth] = Depth(token_BC if old is None else torch.cat([old.token_BC, token_BC], dim=1))
+
+    def _dense(self, depth: int, x_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
+        """A pass of all T rows; the slots of tokens that are not active are masked or repeat the ones below."""
+        token_BT = self._new_tokens(x_BTD.shape[0])
+        masked = active_BT is not None and self.sees == "lower"
+        self._note(depth, torch.where(active_BT, token_BT, FREE) if masked and active_BT is not None else token_BT)
+        write = Write(depth, self._reads(depth), kept_BT=active_BT if self.sees == "own" else None)
+        if (depth == 0 or self.sees == "own") and self._plain_order:
+            mask = self.mask_BK  # causal order is all there is to it, which the backbone knows by itself
+        else:
+            mask = self._mask(depth, token_BT)
+        with self.cache.writing(write) as slots:
+            return self.backbone.step(x_BTD, slots, mask, self.position_ids)
+
+    def _packed(self, depth: int, x_BTD: Tensor, active_BT: Tensor, state_BTD: Tensor) -> Tensor:
+        """A pass of the active rows alone."""
+        rows = Rows.where(active_BT)
+        if rows.width == 0:
+            return self._for_nothing(depth, x_BTD, active_BT, state_BTD)
+        token_BT = self._new_tokens(x_BTD.shape[0])
+        query_BS = _left(token_BT, active_BT, rows)
+        if self.sees == "own":
+            self._note(depth, token_BT)
+            everyone = rows.even and rows.width == self.tokens
+            column_N = None if everyone else token_BT[active_BT] - self.total + self._width(depth)
+        else:
+            column_N = self._place(depth, rows, token_BT[active_BT])
+        write = Write(
+            depth,
+            self._reads(depth),
+            rows,
+            column_N,
+            self._width(depth),
+            kept_BT=active_BT if self.sees == "own" else None,
+        )
+        position_1N = self.position_ids.expand(active_BT.shape)[active_BT][None]
+        with self.cache.writing(write) as slots:
+            new_1ND = self.backbone.step(x_BTD[active_BT][None], slots, self._mask(depth, query_BS), position_1N, rows)
+        return state_BTD.index_put(active_BT.nonzero(as_tuple=True), new_1ND[0].to(state_BTD.dtype))
+
+    def _for_nothing(self, depth: int, x_BTD: Tensor, active_BT: Tensor, state_BTD: Tensor) -> Tensor:
+        """A pass that no token of this process takes while others' tokens do: shards have to be gathered by all."""
+        if self.sees == "own":
+            self.cache.repeat_below(depth, self.tokens)
+            self._note(depth, self._new_tokens(x_BTD.shape[0]))
+        return state_BTD + 0 * self.backbone.step(x_BTD[:1, :1], None, None, self.position_ids[:1, :1]).sum()
+
+    def _width(self, depth: int) -> int:
+        held = self.cache.depths[depth]
+        return 0 if held is None else held.token_BC.shape[1]
+
+    def _place(self, depth: int, rows: Rows, token_N: Tensor) -> Tensor | None:
+        """Notes the packed rows behind those that each text has at this depth; returns their columns."""
+        old, before = self.cache.depths[depth], self._width(depth)
+        if rows.even and (old is None or rows.batch == 1 or bool((old.next_B == before).all())):
+            self._note(depth, rows.spread(token_N[None]))
+            return None
+        next_B = token_N.new_zeros(rows.batch) if old is None else old.next_B
+        column_N = next_B[rows.batch_N] + rows.order_N
+        width = max(before, int(column_N.max()) + 1)
+        token_BC = token_N.new_full((rows.batch, width), FREE)
+        if old is not None:
+            token_BC[:, :before] = old.token_BC
+        token_BC[rows.batch_N, column_N] = token_N
+        self.cache.depths[depth] = Depth(token_BC)
+        return column_N
+
+    def _mask(self, depth: int, query_BS: Tensor) -> SlotMask | None:
+        """Which slots each row sees: earlier tokens' and its own, of its document."""
+        held = [self.cache.depths[index] for index in self._reads(depth)]
+        key_BK = torch.cat([depth.token_BC for depth in held if depth is not None], dim=1)
+        newest = self.tokens == 1 and len(query_BS) == 1 and self.mask_BK is None
+        if newest and self.packed and not self._by_position:
+            return None  # the one new token of a text without holes sees all there is
+        allowed_BSK = (key_BK[:, None] <= query_BS[..., None]) & (key_BK >= 0)[:, None]
+        if self.mask_BK is not None:
+            document_BK, document_BS = _at(self.mask_BK, key_BK), _at(self.mask_BK, query_BS)
+            allowed_BSK = allowed_BSK & (document_BK[:, None] == document_BS[..., None])
+        # A row that only fills up its text's share of the call may see anything: a softmax over nothing would be NaN.
+        allowed_BSK = allowed_BSK | (query_BS < 0)[..., None]
+        if not self._by_position:
+            return SlotMask(allowed_BSK, query_BS, key_BK)
+        position_BK = token_positions(self.total, self.mask_BK, 0, key_BK.device).expand(len(key_BK), -1)
+        return SlotMask(allowed_BSK, _at(position_BK, query_BS), _at(position_BK, key_BK))
+
+
+def _left(token_BT: Tensor, active_BT: Tensor, rows: Rows) -> Tensor:
+    """``[B, S]``: each text's active tokens, then `FREE`."""
+    token_BS = token_BT.new_full((rows.batch, rows.width), FREE)
+    token_BS[rows.batch_N, rows.order_N] = token_BT[active_BT]
+    return token_BS
+
+
+def _at(value_BK: Tensor, index_BS: Tensor) -> Tensor:
+    return value_BK.gather(1, index_BS.clamp(min=0))
+
+
+def staged_calls(tokens: int, context: int, shares: Sequence[float]) -> list[Call]:
+    """The decoder calls of passes that see ``"lower"``.
+
+    Args:
+        tokens: new ones.
+        context: cached ones.
+        shares: of the tokens that take each pass.
+
+    Example:
+        >>> staged_calls(8, 0, [1, 0.5])
+        [Call(queries=8, keys=8, cached=False, repeats=1), Call(queries=4.0, keys=12.0, cached=False, repeats=1)]
+    """
+    made, seen = [], 0.0
+    for share in shares:
+        seen += share
+        if tokens == 1:  # decoding: a pass is made or not
+            made.append(Call(1, context * seen + len(made) + 1, repeats=share))
+        else:
+            made.append(Call(tokens * share, (context + tokens) * seen))
+    return [call for call in made if call.queries and call.repeats]

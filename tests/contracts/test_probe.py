@@ -1,0 +1,81 @@
+"""The contract of `probe/`: every probe that the index finds tells of a model in plain data, and leaves it as it was."""
+
+from __future__ import annotations
+
+import json
+
+import halting
+import pytest
+import saved
+import torch
+
+from pondera.ground import spec
+from pondera.ground.errors import UserError
+from pondera.jobs.load import Loaded, load
+from pondera.probe.contract import Probe, observed
+
+PROBES = sorted(spec.index(spec.PROBES))
+TEXT = "The quick\x1b[2J brown fox.\n\tIt jumps over naïve 東京 🦊 dogs, lazily."
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+    folder = tmp_path_factory.mktemp("probe")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PONDERA_METHODS", str(halting.write_method(folder / "methods")))
+        patch.setitem(saved.THINKS, "halting", "Halting()")
+        return load(saved.save(folder / "model", "halting"), "cpu")
+
+
+def probe(name: str) -> Probe:
+    return spec.build(name, "probe")
+
+
+def test_there_are_probes():
+    assert PROBES and all(isinstance(probe(name), Probe) for name in PROBES)
+    assert not set(PROBES) & set(spec.index()), "no run is made of probes"
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_what_it_finds_survives_json(name: str, loaded: Loaded):
+    found = probe(name).run(loaded.model, loaded.tokenizer, TEXT)
+    assert found and json.loads(json.dumps(found, allow_nan=False)) == found
+    assert probe(name).run(loaded.model, loaded.tokenizer, TEXT) == found, "the same is found twice"
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("training", [True, False])
+def test_it_leaves_the_model_as_it_was(name: str, training: bool, loaded: Loaded):
+    model = loaded.model.train(training)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.random.get_rng_state()
+    probe(name).run(model, loaded.tokenizer, TEXT)
+    assert model.training == training and model.think is not None and not model.think.record
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_its_table_is_rectangular_and_safe_to_print(name: str, loaded: Loaded):
+    shown = probe(name).show(probe(name).run(loaded.model, loaded.tokenizer, TEXT))
+    assert shown.rows and all(len(row) == len(shown.columns) for row in shown.rows)
+    assert all(text.isprintable() for row in shown.rows for text in row) and shown.note.isprintable()
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_it_refuses_an_empty_text(name: str, loaded: Loaded):
+    with pytest.raises(UserError, match="empty"):
+        probe(name).run(loaded.model, loaded.tokenizer, "")
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_observing_restores_what_it_changed_even_on_an_error(record: bool, loaded: Loaded):
+    model = loaded.model.train()
+    assert model.think is not None
+    model.think.record = record
+    with pytest.raises(ZeroDivisionError), observed(model, record=not record):
+        assert not model.training and model.think.record != record and not torch.is_grad_enabled()
+        raise ZeroDivisionError
+    assert model.training and model.think.record == record and torch.is_grad_enabled()
+    model.think.record = False
