@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import halting
 import pytest
@@ -41,6 +42,14 @@ def test_what_it_finds_survives_json(name: str, loaded: Loaded):
     found = probe(name).run(loaded.model, loaded.tokenizer, TEXT)
     assert found and json.loads(json.dumps(found, allow_nan=False)) == found
     assert probe(name).run(loaded.model, loaded.tokenizer, TEXT) == found, "the same is found twice"
+
+
+@pytest.mark.parametrize("think", sorted(spec.index(("think",))))
+@pytest.mark.parametrize("name", PROBES)
+def test_every_method_can_be_looked_at(name: str, think: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(saved.THINKS, "it", f"{think}()")
+    one = load(saved.save(tmp_path / "model", "it"), "cpu")
+    assert probe(name).run(one.model, one.tokenizer, TEXT)
 
 
 @pytest.mark.parametrize("name", PROBES)

@@ -361,7 +361,7 @@ def test_isolated_documents_are_trained_and_read_apart(text: Path, tmp_path: Pat
     """With data.isolate a token is read as if its document stood alone; without it, it is not."""
     config = training.tiny(text, {"train.steps": 2, "data.isolate": True, "data.context": 64})
     run = train(config, tmp_path / "run", progress=False)
-    assert set(run.traces()) == {"sample"}
+    assert set(run.traces()) == {"sample", "depths"}
     corpus, model = prepare(config.data), load(str(run.path), "cpu").model
     windows = corpus.train.windows(64, isolate=True)
     window = next(

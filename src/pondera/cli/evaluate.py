@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import Any
 
-from pondera.cli.output import only_json, print_json
-from pondera.cli.parser import Parser, whole
+from pondera.cli.output import only_json, print_json, print_table
+from pondera.cli.parser import Parser, add_budget, whole
 from pondera.ground import settings
 
 SUMMARY = "scores a trained model on a text, with the price of a token"
@@ -14,6 +15,7 @@ EXAMPLES = """
 pondera eval runs/ponderlm2-seed0
 pondera eval runs/ponderlm2-seed0 --data.text book.txt --max-tokens 100000
 pondera eval path/to/model --data.text stdlib --json
+pondera eval runs/ponderlm3-seed0 --effort 0,0.25,0.5,1
 """
 SHOWN = (
     ("loss", "loss", "nats per token"),
@@ -31,6 +33,7 @@ def parser() -> Parser:
     found = Parser("eval", "Scores a trained model on held-out text.", EXAMPLES, settings="data.", notes=_settings)
     found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
     found.add_argument("--max-tokens", type=whole(1), metavar="N", help="score at most this many (default: all)")
+    add_budget(found, several=True)
     found.add_argument("--json", action="store_true", help="print the scores as JSON, and nothing else")
     return found
 
@@ -38,16 +41,37 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Scores and prints."""
     from pondera.jobs.evaluate import evaluate
+    from pondera.jobs.load import load
 
+    wanted: list[str | float | None] = list(args.effort or [None])
     with only_json(args.json):
-        found = evaluate(args.path, args.overrides, args.max_tokens)
+        model = args.path if len(wanted) == 1 else load(args.path)
+        found = [evaluate(model, args.overrides, args.max_tokens, effort, args.max_passes) for effort in wanted]
     if args.json:
-        print_json(found)
-    else:
+        print_json(found[0] if len(found) == 1 else [{"effort": e} | one for e, one in zip(wanted, found, strict=True)])
+    elif len(found) == 1:
         for key, name, unit in SHOWN:
-            if found.get(key) is not None:
-                print(f"  {name:15}{_number(found[key]):>12}  {unit}")
+            if found[0].get(key) is not None:
+                print(f"  {name:15}{_number(found[0][key]):>12}  {unit}")
+    else:
+        rows = [_row(effort, one, found) for effort, one in zip(wanted, found, strict=True)]
+        print_table(list(rows[0]), [list(row.values()) for row in rows], "what thinking less costs")
     return 0
+
+
+def _row(effort: str | float | None, one: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, str]:
+    """A line of the curve: what an effort buys, and what it costs in quality against the most passes."""
+    full = max(found, key=lambda other: other["passes_per_token"])
+    flops = one["inference_flops_per_token"]
+    return {
+        "effort": str(effort),
+        "passes/token": f"{one['passes_per_token']:.3f}",
+        "bits/byte": f"{one['bits_per_byte']:.4f}",
+        "worse by": f"{one['bits_per_byte'] - full['bits_per_byte']:+.4f}",
+        "FLOPs/token": "" if flops is None else f"{flops:.3g}",
+        "KV bytes/token": "" if one["kv_bytes_per_token"] is None else f"{one['kv_bytes_per_token']:,.0f}",
+        "tokens/s": f"{one['tokens_per_second']:.0f}",
+    }
 
 
 def _number(value: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pondera.cli.parser import Parser, number, whole
+from pondera.cli.parser import Parser, add_budget, number, whole
 from pondera.ground.errors import UserError
 from pondera.ground.visible import visible_lines
 
@@ -13,6 +13,7 @@ SUMMARY = "writes on from a prompt; can show what each token took"
 EXAMPLES = """
 pondera generate runs/ponderlm2-seed0 --prompt "def read(path):"
 pondera generate runs/ponderlm2-seed0 --prompt "The" --greedy --max-new-tokens 40 --show-compute
+pondera generate runs/ponderlm2-seed0 --prompt "The" --effort low
 cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
 """
 
@@ -29,6 +30,7 @@ def parser() -> Parser:
     )
     found.add_argument("--greedy", action="store_true", help="always the likeliest token")
     found.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling (default: 0)")
+    add_budget(found)
     found.add_argument("--show-compute", action="store_true", help="then show the text shaded by passes per token")
     return found
 
@@ -50,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p
-    found = generate(args.path, prompt, args.max_new_tokens, temperature, top_p, args.seed, on_text)
+    found = generate(
+        args.path, prompt, args.max_new_tokens, temperature, top_p, args.seed, on_text, args.effort, args.max_passes
+    )
     print()
     if args.show_compute:
         print(f"\n{shade_terminal(found.tokens, found.passes, color=terminal)}")

@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from pondera.cli import compare, demo, doctor, evaluate, generate, methods, report, train
+from pondera.cli import compare, demo, doctor, evaluate, generate, methods, probe, report, train
 from pondera.ground.errors import Failure, Interrupted, UserError, unknown
 from pondera.ground.visible import visible_lines
 
@@ -24,6 +24,7 @@ VERBS: dict[str, ModuleType] = {
     "compare": compare,
     "eval": evaluate,
     "generate": generate,
+    "probe": probe,
     "report": report,
     "methods": methods,
     "doctor": doctor,

@@ -105,7 +105,7 @@ class Parser(argparse.ArgumentParser):
         named = [f"--{name}" for name in self._setting_names()]
         leaf = option.removeprefix("--").rpartition(".")[2]
         near = [name for name in named if name.removeprefix("--").rpartition(".")[2] == leaf]
-        near = near or difflib.get_close_matches(option, own + named, n=2, cutoff=0.5)
+        near = near or difflib.get_close_matches(option, own + named, n=2, cutoff=0.6)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         return UserError(f"unknown option {option}{hint} (`{self.prog} --help` lists them all)")
 
@@ -136,3 +136,31 @@ def number(low: float, high: float = float("inf"), above: bool = False) -> Calla
         return float(value)
 
     return read
+
+
+def add_budget(parser: Parser, several: bool = False) -> None:
+    """The arguments that say how much thinking is wanted.
+
+    Args:
+        parser: of the verb.
+        several: the effort may be a list.
+    """
+    more = "; several, with commas between, show what each costs in quality" if several else ""
+    parser.add_argument(
+        "--effort",
+        type=efforts if several else effort,
+        metavar="X",
+        help=f"of the thinking: low, medium, high, or from 0 (one pass per token) to 1 (as trained, the default){more}",
+    )
+    parser.add_argument("--max-passes", type=whole(1), metavar="N", help="no token takes more passes")
+
+
+def effort(text: str) -> str | float:
+    """An argument type: the name of an effort, or a number."""
+    value: Any = settings.scalar(text)
+    return float(value) if type(value) in (int, float) else text
+
+
+def efforts(text: str) -> list[str | float]:
+    """An argument type: one effort or several."""
+    return [effort(part.strip()) for part in text.split(",")]

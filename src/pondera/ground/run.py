@@ -2,7 +2,7 @@
 
     RUN/  config.yaml    the RunConfig                  env.json      versions, machine, command line, commit, seed
           metrics.jsonl  one JSON object per line       result.json   the final scores and prices
-          checkpoints/   step-000100/, ...              traces/       passes and losses, token by token
+          checkpoints/   step-000100/, ...              traces/       passes and losses by token; depths.json
           model/         the final Hugging Face folder
 
 Whatever can be half-written by a crash is either replaced in one move or recognised as torn when read.
@@ -150,7 +150,7 @@ class Run:
         return _read_json(self.result_file) if self.result_file.is_file() else None
 
     def write_trace(self, name: str, values: dict[str, Any]) -> None:
-        """Writes `traces/NAME.json`: ``{"tokens": [str], "passes": [float], "nll": [float]}``."""
+        """Writes `traces/NAME.json`: a text (``{"tokens": [str], "passes": [float], "nll": [float]}``), or statistics."""
         self.traces_dir.mkdir(exist_ok=True)
         write_atomic(self.traces_dir / f"{name}.json", _json(values) + "\n")
 

@@ -6,6 +6,7 @@ and on the command line. Its arguments are plain values or other methods. The te
 The folder is the registry. A seam is a folder (``think/``, ``memory/``, ``segment/``), a method one file in it, and the
 file's stem without underscores is the class's name in lower case: ``think/ponder_lm2.py`` holds ``PonderLM2``. Files
 that start with ``_`` and ``contract.py`` hold no method. Files are read, not imported, until a method is built.
+``probe/`` is such a folder, too: what looks at a model from outside is found and built in the same way.
 
 To try a method without touching the package, put its file under the same folder names anywhere and name that place::
 
@@ -26,7 +27,7 @@ import os
 import sys
 import typing
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,7 +35,8 @@ from typing import Any, NoReturn
 from pondera.ground.errors import UserError, unknown
 from pondera.ground.settings import typed
 
-SEAMS = ("think", "memory", "segment")
+SEAMS = ("think", "memory", "segment")  # what a model is made of: each is a setting of a run
+PROBES = ("probe",)
 PACKAGE = Path(__file__).parent.parent
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -120,8 +122,11 @@ def format(spec: Spec) -> str:
     return _text(spec)
 
 
-def index() -> dict[str, Method]:
+def index(seams: Sequence[str] = SEAMS) -> dict[str, Method]:
     """Every method by name: those of the package, then those of ``PONDERA_METHODS``, seam by seam.
+
+    Args:
+        seams: the folders to read.
 
     Raises:
         UserError: a file does not hold the class it is named after, cannot be read as Python, or two methods share a
@@ -129,7 +134,7 @@ def index() -> dict[str, Method]:
     """
     found: dict[str, Method] = {}
     for root in (PACKAGE, *_user_folders()):
-        for seam in SEAMS:
+        for seam in seams:
             for file in sorted((root / seam).glob("*.py")):
                 if file.name.startswith("_") or file.name == "contract.py":
                     continue
@@ -152,7 +157,7 @@ def find(name: str, seam: str | None = None) -> Method:
     Raises:
         UserError: there is none (with the nearest name), or it is on another seam.
     """
-    methods = index()
+    methods = index(PROBES if seam in PROBES else SEAMS)
     method = methods.get(name)
     if method is None:
         allowed = [known.name for known in methods.values() if seam in (None, known.seam)]
@@ -235,8 +240,8 @@ def _user_folders() -> list[Path]:
         Path(part).expanduser().resolve() for part in os.environ.get("PONDERA_METHODS", "").split(os.pathsep) if part
     ]
     for folder in folders:
-        if not any((folder / seam).is_dir() for seam in SEAMS):
-            listing = ", ".join(f"{seam}/" for seam in SEAMS)
+        if not any((folder / seam).is_dir() for seam in SEAMS + PROBES):
+            listing = ", ".join(f"{seam}/" for seam in SEAMS + PROBES)
             raise UserError(f"PONDERA_METHODS: {str(folder)!r} is no folder that holds any of {listing}")
     return folders
 

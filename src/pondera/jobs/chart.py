@@ -1,4 +1,4 @@
-"""Line and scatter charts as inline SVG: no script, colours from the page's style (`.c0`, `.c1`, ...), readable aloud.
+"""Line, scatter and bar charts as inline SVG: no script, colours from the page's style (`.c0`, `.c1`, ...), readable aloud.
 
 A chart is 400 units wide, about a phone's width in pixels, so that its text has its natural size there and three of
 them stand side by side on a desk.
@@ -7,7 +7,7 @@ them stand side by side on a desk.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -25,6 +25,7 @@ MARKERS = (
     "M-1.4,-4.5h2.8v3.1h3.1v2.8h-3.1v3.1h-2.8v-3.1h-3.1v-2.8h3.1z",  # plus
 )
 COLORS = 6
+THICK, BETWEEN = 12, 9  # a bar, and the space between two groups of them
 MOST_MARKERS = 16  # on one line
 
 Point = tuple[float, float]
@@ -49,6 +50,21 @@ class Series:
     mean: list[Point]
     spread: list[float | None] = field(default_factory=list)
     unfinished: bool = False
+
+
+@dataclass(frozen=True)
+class Bars:
+    """One arm's values by category.
+
+    Args:
+        name: the arm.
+        index: decides colour.
+        values: by category, each 0 or more.
+    """
+
+    name: str
+    index: int
+    values: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -93,13 +109,23 @@ def human(value: float, digits: int = 3) -> str:
     return f"{float(f'{value / 1000**power:.{digits}g}'):g}{'KMGTPE'[power - 1] if power else ''}"
 
 
-def line_chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log_x: bool = False) -> str:
+def line_chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    log_x: bool = False,
+    log_y: bool = False,
+    cut: float = CUT,
+    base: float | None = None,
+) -> str:
     """Curves: a thin line per run and a thick one for their mean; the names at the right, in the order of the ends.
 
-    The y axis shows what comes after the first quarter of the curves, whose steep start would flatten all that matters;
-    the lines enter from above.
+    The y axis shows what comes after the first quarter of the curves (`cut`), whose steep start would flatten all that
+    matters; the lines enter from above. It reaches down to `base`, if given, so that noise does not look like a trend.
+    On a logarithmic y axis all values must be above 0.
     """
-    return _chart(title, x_label, y_label, series, log_x, joined=True)
+    return _chart(title, x_label, y_label, series, log_x, True, log_y, cut, [] if base is None else [base])
 
 
 def scatter_chart(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
@@ -108,22 +134,71 @@ def scatter_chart(title: str, x_label: str, y_label: str, series: Sequence[Serie
     return _chart(title, x_label, y_label, series, bool(xs) and max(xs) > 8 * min(xs) > 0, joined=False)
 
 
+def bar_chart(title: str, label: str, bars: Sequence[Bars], show: Callable[[float], str]) -> str:
+    """Bars from left to right: a group per category, from top to bottom as they come, with a bar for each arm.
+
+    Args:
+        title, label: of the chart, and what the length of a bar is.
+        bars: the arms; a category that one of them lacks has no bar of it.
+        show: the value as text, written at the end of its bar.
+    """
+    names = list(dict.fromkeys(name for one in bars for name in one.values))
+    left = 12 + LETTER * max(map(len, names))
+    x = Scale(0.0, max(max(one.values.values()) for one in bars) or 1.0, left, WIDTH - 52)
+    parts, y = [], float(TOP)
+    for name in names:
+        present = [one for one in bars if name in one.values]
+        middle = y + THICK * len(present) / 2 + 4
+        parts.append(f'<text class="tick" x="{left - 7:.1f}" y="{middle:.1f}" text-anchor="end">{escape(name)}</text>')
+        for one in present:
+            end, said = x(one.values[name]), show(one.values[name])
+            parts.append(
+                f'<rect class="fill c{one.index % COLORS}" x="{left:.1f}" y="{y:.1f}" width="{end - left:.1f}" '
+                f'height="{THICK - 1}"><title>{escape(f"{one.name}, {name}: {said}")}</title></rect>'
+                f'<text class="tick" x="{end + 5:.1f}" y="{y + THICK - 1:.1f}">{escape(said)}</text>'
+            )
+            y += THICK
+        y += BETWEEN
+    told = "; ".join(f"{one.name}: {', '.join(f'{n} {show(v)}' for n, v in one.values.items())}" for one in bars)
+    return "\n".join(
+        [
+            f"<h3>{escape(title)}</h3>",
+            f'<svg class="chart" viewBox="0 0 {WIDTH} {y:.0f}" role="img">',
+            f"<title>{escape(title)}</title><desc>{escape(f'{label}. {told}.')}</desc>",
+            f'<text class="label" x="4" y="14">{escape(label)}</text>',
+            *parts,
+            f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP - 4}" y2="{y - BETWEEN + 3:.1f}"/>',
+            "</svg>",
+        ]
+    )
+
+
 def swatch(index: int) -> str:
     """The marker of a series, for a legend."""
     return f'<svg class="swatch" viewBox="-7 -7 14 14" aria-hidden="true">{_marker(0, 0, index)}</svg>'
 
 
-def _chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log_x: bool, joined: bool) -> str:
+def _chart(
+    title: str,
+    x_label: str,
+    y_label: str,
+    series: Sequence[Series],
+    log_x: bool,
+    joined: bool,
+    log_y: bool = False,
+    cut: float = CUT,
+    in_view: Sequence[float] = (),
+) -> str:
     series = [one for one in series if one.mean]
     if not series:
         return f'<p class="empty">{escape(title)}: nothing to draw yet.</p>'
     right = 32 + LETTER * max(len(_short(one.name)) for one in series) if joined else 14
     xs = [at for one in series for line in (*one.runs, one.mean) for at, _ in line]
     x = _x_scale(xs, log_x, WIDTH - right, joined)
-    y = _y_scale(series, joined)
+    y = _y_scale(series, cut if joined else 0.0, log_y, in_view)
     draw, name = (_curves, _names_aside) if joined else (_points, _names_beside)
     clip = "clip-" + "".join(letter for letter in title.lower() if letter.isascii() and letter.isalnum())
-    ends = "; ".join(f"{one.name}: {one.mean[-1][1]:.3f} at {human(one.mean[-1][0])}" for one in series)
+    ends = "; ".join(_note(one.name, *one.mean[-1]) for one in series)
     return "\n".join(
         [
             f"<h3>{escape(title)}</h3>",
@@ -131,7 +206,7 @@ def _chart(title: str, x_label: str, y_label: str, series: Sequence[Series], log
             f"<title>{escape(title)}</title><desc>{escape(f'{y_label} against {x_label}. {ends}.')}</desc>",
             f'<clipPath id="{clip}"><rect x="{LEFT - 6}" y="{TOP}" width="{WIDTH - right - LEFT + 12:.1f}" '
             f'height="{HEIGHT - TOP - BOTTOM + 6}"/></clipPath>',
-            _axes(x, y, x_label + (" (log scale)" if log_x else ""), y_label),
+            _axes(x, y, *(text + " (log scale)" * log for text, log in ((x_label, log_x), (y_label, log_y)))),
             f'<g clip-path="url(#{clip})">',
             *(draw(one, x, y) for one in series),
             "</g>",
@@ -153,13 +228,16 @@ def _x_scale(values: list[float], log: bool, end: float, joined: bool) -> Scale:
     return Scale(max(0.0, low - margin), high + margin, LEFT, end)
 
 
-def _y_scale(series: Sequence[Series], joined: bool) -> Scale:
+def _y_scale(series: Sequence[Series], cut: float, log: bool, in_view: Sequence[float]) -> Scale:
     lines = [line for one in series for line in (*one.runs, one.mean) if line]
-    values = [at for line in lines for x, at in line if not joined or x >= CUT * line[-1][0]]
+    values = [*in_view, *(at for line in lines for x, at in line if x >= cut * line[-1][0])]
     for one in series:
         for (_, at), spread in zip(one.mean, one.spread, strict=False):
             values += [at - (spread or 0), at + (spread or 0)]
     low, high = min(values), max(values)
+    if log:
+        margin = (high / low) ** 0.06 if high > low else 1.5
+        return Scale(low / margin, high * margin, HEIGHT - BOTTOM, TOP, log=True)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
 
@@ -169,9 +247,11 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> str:
     y_ticks = y.ticks(5)
     decimals = max((len(f"{tick:g}".partition(".")[2]) for tick in y_ticks), default=0)
     for tick in y_ticks:
-        at = y(tick)
+        at, said = y(tick), f"{tick:.{decimals}f}"
+        if y.log:  # such as 1e-4, since there is no room for 0.0001
+            said = f"{tick:g}" if 0.001 <= tick < 1000 else f"{tick:.0e}".replace("e-0", "e-").replace("e+0", "e")
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{tick:.{decimals}f}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{said}</text>')
     for tick in x.ticks(5):
         at = x(tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{y.start}"/>')
@@ -260,7 +340,7 @@ def _marker(x: float, y: float, index: int, note: str = "", kind: str = "dot") -
 
 
 def _note(name: str, x: float, y: float, spread: float | None = None) -> str:
-    return f"{name}: {y:.4f}{f' ± {spread:.4f}' if spread else ''} at {human(x)}"
+    return f"{name}: {f'{y:.4f}' if abs(y) >= 0.01 else f'{y:.2g}'}{f' ± {spread:.4f}' if spread else ''} at {human(x)}"
 
 
 def _short(name: str) -> str:

@@ -23,6 +23,7 @@ from pondera.ground.settings import DataConfig
 from pondera.ground.text import Source, open_text
 from pondera.ground.tokens import encode, fingerprint
 from pondera.jobs import checkpoints
+from pondera.jobs.generate import budget_of, start_token
 from pondera.jobs.load import Loaded, load
 
 if TYPE_CHECKING:
@@ -37,7 +38,11 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(
-    path: str | Path | Loaded, data: dict[str, Any] | None = None, max_tokens: int | None = None
+    path: str | Path | Loaded,
+    data: dict[str, Any] | None = None,
+    max_tokens: int | None = None,
+    effort: str | float | None = None,
+    max_passes: int | None = None,
 ) -> dict[str, Any]:
     """Scores a model on a text.
 
@@ -52,11 +57,14 @@ def evaluate(
         data: ``text``, ``context`` and ``column`` as in a run's ``data`` (a leading ``data.`` may stay). By default the
             run's own; a model that is not from a run needs a ``text``.
         max_tokens: predict at most this many tokens; none: all.
+        effort: how much thinking is wanted: ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
+        max_passes: no token gets more passes.
 
     Returns:
         ``loss`` (nats per token), ``perplexity`` and ``bits_per_byte`` over ``tokens`` predicted tokens that spell
-        ``bytes`` bytes; ``passes_per_token``, ``inference_flops_per_token`` and ``kv_bytes_per_token`` (none where the
-        architecture has no price yet); ``tokens_per_second`` of decoding one sequence: 32 greedy tokens with a cache,
+        ``bytes`` bytes; ``passes_per_token`` as measured (``pass_shares``: the share of the tokens that took each pass), and
+        with it ``inference_flops_per_token`` and ``kv_bytes_per_token`` (none where the architecture has no price yet);
+        ``tokens_per_second`` of decoding one sequence: 32 greedy tokens with a cache,
         on this machine, after a warm-up; ``context`` and ``name``.
 
     Raises:
@@ -72,23 +80,23 @@ def evaluate(
         raise UserError(f"max_tokens={max_tokens}: give 1 or more, or leave it out for all of the text")
     source = open_text(given["text"], given.get("column", "text")) if "text" in given else None
     loaded = path if isinstance(path, Loaded) else load(path)
-    model, run = loaded.model, loaded.run
+    model, run, budget = loaded.model, loaded.run, budget_of(loaded.model, effort, max_passes)
     context = _context(given.get("context"), loaded)
     if run is not None and (source is None or _is_own(run.config.data, given)):
-        found = _score_held_out(loaded, run, context, max_tokens)
+        found = _score_held_out(loaded, run, context, max_tokens, budget)
     elif source is not None:
         if run is not None:
             _warn_of_overlap(run, given["text"])
-        found = _score_whole(loaded, _Text.read(source, given["text"], loaded.tokenizer, max_tokens), context)
+        text = _Text.read(source, given["text"], loaded.tokenizer, max_tokens)
+        found = _score_whole(loaded, text, context, budget)
     else:
         raise UserError("data.text: this model is not from a run; say what to score it on, e.g. --data.text book.txt")
     return {
         "name": loaded.name,
         **found,
         "context": context,
-        "passes_per_token": model.passes(),
-        **_prices(model, context),
-        "tokens_per_second": _decoding_speed(model, loaded.tokenizer),
+        **_prices(model, context, found["pass_shares"]),
+        "tokens_per_second": _decoding_speed(model, loaded.tokenizer, budget),
     }
 
 
@@ -196,7 +204,9 @@ def _corpus_digest(run: Run) -> str | None:
     return None
 
 
-def _score_held_out(loaded: Loaded, run: Run, context: int, max_tokens: int | None) -> dict[str, float]:
+def _score_held_out(
+    loaded: Loaded, run: Run, context: int, max_tokens: int | None, budget: dict[str, Any]
+) -> dict[str, Any]:
     from pondera.jobs.score import score
 
     corpus = prepare(replace(run.config.data, context=context))
@@ -208,24 +218,24 @@ def _score_held_out(loaded: Loaded, run: Run, context: int, max_tokens: int | No
         )
     held_out = corpus.validation
     tokens, isolate = max_tokens or held_out.num_tokens, run.config.data.isolate
-    return score(loaded.model, held_out, context, tokens, _batch_size(context), isolate)
+    return score(loaded.model, held_out, context, tokens, _batch_size(context), isolate, budget=budget)
 
 
-def _score_whole(loaded: Loaded, text: _Text, context: int) -> dict[str, float]:
+def _score_whole(loaded: Loaded, text: _Text, context: int, budget: dict[str, Any]) -> dict[str, Any]:
     """The full windows, and the shorter one at the end."""
-    from pondera.jobs.score import measures, nats_of
+    from pondera.jobs.score import Tally, measures, tally
 
     model, start = loaded.model, _first_token(loaded)
     isolate = loaded.run is not None and loaded.run.config.data.isolate
     size = context - (start is not None)
-    windows, batch_size, nats = text.windows(size, isolate), _batch_size(context), 0.0
+    windows, batch_size, found = text.windows(size, isolate), _batch_size(context), Tally()
     for first in range(0, len(windows), batch_size):
         last = min(first + batch_size, len(windows))
-        nats += nats_of(model, [windows[index] for index in range(first, last)], start)
+        found += tally(model, [windows[index] for index in range(first, last)], start, budget)
     tokens = text.num_tokens - 1
     if rest := tokens % size:
-        nats += nats_of(model, [text.after(tokens - rest).windows(rest, isolate)[0]], start)
-    return measures(nats, tokens, text.num_bytes_of(1, tokens + 1))
+        found += tally(model, [text.after(tokens - rest).windows(rest, isolate)[0]], start, budget)
+    return measures(found, tokens, text.num_bytes_of(1, tokens + 1))
 
 
 def _first_token(loaded: Loaded) -> int | None:
@@ -238,21 +248,19 @@ def _batch_size(context: int) -> int:
     return max(1, 2048 // context)
 
 
-def _prices(model: AdaptiveLM, context: int) -> dict[str, float | None]:
+def _prices(model: AdaptiveLM, context: int, shares: list[float]) -> dict[str, float | None]:
     from pondera.jobs.price import price
 
     keys = ("inference_flops_per_token", "kv_bytes_per_token")
     try:
-        found = price(model, context)
+        found = price(model, context, shares=shares)
     except UserError:  # the scores are worth having without the price
         return dict.fromkeys(keys)
     return {key: found[key] for key in keys}
 
 
-def _decoding_speed(model: Any, tokenizer: PreTrainedTokenizerFast) -> float:
+def _decoding_speed(model: Any, tokenizer: PreTrainedTokenizerFast, budget: dict[str, Any]) -> float:
     import torch
-
-    from pondera.jobs.generate import start_token
 
     limit = getattr(model.backbone.config, "max_position_embeddings", None) or DECODED + 1
     count = min(DECODED, limit - 1)
@@ -268,6 +276,7 @@ def _decoding_speed(model: Any, tokenizer: PreTrainedTokenizerFast) -> float:
             max_new_tokens=tokens,
             do_sample=False,
             num_beams=1,
+            **budget,
         )
         ids_BT.tolist()  # waits for the device
         return time.perf_counter() - began

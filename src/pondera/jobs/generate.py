@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
+    from pondera.model.lm import AdaptiveLM
+
 
 @dataclass
 class Generated:
@@ -41,6 +43,8 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     on_text: Callable[[str], Any] | None = None,
+    effort: str | float | None = None,
+    max_passes: int | None = None,
 ) -> Generated:
     """Continues `prompt` until the model ends the text or `max_new_tokens` are written.
 
@@ -52,6 +56,8 @@ def generate(
         top_p: draw from the likeliest tokens that together have this much probability.
         seed: the same seed draws the same text; torch's own random state is left as it was.
         on_text: called with every piece of text as soon as its last character is whole; the pieces join to `text`.
+        effort: how much thinking is wanted: ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
+        max_passes: no token gets more passes.
 
     Raises:
         UserError: a setting out of range, or a prompt that leaves no room in the model's positions.
@@ -68,6 +74,7 @@ def generate(
     from pondera.model.cache import TokenCache
 
     model: Any = loaded.model
+    budget = budget_of(model, effort, max_passes)
     tokenizer = loaded.tokenizer
     ids = _prompt_ids(prompt, tokenizer)
     _check_room(len(ids), max_new_tokens, model.backbone.config)
@@ -86,10 +93,11 @@ def generate(
             max_new_tokens=max_new_tokens,
             streamer=stream,
             **sampling,
+            **budget,
         )
         passes = [1.0] * ids_BT.shape[1]
         if isinstance(cache, TokenCache):
-            model(ids_BT[:, cache.tokens :], past_key_values=cache)
+            model(ids_BT[:, cache.tokens :], past_key_values=cache, **budget)
             passes = cast("Tensor", cache.passes_BT)[0].double().tolist()
     return Generated(stream.text, stream.tokens, passes, len(ids))
 
@@ -159,6 +167,22 @@ def start_token(tokenizer: PreTrainedTokenizerFast) -> int:
     if start is None:
         raise UserError("the tokenizer has neither BOS nor EOS, so nothing can start a text; set its eos_token")
     return cast(int, start)
+
+
+def budget_of(model: AdaptiveLM, effort: str | float | None, max_passes: int | None) -> dict[str, Any]:
+    """The keywords that tell a model how much thinking is wanted, checked; none of them where nothing was said.
+
+    Raises:
+        UserError: a budget that is none, or a model that cannot think.
+    """
+    from pondera.model.budget import Budget
+
+    given = {"effort": effort, "max_passes": max_passes}
+    given = {name: value for name, value in given.items() if value is not None}
+    Budget.of(**given)
+    if given and model.think is None:
+        raise UserError(f"{next(iter(given))}: this model takes one pass per token and cannot think; leave it out")
+    return given
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> None:

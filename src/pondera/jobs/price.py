@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pondera.ground.cost import Call, Prices, Schedule
@@ -10,13 +11,16 @@ if TYPE_CHECKING:
     from pondera.model.lm import AdaptiveLM
 
 
-def price(model: AdaptiveLM, context: int, recompute: bool = False) -> dict[str, float]:
+def price(
+    model: AdaptiveLM, context: int, recompute: bool = False, shares: Sequence[float] | None = None
+) -> dict[str, float]:
     """The analytic price of one token.
 
     Args:
         model: only its configs are read.
         context: tokens per window.
         recompute: training runs the layers forward once more in the backward pass (gradient checkpointing).
+        shares: of the tokens that take each pass, as measured; none: every token takes all that the method has.
 
     Returns:
         ``inference_flops_per_token`` of decoding with half a context cached, ``training_flops_per_token`` (forward and
@@ -27,19 +31,21 @@ def price(model: AdaptiveLM, context: int, recompute: bool = False) -> dict[str,
         UserError: an architecture that has no price yet.
     """
     prices, think = Prices(model.backbone.config), model.think
-    cached = context // 2
+    cached, newest, slots = context // 2, 1.0, float(context)
     if think is None:
         decoding, training = [Call(1, cached + 1, cached=True)], [Call(context, context)]
     else:
-        decoding, training = think.calls(1, context=cached), think.calls(context, training=True)
-    slots = context * (think.slots_per_token if think is not None else 1)
+        decoding = think.calls(1, context=cached, shares=shares)
+        training = think.calls(context, training=True, shares=shares)
+        newest = next(call.queries for call in reversed(decoding) if isinstance(call, Call))
+        slots = think.slots(context, shares)
     slides = think is None or think.slides
     trained = prices.training(Schedule(tuple(training), context, context))
     if recompute:
-        trained += sum(map(prices.step, training))
+        trained += sum(prices.step(call) for call in training if isinstance(call, Call))
     number_bytes = next(model.parameters()).element_size()
     return {
         "inference_flops_per_token": prices.forward(Schedule(tuple(decoding), head_rows=1, tokens=1)),
         "training_flops_per_token": trained / context,
-        "kv_bytes_per_token": prices.cache_bytes(slots, number_bytes, slides, newest=decoding[-1].queries) / context,
+        "kv_bytes_per_token": prices.cache_bytes(round(slots), number_bytes, slides, newest=round(newest)) / context,
     }

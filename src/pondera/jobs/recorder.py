@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,13 +15,16 @@ from pondera.ground.errors import Failure, UserError
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig
 from pondera.jobs import checkpoints
+from pondera.jobs.depths import DEPTHS
 from pondera.jobs.price import price
 from pondera.jobs.progress import Watch
-from pondera.jobs.score import score
-from pondera.jobs.trace import TRACED, trace
+from pondera.jobs.score import Tally, score
+from pondera.jobs.trace import TRACED, trace, trace_depths
 from pondera.jobs.trainer import PonderaTrainer, learning_rate_share
 from pondera.model.lm import AdaptiveLM
 
+SURVEYED = 4096  # held-out tokens, at most, that the statistics of depth are taken over
+SCORES = ("loss", "perplexity", "bits_per_byte", "passes_per_token")
 PRICES = ("inference_flops_per_token", "training_flops_per_token", "kv_bytes_per_token")
 
 
@@ -50,17 +54,13 @@ class Recorder(TrainerCallback):
         self, run: Run, config: RunConfig, corpus: Corpus, model: AdaptiveLM, start: Path | None, show: bool
     ) -> None:
         self.run, self.config, self.corpus, self.model, self.start = run, config, corpus, model, start
-        state = checkpoints.read_state(start) if start else {"step": 0, "seconds": 0.0, "since": _nothing()}
+        state = checkpoints.read_state(start) if start else {"step": 0, "seconds": 0.0, "since": _nothing(), "took": []}
         self.first_step: int = state["step"]
         self.seconds: float = state["seconds"]
         self.since: dict[str, Any] = state["since"]
+        self.took: list[float] = state["took"]  # for each pass, the share of a step's tokens that took it, summed over steps
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.prices: dict[str, Any] = dict.fromkeys(PRICES)
-        try:
-            self.prices = price(model, config.data.context, config.train.gradient_checkpointing)
-        except UserError:
-            pass  # an architecture without a price can be trained all the same; its FLOPs stay empty
-        self.validation: dict[str, float] | None = None
+        self.validation: dict[str, Any] | None = None
         self.stopped = False
         self.watch = Watch(config.train.steps, self.first_step, show)
         self._clock = time.monotonic()
@@ -83,6 +83,7 @@ class Recorder(TrainerCallback):
         since["steps"] += 1
         since["seconds"] += now - self._clock
         since["loss"] += measured.loss
+        self.took = [a + b for a, b in zip(self.took or [0.0] * len(measured.shares), measured.shares, strict=True)]
         for name, mean in measured.terms.items():
             since["terms"][name] = since["terms"].get(name, 0.0) + mean
 
@@ -96,7 +97,7 @@ class Recorder(TrainerCallback):
             self.since = _nothing()
         if last or step % settings.eval_every == 0:
             self.validation = self.validate()
-            line["validation"] = {name: self.validation[name] for name in ("loss", "perplexity", "bits_per_byte")}
+            line["validation"] = {name: self.validation[name] for name in SCORES}
         else:
             self.validation = None
         if line:
@@ -108,7 +109,7 @@ class Recorder(TrainerCallback):
             control.should_training_stop = True
         self._clock = time.monotonic()
 
-    def validate(self) -> dict[str, float]:
+    def validate(self) -> dict[str, Any]:
         """Scores the model on the held-out text; by all processes at once, each its share."""
         trainer, data = self.trainer, self.config.data
         with trainer.full_precision():
@@ -117,41 +118,49 @@ class Recorder(TrainerCallback):
                 self.corpus.validation,
                 data.context,
                 self.config.train.eval_tokens,
-                batch_size=min(8, trainer.args.per_device_train_batch_size),  # what fits in training fits here
+                batch_size=self._eval_batch_size,
                 isolate=data.isolate,
                 rank=trainer.args.process_index,
                 num_processes=trainer.args.world_size,
-                total=lambda nats: float(trainer.over_processes({"nats": nats})["nats"]),
+                total=self._over_processes,
             )
         self.watch.bits_per_byte = found["bits_per_byte"]
         return found
 
-    def totals(self) -> dict[str, Any]:
-        """The result of the run, but for its validation."""
+    def _over_processes(self, found: Tally) -> Tally:
+        numbers = {str(place): number for place, number in enumerate((found.nats, *found.took))}
+        nats, *took = map(float, self.trainer.over_processes(numbers).values())
+        return Tally(nats, tuple(took))
+
+    def result(self) -> dict[str, Any]:
+        """The result of the run; prices are those of the passes that tokens were measured to take."""
         steps = self.config.train.steps
         tokens = steps * self._tokens_per_step
+        validation = self.validation or self.validate()
+        prices = self._prices(validation["pass_shares"])
         return {
-            "passes_per_token": self.model.passes(),
-            "inference_flops_per_token": self.prices["inference_flops_per_token"],
+            **validation,
+            "inference_flops_per_token": prices["inference_flops_per_token"],
             "train_flops": self._progress(steps)["train_flops"],
             "train_tokens": tokens,
             "train_seconds": self.seconds,
             "train_tokens_per_second": tokens / self.seconds,
-            "kv_bytes_per_token": self.prices["kv_bytes_per_token"],
+            "kv_bytes_per_token": prices["kv_bytes_per_token"],
             "parameters": self.parameters,
             "corpus": self.corpus.digest,
         }
 
     def write_sample(self) -> None:
-        """Writes how the model reads the beginning of the held-out text, token by token."""
-        tokenizer, context = self.corpus.tokenizer(), self.config.data.context
+        """Writes how the model reads the held-out text: its beginning token by token, and how depth varies in more."""
+        data, tokenizer = self.config.data, self.corpus.tokenizer()
         text = cast(str, tokenizer.decode(self.corpus.validation.ids[:TRACED].tolist(), skip_special_tokens=True))
-        try:
-            with self.trainer.full_precision():
-                found = trace(self.model, tokenizer, text, context)
-        except UserError:
-            return  # nothing to see, such as windows of one token: no reason to lose a finished run
-        self.run.write_trace("sample", found)
+        tokens = min(SURVEYED, self.config.train.eval_tokens)
+        with self.trainer.full_precision(), suppress(UserError):
+            # Windows of one token have nothing to see: no reason to lose a finished run.
+            self.run.write_trace("sample", trace(self.model, tokenizer, text, data.context))
+            self.run.write_trace(
+                DEPTHS, trace_depths(self.model, self.corpus, data.context, tokens, self._eval_batch_size, data.isolate)
+            )
 
     def on_main(self, write: Callable[[], None]) -> None:
         """Has the first process write; where it fails, all of them raise.
@@ -172,7 +181,8 @@ class Recorder(TrainerCallback):
 
     def _save(self, step: int) -> None:
         weights, optimizer = self.trainer.snapshot()
-        state = {"step": step, "seconds": self.seconds, "since": self.since, "corpus": self.corpus.digest}
+        state = {"step": step, "seconds": self.seconds, "since": self.since, "took": self.took}
+        state["corpus"] = self.corpus.digest
         tokenizer, keep = self.corpus.tokenizer_path, self.config.train.keep
         self.on_main(lambda: checkpoints.save(self.run, step, self.model, weights, optimizer, state, tokenizer, keep))
 
@@ -191,8 +201,19 @@ class Recorder(TrainerCallback):
 
     def _progress(self, step: int) -> dict[str, Any]:
         """The axes that curves are drawn over."""
-        tokens, flops = step * self._tokens_per_step, self.prices["training_flops_per_token"]
+        shares = [share / step for share in self.took]
+        tokens, flops = step * self._tokens_per_step, self._prices(shares)["training_flops_per_token"]
         return {"step": step, "tokens": tokens, "train_flops": None if flops is None else tokens * flops}
+
+    def _prices(self, shares: list[float]) -> dict[str, Any]:
+        try:
+            return price(self.model, self.config.data.context, self.config.train.gradient_checkpointing, shares)
+        except UserError:
+            return dict.fromkeys(PRICES)  # an architecture without a price can be trained all the same
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return min(8, self.trainer.args.per_device_train_batch_size)  # what fits in training fits here
 
     @property
     def _tokens_per_step(self) -> int:

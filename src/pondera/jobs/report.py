@@ -19,6 +19,8 @@ from pondera.ground.run import Run, write_atomic
 from pondera.ground.settings import RunConfig
 from pondera.jobs import verdict
 from pondera.jobs.chart import COLORS, Point, Series, human, line_chart, scatter_chart, swatch
+from pondera.jobs.depth_section import Depth, depth_section
+from pondera.jobs.depths import DEPTHS
 from pondera.jobs.shade import shade_html
 
 Anything = TypeVar("Anything")
@@ -46,6 +48,7 @@ class Seen:
     metrics: list[dict[str, Any]]
     result: dict[str, Any]
     traces: dict[str, dict[str, Any]]
+    depths: dict[str, Any]
     problems: list[str]
 
     def points(self, measure: Measure, x_key: str) -> dict[int, Point]:
@@ -132,6 +135,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path, title: str = "Pond
         headline=_headline(arms),
         charts=_charts(arms),
         table=_table(arms),
+        depths=_depths(arms),
         samples=_samples(arms),
         runs="\n".join(_made(run) for arm in arms for run in arm.runs),
     )
@@ -160,7 +164,9 @@ def see(path: str | Path) -> Seen:
     if not result:
         last = max((line.get("step") or 0 for line in metrics), default=0)
         problems.append(f"not finished: no result yet, last logged step {last} of {config.train.steps}")
-    return Seen(run, config, attempt(lambda: run.env, {}), metrics, result, attempt(run.traces, {}), problems)
+    traces = attempt(run.traces, {})
+    depths = traces.pop(DEPTHS, {})
+    return Seen(run, config, attempt(lambda: run.env, {}), metrics, result, traces, depths, problems)
 
 
 def gather(runs: Iterable[Seen]) -> list[Arm]:
@@ -288,6 +294,14 @@ def _cell(values: list[float], show: Callable[[float], str], best: float | None)
     mean, spread = _mean(values), _spread(values)
     style = ' class="best"' if mean == best else ""
     return f"<td{style}>{show(mean)}{f' <small>± {show(spread)}</small>' if spread else ''}</td>"
+
+
+def _depths(arms: list[Arm]) -> str:
+    """One run speaks for its arm, as with the samples."""
+    chosen = ((arm, next((run for run in arm.runs if run.depths), None)) for arm in arms)
+    return depth_section(
+        [Depth(arm.name, arm.index, run.config.train.seed, run.depths) for arm, run in chosen if run is not None]
+    )
 
 
 def _samples(arms: list[Arm]) -> str:

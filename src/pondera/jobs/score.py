@@ -5,8 +5,11 @@ Shapes: B batch, C context.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +29,9 @@ def score(
     isolate: bool = False,
     rank: int = 0,
     num_processes: int = 1,
-    total: Callable[[float], float] = float,
-) -> dict[str, float]:
+    total: Callable[[Tally], Tally] | None = None,
+    budget: dict[str, Any] | None = None,
+) -> dict[str, Any]:
     """Next-token loss on the first windows of a split.
 
     The mode of the model and all random states are left as they were.
@@ -41,33 +45,77 @@ def score(
         isolate: tokens attend within their own document only.
         rank: of this process, where several share the windows.
         num_processes: that share them.
-        total: sums a number over these processes.
+        total: sums what was found over these processes.
+        budget: ``effort`` and ``max_passes``, as the model takes them.
 
     Returns:
-        ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), and the ``tokens``
-        and ``bytes`` of text that were predicted.
+        ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), the ``tokens``
+        and ``bytes`` of text that were predicted, ``passes_per_token``, and ``pass_shares``, the share of the tokens
+        that took each pass.
     """
     windows = split.windows(context, isolate)
     count = min(len(windows), max(1, max_tokens // context))
-    nats = 0.0
+    found = Tally()
     for first in range(0, count, batch_size * num_processes):
         start = first + rank * batch_size
         mine = range(start, min(start + batch_size, count))
         # Who has nothing left runs a window for nothing: each forward pass of a sharded model takes all processes.
-        found = nats_of(model, [windows[index] for index in mine or [0]])
-        nats += found if mine else 0.0
+        own = tally(model, [windows[index] for index in mine or [0]], budget=budget)
+        found += own if mine else own.nothing()
     tokens = count * context
-    return measures(total(nats), tokens, split.num_bytes_of(1, tokens + 1))
+    return measures(found if total is None else total(found), tokens, split.num_bytes_of(1, tokens + 1))
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What was counted over some windows.
+
+    Args:
+        nats: the summed next-token loss.
+        took: how many tokens took a first, second, third, ... pass.
+
+    Example:
+        >>> Tally(2.0, (4, 1)) + Tally(1.0, (3,))
+        Tally(nats=3.0, took=(7, 1))
+    """
+
+    nats: float = 0.0
+    took: tuple[float, ...] = ()
+
+    def __add__(self, other: Tally) -> Tally:
+        took = itertools.zip_longest(self.took, other.took, fillvalue=0)
+        return Tally(self.nats + other.nats, tuple(a + b for a, b in took))
+
+    def nothing(self) -> Tally:
+        """As many numbers, all of them 0."""
+        return Tally(0.0, (0,) * len(self.took))
+
+
+def took(passes_BT: Tensor, most: int) -> tuple[int, ...]:
+    """How many tokens took each of `most` passes.
+
+    Example:
+        >>> took(torch.tensor([[1, 3, 3]]), most=3)
+        (3, 2, 2)
+    """
+    counts = passes_BT.flatten().clamp(max=most).bincount(minlength=most + 1)
+    return tuple(counts.flip(0).cumsum(0).flip(0)[1:].tolist())
 
 
 @torch.no_grad()
-def nats_of(model: AdaptiveLM, windows: list[Mapping[str, Tensor]], start: int | None = None) -> float:
-    """Summed next-token loss of windows of one length.
+def tally(
+    model: AdaptiveLM,
+    windows: list[Mapping[str, Tensor]],
+    start: int | None = None,
+    budget: dict[str, Any] | None = None,
+) -> Tally:
+    """Scores windows of one length.
 
     Args:
         model: any mode; left as it was.
         windows: as `Windows` gives them.
         start: the id of a token that each window is read after, where the model wants one; it is not predicted.
+        budget: ``effort`` and ``max_passes``, as the model takes them.
     """
     batch = collate(windows)
     if start is not None:
@@ -76,19 +124,21 @@ def nats_of(model: AdaptiveLM, windows: list[Mapping[str, Tensor]], start: int |
     was_training = model.training
     model.eval()
     try:
-        terms = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}).terms
+        out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **(budget or {}))
     finally:
         model.train(was_training)
-    return float(terms["next_token"].sum)
+    return Tally(float(out.terms["next_token"].sum), took(out.passes, math.ceil(model.passes())))
 
 
-def measures(nats: float, tokens: int, num_bytes: int) -> dict[str, float]:
-    """The summed loss as `score` returns it."""
-    loss = nats / tokens
+def measures(found: Tally, tokens: int, num_bytes: int) -> dict[str, Any]:
+    """What was counted, as `score` returns it."""
+    loss = found.nats / tokens
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": nats / math.log(2) / num_bytes,
+        "bits_per_byte": found.nats / math.log(2) / num_bytes,
         "tokens": tokens,
         "bytes": num_bytes,
+        "passes_per_token": sum(found.took) / found.took[0],
+        "pass_shares": [count / found.took[0] for count in found.took],
     }

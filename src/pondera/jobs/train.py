@@ -98,12 +98,12 @@ def _finish(recorder: Recorder, trainer: PonderaTrainer) -> None:
     from pondera.jobs import checkpoints
 
     run = recorder.run
-    validation = recorder.validation or recorder.validate()
+    result = recorder.result()
     weights, _ = trainer.snapshot()
     recorder.on_main(lambda: checkpoints.export(run, recorder.model, weights, recorder.corpus.tokenizer_path))
     if trainer.args.world_size == 1:  # a sharded model takes all processes for a forward pass
         recorder.on_main(recorder.write_sample)
-    recorder.on_main(lambda: run.write_result(validation | recorder.totals()))
+    recorder.on_main(lambda: run.write_result(result))
 
 
 def check_settings(settings: TrainConfig) -> None:
