@@ -19,11 +19,15 @@ WORKER = str(Path(__file__).parents[1] / "training.py")
 FSDP2 = str(Path(__file__).parents[2] / "launch" / "fsdp2.yaml")
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+# The second thinks as long as a router says: at first no token takes its last step, later some do, not the same everywhere.
+THINKS = {"fixed": "PonderLM2(thoughts=1)", "adaptive": "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.89)"}
+
+
+@pytest.fixture(scope="module", params=THINKS)
+def alone(request, tmp_path_factory):
     """The same training in one process."""
     folder = tmp_path_factory.mktemp("alone")
-    config = training.tiny(training.write_text(folder / "text"))
+    config = training.tiny(training.write_text(folder / "text"), {"think": THINKS[request.param]})
     training.write_config(folder / "config.yaml", config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PONDERA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -43,6 +47,7 @@ def launch(*command: str) -> None:
 def same_losses(run: Run, other: Run) -> None:
     for line, wanted in zip(run.metrics(), other.metrics(), strict=True):
         assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-4)
+        assert line["train_flops"] == pytest.approx(wanted["train_flops"], rel=1e-4)
         assert line["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-3)
     assert run.result()["loss"] == pytest.approx(other.result()["loss"], rel=1e-4)
 
@@ -76,7 +81,7 @@ def test_shards_train_like_one(alone, tmp_path):
     same_losses(run, alone)
 
     held, *kinds = (tmp_path / "shards.txt").read_text().split()
-    assert int(held) == alone.result()["parameters"] / 2
+    assert int(held) == pytest.approx(alone.result()["parameters"] / 2, abs=32)  # odd rows go to the first process
     assert {"FSDPAdaptiveLM", "FSDPLlamaDecoderLayer"} <= set(kinds)
     wanted = AutoModelForCausalLM.from_pretrained(alone.model_dir).state_dict()
     for folder in (run.model_dir, run.checkpoints()[-1]):

@@ -124,7 +124,9 @@ def test_run_is_scored_on_what_it_held_out(run: Run, book: Path):
     expected = score(load(run.path, "cpu").model, held_out, 32, held_out.num_tokens)
     named = {"data.text": run.config.data.text}
     for found in (evaluate(run.path), evaluate(run.path, named)):
-        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-6)
+        assert found["pass_shares"] == expected["pass_shares"]
+        numbers = expected.keys() - {"pass_shares"}
+        assert {key: found[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-6)
         assert found["name"] == "mine" and found["context"] == 32
     assert evaluate(run.path, {"context": 16}, max_tokens=40)["tokens"] == 32
     other = evaluate(run.path, {"text": str(book)})
@@ -239,7 +241,7 @@ def test_json_has_every_number(book: Path, tmp_path: Path, capsys: pytest.Captur
         "loss", "perplexity", "bits_per_byte", "passes_per_token",
         "inference_flops_per_token", "kv_bytes_per_token", "tokens_per_second",
     }  # fmt: skip
-    assert found.keys() == {key for key, _, _ in SHOWN} | {"name", "context", "tokens", "bytes"}
+    assert found.keys() == {key for key, _, _ in SHOWN} | {"name", "context", "tokens", "bytes", "pass_shares"}
     assert all(found[key] > 0 for key, _, _ in SHOWN)
 
 
@@ -284,3 +286,29 @@ def test_trace_leaves_the_mode(loaded: dict[str, Loaded]):
     model = load(Path(loaded["plain"].model.name_or_path)).model.train()
     trace(model, loaded["plain"].tokenizer, "fox", 40)
     assert model.training
+
+
+class TestEffort:
+    """The knob of `eval`: less thinking, and what it costs."""
+
+    def test_half_the_effort_takes_fewer_passes_and_is_priced_so(self, loaded, book: Path):
+        full, none = (evaluate(loaded["cot"], {"text": str(book)}, effort=effort) for effort in ("high", 0))
+        assert (full["passes_per_token"], none["passes_per_token"]) == (2, 1) and full["loss"] != none["loss"]
+        assert none["inference_flops_per_token"] < full["inference_flops_per_token"]
+        assert none["kv_bytes_per_token"] == full["kv_bytes_per_token"] / 2
+
+    def test_a_model_that_cannot_think_says_so(self, loaded, book: Path):
+        with pytest.raises(UserError, match="cannot think"):
+            evaluate(loaded["plain"], {"text": str(book)}, effort="low")
+
+    def test_several_efforts_make_a_curve(self, tmp_path: Path, book: Path, capsys):
+        path = str(saved.save(tmp_path / "cot", "cot"))
+        words = ["eval", path, "--data.text", str(book), "--max-tokens", "50", "--effort"]
+        assert main([*words, "0,1"]) == 0
+        printed = capsys.readouterr().out
+        assert "worse by" in printed and "1.000" in printed and "2.000" in printed
+        assert main([*words, "0,1", "--json"]) == 0
+        none, full = json.loads(capsys.readouterr().out)
+        assert (none["effort"], none["passes_per_token"], full["passes_per_token"]) == (0, 1, 2)
+        assert main([*words, "hihg"]) == 2
+        assert "'high'" in capsys.readouterr().err

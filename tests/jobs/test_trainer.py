@@ -19,7 +19,7 @@ from pondera.jobs.batches import Order
 from pondera.jobs.build import new_model, resolve
 from pondera.jobs.load import load
 from pondera.jobs.price import price
-from pondera.jobs.score import score
+from pondera.jobs.score import Tally, score
 from pondera.jobs.train import train
 from pondera.model.lm import AdaptiveLM
 
@@ -123,16 +123,16 @@ def test_processes_share_the_windows_of_a_score(batch_size, text):
         calls.clear()
         score(model, corpus.validation, 32, 10 * 32, batch_size, rank=rank, num_processes=4, total=keep(parts))
         passes.append(len(calls))
-    assert sum(parts) == pytest.approx(whole["loss"] * 320, rel=1e-6)
-    assert all(part > 0 for part in parts[:3]) and len(set(passes)) == 1
+    assert sum(part.nats for part in parts) == pytest.approx(whole["loss"] * 320, rel=1e-6)
+    assert all(part.nats > 0 for part in parts[:3]) and len(set(passes)) == 1
 
 
-def keep(parts: list[float]):
+def keep(parts: list[Tally]):
     """Takes down each process's part of a sum."""
 
-    def total(nats: float) -> float:
-        parts.append(nats)
-        return nats
+    def total(found: Tally) -> Tally:
+        parts.append(found)
+        return found
 
     return total
 

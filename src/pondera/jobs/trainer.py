@@ -9,6 +9,8 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import product
 from typing import Any, cast
 
 import torch
@@ -28,6 +30,7 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 from pondera.ground.errors import Failure
 from pondera.ground.settings import TrainConfig
 from pondera.jobs.batches import Order, collate, mixed_seed
+from pondera.jobs.score import took
 from pondera.model.lm import IGNORED, AdaptiveLM, AdaptiveOutput
 
 
@@ -40,12 +43,14 @@ class Step:
         terms: the mean of each loss term.
         grad_norm: before clipping.
         stop: some process was asked to end.
+        shares: of the tokens that took each pass.
     """
 
     loss: float
     terms: dict[str, float]
     grad_norm: float
     stop: bool
+    shares: list[float]
 
 
 def learning_rate_share(step: int, settings: TrainConfig) -> float:
@@ -138,9 +143,12 @@ class PonderaTrainer(Trainer):
         )
         self.latest: Step | None = None
         self.stop_asked = False
+        self._most_passes = math.ceil(model.passes())
+        self._waits: list[bool] = []
         self._term_names: tuple[str, ...] = ()
         self._counts: dict[str, Tensor] = {}
         self._sums: dict[str, Tensor] = {}
+        self._took: list[tuple[int, ...]] = []
         self._weights: dict[str, float] = {}
 
     @property
@@ -156,24 +164,30 @@ class PonderaTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """AdamW, with weight decay on matrices (and embeddings) only."""
+        """AdamW, with weight decay on matrices (and embeddings) only; what `think_first` keeps waiting in own groups."""
         if self.optimizer is None:
-            parameters = [p for p in (model or self.lm).parameters() if p.requires_grad]
-            groups = [
-                {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": self.settings.weight_decay},
-                {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-            ]
-            betas = (self.settings.beta1, self.settings.beta2)
-            self.optimizer = AdamW([group for group in groups if group["params"]], lr=self.settings.lr, betas=betas)
+            lm, settings = cast(AdaptiveLM, model or self.lm), self.settings
+            parameters = [p for p in lm.parameters() if p.requires_grad]
+            of_thinking = {id(p) for p in lm.think.parameters()} if lm.think is not None else set()
+            waiting = {id(p) for p in parameters if settings.think_first and id(p) not in of_thinking}
+            groups, self._waits = [], []
+            for waits, matrices in product((False, True), (True, False)):
+                chosen = [p for p in parameters if (id(p) in waiting) == waits and (p.ndim >= 2) == matrices]
+                if chosen:
+                    groups.append({"params": chosen, "weight_decay": settings.weight_decay if matrices else 0.0})
+                    self._waits.append(waits)
+            self.optimizer = AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """`learning_rate_share`, counted on from the first step."""
+        """`learning_rate_share`, counted on from the first step; 0 for what still waits."""
 
-        def share(steps_from_here: int) -> float:
-            return learning_rate_share(self.first_step + steps_from_here, self.settings)
+        def share(steps_from_here: int, waits: bool) -> float:
+            step = self.first_step + steps_from_here
+            return 0.0 if waits and step < self.settings.think_first else learning_rate_share(step, self.settings)
 
-        self.lr_scheduler = LambdaLR(cast(Any, optimizer or self.optimizer), share)
+        shares = [partial(share, waits=waits) for waits in self._waits]
+        self.lr_scheduler = LambdaLR(cast(Any, optimizer or self.optimizer), shares)
         return self.lr_scheduler
 
     def get_batch_samples(
@@ -184,7 +198,7 @@ class PonderaTrainer(Trainer):
         seed, step = self.settings.seed, self.state.global_step
         self.lm.begin_step(step, seed)
         torch.manual_seed(mixed_seed(seed, step, self.args.process_index))
-        self._sums = {}
+        self._sums, self._took = {}, []
         self._counts = self._count(batches) if len(batches) > 1 else {}
         return batches, None
 
@@ -200,6 +214,7 @@ class PonderaTrainer(Trainer):
         for name, term in terms.items():
             self._sums[name] = self._sums.get(name, 0) + term.sum.detach().float()
             self._weights[name] = term.weight
+        self._took.append(took(cast(Tensor, outputs.passes), self._most_passes))
         parts = [term.weight * term.sum / _divisor(self._counts[name]) for name, term in terms.items()]
         loss = torch.stack(parts).sum() * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
@@ -225,11 +240,13 @@ class PonderaTrainer(Trainer):
         """Called once per step, when its gradient is whole and the weights are still as they were: sums up the step."""
         norm = super()._get_grad_norm(model, grad_norm)
         norm = float(cast(Tensor, norm.full_tensor() if isinstance(norm, DTensor) else norm))
-        total = self.over_processes({**self._sums, "": float(self.stop_asked)})
-        stop = bool(total.pop("") > 0)
+        took_each = {f"pass {number}": sum(each) for number, each in enumerate(zip(*self._took, strict=True))}
+        total = self.over_processes({**self._sums, **took_each, "stop": float(self.stop_asked)})
+        stop, tokens = bool(total.pop("stop") > 0), float(total["pass 0"])
+        shares = [float(total.pop(name)) / tokens for name in took_each]
         terms = {name: float(total[name] / _divisor(self._counts[name])) for name in total}
         loss = sum(self._weights[name] * mean for name, mean in terms.items())
-        self.latest = Step(loss, terms, norm, stop)
+        self.latest = Step(loss, terms, norm, stop, shares)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NotFinite(self.state.global_step + 1, self.latest, self.order.windows_of(self.state.global_step))
         return norm

@@ -109,6 +109,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         self.backbone.embed_scale = config.embed_scale
         if self.think is not None:
             self.think.attach(self.backbone)
+            for parameter in self.think.parameters():
+                parameter._is_hf_initialized = True  # by the method itself; `post_init` would draw it anew
         lm = self.backbone.lm
         self._no_split_modules = lm._no_split_modules
         # transformers looks for tied weights in direct children only, and ours lie one level deeper.

@@ -43,7 +43,8 @@ class AdaptiveLatentCoT(Think):
     with gradient checkpointing, which cannot keep the sub-caches.
     Resolved: feedback is the last hidden state, RMS-matched on backbones whose embeddings do not enter at unit RMS;
     states are mixed, not probabilities; the penalty is lambda * mean of sg(p_true)^beta * (sum of the masses that reach
-    steps 1..L), with p_true from the final prediction; the last step taken gets all mass that is left. The paper's own
+    steps 1..L, the first pruned one included, so that the router never stops learning), with p_true from the final
+    prediction; the last step taken gets all mass that is left. The paper's own
     feedback, threshold and penalty were not visible.
 
     Args:
@@ -125,8 +126,10 @@ class AdaptiveLatentCoT(Think):
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "lower", self.packed)
         state_BTD = passes.first(h_BTD)
         states, reach, active_BT = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)], None
+        offered: list[Tensor] = []  # what reaches each step before it is pruned
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
             reach_BT, goes_on_BT = self._halt(backbone, step, state_BTD, reach[-1], position_ids, labels_BT, budget)
+            offered.append(reach_BT)
             if goes_on_BT is not None:
                 goes_on_BT = goes_on_BT.expand(h_BTD.shape[:2])
                 active_BT = passes.real(goes_on_BT if active_BT is None else active_BT & goes_on_BT)
@@ -138,7 +141,7 @@ class AdaptiveLatentCoT(Think):
         passes.finish()
         if self.halting.learned:
             state_BTD = mixture(states, exit_masses(reach))
-        judge = self._penalty(reach) if self.training and self.halting.learned and len(reach) > 1 else None
+        judge = self._penalty(offered) if self.training and self.halting.learned and offered else None
         trace = {"states": states} if self.record else {}
         return Thought(state_BTD, passes.passes_BT, judge=judge, trace=trace)
 
@@ -161,13 +164,13 @@ class AdaptiveLatentCoT(Think):
         )
         return reach_BT, goes_on_BT
 
-    def _penalty(self, reach: list[Tensor]) -> Callable[[Tensor, Tensor], dict[str, Term]]:
+    def _penalty(self, offered: list[Tensor]) -> Callable[[Tensor, Tensor], dict[str, Term]]:
         """The correctness-aware price of going on."""
 
         def judge(logits_BTV: Tensor, labels_BT: Tensor) -> dict[str, Term]:
             known_BT = labels_BT >= 0
             true_BT = logits_BTV.detach().float().softmax(-1).gather(-1, labels_BT.clamp(min=0)[..., None])[..., 0]
-            cost_BT = true_BT**self.beta * torch.stack(reach[1:]).sum(0)
+            cost_BT = true_BT**self.beta * torch.stack(offered).sum(0)
             return {"thinking": Term(cost_BT[known_BT].sum(), known_BT.sum(), self.penalty)}
 
         return judge
