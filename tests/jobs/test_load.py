@@ -162,7 +162,7 @@ def test_missing_shard_is_named(folder: Path):
 def test_damaged_config(folder: Path):
     config = folder / "config.json"
     tree = json.loads(config.read_text())
-    for content in ("{", json.dumps({**tree, "model_type": "no_such"}), json.dumps({**tree, "think": "PonderLM3()"})):
+    for content in ("{", json.dumps({**tree, "model_type": "no_such"}), json.dumps({**tree, "think": "PonderLM9()"})):
         config.write_text(content)
         message(folder)
     assert "PonderLM2" in message(folder)

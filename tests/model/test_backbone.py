@@ -200,12 +200,7 @@ class TestBadInput:
 
     def test_unknown_method(self):
         with pytest.raises(UserError, match="did you mean 'PonderLM2'"):
-            AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think="PonderLM3()")
-
-    def test_a_pondera_model_is_no_backbone(self, tmp_path):
-        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]))).save_pretrained(tmp_path)
-        with pytest.raises(UserError, match="is a Pondera model already"):
-            AdaptiveConfig(backbone=str(tmp_path))
+            AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think="PonderLM9()")
 
 
 def test_importing_pondera_registers_whatever_the_order():

@@ -22,6 +22,7 @@ pondera train ponderlm2 --data.text books/ --train.steps 2000 --out runs/books
 pondera train plain --think "PonderLM2(thoughts=2)" --backbone.hidden_size 256 --name two-thoughts
 pondera train mine.yaml --train.seed 1
 pondera train runs/books --resume
+pondera train adaptivelatentcot --backbone runs/plain-seed0 --out runs/thinking
 """
 
 

@@ -53,6 +53,9 @@ class TrainConfig:
     """How it is learned: the ``train`` part of a run."""
 
     steps: int = option(500, "optimizer steps")
+    think_first: int = option(
+        0, "in the first so many steps only what the think method adds learns, for a backbone that was trained before"
+    )
     batch_size: int = option(8, "windows per optimizer step, over all processes")
     micro_batch_size: int | None = option(
         None, "windows per forward pass on one process (none: the whole step at once)"
@@ -82,7 +85,9 @@ class RunConfig:
 
     name: str = option("run", "what to call the run in tables")
     about: str = option("", "one sentence on what the recipe is for")
-    backbone: Any = option(None, "a HF config as a mapping (model_type: llama, ...), or a checkpoint folder")
+    backbone: Any = option(
+        None, "a HF config as a mapping (model_type: llama, ...), a checkpoint folder, or a run to go on from"
+    )
     init: str = option(
         "hf", "'hf': the architecture's own initialisation; 'scaled': std sqrt(2/5D), embeddings scaled to unit RMS"
     )

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pondera.ground.errors import UserError
-from pondera.ground.settings import DataConfig, RunConfig
+from pondera.ground.run import Run, is_run
+from pondera.ground.settings import DataConfig, RunConfig, TrainConfig
+from pondera.ground.tokens import bpe_size, load_tokenizer
+from pondera.jobs import checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -17,16 +21,45 @@ if TYPE_CHECKING:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """`config` with what follows from it written out: a wrapped checkpoint is read with its own tokenizer.
+    """`config` with what follows from it written out: a checkpoint is read with its own tokenizer, a run by its model.
 
-    A tokenizer that was chosen, that is any but the default, stays.
+    A tokenizer that was chosen, that is any but the default, stays; but to a model of ours none is trained anew.
+
+    Raises:
+        UserError: the backbone is a run that has not come to its end.
     """
-    path = config.backbone
-    if not isinstance(path, str) or config.data.tokenizer != DataConfig.tokenizer:
+    if not isinstance(config.backbone, str):
         return config
-    if Path(path).is_dir() and not any(Path(path).glob("tokenizer*")):
+    path = _model_folder(config.backbone)
+    config, folder, chosen = dataclasses.replace(config, backbone=path), Path(path), config.data.tokenizer
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return config
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
+    if chosen == DataConfig.tokenizer or (_is_ours(folder) and bpe_size(chosen)):
+        return dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=path))
+    return config
+
+
+def _model_folder(path: str) -> str:
+    """The final model of a run; any other path, or a hub name, as it is.
+
+    Checkpoints of a run that goes on come and go, so no other run is built on whichever is the newest.
+    """
+    run = Run(Path(path).expanduser())
+    if not is_run(run.path):
+        return path
+    if (run.model_dir / "config.json").is_file():
+        return str(run.model_dir)
+    found = run.checkpoints()
+    either = f", or give one of its checkpoints, such as {found[-1]}" if found else ""
+    raise UserError(f"backbone: the run {path!r} is not finished; go on with it with --resume{either}")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a model folder was written by Pondera."""
+    try:
+        return json.loads((folder / "config.json").read_bytes())["model_type"] == "pondera"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
@@ -37,7 +70,8 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
         vocab_size: of the tokenizer; a backbone given as a mapping takes it over.
 
     Raises:
-        UserError: no backbone, a vocabulary that is not the tokenizer's, or a context that does not fit.
+        UserError: no backbone, a vocabulary that is not the tokenizer's, a context that does not fit, a checkpoint that
+            is damaged, or nothing to learn in the steps of ``train.think_first``.
 
     Example:
         >>> from pondera.ground.settings import from_dict
@@ -50,8 +84,26 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
 
     from pondera.model.lm import AdaptiveLM
 
+    adaptive = adaptive_config(config, vocab_size)
+    folder = Path(config.backbone) if isinstance(config.backbone, str) else None
+    if folder and (folder / checkpoints.MANIFEST).is_file() and (damage := checkpoints.find_damage(folder)):
+        raise UserError(f"backbone: {folder} is damaged ({damage}); copy it again or give another one")
     torch.manual_seed(config.train.seed)
-    return AdaptiveLM(adaptive_config(config, vocab_size)).float()
+    model = AdaptiveLM(adaptive).float()
+    check_think_first(model, config.train)
+    return model
+
+
+def check_think_first(model: AdaptiveLM, settings: TrainConfig) -> None:
+    """Refuses a first phase of training in which nothing could learn."""
+    steps = settings.think_first
+    if steps < 0:
+        raise UserError(f"train.think_first: at least 0, got {steps}")
+    if steps and not (model.think is not None and any(p.numel() for p in model.think.parameters())):
+        what = f"{model.config.think} adds no parameters" if model.think is not None else "there is no think method"
+        raise UserError(
+            f"train.think_first: {what}, so nothing would learn in the first {steps} steps; use --train.think_first 0"
+        )
 
 
 def adopt(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -76,6 +128,7 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     adaptive = AdaptiveConfig(backbone=tree, init=config.init, **parts)
     inner = adaptive.get_text_config()
     _check_vocabulary(config, inner.vocab_size, vocab_size)
+    _check_same_tokens(config)
     if config.data.isolate and "linear_attention" in (getattr(inner, "layer_types", None) or ()):
         raise UserError(
             f"data.isolate: {inner.model_type} has linear-attention layers, whose state runs on from one document into "
@@ -95,8 +148,6 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
 
 def _check_vocabulary(config: RunConfig, model_size: int, tokenizer_size: int) -> None:
     """Equal, but for a checkpoint, whose vocabulary is often padded beyond its tokenizer's."""
-    from pondera.ground.tokens import bpe_size
-
     own = isinstance(config.backbone, str)
     padded = own and not bpe_size(config.data.tokenizer) and tokenizer_size < model_size
     if tokenizer_size == model_size or padded:
@@ -110,3 +161,17 @@ def _check_vocabulary(config: RunConfig, model_size: int, tokenizer_size: int) -
         f"backbone.vocab_size: the backbone has {model_size} tokens and the tokenizer {config.data.tokenizer!r} has "
         f"{tokenizer_size}; {advice}"
     )
+
+
+def _check_same_tokens(config: RunConfig) -> None:
+    """A tokenizer of the right size may still have other tokens; those of a model of ours stand beside it."""
+    chosen, folder = config.data.tokenizer, config.backbone
+    if not isinstance(folder, str) or chosen == folder or not _is_ours(Path(folder)):
+        return
+    if any(Path(folder).glob("tokenizer*")):
+        own, given = (load_tokenizer(spec).get_vocab() for spec in (folder, chosen))
+        if not own.items() <= given.items():
+            raise UserError(
+                f"data.tokenizer: {chosen!r} has other tokens than {folder!r} was trained with; leave data.tokenizer out, "
+                f"or use --data.tokenizer {folder}"
+            )

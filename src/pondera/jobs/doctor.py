@@ -217,6 +217,7 @@ def _training(train: TrainConfig) -> Iterator[Finding]:
 
 def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     """What the model is, and what of it does not go together with the rest."""
+    from pondera.jobs.build import check_think_first
     from pondera.jobs.train import check_recomputable
 
     shape, think = model.backbone.config, model.think
@@ -224,10 +225,11 @@ def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     method = f", {config.think} with {model.passes():g} passes per token" if think is not None else ""
     text = f"{shape.model_type}, {_count(count)} parameters, {shape.vocab_size} tokens in the vocabulary{method}"
     yield Finding("ok", "model", text)
-    try:
-        check_recomputable(model, config.train)
-    except UserError as error:
-        yield Finding("problem", "train", str(error))
+    for check in (check_recomputable, check_think_first):
+        try:
+            check(model, config.train)
+        except UserError as error:
+            yield Finding("problem", "train", str(error))
     window = getattr(model.config.backbone, "sliding_window", None)
     if window and "sliding_attention" in model.backbone.layer_types:
         wider = (

@@ -17,14 +17,17 @@ class AdaptiveConfig(PreTrainedConfig):
 
     Args:
         backbone: a transformers config, the same as a mapping with ``model_type``, or the folder (or hub name) of a
-            checkpoint; the weights of a checkpoint are loaded when an `AdaptiveLM` is built from this config.
+            checkpoint; the weights of a checkpoint are loaded when an `AdaptiveLM` is built from this config. Of another
+            Pondera model the backbone is taken over, and of its method what the new method has, too.
         think: how much to compute for each token, e.g. ``"PonderLM2(thoughts=1)"``; none: one pass.
         memory: how much of the past to keep; none: all of it.
         segment: how much to say at once; none: a token.
         init: ``"hf"`` keeps the architecture's own initialisation; ``"scaled"`` draws linear and embedding weights
             from a truncated normal with std sqrt(2/5D), divides output projections by sqrt(2 layers) and multiplies
-            embeddings by `embed_scale` so that they enter at unit RMS (the recipe of the PonderLM papers).
-        embed_scale: what token embeddings are multiplied with; none: decided by `init` and the think method.
+            embeddings by `embed_scale` so that they enter at unit RMS (the recipe of the PonderLM papers). A Pondera
+            model keeps what it was drawn with, whatever is said here.
+        embed_scale: what token embeddings are multiplied with; none: decided by `init` and the think method, or by the
+            Pondera model that `backbone` names.
 
     Raises:
         UserError: an unknown architecture, backbone field, method or argument.
@@ -49,13 +52,18 @@ class AdaptiveConfig(PreTrainedConfig):
         # Whoever holds a config may ask AutoModelForCausalLM for its model, which registers itself when imported.
         importlib.import_module("pondera.model.lm")
         self._checkpoint: str | None = None
+        self._retrofit = False
         if isinstance(self.backbone, str):
-            self._checkpoint, self.backbone = self.backbone, _checkpoint_config(self.backbone)
+            self._checkpoint, found = self.backbone, _checkpoint_config(self.backbone)
+            self._retrofit = isinstance(found, AdaptiveConfig)
+            if isinstance(found, AdaptiveConfig):
+                found, self.init = found.get_text_config(), found.init
+            self.backbone = found
         elif not isinstance(self.backbone, PreTrainedConfig):
             self.backbone = backbone_config(self.backbone or {"model_type": "llama"})
         if self.init not in INITS:
             raise unknown("init", str(self.init), INITS)
-        if self._checkpoint and self.init != "hf":
+        if self._checkpoint and not self._retrofit and self.init != "hf":
             raise UserError(f"init: {self.init!r} would overwrite the weights of {self._checkpoint!r}; use init: hf")
         for seam in spec.SEAMS:
             if getattr(self, seam) is not None:
@@ -85,7 +93,8 @@ class AdaptiveConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """The config as plain mappings; where weights once came from is left out, they are saved beside it."""
         tree = super().to_dict()
-        tree.pop("_checkpoint", None)
+        for mark in ("_checkpoint", "_retrofit"):
+            tree.pop(mark, None)
         return tree
 
 
@@ -116,17 +125,14 @@ def backbone_config(tree: dict[str, Any]) -> PreTrainedConfig:
 
 def _checkpoint_config(path: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(
             f"backbone: {path!r} is neither a checkpoint folder (with config.json) nor a model that could be fetched: "
             f"{str(error).splitlines()[0]}"
         ) from None
-    if config.model_type == AdaptiveConfig.model_type:
-        raise UserError(
-            f"backbone: {path!r} is a Pondera model already; give its own path to eval, generate or --resume"
-        )
-    return config
 
 
 AutoConfig.register(AdaptiveConfig.model_type, AdaptiveConfig, exist_ok=True)
