@@ -279,7 +279,8 @@ def test_the_demo_lets_the_thinking_model_write(out, monkeypatch):
 
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("thinking", Path(__file__).parents[2] / "experiments" / "thinking.py")
+    folder = Path(__file__).parents[2] / "experiments"
+    spec = importlib.util.spec_from_file_location("publishing", folder / "publishing.py")
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(found)
@@ -290,7 +291,7 @@ def test_what_is_published_names_no_path_of_this_machine(experiment, out, tmp_pa
     command = "python experiments/thinking.py --scale cpu --text text.jsonl --name books"
     experiment.publish(out, tmp_path / "results", "tokens", command)
     published = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
-    assert len(published) == 1 + 4 * len(list((out / "runs").iterdir()))
+    assert len(published) == 1 + 5 * len(list((out / "runs").iterdir()))
     for path in published:
         assert str(tmp_path.parent) not in path.read_text() and "/tmp" not in path.read_text()
     assert json.loads((tmp_path / "results" / "tokens.json").read_text())["command"] == command
@@ -309,3 +310,18 @@ def test_equal_inference_is_said(tmp_path: Path):
     said = summarise(list(scores), sorted(tmp_path.iterdir()))["verdict"]
     assert len(said) == 3
     assert said[2].startswith("At about equal inference FLOPs, thinking is 0.100 bits per byte below deep")
+
+
+def test_a_random_control_spends_what_its_method_was_measured_to():
+    """Of the experiment with adaptive arms: sum of keep**k over the extra steps is the measured mean of extra passes."""
+    import sys
+
+    folder = str(Path(__file__).parents[2] / "experiments")
+    sys.path.insert(0, folder)
+    try:
+        adaptive = importlib.import_module("adaptive")
+    finally:
+        sys.path.remove(folder)
+    made = adaptive.control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
+    assert made == "AdaptiveLatentCoT(steps=2, halting='random', keep=0.5)"
+    assert adaptive.control("ThinkAtHard(steps=1)", 1.3) == "ThinkAtHard(steps=1, halting='random', keep=0.3)"

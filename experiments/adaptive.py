@@ -1,0 +1,146 @@
+"""Does it pay to choose who thinks? Loss against the passes that tokens really take.
+
+    python experiments/adaptive.py --scale cpu --text books.jsonl.xz      on two cores, in pieces if need be
+    python experiments/adaptive.py --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+
+First the arms that learn who goes on, between the ends that fixed depth marks; then for each of them a control that lets
+as many tokens go on at random: its probability is solved from the mean passes that the learned arm was measured to take, over
+its seeds. Same data, same tokens, three seeds. Everything is resumable, and what has been finished is published after each
+group, to ``results/adaptive/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from publishing import GPU, publish, stop_after, write_recipe
+
+from pondera.ground.errors import Interrupted
+from pondera.ground.settings import load
+from pondera.jobs.compare import compare
+
+CPU = {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 200, "train.save_every": 100}
+SCALES = {"cpu": CPU, "gpu": GPU}
+SEEDS = 3
+EXTRA = {"cpu": 2, "gpu": 3}
+"""The most passes beyond the first."""
+
+
+def groups(extra: int, steps: int) -> dict[str, dict[str, str | None]]:
+    """Groups of arms, in the order of training: each with the spec of its think method.
+
+    Args:
+        extra: the most passes beyond the first.
+        steps: of training, which AdaPonderLM's penalty is ramped up over.
+    """
+    ramp = f"ramp=({steps // 4}, {steps // 2})"
+    return {
+        "latentcot": {
+            "plain": None,
+            "latentcot-fixed": f"AdaptiveLatentCoT(steps={extra})",
+            "latentcot-router": f"AdaptiveLatentCoT(steps={extra}, halting='router', penalty=0.1)",
+        },
+        "ponderlm": {
+            "plain": None,
+            "ponderlm": f"PonderLM(steps={extra})",
+            "adaponderlm": f"AdaPonderLM(steps={extra}, penalty=1.0, bottom=0.3, {ramp})",
+        },
+        "relatives": {
+            "plain": None,
+            "universaltransformer": f"UniversalTransformer(steps={extra})",
+            "thinkathard": "ThinkAtHard(steps=1)",
+        },
+        "ponderlm3": {"plain": None, "ponderlm3": "PonderLM3(thoughts=1, penalty=0.05, warmup=50)"},
+    }
+
+
+CONTROLLED = ("latentcot-router", "adaponderlm", "universaltransformer", "thinkathard", "ponderlm3")
+
+
+def control(spec: str, passes: float) -> str:
+    """The same method with as many passes on average, given to tokens at random.
+
+    Example:
+        >>> control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
+        "AdaptiveLatentCoT(steps=2, halting='random', keep=0.5)"
+    """
+    head, _, rest = spec.partition("(")
+    depth = rest.split(",")[0].rstrip(")")
+    extra = int(depth.partition("=")[2])
+    low, high = 0.0, 1.0
+    for _ in range(40):  # keep + keep^2 + ... = passes - 1, which grows with keep
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**k for k in range(1, extra + 1)) < passes - 1 else (low, middle)
+    return f"{head}({depth}, halting='random', keep={round(high, 4):g})"
+
+
+def recipe(name: str, think: str | None, overrides: dict[str, Any], folder: Path) -> str:
+    """An arm as a recipe file; every arm shares the plain model's backbone, text and schedule."""
+    given = {**overrides, "name": name} | ({"think": think} if think else {})
+    return write_recipe(load("plain", given), folder)
+
+
+def measured_passes(results: Path, name: str) -> float | None:
+    """Mean passes of an arm over its seeds, if it has been trained."""
+    if not results.is_file():
+        return None
+    rows = {row["name"]: row for row in json.loads(results.read_text())["rows"]}
+    return rows[name]["passes_per_token"]["mean"] if name in rows else None
+
+
+def command_line(args: argparse.Namespace, name: str) -> str:
+    """What to type to do all this again, wherever the text lies."""
+    words = ["python", "experiments/adaptive.py", "--scale", args.scale, "--text", Path(args.text).name, "--name", name]
+    words += ["--steps", str(args.steps)] if args.steps else []
+    words += ["--seeds", str(args.seeds)] if args.seeds != SEEDS else []
+    return shlex.join(words)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=sorted(SCALES), required=True)
+    parser.add_argument("--text", default="stdlib", help="as data.text (default: stdlib)")
+    parser.add_argument("--name", help="of the folder under results/adaptive (default: the text's)")
+    parser.add_argument("--steps", type=int, help="another length")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--groups", nargs="+", choices=list(groups(2, 4)), default=list(groups(2, 4)))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (gpu: 1)")
+    parser.add_argument("--minutes", type=float, help="stop and save after so long; call again to go on")
+    args = parser.parse_args()
+    if args.minutes:
+        stop_after(args.minutes)
+    name = args.name or Path(args.text).name.split(".")[0]
+    out, results = Path("runs/adaptive") / f"{name}-{args.scale}", Path("results/adaptive") / f"{name}-{args.scale}"
+    overrides = {**SCALES[args.scale], "data.text": args.text} | ({"train.steps": args.steps} if args.steps else {})
+    steps = overrides["train.steps"]
+    jobs = args.jobs if args.scale == "cpu" else 1
+
+    def train(arms: dict[str, str | None], group: str) -> None:
+        paths = [recipe(arm, think, overrides, out / "recipes") for arm, think in arms.items()]
+        found = compare(paths, args.seeds, "tokens", None, out, jobs=jobs)
+        publish(out, results, group, command_line(args, name))
+        print(f"{group}:", *found["verdict"], sep="\n  ")
+
+    try:
+        for group in args.groups:
+            arms = groups(EXTRA[args.scale], steps)[group]
+            train(arms, group)
+            for arm in filter(CONTROLLED.__contains__, list(arms)):
+                passes = measured_passes(results / f"{group}.json", arm)
+                if passes is not None and passes > 1:  # where no token ever goes on there is nothing to hold against it
+                    arms[f"{arm}-random"] = control(str(arms[arm]), passes)
+            train(arms, group)
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped in time; call it again to go on", file=sys.stderr)
+        sys.exit(130)
+    print("done")
+
+
+if __name__ == "__main__":
+    main()

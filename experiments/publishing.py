@@ -1,0 +1,86 @@
+"""What the experiments have in common: the larger scale, recipes as files, stopping in time, results without weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pondera.ground.run import Run, write_atomic
+from pondera.ground.settings import RunConfig
+
+GPU = {
+    "backbone.hidden_size": 512,
+    "backbone.intermediate_size": 1408,
+    "backbone.num_hidden_layers": 8,
+    "backbone.num_attention_heads": 8,
+    "backbone.num_key_value_heads": 8,
+    "data.tokenizer": "bpe-8192",
+    "data.context": 512,
+    "train.steps": 3200,
+    "train.batch_size": 64,
+    "train.lr": 1e-3,
+    "train.dtype": "bfloat16",
+    "train.eval_tokens": 524288,
+    "train.eval_every": 400,
+    "train.save_every": 200,
+}
+"""34M parameters, 105M tokens."""
+COPIED = ("metrics.jsonl", "result.json", "traces/depths.json")
+
+
+def write_recipe(config: RunConfig, folder: Path) -> str:
+    """An arm's settings as a file named after it, for `compare` to train."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{config.name}.yaml"
+    write_atomic(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    return str(path)
+
+
+def publish(out: Path, results: Path, equal: str, command: str) -> None:
+    """Copies what the runs say about themselves, without weights and without this machine's paths.
+
+    Args:
+        out: of the comparison.
+        results: where to.
+        equal: names the file of the comparison's numbers.
+        command: what to type to get them.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results / f"{equal}.json", json.loads((out / "results.json").read_text()) | {"command": command})
+    for run in map(Run, sorted((out / "runs").iterdir())):
+        if run.result_file.is_file():
+            target = results / "runs" / run.path.name
+            target.mkdir(parents=True, exist_ok=True)
+            for name in filter(lambda name: (run.path / name).is_file(), COPIED):
+                shutil.copy(run.path / name, target / Path(name).name)
+            config = run.config.to_dict()
+            config["data"]["text"] = portable(config["data"]["text"])
+            write_atomic(target / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+            # Trained in a process of its own, a run has a command of its own.
+            typed = run.env["command"] if run.env["command"].startswith("pondera ") else command
+            words = map(portable, shlex.split(typed))
+            write_json(target / "env.json", run.env | {"command": shlex.join(words)})
+
+
+def portable(word: str) -> str:
+    """An absolute path's last part; everything else as it is."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes indented JSON."""
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def stop_after(minutes: float) -> None:
+    """Has this process interrupt itself in time, which finishes and saves the steps that are being trained."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script's background jobs ignore it
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
