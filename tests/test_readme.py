@@ -41,11 +41,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_commands_and_python(folder: Path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    commands = [line for line in blocks("bash")[1].splitlines() if line.startswith("pondera")]
-    assert len(commands) == 7
+    commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("pondera")]
+    assert len(commands) == 12
     for command in commands:
         words = shlex.split(command)[1:]
         small = SMALL if words[0] in ("train", "compare", "doctor") and "--resume" not in words else []
+        small = SMALL[2:10] if "--backbone" in words else small  # the backbone and its tokenizer are given
         assert main([*words, *small]) == 0, command
     assert (folder / "report.html").is_file() and (folder / "runs/compared/results.json").is_file()
 

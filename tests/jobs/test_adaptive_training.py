@@ -37,8 +37,10 @@ def test_flops_are_those_of_the_passes_that_ran(text: Path, tmp_path: Path):
     assert len({later - earlier for earlier, later in zip(flops, flops[1:], strict=False)}) > 1  # each step draws anew
 
 
-def test_resumed_is_what_it_would_have_been(text: Path, tmp_path: Path):
-    config = training.tiny(text, {"think": ROUTER, "train.keep": 2})
+# Under the last, no token gets far enough to run the second gate.
+@pytest.mark.parametrize("think", [ROUTER, "AdaPonderLM(steps=2)", "AdaPonderLM(steps=2, threshold=0.999)"])
+def test_resumed_is_what_it_would_have_been(think: str, text: Path, tmp_path: Path):
+    config = training.tiny(text, {"think": think, "train.keep": 2})
     straight = train(config, tmp_path / "straight", progress=False)
     assert {"next_token", "thinking"} == straight.metrics()[-1]["terms"].keys()
     again = Run(tmp_path / "again")

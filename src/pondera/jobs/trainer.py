@@ -238,6 +238,10 @@ class PonderaTrainer(Trainer):
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         """Called once per step, when its gradient is whole and the weights are still as they were: sums up the step."""
+        for parameter in self.lm.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                # What no token of this step has run, such as the gate of a late pass, still has a state to save.
+                parameter.grad = torch.zeros_like(parameter)
         norm = super()._get_grad_norm(model, grad_norm)
         norm = float(cast(Tensor, norm.full_tensor() if isinstance(norm, DTensor) else norm))
         took_each = {f"pass {number}": sum(each) for number, each in enumerate(zip(*self._took, strict=True))}
