@@ -58,6 +58,43 @@ def comparison(path: str) -> str:
     return f"{table(head, rows)}\n\n{said}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
 
 
+def depth(path: str) -> str:
+    """A comparison of arms whose depth differs: score against the passes that tokens were measured to take."""
+    found = read(path)
+    first = found["rows"][0]
+    rows = [
+        (
+            f"`{row['name']}`",
+            with_spread(row["passes_per_token"]),
+            f"{row['inference_flops_per_token']['mean'] / first['inference_flops_per_token']['mean']:.2f} ×",
+            f"{row['train_flops']['mean'] / first['train_flops']['mean']:.2f} ×",
+            with_spread(row["bits_per_byte"]),
+            "" if row is first else with_spread(row["bits_per_byte_against_baseline"], sign="+"),
+        )
+        for row in found["rows"]
+    ]
+    head = ["arm", "passes per token", "inference FLOPs", "training FLOPs", "bits per byte", "against plain, same seed"]
+    return f"{table(head, rows)}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
+
+
+def packing(path: str) -> str:
+    """What skipping saves, beside what arithmetic allows."""
+    found = read(path)
+    rows = [
+        (
+            row["method"],
+            f"{row['task']}, batch {row['batch']}",
+            f"{row['mean_passes']:.2f} of {row['passes']:.0f}",
+            f"{row['dense_seconds'] / row['packed_seconds']:.2f} ×",
+            f"{row['passes'] / row['mean_passes']:.2f} ×",
+            f"{row['over_arithmetic']:.2f} ± {row['spread']:.2f}",
+        )
+        for row in found["rows"]
+    ]
+    head = ["method", "task", "passes", "faster than dense", "by arithmetic", "time over arithmetic"]
+    return f"{table(head, rows)}\n\n`{found['command']}`: {found['machine']}; medians of interleaved rounds."
+
+
 def rounds(path: str) -> str:
     """Loss against the number of Jacobi rounds at evaluation."""
     rows = [
@@ -92,7 +129,7 @@ def output(path: str) -> str:
 
 
 MAKERS: dict[str, Callable[[str], str]] = {
-    maker.__name__: maker for maker in (methods, comparison, rounds, speed, output)
+    maker.__name__: maker for maker in (methods, comparison, depth, packing, rounds, speed, output)
 }
 
 
