@@ -22,7 +22,7 @@ def error(call, *args) -> str:
 def test_every_recipe_loads(name):
     config = settings.load(name)
     assert config.name == name and config.about.endswith(".")
-    assert config.backbone["model_type"] == "llama" and config.init == "scaled"
+    assert config.backbone["model_type"] in ("llama", "gpt_neox") and config.init == "scaled"
     if config.think:
         spec.find(spec.parse(config.think).name, "think")
     text = (settings.RECIPES / f"{name}.yaml").read_text()

@@ -30,6 +30,16 @@ EXACT = {
     "AdaptiveLatentCoT-router": "AdaptiveLatentCoT(steps=2, halting='router')",
     "AdaptiveLatentCoT-random": "AdaptiveLatentCoT(steps=2, halting='random')",
     "PauseToken": "PauseToken(pauses=2)",
+    "PonderLM": "PonderLM(steps=2, top=None)",
+    "PonderLM-top": "PonderLM(steps=2, top=48, start='steps')",
+    "AdaPonderLM": "AdaPonderLM(steps=3, top=9, threshold=0.3)",
+    "AdaPonderLM-random": "AdaPonderLM(steps=2, top=None, halting='random')",
+    "AdaPonderLM-dense": "AdaPonderLM(steps=2, top=None, threshold=0.3, halted='dense')",
+    "ThinkAtHard": "ThinkAtHard(steps=2, threshold=0.5, top=8)",
+    "UniversalTransformer": "UniversalTransformer(steps=2, epsilon=0.3)",
+    "UniversalTransformer-fixed": "UniversalTransformer(steps=2, halting='fixed')",
+    "PonderLM3": "PonderLM3(thoughts=2, threshold=0.1, train_rounds=(2, 2), eval_rounds='exact')",
+    "PonderLM3-random": "PonderLM3(thoughts=2, halting='random', train_rounds=(2, 2), eval_rounds='exact')",
 }
 NOTHING = {
     "PonderLM2": "PonderLM2(thoughts=0)",
@@ -37,9 +47,27 @@ NOTHING = {
     "AdaptiveLatentCoT-router": "AdaptiveLatentCoT(steps=0, halting='router')",
     "AdaptiveLatentCoT-random": "AdaptiveLatentCoT(steps=2, halting='random', keep=0.0)",
     "PauseToken": "PauseToken(pauses=0)",
+    "PonderLM": "PonderLM(steps=0)",
+    "PonderLM-top": "PonderLM(steps=0, start='steps')",
+    "AdaPonderLM": "AdaPonderLM(steps=0)",
+    "AdaPonderLM-random": "AdaPonderLM(steps=2, halting='random', keep=0.0)",
+    "AdaPonderLM-dense": "AdaPonderLM(steps=0, halted='dense')",
+    "ThinkAtHard": "ThinkAtHard(steps=0)",
+    "UniversalTransformer": "UniversalTransformer(steps=0)",
+    "UniversalTransformer-fixed": "UniversalTransformer(steps=0, halting='fixed')",
+    "PonderLM3": "PonderLM3(thoughts=0)",
+    "PonderLM3-random": "PonderLM3(thoughts=2, halting='random', keep=0.0)",
 }
 METHODS = sorted(EXACT)
-NEEDS_STORAGE_ORDER_OFF = {"AdaptiveLatentCoT"}  # cannot run on linear-attention layers
+# cannot run on linear-attention layers
+NEEDS_STORAGE_ORDER_OFF = {
+    "AdaptiveLatentCoT",
+    "ThinkAtHard",
+    "UniversalTransformer",
+    "PonderLM",
+    "AdaPonderLM",
+    "PonderLM3",
+}
 MISFITS = {(case, backbone) for case in METHODS for backbone in LINEAR if name(case) in NEEDS_STORAGE_ORDER_OFF}
 PAIRS = [(method, backbone) for method in METHODS for backbone in BACKBONES if (method, backbone) not in MISFITS]
 FEW = [(method, backbone) for method in METHODS for backbone in ("llama", "gemma3", "gpt2")]

@@ -199,7 +199,7 @@ class TestBadInput:
             AdaptiveConfig(backbone=dict(BACKBONES["llama"]), init="scaledd")
 
     def test_unknown_method(self):
-        with pytest.raises(UserError, match="did you mean 'PonderLM2'"):
+        with pytest.raises(UserError, match="did you mean 'PonderLM"):
             AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think="PonderLM9()")
 
 

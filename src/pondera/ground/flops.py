@@ -10,7 +10,7 @@ query x key rectangle that its kernel is given. Norms, softmax, rotations and lo
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pondera.ground.errors import UserError
@@ -25,12 +25,14 @@ class Call:
         keys: rows each attention query is scored against, including the new ones.
         cached: a cache held earlier rows; a linear-attention layer then takes the recurrent step when ``queries == 1``.
         repeats: how many times it is made; a fraction where the number is random and this is its mean.
+        wider: coordinates that queries, keys and values of every head have beyond the architecture's own.
     """
 
     queries: float
     keys: float
     cached: bool = False
     repeats: float = 1
+    wider: int = field(default=0, repr=False)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Attention:
         keys = call.keys
         if call.cached and self.window is not None:
             keys = min(call.keys - call.queries, self.window - 1) + call.queries
-        return 2 * self.heads * self.head_dim * call.queries * keys
+        return 2 * self.heads * (self.head_dim + call.wider) * call.queries * keys
 
     def cache_bytes(self, slots: int, dtype_bytes: int, slides: bool, newest: int) -> int:
         row = 2 * self.kv_heads * self.head_dim * dtype_bytes

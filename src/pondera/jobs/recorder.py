@@ -58,7 +58,9 @@ class Recorder(TrainerCallback):
         self.first_step: int = state["step"]
         self.seconds: float = state["seconds"]
         self.since: dict[str, Any] = state["since"]
-        self.took: list[float] = state["took"]  # for each pass, the share of a step's tokens that took it, summed over steps
+        self.took: list[float] = state[
+            "took"
+        ]  # for each pass, the share of a step's tokens that took it, summed over steps
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.validation: dict[str, Any] | None = None
         self.stopped = False

@@ -22,7 +22,8 @@ from pondera.model.hf import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
-from pondera.model.rows import Rows, packed
+from pondera.model.log_weight import LOG_WEIGHT
+from pondera.model.rows import PACKED, Rows, standing_in
 
 
 @dataclass
@@ -151,6 +152,7 @@ class Backbone(nn.Module):
         mask: Tensor | SlotMask | None = None,
         position_ids: Tensor | None = None,
         rows: Rows | None = None,
+        log_weight_BS: Tensor | None = None,
     ) -> Tensor:
         """One whole pass through the decoder by its public call; returns states after the final norm, ``[B, S, D]``.
 
@@ -161,6 +163,8 @@ class Backbone(nn.Module):
                 for documents that must not see each other), or a `SlotMask`.
             position_ids: ``[B, S]`` token positions; slots of one token share theirs. Packed as the inputs are.
             rows: which slots of which texts the rows of a packed call are; then `mask` must be a `SlotMask` of all texts.
+            log_weight_BS: added to every attention score of that row, like `SlotMask.log_weight_BK` but as one more
+                coordinate of queries and keys, which fused kernels take and gradient can flow through. Without a cache.
         """
         call: dict[str, Any] = {
             "inputs_embeds": h_BSD,
@@ -169,9 +173,12 @@ class Backbone(nn.Module):
             "past_key_values": cache,
             "use_cache": cache is not None,
         }
+        if log_weight_BS is not None:
+            with standing_in(self.config, LOG_WEIGHT) as how:
+                return self.decoder(**call, log_weight_BS=log_weight_BS, **how).last_hidden_state
         if rows is None or rows.batch == 1:
             return self.decoder(**call).last_hidden_state
-        with packed(self.config) as how:
+        with standing_in(self.config, PACKED) as how:
             return self.decoder(**call, rows=rows, **how).last_hidden_state
 
     def run(
@@ -284,7 +291,7 @@ class Backbone(nn.Module):
         if log_weight_BK is None and self.config._attn_implementation != "eager":
             return allowed_BSK[:, None]
         added = allowed_BSK.new_zeros(()) if log_weight_BK is None else log_weight_BK[:, None]
-        return added.to(dtype).expand(allowed_BSK.shape).masked_fill(~allowed_BSK, torch.finfo(dtype).min)[:, None]
+        return torch.where(allowed_BSK, added.to(dtype), torch.finfo(dtype).min)[:, None]
 
 
 def token_positions(tokens: int, mask: Tensor | None, seen: int, device: torch.device) -> Tensor:

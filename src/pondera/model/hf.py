@@ -16,7 +16,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    AttentionMaskInterface,
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    sdpa_mask,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ModelOutput
@@ -24,6 +29,7 @@ from transformers.utils.generic import ModelOutput
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "AttentionInterface",
+    "AttentionMaskInterface",
     "AutoModelForCausalLM",
     "Cache",
     "CacheLayerMixin",
@@ -37,4 +43,5 @@ __all__ = [
     "PreTrainedModel",
     "create_causal_mask",
     "create_sliding_window_causal_mask",
+    "sdpa_mask",
 ]

@@ -110,7 +110,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         if self.think is not None:
             self.think.attach(self.backbone)
             for parameter in self.think.parameters():
-                parameter._is_hf_initialized = True  # by the method itself; `post_init` would draw it anew
+                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
         lm = self.backbone.lm
         self._no_split_modules = lm._no_split_modules
         # transformers looks for tied weights in direct children only, and ours lie one level deeper.

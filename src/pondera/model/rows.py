@@ -11,7 +11,7 @@ D width, d head width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -76,14 +76,20 @@ class Rows:
 
 
 @contextmanager
-def packed(config: PreTrainedConfig) -> Iterator[dict[str, Any]]:
-    """Has the layers of a backbone call `packed_attention`; gives the keyword that tells it what it stands in for."""
+def standing_in(config: PreTrainedConfig, name: str) -> Iterator[dict[str, Any]]:
+    """Has the layers of a backbone call the attention function of that name; gives the keyword that says what for."""
     own = config._attn_implementation_internal
-    config._attn_implementation_internal = PACKED
+    config._attn_implementation_internal = name
     try:
         yield {"inner": own or "sdpa"}
     finally:
         config._attn_implementation_internal = own
+
+
+def attention(module: nn.Module, inner: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The attention function that another stands in for."""
+    own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return ALL_ATTENTION_FUNCTIONS.get_interface(inner, own)
 
 
 def packed_attention(
@@ -109,9 +115,7 @@ def packed_attention(
     """
     if key.shape[0] != rows.batch:
         key, value = rows.spread_heads(key), rows.spread_heads(value)
-    own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(inner, own)
-    out_BSHd, _ = attend(module, rows.spread_heads(query_1HNd), key, value, attention_mask, **kwargs)
+    out_BSHd, _ = attention(module, inner)(module, rows.spread_heads(query_1HNd), key, value, attention_mask, **kwargs)
     return rows.gather(out_BSHd), None
 
 

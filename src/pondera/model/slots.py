@@ -3,7 +3,8 @@
 A **slot** is one KV row: the keys and values that one token left in every layer at one depth (thinking step). Which
 tokens have a slot at a depth is the same in all layers, so it is noted once, beside the layers.
 
-Shapes: B batch, T new tokens, N packed rows, C columns of a depth, K columns of all depths read, H heads, d head width.
+Shapes: B batch, T new tokens, S rows of a call in one text, N packed rows, C columns of a depth, K columns of all depths
+read, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import LongTensor, Tensor
 from torch.nn import functional as F
 
+from pondera.model.backbone import SlotMask, token_positions
 from pondera.model.cache import TokenCache
 from pondera.model.hf import Cache, CacheLayerMixin
 from pondera.model.rows import Rows
@@ -164,6 +166,12 @@ class Depth:
         order_C = torch.arange(self.token_BC.shape[1] + 1, device=self.token_BC.device)
         self.next_B = torch.where(F.pad(self.token_BC, (1, 0), value=FREE) >= 0, order_C, 0).amax(-1)
 
+    def joined(self, other: Depth) -> Depth:
+        """With further columns behind."""
+        weights = [held.log_weight_BC for held in (self, other) if held.log_weight_BC is not None]
+        token_BC = torch.cat([self.token_BC, other.token_BC], dim=1)
+        return Depth(token_BC, torch.cat(weights, dim=1) if weights else None)
+
     def select(self, rows: Tensor) -> Depth:
         """These texts."""
         rows = rows.to(self.token_BC.device)
@@ -206,6 +214,41 @@ class SlotCache(TokenCache):
             for layer in self._layers:
                 layer.write = Write(0, range(1))
 
+    def width(self, depth: int) -> int:
+        """Columns of a depth."""
+        held = self.depths[depth]
+        return 0 if held is None else held.token_BC.shape[1]
+
+    def level(self, depth: int) -> bool:
+        """Whether the rows of all texts end at the same column."""
+        held = self.depths[depth]
+        return held is None or len(held.next_B) == 1 or bool((held.next_B == self.width(depth)).all())
+
+    def note(self, depth: int, token_BC: Tensor, log_weight_BC: Tensor | None = None) -> None:
+        """Says what further columns of a depth hold; log-weights are given always or never."""
+        old, new = self.depths[depth], Depth(token_BC, log_weight_BC)
+        self.depths[depth] = new if old is None else old.joined(new)
+
+    def place(self, depth: int, rows: Rows, token_N: Tensor, log_weight_N: Tensor | None = None) -> Tensor | None:
+        """Notes packed rows behind those that each text has at a depth; returns their columns, as `Write` takes them."""
+        old, before = self.depths[depth], self.width(depth)
+        if rows.even and self.level(depth):
+            weight_BC = None if log_weight_N is None else rows.spread(log_weight_N[None])
+            self.note(depth, rows.spread(token_N[None]), weight_BC)
+            return None
+        next_B = token_N.new_zeros(rows.batch) if old is None else old.next_B
+        column_N = next_B[rows.batch_N] + rows.order_N
+        more = max(0, int(column_N.max()) + 1 - before)
+        weight_BC = None if log_weight_N is None else log_weight_N.new_zeros(rows.batch, more)
+        self.note(depth, token_N.new_full((rows.batch, more), FREE), weight_BC)
+        held = self.depths[depth]
+        assert held is not None
+        token_BC = held.token_BC.index_put((rows.batch_N, column_N), token_N)
+        if held.log_weight_BC is not None and log_weight_N is not None:
+            weight_BC = held.log_weight_BC.index_put((rows.batch_N, column_N), log_weight_N)
+        self.depths[depth] = Depth(token_BC, weight_BC)
+        return column_N
+
     def repeat_below(self, depth: int, tokens: int) -> None:
         """Lets the newest tokens show at a depth what they left one depth below."""
         for layer in self._layers:
@@ -242,3 +285,38 @@ class SlotCache(TokenCache):
     def _rows(self, indices: Tensor) -> None:
         super()._rows(indices)
         self.depths = [depth and depth.select(indices) for depth in self.depths]
+
+
+def slot_mask(
+    seen_BSK: Tensor,
+    query_BS: Tensor,
+    key_BK: Tensor,
+    mask_BT: Tensor | None,
+    tokens: int,
+    by_position: bool,
+    log_weight_BK: Tensor | None = None,
+) -> SlotMask:
+    """Which columns each row of a call sees: those that its method allows, of its document, that hold something.
+
+    Args:
+        seen_BSK: what the method allows, were there neither documents nor free columns.
+        query_BS: token number of each row; `FREE` where it only fills up its text's share of the call.
+        key_BK: token number of each column, or `FREE`.
+        mask_BT: token mask, as for `Think.forward`, or none.
+        tokens: T, cached and new ones.
+        by_position: the decoder has sliding windows, which are over positions.
+        log_weight_BK: added to every score of a column.
+    """
+    allowed_BSK = seen_BSK & (key_BK >= 0)[:, None]
+    if mask_BT is not None:
+        allowed_BSK = allowed_BSK & (_at(mask_BT, key_BK)[:, None] == _at(mask_BT, query_BS)[..., None])
+    # Rows that only fill up may see anything: a softmax over nothing would be NaN.
+    allowed_BSK = allowed_BSK | (query_BS < 0)[..., None]
+    if not by_position:
+        return SlotMask(allowed_BSK, query_BS, key_BK, log_weight_BK)
+    position_BT = token_positions(tokens, mask_BT, 0, key_BK.device).expand(len(key_BK), -1)
+    return SlotMask(allowed_BSK, _at(position_BT, query_BS), _at(position_BT, key_BK), log_weight_BK)
+
+
+def _at(value_BT: Tensor, index_BS: Tensor) -> Tensor:
+    return value_BT.gather(1, index_BS.clamp(min=0))

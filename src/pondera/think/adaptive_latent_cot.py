@@ -183,7 +183,7 @@ class AdaptiveLatentCoT(Think):
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[Call | Product]:
         """See `Think.calls`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
-        shares = shares or [1.0] * self.slots_per_token
+        shares = shares or [1] * self.slots_per_token
         made: list[Call | Product] = list(staged_calls(tokens, context, shares))
         if self.halting.learned and self.steps:
             made.append(Product(tokens * sum(shares[:-1]), self.router.weight.numel()))

@@ -70,7 +70,7 @@ def chance(position_ids: Tensor, depth: int, draw: int) -> Tensor:
 
     Example:
         >>> chance(torch.tensor([[0, 1, 2]]), depth=1, draw=0).mul(100).long().tolist()
-        [[40, 26, 60]]
+        [[69, 84, 28]]
     """
     # Three rounds of multiply and shift spread neighbouring numbers over all bits.
     x = position_ids.long() * 0x9E3779B1 + (depth * 0x85EBCA77 + draw * 0xC2B2AE3D) % 2**61
@@ -79,16 +79,17 @@ def chance(position_ids: Tensor, depth: int, draw: int) -> Tensor:
     return ((x >> 11) & (2**52 - 1)).double() / 2**52
 
 
-def router(backbone: Backbone, start: float, outputs: int = 1) -> nn.Linear:
+def router(backbone: Backbone, start: float, outputs: int = 1, width: int | None = None) -> nn.Linear:
     """A linear layer from states to logits that says the same for every token at first.
 
     Args:
         backbone: whose states it reads.
         start: the probability that it starts at, as a sigmoid.
         outputs: numbers per token.
+        width: of what it reads, where that is not the states themselves.
     """
     weight = next(backbone.parameters())
-    made = nn.Linear(backbone.config.hidden_size, outputs, dtype=weight.dtype, device=weight.device)
+    made = nn.Linear(width or backbone.config.hidden_size, outputs, dtype=weight.dtype, device=weight.device)
     nn.init.zeros_(made.weight)
     nn.init.constant_(made.bias, math.log(start / (1 - start)))
     return made

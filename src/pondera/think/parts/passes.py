@@ -8,7 +8,7 @@ Shapes: B batch, T new tokens, S rows of a call in one text, N packed rows, C co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -16,9 +16,9 @@ import torch.distributed
 from torch import Tensor
 
 from pondera.ground.cost import Call
-from pondera.model.backbone import Backbone, SlotMask, has_documents, token_positions
+from pondera.model.backbone import Backbone, SlotMask, has_documents
 from pondera.model.rows import Rows
-from pondera.model.slots import FREE, Depth, SlotCache, Write
+from pondera.model.slots import FREE, SlotCache, Write, slot_mask
 
 Sees = Literal["lower", "own"]
 
@@ -84,7 +84,7 @@ class Passes:
         """
         active_BT = self.real(active_BT)
         self._deepest = depth
-        self.passes_BT = self.passes_BT + (1 if active_BT is None else active_BT.long())
+        self.passes_BT = self.passes_BT + (1 if active_BT is None or everyone else active_BT.long())
         if active_BT is None:
             return self._dense(depth, x_BTD, None)
         if self.packed and not everyone:
@@ -93,8 +93,8 @@ class Passes:
         return new_BTD if everyone else torch.where(active_BT[..., None], new_BTD, state_BTD)
 
     def goes_on(self, active_BT: Tensor | None) -> bool:
-        """Whether the next pass has to be made; processes that train together make all of them."""
-        together = torch.is_grad_enabled() and torch.distributed.is_available() and torch.distributed.is_initialized()
+        """Whether the next pass has to be made; processes that run together make all of them, as shards wait for each other."""
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
         active_BT = self.real(active_BT)
         return active_BT is None or together or bool(active_BT.any())
 
@@ -103,7 +103,7 @@ class Passes:
         if self.sees == "own":
             for depth in range(self._deepest + 1, len(self.cache.depths)):
                 self.cache.repeat_below(depth, self.tokens)
-                self._note(depth, self._new_tokens(self.passes_BT.shape[0]))
+                self.cache.note(depth, self._new_tokens(self.passes_BT.shape[0]))
         self.cache.record(self.passes_BT)
 
     def real(self, active_BT: Tensor | None) -> Tensor | None:
@@ -112,6 +112,17 @@ class Passes:
             return active_BT
         return active_BT & (self.mask_BK[:, -self.tokens :] > 0)
 
+    def of_active(self, run: Callable[[Tensor], Tensor], x_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
+        """What `run` makes of each active token (none: all), ``[B, T, ...]``, for those alone; zeros for the others."""
+        if active_BT is None:
+            return run(x_BTD)
+        if not self.packed:
+            made = run(x_BTD)
+            return torch.where(active_BT[..., None], made, torch.zeros_like(made))
+        made = run(x_BTD[active_BT][None])
+        zeros = made.new_zeros(*active_BT.shape, made.shape[-1])
+        return zeros.index_put(active_BT.nonzero(as_tuple=True), made[0])
+
     def _reads(self, depth: int) -> range:
         return range(depth + 1) if self.sees == "lower" else range(depth, depth + 1)
 
@@ -119,16 +130,11 @@ class Passes:
         order_T = torch.arange(self.cache.tokens, self.total, device=self.position_ids.device)
         return order_T.expand(batch, -1)
 
-    def _note(self, depth: int, token_BC: Tensor) -> None:
-        """Appends columns to what a depth holds."""
-        old = self.cache.depths[depth]
-        self.cache.depths[depth] = Depth(token_BC if old is None else torch.cat([old.token_BC, token_BC], dim=1))
-
     def _dense(self, depth: int, x_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
         """A pass of all T rows; the slots of tokens that are not active are masked or repeat the ones below."""
         token_BT = self._new_tokens(x_BTD.shape[0])
         masked = active_BT is not None and self.sees == "lower"
-        self._note(depth, torch.where(active_BT, token_BT, FREE) if masked and active_BT is not None else token_BT)
+        self.cache.note(depth, torch.where(active_BT, token_BT, FREE) if masked and active_BT is not None else token_BT)
         write = Write(depth, self._reads(depth), kept_BT=active_BT if self.sees == "own" else None)
         if (depth == 0 or self.sees == "own") and self._plain_order:
             mask = self.mask_BK  # causal order is all there is to it, which the backbone knows by itself
@@ -145,17 +151,17 @@ class Passes:
         token_BT = self._new_tokens(x_BTD.shape[0])
         query_BS = _left(token_BT, active_BT, rows)
         if self.sees == "own":
-            self._note(depth, token_BT)
+            self.cache.note(depth, token_BT)
             everyone = rows.even and rows.width == self.tokens
-            column_N = None if everyone else token_BT[active_BT] - self.total + self._width(depth)
+            column_N = None if everyone else token_BT[active_BT] - self.total + self.cache.width(depth)
         else:
-            column_N = self._place(depth, rows, token_BT[active_BT])
+            column_N = self.cache.place(depth, rows, token_BT[active_BT])
         write = Write(
             depth,
             self._reads(depth),
             rows,
             column_N,
-            self._width(depth),
+            self.cache.width(depth),
             kept_BT=active_BT if self.sees == "own" else None,
         )
         position_1N = self.position_ids.expand(active_BT.shape)[active_BT][None]
@@ -167,28 +173,8 @@ class Passes:
         """A pass that no token of this process takes while others' tokens do: shards have to be gathered by all."""
         if self.sees == "own":
             self.cache.repeat_below(depth, self.tokens)
-            self._note(depth, self._new_tokens(x_BTD.shape[0]))
+            self.cache.note(depth, self._new_tokens(x_BTD.shape[0]))
         return state_BTD + 0 * self.backbone.step(x_BTD[:1, :1], None, None, self.position_ids[:1, :1]).sum()
-
-    def _width(self, depth: int) -> int:
-        held = self.cache.depths[depth]
-        return 0 if held is None else held.token_BC.shape[1]
-
-    def _place(self, depth: int, rows: Rows, token_N: Tensor) -> Tensor | None:
-        """Notes the packed rows behind those that each text has at this depth; returns their columns."""
-        old, before = self.cache.depths[depth], self._width(depth)
-        if rows.even and (old is None or rows.batch == 1 or bool((old.next_B == before).all())):
-            self._note(depth, rows.spread(token_N[None]))
-            return None
-        next_B = token_N.new_zeros(rows.batch) if old is None else old.next_B
-        column_N = next_B[rows.batch_N] + rows.order_N
-        width = max(before, int(column_N.max()) + 1)
-        token_BC = token_N.new_full((rows.batch, width), FREE)
-        if old is not None:
-            token_BC[:, :before] = old.token_BC
-        token_BC[rows.batch_N, column_N] = token_N
-        self.cache.depths[depth] = Depth(token_BC)
-        return column_N
 
     def _mask(self, depth: int, query_BS: Tensor) -> SlotMask | None:
         """Which slots each row sees: earlier tokens' and its own, of its document."""
@@ -197,16 +183,8 @@ class Passes:
         newest = self.tokens == 1 and len(query_BS) == 1 and self.mask_BK is None
         if newest and self.packed and not self._by_position:
             return None  # the one new token of a text without holes sees all there is
-        allowed_BSK = (key_BK[:, None] <= query_BS[..., None]) & (key_BK >= 0)[:, None]
-        if self.mask_BK is not None:
-            document_BK, document_BS = _at(self.mask_BK, key_BK), _at(self.mask_BK, query_BS)
-            allowed_BSK = allowed_BSK & (document_BK[:, None] == document_BS[..., None])
-        # A row that only fills up its text's share of the call may see anything: a softmax over nothing would be NaN.
-        allowed_BSK = allowed_BSK | (query_BS < 0)[..., None]
-        if not self._by_position:
-            return SlotMask(allowed_BSK, query_BS, key_BK)
-        position_BK = token_positions(self.total, self.mask_BK, 0, key_BK.device).expand(len(key_BK), -1)
-        return SlotMask(allowed_BSK, _at(position_BK, query_BS), _at(position_BK, key_BK))
+        seen_BSK = key_BK[:, None] <= query_BS[..., None]
+        return slot_mask(seen_BSK, query_BS, key_BK, self.mask_BK, self.total, self._by_position)
 
 
 def _left(token_BT: Tensor, active_BT: Tensor, rows: Rows) -> Tensor:
@@ -214,10 +192,6 @@ def _left(token_BT: Tensor, active_BT: Tensor, rows: Rows) -> Tensor:
     token_BS = token_BT.new_full((rows.batch, rows.width), FREE)
     token_BS[rows.batch_N, rows.order_N] = token_BT[active_BT]
     return token_BS
-
-
-def _at(value_BK: Tensor, index_BS: Tensor) -> Tensor:
-    return value_BK.gather(1, index_BS.clamp(min=0))
 
 
 def staged_calls(tokens: int, context: int, shares: Sequence[float]) -> list[Call]:
@@ -232,7 +206,8 @@ def staged_calls(tokens: int, context: int, shares: Sequence[float]) -> list[Cal
         >>> staged_calls(8, 0, [1, 0.5])
         [Call(queries=8, keys=8, cached=False, repeats=1), Call(queries=4.0, keys=12.0, cached=False, repeats=1)]
     """
-    made, seen = [], 0.0
+    made: list[Call] = []
+    seen: float = 0
     for share in shares:
         seen += share
         if tokens == 1:  # decoding: a pass is made or not
@@ -240,3 +215,16 @@ def staged_calls(tokens: int, context: int, shares: Sequence[float]) -> list[Cal
         else:
             made.append(Call(tokens * share, (context + tokens) * seen))
     return [call for call in made if call.queries and call.repeats]
+
+
+def own_calls(tokens: int, context: int, shares: Sequence[float]) -> list[Call]:
+    """The decoder calls of passes that see ``"own"``; arguments as for `staged_calls`.
+
+    Example:
+        >>> own_calls(8, 0, [1, 0.5])
+        [Call(queries=8, keys=8, cached=False, repeats=1), Call(queries=4.0, keys=8, cached=False, repeats=1)]
+    """
+    keys = context + tokens
+    if tokens == 1:
+        return [Call(1, keys, repeats=share) for share in shares if share]
+    return [Call(tokens * share, keys) for share in shares if share]
