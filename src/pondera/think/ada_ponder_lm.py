@@ -134,23 +134,22 @@ class AdaPonderLM(PonderLM):
         cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "own", self.packed and not self.dense)
         tau = budget.threshold(self.threshold) if self.adaptive else self.threshold
-        x_BTD, active_BT, said = self.begin(h_BTD), None, []
+        x_BTD, said = self.begin(h_BTD), []
         states = [passes.first(x_BTD)]
         for depth in range(1, budget.passes(self.slots_per_token, self.adaptive and self.halting.learned)):
             gate_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.float32)
             if self.halting.learned:
-                gate_BT = passes.of_active(self._gate(depth), states[-1], active_BT)[..., 0]
-                said.append((gate_BT, active_BT))
+                gate_BT = passes.of_active(self._gate(depth), states[-1])[..., 0]
+                said.append((gate_BT, passes.active_BT))
                 goes_on_BT = gate_BT >= tau
             else:
                 predict = partial(_likeliest, backbone, states[-1])
                 goes_on_BT = self.halting.goes_on(depth, position_ids, labels_BT, predict)
-            active_BT = self._remaining(passes, active_BT, goes_on_BT)
-            if not self.dense and not passes.goes_on(active_BT):
+            if not passes.narrow(goes_on_BT) and not self.dense:
                 break
-            mixture_BTD = passes.of_active(partial(self.feedback, backbone), states[-1], active_BT)
+            mixture_BTD = passes.of_active(partial(self.feedback, backbone), states[-1])
             x_BTD = x_BTD + gate_BT[..., None].to(x_BTD.dtype) * mixture_BTD
-            states.append(passes.deeper(depth, x_BTD, active_BT, states[-1], everyone=self.dense))
+            states.append(passes.deeper(depth, x_BTD, states[-1], everyone=self.dense))
         passes.finish()
         terms = {"thinking": self._penalty(said, passes)} if self.training and said else {}
         return Thought(states[-1], passes.passes_BT, terms, trace={"states": states} if self.record else {})
@@ -159,15 +158,6 @@ class AdaPonderLM(PonderLM):
         """From states to what the gate before `depth` says, ``[..., 1]`` from 0 to 1."""
         mlp = self.gates[0 if self.shared_gate else depth - 1]
         return lambda state_BTD: mlp(state_BTD).float().sigmoid()
-
-    def _remaining(self, passes: Passes, active_BT: Tensor | None, goes_on_BT: Tensor | None) -> Tensor | None:
-        """The active tokens that go on (none: all of them); none: all tokens, for which an ordinary causal pass will do."""
-        if goes_on_BT is None:
-            return active_BT
-        goes_on_BT = goes_on_BT.expand_as(passes.passes_BT)
-        if active_BT is not None:
-            goes_on_BT = goes_on_BT & active_BT
-        return None if self.packed and bool(goes_on_BT.all()) else passes.real(goes_on_BT)
 
     def _penalty(self, said: list[tuple[Tensor, Tensor | None]], passes: Passes) -> Term:
         """The sum of the lowest gates of tokens that were active (none: all), so many of them as the ramp says."""

@@ -125,19 +125,16 @@ class AdaptiveLatentCoT(Think):
         cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "lower", self.packed)
         state_BTD = passes.first(h_BTD)
-        states, reach, active_BT = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)], None
+        states, reach = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
         offered: list[Tensor] = []  # what reaches each step before it is pruned
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
             reach_BT, goes_on_BT = self._halt(backbone, step, state_BTD, reach[-1], position_ids, labels_BT, budget)
             offered.append(reach_BT)
-            if goes_on_BT is not None:
-                goes_on_BT = goes_on_BT.expand(h_BTD.shape[:2])
-                active_BT = passes.real(goes_on_BT if active_BT is None else active_BT & goes_on_BT)
-            if not passes.goes_on(active_BT):
+            if not passes.narrow(goes_on_BT):
                 break
-            state_BTD = passes.deeper(step, self.feedback(backbone, state_BTD), active_BT, state_BTD)
+            state_BTD = passes.deeper(step, self.feedback(backbone, state_BTD), state_BTD)
             states.append(state_BTD)
-            reach.append(reach_BT if active_BT is None else torch.where(active_BT, reach_BT, 0.0))
+            reach.append(passes.where_active(reach_BT, 0.0))
         passes.finish()
         if self.halting.learned:
             state_BTD = mixture(states, exit_masses(reach))

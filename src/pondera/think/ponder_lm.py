@@ -113,7 +113,7 @@ class PonderLM(Think):
             if passes is None:
                 states.append(backbone.step(x_BTD, None, mask, position_ids))
             else:
-                states.append(passes.deeper(depth, x_BTD, None, states[-1]) if depth else passes.first(x_BTD))
+                states.append(passes.deeper(depth, x_BTD, states[-1]) if depth else passes.first(x_BTD))
         if passes is not None:
             passes.finish()
         passes_BT = torch.full(h_BTD.shape[:2], len(states), device=h_BTD.device)

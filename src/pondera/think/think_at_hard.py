@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -141,23 +141,19 @@ class ThinkAtHard(Think):
         cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "lower", self.packed)
         state_BTD = total_BTD = passes.first(h_BTD)
-        totals, lessons, active_BT = [total_BTD], [], None
+        totals, lessons = [total_BTD], []
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
-            predict = partial(_likeliest, backbone, passes, total_BTD, active_BT)
+            predict = partial(_likeliest, backbone, passes, total_BTD)
             if self.halting.learned:
-                goes_on_BT, lesson = self._decide(passes, state_BTD, active_BT, labels_BT, predict, budget)
+                goes_on_BT, lesson = self._decide(passes, state_BTD, labels_BT, predict, budget)
                 lessons += [lesson] if lesson is not None else []
             else:
                 goes_on_BT = self.halting.goes_on(step, position_ids, labels_BT, predict)
-            if goes_on_BT is not None:
-                goes_on_BT = goes_on_BT.expand(h_BTD.shape[:2])
-                active_BT = passes.real(goes_on_BT if active_BT is None else active_BT & goes_on_BT)
-            if not passes.goes_on(active_BT):
+            if not passes.narrow(goes_on_BT):
                 break
-            x_BTD = passes.of_active(partial(self.feedback, backbone), total_BTD, active_BT)
-            state_BTD = passes.deeper(step, x_BTD, active_BT, state_BTD)
-            more_BTD = total_BTD + state_BTD
-            total_BTD = more_BTD if active_BT is None else torch.where(active_BT[..., None], more_BTD, total_BTD)
+            x_BTD = passes.of_active(partial(self.feedback, backbone), total_BTD)
+            state_BTD = passes.deeper(step, x_BTD, state_BTD)
+            total_BTD = passes.where_active(total_BTD + state_BTD, total_BTD)
             totals.append(total_BTD)
         passes.finish()
         terms = {}
@@ -170,16 +166,15 @@ class ThinkAtHard(Think):
         self,
         passes: Passes,
         state_BTD: Tensor,
-        active_BT: Tensor | None,
         labels_BT: Tensor | None,
         predict: Callable[[], Tensor],
         budget: Budget,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """Who goes on; and, where labels are there to learn from, the decider's summed loss and what it was summed over."""
-        logit_BT = passes.of_active(self.decider, state_BTD.detach(), active_BT)[..., 0].float()
+        logit_BT = passes.of_active(self.decider, state_BTD.detach())[..., 0].float()
         if not self.training or labels_BT is None:
             return logit_BT.sigmoid() >= budget.threshold(self.threshold), None
-        known_BT = cast(Tensor, passes.real(labels_BT >= 0 if active_BT is None else active_BT & (labels_BT >= 0)))
+        known_BT = passes.real(passes.where_active(labels_BT >= 0, False))
         hard_BT = known_BT & (predict() != labels_BT)
         loss = F.binary_cross_entropy_with_logits(
             logit_BT[known_BT],
@@ -238,14 +233,14 @@ class Decider(nn.Module):
         return self.leave(x_BTW)
 
 
-def _likeliest(backbone: Backbone, passes: Passes, total_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
+def _likeliest(backbone: Backbone, passes: Passes, total_BTD: Tensor) -> Tensor:
     """The next token ``[B, T]`` that the states summed so far predict."""
 
     @torch.no_grad()
     def best(state_BTD: Tensor) -> Tensor:
         return backbone.head(state_BTD).argmax(-1, keepdim=True)
 
-    return passes.of_active(best, total_BTD, active_BT)[..., 0]
+    return passes.of_active(best, total_BTD)[..., 0]
 
 
 def _misfit(backbone: Backbone) -> str:

@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width, N extra passes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -130,18 +130,15 @@ class UniversalTransformer(Think):
         cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "own", self.packed)
         state_BTD = passes.first(h_BTD)
-        states, left, active_BT = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)], None
+        states, left = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
             left_BT, goes_on_BT = self._halt(backbone, step, state_BTD, left[-1], position_ids, labels_BT, budget)
-            if goes_on_BT is not None:
-                goes_on_BT = goes_on_BT.expand(h_BTD.shape[:2])
-                active_BT = passes.real(goes_on_BT if active_BT is None else active_BT & goes_on_BT)
-            if not passes.goes_on(active_BT):
+            if not passes.narrow(goes_on_BT):
                 break
             x_BTD = self.feedback(backbone, state_BTD) + self.signal_ND[step - 1].to(state_BTD.dtype)
-            state_BTD = passes.deeper(step, x_BTD, active_BT, state_BTD)
+            state_BTD = passes.deeper(step, x_BTD, state_BTD)
             states.append(state_BTD)
-            left.append(left_BT if active_BT is None else torch.where(active_BT, left_BT, 0.0))
+            left.append(passes.where_active(left_BT, 0.0))
         passes.finish()
         terms = {}
         if self.halting.learned:
@@ -172,7 +169,7 @@ class UniversalTransformer(Think):
     def _ponder_cost(self, passes: Passes, left: list[Tensor]) -> Term:
         """Passes + remainder, which is what was left for the last pass that a token took."""
         remainder_BT = torch.stack(left).gather(0, passes.passes_BT[None] - 1)[0]
-        real_BT = cast(Tensor, passes.real(torch.ones_like(passes.passes_BT, dtype=torch.bool)))
+        real_BT = passes.real(torch.ones_like(passes.passes_BT, dtype=torch.bool))
         return Term((passes.passes_BT + remainder_BT)[real_BT].sum(), real_BT.sum(), self.ponder_cost)
 
     def calls(

@@ -38,6 +38,7 @@ class Passes:
             same: it is what the tests hold the packed form against.
 
     Attributes:
+        active_BT: the tokens that still go on; none: all.
         passes_BT: passes that each new token got so far.
     """
 
@@ -63,6 +64,7 @@ class Passes:
         self._by_position = "sliding_attention" in backbone.layer_types
         self._plain_order = not has_documents(mask)
         self._deepest = 0
+        self.active_BT: Tensor | None = None
         self.passes_BT = torch.zeros(0)
 
     def first(self, h_BTD: Tensor) -> Tensor:
@@ -70,19 +72,33 @@ class Passes:
         self.passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
         return self._dense(0, h_BTD, None)
 
-    def deeper(
-        self, depth: int, x_BTD: Tensor, active_BT: Tensor | None, state_BTD: Tensor, everyone: bool = False
-    ) -> Tensor:
-        """One pass of the tokens that go on; the states of the others stay as they were.
+    def narrow(self, goes_on_BT: Tensor | None) -> bool:
+        """Lets only these of the active tokens go on, without padding; says whether there is a pass to make.
+
+        Processes that run together make all passes, as shards wait for each other.
+
+        Args:
+            goes_on_BT: none: all that are active.
+        """
+        if goes_on_BT is None:
+            return True
+        active_BT = goes_on_BT.expand_as(self.passes_BT)
+        self.active_BT = self.real(active_BT if self.active_BT is None else active_BT & self.active_BT)
+        number = int(self.active_BT.sum())
+        if self.packed and number == self.active_BT.numel():
+            self.active_BT = None  # for which an ordinary pass will do
+        return number > 0 or (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+    def deeper(self, depth: int, x_BTD: Tensor, state_BTD: Tensor, everyone: bool = False) -> Tensor:
+        """One pass of the active tokens; the states of the others stay as they were.
 
         Args:
             depth: 1, 2, ...
             x_BTD: inputs; those of tokens that have left off are not read.
-            active_BT: tokens that go on, among those that took the last pass; none: all. Padding never does.
             state_BTD: the states so far.
             everyone: run the other tokens too, over what the active ones left (it costs a dense pass).
         """
-        active_BT = self.real(active_BT)
+        active_BT = self.active_BT
         self._deepest = depth
         self.passes_BT = self.passes_BT + (1 if active_BT is None or everyone else active_BT.long())
         if active_BT is None:
@@ -92,12 +108,6 @@ class Passes:
         new_BTD = self._dense(depth, x_BTD, active_BT)
         return new_BTD if everyone else torch.where(active_BT[..., None], new_BTD, state_BTD)
 
-    def goes_on(self, active_BT: Tensor | None) -> bool:
-        """Whether the next pass has to be made; processes that run together make all of them, as shards wait for each other."""
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        active_BT = self.real(active_BT)
-        return active_BT is None or together or bool(active_BT.any())
-
     def finish(self) -> None:
         """Notes the new tokens in the cache; depths that no token reached show the one below."""
         if self.sees == "own":
@@ -106,22 +116,23 @@ class Passes:
                 self.cache.note(depth, self._new_tokens(self.passes_BT.shape[0]))
         self.cache.record(self.passes_BT)
 
-    def real(self, active_BT: Tensor | None) -> Tensor | None:
+    def real(self, chosen_BT: Tensor) -> Tensor:
         """Without padding."""
-        if active_BT is None or self.mask_BK is None:
-            return active_BT
-        return active_BT & (self.mask_BK[:, -self.tokens :] > 0)
+        return chosen_BT if self.mask_BK is None else chosen_BT & (self.mask_BK[:, -self.tokens :] > 0)
 
-    def of_active(self, run: Callable[[Tensor], Tensor], x_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
-        """What `run` makes of each active token (none: all), ``[B, T, ...]``, for those alone; zeros for the others."""
-        if active_BT is None:
-            return run(x_BTD)
-        if not self.packed:
-            made = run(x_BTD)
-            return torch.where(active_BT[..., None], made, torch.zeros_like(made))
-        made = run(x_BTD[active_BT][None])
-        zeros = made.new_zeros(*active_BT.shape, made.shape[-1])
-        return zeros.index_put(active_BT.nonzero(as_tuple=True), made[0])
+    def where_active(self, new_BT: Tensor, other: Tensor | float) -> Tensor:
+        """`new_BT` at active tokens, `other` at those that have left off; ``[B, T]`` or ``[B, T, D]``."""
+        if self.active_BT is None:
+            return new_BT
+        return torch.where(self.active_BT if new_BT.ndim == 2 else self.active_BT[..., None], new_BT, other)
+
+    def of_active(self, run: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
+        """What `run` makes of each active token, ``[B, T, ...]``, run for those alone; zeros for the others."""
+        if self.active_BT is None or not self.packed:
+            return self.where_active(run(x_BTD), 0)
+        made = run(x_BTD[self.active_BT][None])
+        zeros = made.new_zeros(*self.active_BT.shape, made.shape[-1])
+        return zeros.index_put(self.active_BT.nonzero(as_tuple=True), made[0])
 
     def _reads(self, depth: int) -> range:
         return range(depth + 1) if self.sees == "lower" else range(depth, depth + 1)
