@@ -84,7 +84,7 @@ class Prices:
 
     def _backward(self, call: Call | Product) -> float:
         if isinstance(call, Product):
-            return 2 * self.step(call)
+            return 2 * self.step(call) if call.trained else 0.0
         # Twice a matrix's forward: the gradient of its weights and, as the embedding is trained too, of its input.
         rows = 4 * call.queries
         once = sum(n * (rows * layer.weights + layer.mixer.backward(call)) for layer, n in self._layers.items())

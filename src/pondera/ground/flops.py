@@ -42,10 +42,12 @@ class Product:
     Args:
         rows: how many, fractions as in `Call`.
         weights: entries of the matrix; ``"head"``: of the output head or the embedding table, which are of one size.
+        trained: false where no gradient goes through it, or only through a few of its results.
     """
 
     rows: float
     weights: int | Literal["head"]
+    trained: bool = True
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from pondera.model.hf import (
 )
 from pondera.model.log_weight import LOG_WEIGHT
 from pondera.model.rows import PACKED, Rows, standing_in
+from pondera.model.top_logits import top_logits
 
 
 @dataclass
@@ -127,7 +128,17 @@ class Backbone(nn.Module):
 
     def head(self, h_BTD: Tensor) -> Tensor:
         """Logits ``[B, T, V]`` of final hidden states."""
-        logits_BTV = cast(nn.Module, self.lm.get_output_embeddings())(h_BTD)
+        return self._as_the_model_gives_them(cast(nn.Module, self.lm.get_output_embeddings())(h_BTD))
+
+    def top(self, h_BTD: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The highest logits of final hidden states and the tokens they belong to, ``[B, T, count]`` each."""
+        head = self.lm.get_output_embeddings()
+        if not isinstance(head, nn.Linear) or head.bias is not None:
+            return self.head(h_BTD).topk(count, dim=-1)
+        logits_BTk, ids_BTk = top_logits(h_BTD, head.weight, count)
+        return self._as_the_model_gives_them(logits_BTk), ids_BTk
+
+    def _as_the_model_gives_them(self, logits_BTV: Tensor) -> Tensor:
         if self._logit_scale != 1.0:
             logits_BTV = logits_BTV * self._logit_scale
         return logits_BTV if self._logit_cap is None else torch.tanh(logits_BTV / self._logit_cap) * self._logit_cap

@@ -198,8 +198,8 @@ class ThinkAtHard(Think):
         made: list[Call | Product] = [*self.feedback.calls(thinking)]
         if self.halting.learned and self.steps:
             made.append(Product(judged, sum(p.numel() for p in self.decider.parameters() if p.ndim == 2)))
-            if training:  # predictions that no gradient goes through: a third of what training charges for a product
-                made.append(Product(judged / 3, "head"))
+            if training:  # the predictions that say which tokens are hard
+                made.append(Product(judged, "head", trained=False))
         return [*made, *staged_calls(tokens, context, shares)]
 
 

@@ -69,17 +69,16 @@ class Feedback(nn.Module):
         """The next input vector for each state, ``[B, T, D]``."""
         if self.kind == "hidden":
             return h_BTD * self.scale
-        logits_BTV = backbone.head(h_BTD)
         if self._whole:
-            return backbone.mix_embeddings(logits_BTV.softmax(-1))
-        top = logits_BTV.topk(cast(int, self.top), dim=-1)
-        return backbone.mix_embeddings(top.values.softmax(-1), top.indices)
+            return backbone.mix_embeddings(backbone.head(h_BTD).softmax(-1))
+        logits_BTk, ids_BTk = backbone.top(h_BTD, cast(int, self.top))
+        return backbone.mix_embeddings(logits_BTk.softmax(-1), ids_BTk)
 
     def calls(self, rows: float) -> list[Product]:
         """What feeding `rows` states back multiplies, for the price: the head and, over all tokens, the mixture."""
         if self.kind == "hidden":
             return []
-        return [Product(rows, "head")] * (2 if self._whole else 1)
+        return [Product(rows, "head")] * 2 if self._whole else [Product(rows, "head", trained=False)]
 
 
 def _rms(x: Tensor) -> Tensor:
