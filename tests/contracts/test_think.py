@@ -25,7 +25,7 @@ def name(case: str) -> str:
 
 # How a method is built so that what it computes is exact, in every form that runs differently, and to do nothing.
 EXACT = {
-    "PonderLM2": "PonderLM2(thoughts=2, eval_rounds='exact')",
+    "PonderLM2": "PonderLM2(thoughts=2, eval_rounds='exact', train_rounds=(2, 2))",
     "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2)",
     "AdaptiveLatentCoT-router": "AdaptiveLatentCoT(steps=2, halting='router')",
     "AdaptiveLatentCoT-random": "AdaptiveLatentCoT(steps=2, halting='random')",

@@ -91,6 +91,7 @@ def test_any_head_width_and_scale(width: int, scaling: float | None):
     assert (width + further_coordinates(width)) % 8 == 0
 
 
+@pytest.mark.filterwarnings("ignore:Flash attention")
 def test_fused_kernels_take_it_and_refuse_what_is_added():
     made = backbone("llama")
     h, weight, positions = slots(made)
