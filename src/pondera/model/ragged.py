@@ -58,7 +58,7 @@ class Ragged:
     def run(self, x_BSD: Tensor, slots: Slots) -> Tensor:
         """States ``[B, S, D]`` of input vectors; what stands at slots that are not wanted means nothing."""
         rows = Rows.where(slots.wanted_BS)
-        if rows.width == 0:
+        if rows.width == 0 and self.packed:
             return x_BSD
         everyone = rows.even and rows.width == x_BSD.shape[1]
         if not self.packed or (everyone and self.cache.level(0)):

@@ -75,7 +75,7 @@ class Passes:
     def narrow(self, goes_on_BT: Tensor | None) -> bool:
         """Lets only these of the active tokens go on, without padding; says whether there is a pass to make.
 
-        Processes that run together make all passes, as shards wait for each other.
+        Processes that run together make all passes, as shards wait for each other; so does the slow twin.
 
         Args:
             goes_on_BT: none: all that are active.
@@ -87,7 +87,8 @@ class Passes:
         number = int(self.active_BT.sum())
         if self.packed and number == self.active_BT.numel():
             self.active_BT = None  # for which an ordinary pass will do
-        return number > 0 or (torch.distributed.is_available() and torch.distributed.is_initialized())
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return number > 0 or together or not self.packed
 
     def deeper(self, depth: int, x_BTD: Tensor, state_BTD: Tensor, everyone: bool = False) -> Tensor:
         """One pass of the active tokens; the states of the others stay as they were.
