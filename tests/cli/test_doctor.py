@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pondera.cli.main import main
-from pondera.ground import settings
+from pondera.ground import settings, spec
 from pondera.jobs import doctor
 from pondera.jobs.build import new_model
 
@@ -38,6 +38,13 @@ def test_a_recipe_that_fits(examine):
     assert found["ok", "python"] == sys.version.split()[0]
     assert found["ok", "torch"].startswith(torch.__version__)
     assert found["ok", "training"].startswith("2.05 million tokens")
+
+
+@pytest.mark.parametrize("method", sorted(spec.index()))
+def test_every_method_is_examined(method: str, examine):
+    """Also those that multiply more than the decoder does."""
+    found = examine({"think": f"{method}()"})
+    assert not problems(found) and ("ok", "memory") in found or ("warning", "memory") in found
 
 
 def test_time_follows_the_price(examine):

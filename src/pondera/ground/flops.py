@@ -60,14 +60,14 @@ class Attention:
     window: int | None
     fused: bool
 
-    def forward(self, call: Call) -> int:
+    def forward(self, call: Call) -> float:
         return 2 * self._product(call)  # scores, and their mix of the values
 
-    def backward(self, call: Call) -> int:
+    def backward(self, call: Call) -> float:
         # Four gradients; a fused kernel has kept no scores and computes them again.
         return (5 if self.fused else 4) * self._product(call)
 
-    def _product(self, call: Call) -> int:
+    def _product(self, call: Call) -> float:
         """FLOPs of queries x keys, once: the window only masks, unless the cache has already dropped the rows."""
         keys = call.keys
         if call.cached and self.window is not None:
@@ -99,10 +99,10 @@ class DeltaRule:
     def channels(self) -> int:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
-    def forward(self, call: Call) -> int:
+    def forward(self, call: Call) -> float:
         return self._convolution(call) + self.value_heads * self._chunks(call) * self._products()
 
-    def backward(self, call: Call) -> int:
+    def backward(self, call: Call) -> float:
         # Each product has two gradients, and each of the two triangular solves a product in its own. Four are saved:
         # the state before the first chunk, in two products, needs none, and the state after the last is not used.
         chunks = self._chunks(call)
@@ -111,7 +111,7 @@ class DeltaRule:
         scan = chunks * (2 * self._products() + solves) - unused
         return 2 * self._convolution(call) + self.value_heads * scan
 
-    def _convolution(self, call: Call) -> int:
+    def _convolution(self, call: Call) -> float:
         # The convolution is padded on both sides, and a cache puts its last `kernel` rows in front.
         if not call.cached:
             rows = call.queries + self.kernel - 1
@@ -119,7 +119,7 @@ class DeltaRule:
             rows = 2 if call.queries == 1 else call.queries + 2 * self.kernel - 1
         return 2 * rows * self.channels * self.kernel
 
-    def _chunks(self, call: Call) -> int:
+    def _chunks(self, call: Call) -> float:
         # The recurrent step is elementwise, so it is free here as in the counter.
         return 0 if call.cached and call.queries == 1 else -(-call.queries // self.CHUNK)
 

@@ -102,7 +102,9 @@ def skeleton(config: RunConfig) -> AdaptiveLM:
 
 def training_calls(model: AdaptiveLM, context: int) -> list[Call]:
     """The decoder calls that one window of training takes."""
-    return [Call(context, context)] if model.think is None else model.think.calls(context, training=True)
+    if model.think is None:
+        return [Call(context, context)]
+    return [call for call in model.think.calls(context, training=True) if isinstance(call, Call)]
 
 
 def training_bytes(config: RunConfig, model: AdaptiveLM) -> dict[str, float]:
