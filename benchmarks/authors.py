@@ -2,10 +2,10 @@
 
     git clone https://github.com/LUMIA-Group/PonderLM-2 /tmp/ponderlm2
     git clone https://github.com/LUMIA-Group/PonderingLM /tmp/ponderinglm
-    python -m venv /tmp/authors
-    /tmp/authors/bin/pip install torch==2.13.0 transformers==4.46.1 "numpy<2" safetensors
+    python -m venv peers
+    peers/bin/pip install torch==2.13.0 transformers==4.46.1 "numpy<2" safetensors
     python benchmarks/authors.py --ponderlm2 /tmp/ponderlm2 --ponderinglm /tmp/ponderinglm \\
-        --python /tmp/authors/bin/python --out results/authors.json
+        --python peers/bin/python --out results/authors.json
 
 Their code was written for transformers 4.46, hence an environment of its own; give it the torch that Pondera runs with.
 Each side lives in its own process and computes only when told to, in turn. Both have the same architecture, weights,
