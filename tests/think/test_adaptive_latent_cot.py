@@ -265,6 +265,14 @@ class TestControls:
         model.begin_step(1, 0)
         assert not torch.equal(c, model(ids(1, 100)).passes)
 
+    def test_evaluation_forgets_what_training_drew(self):
+        model, x = build(2, arguments=", halting='random', keep=0.4"), ids(1, 100)
+        fresh = model(x).passes
+        model.train()
+        model.begin_step(7, 0)
+        assert not torch.equal(model(x).passes, fresh)
+        assert torch.equal(model.eval()(x).passes, fresh)
+
     def test_random_keeps_the_share_that_was_asked_for(self):
         from pondera.think.parts.halting import chance
 

@@ -86,6 +86,13 @@ class Think(nn.Module, ABC):
     def begin_step(self, step: int, seed: int) -> None:  # noqa: B027 (optional: only randomised methods need it)
         """Told before each optimizer step, so that every rank and every part of a batch makes the same random choice."""
 
+    def train(self, mode: bool = True) -> Think:
+        """Leaving training, what was drawn for its last step is forgotten, so that a model in memory and on disk agree."""
+        super().train(mode)
+        if not mode:
+            self.begin_step(-1, 0)
+        return self
+
     @abstractmethod
     def new_cache(self, backbone: Backbone) -> TokenCache:
         """An empty cache for this method on this backbone."""
