@@ -114,8 +114,7 @@ class PonderLM3(Think):
     deepest state. The penalty is lambda times the mean over tokens of w_1 + ... + w_K. Prefill drops slots too, and refines
     `eval_rounds` times, as `PonderLM2` does. Sliding windows are over positions, so windows of `PonderLM2`, which are over
     slots, end within a token where these end before it. In training weights are one more coordinate of queries and keys
-    (`pondera.model.log_weight`): on a CPU, passes of 512 slots were about 1.3 times as fast as with weights added to the
-    scores, of 2048 slots about 3 times (3 layers of width 128, forward and backward).
+    (`pondera.model.log_weight`), as no fused kernel takes an added mask that gradient flows through.
 
     Args:
         thoughts: K, the most latent thoughts per token; 0 is the backbone itself.
