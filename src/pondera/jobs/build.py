@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pondera.ground.errors import UserError
 from pondera.ground.run import Run, is_run
 from pondera.ground.settings import DataConfig, RunConfig, TrainConfig
+from pondera.ground.text import HUB_NAME
 from pondera.ground.tokens import bpe_size, load_tokenizer
 from pondera.jobs import checkpoints
 
@@ -26,7 +27,7 @@ def resolve(config: RunConfig) -> RunConfig:
     A tokenizer that was chosen, that is any but the default, stays; but to a model of ours none is trained anew.
 
     Raises:
-        UserError: the backbone is a run that has not come to its end.
+        UserError: the backbone is a folder that is not there, or a run that has not come to its end.
     """
     if not isinstance(config.backbone, str):
         return config
@@ -45,6 +46,8 @@ def _model_folder(path: str) -> str:
     Checkpoints of a run that goes on come and go, so no other run is built on whichever is the newest.
     """
     run = Run(Path(path).expanduser())
+    if not run.path.is_dir() and not HUB_NAME.fullmatch(path):
+        raise UserError(f"backbone: no such folder: {path!r}; give a run, a model folder, or a hub name")
     if not is_run(run.path):
         return path
     if (run.model_dir / "config.json").is_file():
