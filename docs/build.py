@@ -77,6 +77,39 @@ def depth(path: str) -> str:
     return f"{table(head, rows)}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
 
 
+def effort(path: str) -> str:
+    """Score against the effort asked for; passes beside it."""
+    found = read(path)
+    arms: dict[str, dict[float, str]] = {}
+    for row in found["rows"]:
+        said = f"{with_spread(row['bits_per_byte'])} at {row['passes_per_token']['mean']:.2f}"
+        arms.setdefault(row["arm"], {})[row["effort"]] = said
+    efforts = list(next(iter(arms.values())))
+    rows = [(f"`{arm}`", *(at[each] for each in efforts)) for arm, at in arms.items()]
+    head = ["arm", *(f"effort {each:g}" for each in efforts)]
+    return f"{table(head, rows)}\n\n`{found['command']}`: bits per byte at mean passes per token."
+
+
+def authors(path: str) -> str:
+    """Training speed beside the authors' code."""
+    found = read(path)
+    rows = [
+        (
+            name,
+            f"{row['backbone']['vocab_size']:,}",
+            f"{row['tokens_per_second']['theirs']:.0f}",
+            f"{row['tokens_per_second']['ours']:.0f}",
+            f"{row['ratio']:.2f} ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})",
+            f"{row['ratio_by_arithmetic']:.2f}",
+            f"{row['gradient_difference']:.0e}" if not row["note"] else "another mixture",
+        )
+        for name, row in found["rows"].items()
+    ]
+    head = ["model", "vocabulary", "theirs, tokens/s", "ours, tokens/s", "ratio", "by FLOPs", "gradients apart"]
+    size = f"batch {found['batch']} of {found['context']} tokens, {found['threads']} threads, float32"
+    return f"{table(head, rows)}\n\n`{found['command']}`: {size}, medians of {found['rounds']} interleaved rounds."
+
+
 def packing(path: str) -> str:
     """What skipping saves, beside what arithmetic allows."""
     found = read(path)
@@ -129,7 +162,7 @@ def output(path: str) -> str:
 
 
 MAKERS: dict[str, Callable[[str], str]] = {
-    maker.__name__: maker for maker in (methods, comparison, depth, packing, rounds, speed, output)
+    maker.__name__: maker for maker in (methods, comparison, depth, effort, authors, packing, rounds, speed, output)
 }
 
 

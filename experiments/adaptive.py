@@ -11,23 +11,17 @@ group, to ``results/adaptive/``.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
-from publishing import GPU, publish, stop_after, write_recipe
+from publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
 
-from pondera.ground.errors import Interrupted
 from pondera.ground.settings import load
 from pondera.jobs.compare import compare
 
 CPU = {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 200, "train.save_every": 100}
 SCALES = {"cpu": CPU, "gpu": GPU}
-SEEDS = 3
 EXTRA = {"cpu": 2, "gpu": 3}
 """The most passes beyond the first."""
 
@@ -94,52 +88,27 @@ def measured_passes(results: Path, name: str) -> float | None:
     return rows[name]["passes_per_token"]["mean"] if name in rows else None
 
 
-def command_line(args: argparse.Namespace, name: str) -> str:
-    """What to type to do all this again, wherever the text lies."""
-    words = ["python", "experiments/adaptive.py", "--scale", args.scale, "--text", Path(args.text).name, "--name", name]
-    words += ["--steps", str(args.steps)] if args.steps else []
-    words += ["--seeds", str(args.seeds)] if args.seeds != SEEDS else []
-    return shlex.join(words)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", choices=sorted(SCALES), required=True)
-    parser.add_argument("--text", default="stdlib", help="as data.text (default: stdlib)")
-    parser.add_argument("--name", help="of the folder under results/adaptive (default: the text's)")
-    parser.add_argument("--steps", type=int, help="another length")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser = arguments(__doc__, list(SCALES))
     parser.add_argument("--groups", nargs="+", choices=list(groups(2, 4)), default=list(groups(2, 4)))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (gpu: 1)")
-    parser.add_argument("--minutes", type=float, help="stop and save after so long; call again to go on")
     args = parser.parse_args()
-    if args.minutes:
-        stop_after(args.minutes)
-    name = args.name or Path(args.text).name.split(".")[0]
-    out, results = Path("runs/adaptive") / f"{name}-{args.scale}", Path("results/adaptive") / f"{name}-{args.scale}"
-    overrides = {**SCALES[args.scale], "data.text": args.text} | ({"train.steps": args.steps} if args.steps else {})
-    steps = overrides["train.steps"]
-    jobs = args.jobs if args.scale == "cpu" else 1
+    it = plan(args, "adaptive", SCALES[args.scale])
 
     def train(arms: dict[str, str | None], group: str) -> None:
-        paths = [recipe(arm, think, overrides, out / "recipes") for arm, think in arms.items()]
-        found = compare(paths, args.seeds, "tokens", None, out, jobs=jobs)
-        publish(out, results, group, command_line(args, name))
+        paths = [recipe(arm, think, it.overrides, it.out / "recipes") for arm, think in arms.items()]
+        found = compare(paths, it.seeds, "tokens", None, it.out, jobs=it.jobs)
+        publish(it.out, it.results, group, it.command)
         print(f"{group}:", *found["verdict"], sep="\n  ")
 
-    try:
+    with in_pieces(args.minutes):
         for group in args.groups:
-            arms = groups(EXTRA[args.scale], steps)[group]
+            arms = groups(EXTRA[args.scale], it.overrides["train.steps"])[group]
             train(arms, group)
             for arm in filter(CONTROLLED.__contains__, list(arms)):
-                passes = measured_passes(results / f"{group}.json", arm)
+                passes = measured_passes(it.results / f"{group}.json", arm)
                 if passes is not None and passes > 1:  # where no token ever goes on there is nothing to hold against it
                     arms[f"{arm}-random"] = control(str(arms[arm]), passes)
             train(arms, group)
-    except (Interrupted, KeyboardInterrupt):
-        print("stopped in time; call it again to go on", file=sys.stderr)
-        sys.exit(130)
-    print("done")
 
 
 if __name__ == "__main__":

@@ -1,17 +1,23 @@
-"""What the experiments have in common: the larger scale, recipes as files, stopping in time, results without weights."""
+"""What the experiments have in common: arguments, the larger scale, recipes as files, results without weights."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
 import shutil
 import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from pondera.ground.errors import Interrupted
 from pondera.ground.run import Run, write_atomic
 from pondera.ground.settings import RunConfig
 
@@ -33,6 +39,77 @@ GPU = {
 }
 """34M parameters, 105M tokens."""
 COPIED = ("metrics.jsonl", "result.json", "traces/depths.json")
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What was asked for, and where it goes.
+
+    Args:
+        out: the folder of the runs.
+        results: the folder that is committed.
+        overrides: dotted settings of every arm.
+        seeds: how many of each arm.
+        jobs: runs side by side.
+        command: what to type to do all this again, wherever the text lies.
+    """
+
+    out: Path
+    results: Path
+    overrides: dict[str, Any]
+    seeds: int
+    jobs: int
+    command: str
+
+
+def arguments(doc: str | None, scales: list[str]) -> argparse.ArgumentParser:
+    """The arguments that every experiment takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=sorted(scales), required=True)
+    parser.add_argument("--text", default="stdlib", help="as data.text (default: stdlib)")
+    parser.add_argument("--name", help="of the folder of results (default: the text's)")
+    parser.add_argument("--steps", type=int, help="another length")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (gpu: 1)")
+    parser.add_argument("--minutes", type=float, help="stop and save after so long; call again to go on")
+    return parser
+
+
+def plan(args: argparse.Namespace, kind: str, settings: dict[str, Any], further: tuple[str, ...] = ()) -> Experiment:
+    """Reads the common arguments.
+
+    Args:
+        args: as parsed.
+        kind: of experiment: the script's name and the folder of its runs and results.
+        settings: dotted, of the scale.
+        further: words of the command that only this experiment has.
+    """
+    name = args.name or Path(args.text).name.split(".")[0]
+    words = ["python", f"experiments/{kind}.py", "--scale", args.scale, "--text", Path(args.text).name, "--name", name]
+    words += ["--steps", str(args.steps)] if args.steps else []
+    words += ["--seeds", str(args.seeds)] if args.seeds != SEEDS else []
+    return Experiment(
+        out=Path("runs") / kind / f"{name}-{args.scale}",
+        results=Path("results") / kind / f"{name}-{args.scale}",
+        overrides={**settings, "data.text": args.text} | ({"train.steps": args.steps} if args.steps else {}),
+        seeds=args.seeds,
+        jobs=1 if args.scale == "gpu" else args.jobs,
+        command=shlex.join([*words, *further]),
+    )
+
+
+@contextmanager
+def in_pieces(minutes: float | None) -> Iterator[None]:
+    """Stops in time, or when asked to, with everything saved; says "done" at the end."""
+    if minutes:
+        stop_after(minutes)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped in time; call it again to go on", file=sys.stderr)
+        sys.exit(130)
+    print("done")
 
 
 def write_recipe(config: RunConfig, folder: Path) -> str:

@@ -1,0 +1,57 @@
+"""What does thinking less cost? Score and mean passes of trained models against the effort that they are asked for.
+
+    python experiments/effort.py runs/adaptive/books-cpu --arms ponderlm ponderlm3 --out results/adaptive/books-cpu/effort.json
+
+Every run of an arm in that folder, all its seeds, on the held-out text that its table was scored on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from publishing import write_json
+
+from pondera.ground.data import prepare
+from pondera.ground.run import Run
+from pondera.jobs.compare import spread
+from pondera.jobs.load import load
+from pondera.jobs.score import score
+
+EFFORTS = [0.0, 0.25, 0.5, 0.75, 1.0]
+
+
+def curve(path: Path, tokens: int) -> list[dict[str, float]]:
+    """Of one run: bits per byte and mean passes at each effort."""
+    config, model = Run.open(path).config, load(str(path)).model
+    held_out, context = prepare(config.data).validation, config.data.context
+    rows = []
+    for effort in EFFORTS:
+        found = score(model, held_out, context, tokens, batch_size=8, budget={"effort": effort})
+        rows.append({"effort": effort, **{key: found[key] for key in ("bits_per_byte", "passes_per_token")}})
+        print(f"{path.name}: effort {effort}: {rows[-1]['bits_per_byte']:.4f} bits per byte", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="of a comparison: it holds runs/")
+    parser.add_argument("--arms", nargs="+", required=True)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rows, found = [], sorted((args.folder / "runs").iterdir())
+    for arm in args.arms:
+        named = re.compile(rf"{re.escape(arm)}-\d+steps-seed\d+")
+        seeds = [curve(path, args.tokens) for path in found if named.fullmatch(path.name)]
+        for at in zip(*seeds, strict=True):
+            measured = {key: spread([one[key] for one in at]) for key in ("passes_per_token", "bits_per_byte")}
+            rows.append({"arm": arm, "effort": at[0]["effort"], **measured})
+    command = f"python experiments/effort.py {args.folder} --arms {' '.join(args.arms)} --tokens {args.tokens}"
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, {"command": command, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

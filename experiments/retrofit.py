@@ -1,0 +1,60 @@
+"""Does a model that was trained plain learn to think afterwards? Continued training from one checkpoint into each method.
+
+    python experiments/retrofit.py --scale cpu --text books.jsonl.xz      after about a quarter of an hour on two cores
+    python experiments/retrofit.py --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+
+First one plain model is trained. From its checkpoint every arm goes on for as many tokens: the plain model itself, which is
+what the others have to beat, and each method, which first learns alone what it adds (a quarter of the steps, where there is
+anything to learn alone) and then together with the backbone. At the start each of them can be asked for one pass, and is
+then the old model bit for bit. Everything is resumable; results go to ``results/retrofit/``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
+
+from pondera.ground.settings import RunConfig, load
+from pondera.jobs.compare import compare, folder_of
+
+SCALES = {
+    "cpu": {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 50, "train.save_every": 100},
+    "gpu": GPU,
+}
+ARMS = {
+    "plain-on": None,
+    "latentcot": "AdaptiveLatentCoT(steps=1)",
+    "ponderlm": "PonderLM(steps=1)",
+    "ponderlm3": "PonderLM3(thoughts=1, penalty=0.05, warmup=25)",
+    "thinkathard": "ThinkAtHard(steps=1)",
+}
+LEARN_ALONE = ("ponderlm3", "thinkathard")
+
+
+def arm(name: str, think: str | None, overrides: dict[str, Any], checkpoint: Path) -> RunConfig:
+    """The settings of a continued run: half as long as the first, at half its learning rate."""
+    first = load("plain", overrides)
+    steps = first.train.steps // 2
+    settings: dict[str, Any] = {key: value for key, value in overrides.items() if not key.startswith("backbone.")}
+    settings |= {"name": name, "backbone": str(checkpoint), "train.steps": steps, "train.lr": first.train.lr / 2}
+    settings |= {"train.think_first": steps // 4 if name in LEARN_ALONE else 0}
+    return load("plain", settings | ({"think": think} if think else {}))
+
+
+def main() -> None:
+    args = arguments(__doc__, list(SCALES)).parse_args()
+    it = plan(args, "retrofit", SCALES[args.scale])
+    with in_pieces(args.minutes):
+        plain = load("plain", it.overrides)
+        compare([write_recipe(plain, it.out / "recipes")], 1, "tokens", None, it.out, jobs=1)
+        arms = [arm(name, think, it.overrides, folder_of(plain, it.out)) for name, think in ARMS.items()]
+        recipes = [write_recipe(config, it.out / "recipes") for config in arms]
+        found = compare(recipes, it.seeds, "tokens", None, it.out, jobs=it.jobs)
+        publish(it.out, it.results, "tokens", it.command)
+        print(*found["verdict"], sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
