@@ -218,7 +218,7 @@ def test_methods_as_json(said):
     listed = json.loads(out)
     assert code == 0 and err == ""
     assert [entry["name"] for entry in listed] == list(spec.index())
-    assert all(entry["seam"] in spec.SEAMS and entry["summary"] for entry in listed)
+    assert all(entry["seam"] in spec.SEAMS + spec.PARTS and entry["summary"] for entry in listed)
     one = json.loads(said("methods", "PonderLM2", "--json")[1])
     assert one["paper"] == "PonderLM-2, arXiv 2509.23184"
     assert one["documentation"].startswith(one["summary"]) and "Args:" in one["documentation"]

@@ -6,7 +6,8 @@ and on the command line. Its arguments are plain values or other methods. The te
 The folder is the registry. A seam is a folder (``think/``, ``memory/``, ``segment/``), a method one file in it, and the
 file's stem without underscores is the class's name in lower case: ``think/ponder_lm2.py`` holds ``PonderLM2``. Files
 that start with ``_`` and ``contract.py`` hold no method. Files are read, not imported, until a method is built.
-``probe/`` is such a folder, too: what looks at a model from outside is found and built in the same way.
+``quantize/`` is such a folder, too: its methods are arguments of others. And ``probe/``: what looks at a model from
+outside is found and built in the same way.
 
 To try a method without touching the package, put its file under the same folder names anywhere and name that place::
 
@@ -36,6 +37,7 @@ from pondera.ground.errors import UserError, unknown
 from pondera.ground.settings import typed
 
 SEAMS = ("think", "memory", "segment")  # what a model is made of: each is a setting of a run
+PARTS = ("quantize",)  # what methods are made of: they stand among a method's arguments
 PROBES = ("probe",)
 PACKAGE = Path(__file__).parent.parent
 
@@ -122,7 +124,7 @@ def format(spec: Spec) -> str:
     return _text(spec)
 
 
-def index(seams: Sequence[str] = SEAMS) -> dict[str, Method]:
+def index(seams: Sequence[str] = SEAMS + PARTS) -> dict[str, Method]:
     """Every method by name: those of the package, then those of ``PONDERA_METHODS``, seam by seam.
 
     Args:
@@ -157,7 +159,7 @@ def find(name: str, seam: str | None = None) -> Method:
     Raises:
         UserError: there is none (with the nearest name), or it is on another seam.
     """
-    methods = index(PROBES if seam in PROBES else SEAMS)
+    methods = index(PROBES) if seam in PROBES else index()
     method = methods.get(name)
     if method is None:
         allowed = [known.name for known in methods.values() if seam in (None, known.seam)]
@@ -240,8 +242,8 @@ def _user_folders() -> list[Path]:
         Path(part).expanduser().resolve() for part in os.environ.get("PONDERA_METHODS", "").split(os.pathsep) if part
     ]
     for folder in folders:
-        if not any((folder / seam).is_dir() for seam in SEAMS + PROBES):
-            listing = ", ".join(f"{seam}/" for seam in SEAMS + PROBES)
+        if not any((folder / seam).is_dir() for seam in SEAMS + PARTS + PROBES):
+            listing = ", ".join(f"{seam}/" for seam in SEAMS + PARTS + PROBES)
             raise UserError(f"PONDERA_METHODS: {str(folder)!r} is no folder that holds any of {listing}")
     return folders
 
