@@ -106,8 +106,13 @@ def main() -> None:
             train(arms, group)
             for arm in filter(CONTROLLED.__contains__, list(arms)):
                 passes = measured_passes(it.results / f"{group}.json", arm)
-                if passes is not None and passes > 1:  # where no token ever goes on there is nothing to hold against it
-                    arms[f"{arm}-random"] = control(str(arms[arm]), passes)
+                # Where no token goes on, or every one does, chance would do the same.
+                if (
+                    passes is not None
+                    and passes > 1
+                    and not (made := control(str(arms[arm]), passes)).endswith("keep=1)")
+                ):
+                    arms[f"{arm}-random"] = made
             train(arms, group)
 
 
