@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 from pondera.ground.errors import UserError, unknown
 from pondera.ground.settings import typed
 
-SEAMS = ("think", "memory", "segment")  # what a model is made of: each is a setting of a run
+SEAMS = ("think", "memory", "segment", "head")  # what a model is made of: each is a setting of a run
 PARTS = ("quantize",)  # what methods are made of: they stand among a method's arguments
 PROBES = ("probe",)
 PACKAGE = Path(__file__).parent.parent

@@ -1,0 +1,331 @@
+"""Quantizing beside vector-quantize-pytorch, a plain loop and the machine's own rate of matrix products, in one run.
+
+    python -m venv peers
+    peers/bin/pip install torch==2.13.0 vector-quantize-pytorch==1.32.0
+    python benchmarks/quantize.py --python peers/bin/python --out results/quantize.json
+
+Tasks: codes and their rows for all vectors; the same and the sums by code, which are what a training step by moving averages
+or an iteration of k-means needs; k-means; encoding by eight residual levels; a whole training step (forward, backward,
+averages, respawn). FLOPs are those of the scores alone, 2 N K d per level or iteration; ``matmul`` does these products with
+torch.mm and nothing else, so its time is what the machine allows. ``loop`` is what one would write: addmm and argmin, by
+parts. Both packages live in processes of their own, with the same vectors and tables, and compute in turn; seconds are
+medians, ratios medians of the rounds' ratios. ``theirs`` and ``loop`` get the first `--peer-vectors` only, the other package
+in parts of so many scores as fit into memory, and are compared by time per vector. Memory is how far a process's resident
+set rises over what it was before the task (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEVELS, ITERATIONS, BATCH = 8, 5, 65536
+PEER_SCORES = 2**26
+"""Scores that the other package computes at once: it keeps several matrices of them, one in int64."""
+SIDES = {"matmul": "ours", "loop": "ours", "ours": "ours", "theirs": "theirs"}
+"""Who does a task, and in which process."""
+Work = Callable[[], Tensor | None]
+
+
+# what each side does
+
+
+def matmul(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
+    """The products alone, in whichever of two sizes of parts is faster here."""
+    repeats = {"residual": LEVELS, "kmeans": ITERATIONS}.get(task, 1)
+
+    def by(part: int) -> None:
+        scores = torch.empty(part, len(table_KD))
+        for _ in range(repeats):
+            for x_nD in x_ND.split(part):
+                torch.mm(x_nD, table_KD.T, out=scores[: len(x_nD)])
+
+    def seconds(part: int) -> float:
+        start = time.perf_counter()
+        by(part)
+        return time.perf_counter() - start
+
+    best = min((512, 4096), key=lambda part: min(seconds(part) for _ in range(2)))
+    return lambda: by(best)
+
+
+def loop(task: str, x_ND: Tensor, table_KD: Tensor) -> Work | None:
+    """A plain chunked loop."""
+
+    def work() -> Tensor:
+        squares_K = table_KD.square().sum(1)
+        codes = [torch.addmm(squares_K, x_nD, table_KD.T, alpha=-2).argmin(1) for x_nD in x_ND.split(8192)]
+        return torch.cat(codes)
+
+    return work if task == "assign" else None
+
+
+def ours(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
+    from pondera.quantize.parts.kmeans import kmeans
+    from pondera.quantize.parts.nearest import cluster_sums, nearest
+    from pondera.quantize.residual import Residual
+    from pondera.quantize.vq import VQ
+
+    codes, dim = table_KD.shape
+
+    def assign() -> Tensor:
+        codes_N = nearest(x_ND, table_KD)
+        torch.nn.functional.embedding(codes_N, table_KD)
+        return codes_N
+
+    def sums() -> Tensor:
+        codes_N = nearest(x_ND, table_KD)
+        cluster_sums(x_ND, codes_N, codes)
+        return codes_N
+
+    def clusters() -> None:
+        kmeans(x_ND, codes, torch.Generator().manual_seed(0), iterations=ITERATIONS)
+
+    if task == "residual":
+        residual = Residual(VQ(codes), levels=LEVELS).build(dim).eval()
+        return lambda: residual.encode(x_ND)
+    if task == "train":
+        vq = VQ(codes, start=table_KD, update="ema", respawn=0.01).build(dim)
+        x_ND.requires_grad_()
+        step = iter(range(10**9))
+
+        def train() -> None:
+            vq.begin_step(next(step), 0)
+            out = vq(x_ND)
+            (out.out.square().mean() + out.loss).backward()
+
+        return train
+    return {"assign": assign, "sums": sums, "kmeans": clusters}[task]
+
+
+def theirs(task: str, x_ND: Tensor, table_KD: Tensor) -> Work | None:
+    from vector_quantize_pytorch import ResidualVQ, VectorQuantize  # pyright: ignore[reportMissingImports]
+    from vector_quantize_pytorch.vector_quantize_pytorch import kmeans  # pyright: ignore[reportMissingImports]
+
+    codes, dim = table_KD.shape
+    if task == "kmeans":
+        return lambda: kmeans(x_ND[None], codes, ITERATIONS)[0]
+    if task == "residual":
+        model = ResidualVQ(dim=dim, codebook_size=codes, num_quantizers=LEVELS).eval()
+    else:
+        model = VectorQuantize(
+            dim=dim,
+            codebook_size=codes,
+            decay=0.99,
+            commitment_weight=0.25,
+            threshold_ema_dead_code=0.01,
+            rotation_trick=False,
+        )
+        model._codebook.embed.data.copy_(table_KD)
+
+    @torch.no_grad()
+    def encode() -> Tensor:
+        return torch.cat([model(x_nD[None])[1][0] for x_nD in x_ND.split(PEER_SCORES // codes)])
+
+    def train() -> None:
+        out, _, loss = model(x_ND[None])
+        (out.square().mean() + loss.sum()).backward()
+
+    if task == "train":
+        x_ND.requires_grad_()
+        return train
+    if task == "sums":
+        return None  # they are part of its training step only
+    model.eval()
+    return encode
+
+
+MAKERS = {"matmul": matmul, "loop": loop, "ours": ours, "theirs": theirs}
+
+
+# one process
+
+
+def resident(kind: str) -> int | None:
+    """``"VmRSS"`` now, ``"VmHWM"`` at most since the peak was forgotten; none where there is no such file."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)), None)
+
+
+class Worker:
+    """Prepares tasks and does them when told to."""
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.work: dict[str, Work] = {}
+
+    def prepare(self, by: str, task: str, vectors: int, dim: int, codes: int) -> dict[str, Any]:
+        """Makes a task and does it once; tells its memory and its first codes."""
+        self.work.pop(by, None)
+        x_ND = torch.randn(vectors, dim, generator=torch.Generator().manual_seed(0))
+        table_KD = torch.randn(codes, dim, generator=torch.Generator().manual_seed(1))
+        torch.manual_seed(0)
+        work = MAKERS[by](task, x_ND, table_KD)
+        if work is None:
+            return {"able": False}
+        self.work[by] = work
+        before = resident("VmRSS")
+        if before is not None:
+            Path("/proc/self/clear_refs").write_text("5")
+        found = work()
+        peak = resident("VmHWM")
+        rise = None if before is None or peak is None else max(0, peak - before)
+        return {
+            "able": True,
+            "memory": rise,
+            "codes": found[:4096].tolist() if task == "assign" and by != "matmul" else [],
+        }
+
+    def go(self, by: str) -> dict[str, float]:
+        """Seconds of doing a task once more."""
+        start = time.perf_counter()
+        self.work[by]()
+        return {"seconds": time.perf_counter() - start}
+
+    def serve(self) -> None:
+        """Answers each line of JSON with one."""
+        answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is not an answer
+        for line in sys.stdin:
+            request = json.loads(line)
+            print(json.dumps(getattr(self, request.pop("do"))(**request)), file=answers, flush=True)
+
+
+class Process:
+    """A `Worker` in a process of its own."""
+
+    def __init__(self, python: str, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if python != sys.executable:
+            environment.pop("PYTHONPATH", None)  # our packages are not theirs
+        command = [python, __file__, "--worker", "--threads", str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends a request and waits for its answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a process ended early, asked for {request}; what it said stands above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# the whole
+
+
+def measure(task: str, dim: int, codes: int, sides: dict[str, Process], args: argparse.Namespace) -> dict[str, Any]:
+    """A task's row of the result."""
+    most = {"kmeans": BATCH, "train": BATCH}.get(task, args.vectors)
+    vectors = {by: min(most, args.vectors if by in ("ours", "matmul") else args.peer_vectors) for by in SIDES}
+    asked = {
+        by: sides[side].ask(do="prepare", by=by, task=task, vectors=vectors[by], dim=dim, codes=codes)
+        for by, side in SIDES.items()
+        if side in sides
+    }
+    able = [by for by in asked if asked[by]["able"]]
+    each: dict[str, list[float]] = {by: [] for by in able}
+    for round_number in range(args.rounds):
+        for by in able if round_number % 2 else reversed(able):
+            each[by].append(sides[SIDES[by]].ask(do="go", by=by)["seconds"] / vectors[by])
+    flops = 2 * codes * dim * {"residual": LEVELS, "kmeans": ITERATIONS}.get(task, 1)
+    ratio = {by: statistics.median(a / b for a, b in zip(each[by], each["ours"], strict=True)) for by in able}
+    row: dict[str, Any] = {
+        "task": task,
+        "dim": dim,
+        "codes": codes,
+        "vectors": {by: vectors[by] for by in able},
+        "flops_per_vector": flops,
+        "nanoseconds_per_vector": {by: 1e9 * statistics.median(each[by]) for by in able},
+        "gflops_per_second": {by: flops / statistics.median(each[by]) / 1e9 for by in able},
+        "share_of_matmul_rate": ratio["matmul"],
+        "times_as_fast_as": {by: ratio[by] for by in able if by in ("loop", "theirs")},
+        "memory_bytes": {by: asked[by]["memory"] for by in able},
+    }
+    if task == "assign":
+        own = asked["ours"]["codes"]
+        for by in set(able) & {"loop", "theirs"}:
+            pairs = list(zip(own, asked[by]["codes"], strict=False))
+            row.setdefault("same_codes", {})[by] = sum(a == b for a, b in pairs) / len(pairs)
+    return row
+
+
+def show(row: dict[str, Any]) -> None:
+    times = ", ".join(f"{ratio:.1f} x {by}" for by, ratio in row["times_as_fast_as"].items())
+    memory = row["memory_bytes"]["ours"]
+    print(
+        f"{row['task']:9} d {row['dim']:4} K {row['codes']:5}  {row['nanoseconds_per_vector']['ours']:9.0f} ns/vector  "
+        f"{100 * row['share_of_matmul_rate']:3.0f} % of {row['gflops_per_second']['matmul']:.0f} GFLOP/s  {times or '-'}  "
+        f"{'?' if memory is None else round(memory / 2**20)} MiB",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", help="python of an environment that has the other package; left out: not measured")
+    parser.add_argument("--out", type=Path, default=Path("results/quantize.json"))
+    parser.add_argument("--vectors", type=int, default=1_000_000)
+    parser.add_argument("--peer-vectors", type=int, default=131_072)
+    parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--codes", type=int, nargs="+", default=[256, 1024, 8192])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides, which take turns")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        Worker(args.threads).serve()
+        return
+
+    from pondera.ground.run import write_atomic
+
+    pythons = {"ours": sys.executable} | ({"theirs": args.python} if args.python else {})
+    tasks = [(task, dim, codes) for task in ("assign", "sums") for dim in args.dims for codes in args.codes]
+    tasks += [
+        (task, args.dims[0], min(args.codes, key=lambda K: abs(K - 1024))) for task in ("kmeans", "residual", "train")
+    ]
+    rows = []
+    for task in tasks:
+        sides = {name: Process(python, args.threads) for name, python in pythons.items()}  # memory starts anew
+        try:
+            rows.append(measure(*task, sides, args))
+        finally:
+            for side in sides.values():
+                side.close()
+        show(rows[-1])
+    result = {
+        "command": f"python benchmarks/quantize.py --vectors {args.vectors} --rounds {args.rounds}",
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "rows": rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

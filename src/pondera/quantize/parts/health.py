@@ -1,0 +1,185 @@
+"""How healthy a codebook is: several numbers side by side, because each of them alone misleads.
+
+Shapes: N vectors, D width, G groups, R levels, K codes per codebook, C width of a codebook's rows. In docstrings ``...``
+are any leading dimensions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CLOSE = 0.1
+"""Rows are crowded when they are nearer to each other than this share of the median distance between rows."""
+PROBED = 1024
+"""So many rows of a larger codebook, evenly spaced, stand for all of them in `crowding`."""
+CHUNK = 2**15
+"""Vectors at a time in float64."""
+
+
+@dataclass(frozen=True)
+class Health:
+    """What a batch says about a quantizer. None stands where there is nothing to tell, such as for no vectors.
+
+    Args:
+        vectors: how many were quantized; masked ones do not count.
+        usage: ``[G][R]``, the share of codes that some vector has. Not a sign of health by itself: of data with 64 clusters
+            a good codebook of 256 uses a quarter.
+        perplexity: ``[G][R]``, how many codes there would be if all were used alike; at most usage times K.
+        effective_rank_codes: per group, directions that the decoded vectors vary in; so codes are weighted by use.
+        effective_rank_input: per group, the same of the vectors themselves; low here, no codebook helps.
+        crowding: ``[G][R]``, the share of rows with another row close by; none without a table.
+        split_error: mean ||x - q||^2 as a share of the variance; 1 is no better than the mean.
+        variance: tr Cov(x).
+    """
+
+    vectors: int
+    usage: list[list[float | None]]
+    perplexity: list[list[float | None]]
+    effective_rank_codes: list[float | None]
+    effective_rank_input: list[float | None]
+    crowding: list[list[float | None]] | None
+    split_error: float | None
+    variance: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same in the types that JSON has."""
+        return dataclasses.asdict(self)
+
+
+@torch.no_grad()
+def health(x: Tensor, q: Tensor, codes: Tensor, table: Tensor | None = None, sizes: Tensor | None = None) -> Health:
+    """Measures a batch; changes nothing.
+
+    Source: Representation Collapsing Problems in Vector Quantization, arXiv 2411.16550, and its later version 2603.17052.
+    Cost: N * D^2 multiplications in float64, and distances between up to 1024 rows and all rows of each codebook.
+    Resolved: groups are equal parts of D side by side, for x and q alike, also where a product has reordered D. The median
+    distance of crowding is that of all pairs of rows.
+
+    Args:
+        x: ``[..., D]``, the vectors.
+        q: ``[..., D]``, what their codes stand for.
+        codes: ``[..., G, R]``; a place with a negative code is left out, a vector with no other too.
+        table: ``[G, R, K, C]``, the codebooks.
+        sizes: ``[G, R]``, how many codes each codebook has, where not all K rows; without it and without a table the
+            usage is not known.
+
+    Example:
+        >>> x = torch.eye(4)
+        >>> found = health(x, x, torch.tensor([0, 1, 2, 3]).view(4, 1, 1), torch.eye(4).view(1, 1, 4, 4))
+        >>> found.usage, found.split_error, round(found.effective_rank_input[0], 6)
+        ([[1.0]], 0.0, 3.0)
+    """
+    groups, levels = codes.shape[-2:]
+    x_ND, q_ND = x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1])
+    codes_NGR = codes.reshape(len(x_ND), groups, levels)
+    if groups * levels:
+        kept_N = (codes_NGR >= 0).flatten(1).any(1)
+        x_ND, q_ND, codes_NGR = x_ND[kept_N], q_ND[kept_N], codes_NGR[kept_N]
+    if sizes is None and table is not None:
+        sizes = torch.full((groups, levels), table.shape[-2])
+    counts = [[_counts(codes_NGR[:, g, r], sizes, g, r) for r in range(levels)] for g in range(groups)]
+    variance = float(_covariance(x_ND).diagonal().sum()) if len(x_ND) else None
+    error = float((x_ND.float() - q_ND.float()).square().sum(dtype=torch.float64)) / max(len(x_ND), 1)
+    parts = groups if groups and x.shape[-1] % groups == 0 else 1
+    return Health(
+        vectors=len(x_ND),
+        usage=[[usage(n_K) if sizes is not None and n_K.any() else None for n_K in row] for row in counts],
+        perplexity=[[perplexity(n_K) if n_K.any() else None for n_K in row] for row in counts],
+        effective_rank_codes=_ranks(q_ND, parts),
+        effective_rank_input=_ranks(x_ND, parts),
+        crowding=None if table is None or sizes is None else _crowding(table, sizes),
+        split_error=error / variance if variance else None,
+        variance=variance,
+    )
+
+
+def usage(counts_K: Tensor) -> float:
+    """The share of codes that occur.
+
+    Example:
+        >>> usage(torch.tensor([5, 0, 1, 0]))
+        0.5
+    """
+    return float((counts_K > 0).double().mean()) if len(counts_K) else 0.0
+
+
+def perplexity(counts_K: Tensor) -> float:
+    """exp of the entropy of codes that occur so often: K where all do alike, 1 where one does, 0 where none does.
+
+    Example:
+        >>> perplexity(torch.tensor([7, 0, 0]))
+        1.0
+    """
+    hits = counts_K[counts_K > 0].double()
+    return float(torch.special.entr(hits / hits.sum()).sum().exp()) if len(hits) else 0.0
+
+
+def effective_rank(x_ND: Tensor, weights_N: Tensor | None = None) -> float:
+    """How many directions vectors vary in: exp(H(s^2 / sum s^2)), with s the singular values of the centred matrix.
+
+    Args:
+        x_ND: the vectors.
+        weights_N: how often each counts; none: once.
+
+    Returns:
+        From 1 to D; 0 where the vectors are all the same.
+
+    Example:
+        >>> round(effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])), 6)
+        2.0
+    """
+    return perplexity(torch.linalg.eigvalsh(_covariance(x_ND, weights_N)).clamp(min=0))
+
+
+def _ranks(x_ND: Tensor, parts: int) -> list[float | None]:
+    return [effective_rank(part) if len(part) else None for part in x_ND.chunk(parts, 1)]
+
+
+def _counts(codes_N: Tensor, sizes: Tensor | None, group: int, level: int) -> Tensor:
+    """How often each code of a codebook occurs."""
+    size = 0 if sizes is None else int(sizes[group, level])
+    return torch.bincount(codes_N[codes_N >= 0], minlength=size)
+
+
+def _covariance(x_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
+    """In float64, around the mean: the raw second moments of vectors far from 0 would cancel."""
+    weights_N1 = (x_ND.new_ones(len(x_ND)) if weights_N is None else weights_N).double()[:, None]
+    total = weights_N1.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    chunks = list(zip(x_ND.split(CHUNK), weights_N1.split(CHUNK), strict=True))
+    zero_D = torch.zeros(x_ND.shape[-1], dtype=torch.float64, device=x_ND.device)
+    mean_D = sum(((w_n1 * x_nD).sum(0) for x_nD, w_n1 in chunks), zero_D) / total
+    covariance_DD = zero_D.new_zeros(len(mean_D), len(mean_D))
+    for x_nD, w_n1 in chunks:
+        centred_nD = x_nD - mean_D
+        covariance_DD.addmm_((w_n1 * centred_nD).T, centred_nD)
+    covariance_DD /= total
+    # What rounding the mean leaves of vectors that are all the same is no variance.
+    noise = (10 * torch.finfo(torch.float64).eps) ** 2 * mean_D.square().sum()
+    return covariance_DD.where(covariance_DD.trace() > noise, 0)
+
+
+def _crowding(table: Tensor, sizes: Tensor) -> list[list[float | None]]:
+    """Of every codebook the share of rows that have another row close by."""
+    return [[_crowded(table[g, r, : int(sizes[g, r])]) for r in range(table.shape[1])] for g in range(table.shape[0])]
+
+
+def _crowded(table_KC: Tensor) -> float | None:
+    if len(table_KC) < 2:
+        return None
+    every = math.ceil(len(table_KC) / PROBED)
+    table_KC = table_KC.float()
+    probed_PC = table_KC[::every]
+    median = torch.pdist(probed_PC).median()
+    nearest = []
+    # Differences, not products: rows that are the same have a distance of exactly 0.
+    for start in range(0, len(probed_PC), 64):
+        near_pK = torch.cdist(probed_PC[start : start + 64], table_KC, compute_mode="donot_use_mm_for_euclid_dist")
+        own_p = torch.arange(start, start + len(near_pK), device=near_pK.device) * every
+        nearest.append(near_pK.scatter_(1, own_p[:, None], math.inf).amin(1))
+    return float((torch.cat(nearest) <= CLOSE * median).double().mean())
