@@ -127,7 +127,7 @@ def test_logits_that_are_not_understood_are_refused(monkeypatch):
 
 def test_kernels_that_misread_shared_positions_are_refused():
     backbone = {**BACKBONES["llama"], "attn_implementation": "flex_attention"}
-    with pytest.raises(UserError, match="thinking models need 'sdpa'"):
+    with pytest.raises(UserError, match="need 'sdpa'"):
         AdaptiveLM(AdaptiveConfig(backbone=backbone, think="PonderLM2()"))
 
 

@@ -44,6 +44,7 @@ class Prices:
 
     Args:
         config: text config of the backbone.
+        head: numbers that a row is multiplied with where another head than the architecture's scores the vocabulary.
 
     Raises:
         UserError: a model type that has no price yet; the message names those that do.
@@ -58,21 +59,22 @@ class Prices:
         8192
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, head: int | None = None) -> None:
         self._stack = describe(config)
+        self._head = self._stack.head if head is None else head
         self._layers = Counter(self._stack.layers)  # few are distinct, and each is priced once
 
     def step(self, call: Call | Product) -> float:
         """Forward FLOPs of one pass through the decoder stack (no output head), or of a product beside it."""
         if isinstance(call, Product):
-            return 2.0 * call.rows * (self._stack.head if call.weights == "head" else call.weights)
+            return 2.0 * call.rows * (self._head if call.weights == "head" else call.weights)
         rows = 2 * call.queries
         once = sum(n * (rows * layer.weights + layer.mixer.forward(call)) for layer, n in self._layers.items())
-        return float(call.repeats * once)
+        return float(self._times(call) * once)
 
     def head(self, rows: int) -> float:
         """Forward FLOPs of the output head on `rows` rows."""
-        return 2.0 * self._stack.head * rows
+        return 2.0 * self._head * rows
 
     def forward(self, schedule: Schedule) -> float:
         """Forward FLOPs of a schedule."""
@@ -88,7 +90,12 @@ class Prices:
         # Twice a matrix's forward: the gradient of its weights and, as the embedding is trained too, of its input.
         rows = 4 * call.queries
         once = sum(n * (rows * layer.weights + layer.mixer.backward(call)) for layer, n in self._layers.items())
-        return float(call.repeats * once)
+        return float(self._times(call) * once)
+
+    def _times(self, call: Call) -> float:
+        """How many times the whole stack is run, for its price."""
+        count = len(self._stack.layers)
+        return call.repeats * (count if call.layers is None else call.layers) / count
 
     def cache_bytes(self, slots: int, dtype_bytes: int = 4, slides: bool = True, newest: int = 1) -> int:
         """Bytes that a ``DynamicCache(config=config)`` holds for one sequence after `slots` rows.

@@ -18,7 +18,7 @@ from pondera.ground.errors import UserError
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the decoder stack, for one sequence.
+    """One call of the decoder stack, or of further layers that are like its own, for one sequence.
 
     Args:
         queries: rows (slots) that run.
@@ -26,6 +26,7 @@ class Call:
         cached: a cache held earlier rows; a linear-attention layer then takes the recurrent step when ``queries == 1``.
         repeats: how many times it is made; a fraction where the number is random and this is its mean.
         wider: coordinates that queries, keys and values of every head have beyond the architecture's own.
+        layers: how many layers run, each at the mean price of the stack's; none: the stack.
     """
 
     queries: float
@@ -33,6 +34,7 @@ class Call:
     cached: bool = False
     repeats: float = 1
     wider: int = field(default=0, repr=False)
+    layers: int | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)

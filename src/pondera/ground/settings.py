@@ -93,7 +93,8 @@ class RunConfig:
     )
     think: str | None = option(None, "how much to compute, e.g. PonderLM2(thoughts=1)")
     memory: str | None = option(None, "how much to remember")
-    segment: str | None = option(None, "how much to say at once")
+    segment: str | None = option(None, "how much to say at once, e.g. ConceptLM(chunk=4)")
+    head: str | None = option(None, "what scores the vocabulary, e.g. VQLogits(codes=512)")
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

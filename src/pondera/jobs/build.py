@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pondera.ground.errors import UserError
 from pondera.ground.run import Run, is_run
 from pondera.ground.settings import DataConfig, RunConfig, TrainConfig
+from pondera.ground.spec import SEAMS
 from pondera.ground.text import HUB_NAME
 from pondera.ground.tokens import bpe_size, load_tokenizer
 from pondera.jobs import checkpoints
@@ -102,8 +103,9 @@ def check_think_first(model: AdaptiveLM, settings: TrainConfig) -> None:
     steps = settings.think_first
     if steps < 0:
         raise UserError(f"train.think_first: at least 0, got {steps}")
-    if steps and not (model.think is not None and any(p.numel() for p in model.think.parameters())):
-        what = f"{model.config.think} adds no parameters" if model.think is not None else "there is no think method"
+    if steps and not (model.method is not None and any(p.numel() for p in model.method.parameters())):
+        chosen = model.config.think or model.config.segment
+        what = f"{chosen} adds no parameters" if model.method is not None else "there is no think method"
         raise UserError(
             f"train.think_first: {what}, so nothing would learn in the first {steps} steps; use --train.think_first 0"
         )
@@ -127,7 +129,7 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
             "or a checkpoint folder"
         )
     tree = {"vocab_size": vocab_size, **given} if isinstance(given, dict) else given
-    parts: dict[str, Any] = {"think": config.think, "memory": config.memory, "segment": config.segment}
+    parts: dict[str, Any] = {seam: getattr(config, seam) for seam in SEAMS}
     adaptive = AdaptiveConfig(backbone=tree, init=config.init, **parts)
     inner = adaptive.get_text_config()
     _check_vocabulary(config, inner.vocab_size, vocab_size)

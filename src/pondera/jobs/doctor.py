@@ -102,9 +102,9 @@ def skeleton(config: RunConfig) -> AdaptiveLM:
 
 def training_calls(model: AdaptiveLM, context: int) -> list[Call]:
     """The decoder calls that one window of training takes."""
-    if model.think is None:
+    if model.method is None:
         return [Call(context, context)]
-    return [call for call in model.think.calls(context, training=True) if isinstance(call, Call)]
+    return [call for call in model.method.calls(context, training=True) if isinstance(call, Call)]
 
 
 def training_bytes(config: RunConfig, model: AdaptiveLM) -> dict[str, float]:
@@ -117,7 +117,8 @@ def training_bytes(config: RunConfig, model: AdaptiveLM) -> dict[str, float]:
     row = 4.0 * (11 * width + 4 * inner)  # what a Llama layer keeps of one row for its backward pass, as measured
     if train.dtype == "bfloat16":
         row *= 0.6  # products in half of the bytes, norms and sums not
-    rows = windows * sum(call.queries * call.repeats for call in training_calls(model, context))
+    calls = training_calls(model, context)
+    rows = windows * sum(call.queries * call.repeats * (call.layers or layers) for call in calls) / layers
     layerwise = rows * layers * (4.0 * width if train.gradient_checkpointing else row)
     return {
         "state": float(STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())),
@@ -222,10 +223,12 @@ def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     from pondera.jobs.build import check_think_first
     from pondera.jobs.train import check_recomputable
 
-    shape, think = model.backbone.config, model.think
+    shape, method = model.backbone.config, model.method
     count = sum(parameter.numel() for parameter in model.parameters())
-    method = f", {config.think} with {model.passes():g} passes per token" if think is not None else ""
-    text = f"{shape.model_type}, {_count(count)} parameters, {shape.vocab_size} tokens in the vocabulary{method}"
+    chosen = (
+        f", {config.think or config.segment} with {model.passes():g} passes per token" if method is not None else ""
+    )
+    text = f"{shape.model_type}, {_count(count)} parameters, {shape.vocab_size} tokens in the vocabulary{chosen}"
     yield Finding("ok", "model", text)
     for check in (check_recomputable, check_think_first):
         try:
@@ -235,7 +238,7 @@ def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     window = getattr(model.config.backbone, "sliding_window", None)
     if window and "sliding_attention" in model.backbone.layer_types:
         wider = (
-            f" ({shape.sliding_window} rows, as each token has {think.slots_per_token})" if think is not None else ""
+            f" ({shape.sliding_window} rows, as each token has {method.slots_per_token})" if method is not None else ""
         )
         yield Finding("ok", "window", f"layers with a sliding window see {window} tokens{wider}")
 

@@ -180,7 +180,7 @@ def budget_of(model: AdaptiveLM, effort: str | float | None, max_passes: int | N
     given = {"effort": effort, "max_passes": max_passes}
     given = {name: value for name, value in given.items() if value is not None}
     Budget.of(**given)
-    if given and model.think is None:
+    if given and model.method is None:
         raise UserError(f"{next(iter(given))}: this model takes one pass per token and cannot think; leave it out")
     return given
 

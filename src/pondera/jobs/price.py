@@ -30,22 +30,26 @@ def price(
     Raises:
         UserError: an architecture that has no price yet.
     """
-    prices, think = Prices(model.backbone.config), model.think
+    prices = Prices(model.backbone.config, None if model.head is None else model.head.weights)
+    method = model.method
     cached, newest, slots = context // 2, 1.0, float(context)
-    if think is None:
+    if method is None:
         decoding, training = [Call(1, cached + 1, cached=True)], [Call(context, context)]
     else:
-        decoding = think.calls(1, context=cached, shares=shares)
-        training = think.calls(context, training=True, shares=shares)
-        newest = next(call.queries for call in reversed(decoding) if isinstance(call, Call))
-        slots = think.slots(context, shares)
-    slides = think is None or think.slides
+        decoding = method.calls(1, context=cached, shares=shares)
+        training = method.calls(context, training=True, shares=shares)
+        newest = next(call.queries for call in reversed(decoding) if isinstance(call, Call) and call.layers is None)
+        slots = method.slots(context, shares)
+    slides = method is None or method.slides
     trained = prices.training(Schedule(tuple(training), context, context))
     if recompute:
         trained += sum(prices.step(call) for call in training if isinstance(call, Call))
     number_bytes = next(model.parameters()).element_size()
+    held = prices.cache_bytes(round(slots), number_bytes, slides, newest=round(newest))
+    if method is not None:
+        held += method.further_bytes(context, number_bytes)
     return {
         "inference_flops_per_token": prices.forward(Schedule(tuple(decoding), head_rows=1, tokens=1)),
         "training_flops_per_token": trained / context,
-        "kv_bytes_per_token": prices.cache_bytes(round(slots), number_bytes, slides, newest=round(newest)) / context,
+        "kv_bytes_per_token": held / context,
     }

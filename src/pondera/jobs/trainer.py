@@ -168,8 +168,8 @@ class PonderaTrainer(Trainer):
         if self.optimizer is None:
             lm, settings = cast(AdaptiveLM, model or self.lm), self.settings
             parameters = [p for p in lm.parameters() if p.requires_grad]
-            of_thinking = {id(p) for p in lm.think.parameters()} if lm.think is not None else set()
-            waiting = {id(p) for p in parameters if settings.think_first and id(p) not in of_thinking}
+            of_method = {id(p) for p in lm.method.parameters()} if lm.method is not None else set()
+            waiting = {id(p) for p in parameters if settings.think_first and id(p) not in of_method}
             groups, self._waits = [], []
             for waits, matrices in product((False, True), (True, False)):
                 chosen = [p for p in parameters if (id(p) in waiting) == waits and (p.ndim >= 2) == matrices]
@@ -225,7 +225,7 @@ class PonderaTrainer(Trainer):
         The labels tell how many tokens are predicted. What a method counts may depend on what it thinks, so its terms
         cost one forward pass more, without gradient and with the same random numbers.
         """
-        if self._term_names == ("next_token",):
+        if self._term_names == ("next_token",) and self.lm.segment is None:  # whose terms may begin after a warm-up
             labels = sum((batch["shift_labels"] != IGNORED).sum() for batch in batches)
             return self.over_processes({"next_token": labels})
         counts: dict[str, Any] = {}

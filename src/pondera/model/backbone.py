@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, S slots (rows of the call), K cached and new rows tog
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any, cast
@@ -130,6 +131,11 @@ class Backbone(nn.Module):
         """Logits ``[B, T, V]`` of final hidden states."""
         return self._as_the_model_gives_them(cast(nn.Module, self.lm.get_output_embeddings())(h_BTD))
 
+    @property
+    def plain_logits(self) -> bool:
+        """Whether the model's logits are its head's output as it is."""
+        return self._logit_scale == 1.0 and self._logit_cap is None
+
     def top(self, h_BTD: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The highest logits of final hidden states and the tokens they belong to, ``[B, T, count]`` each."""
         head = self.lm.get_output_embeddings()
@@ -239,6 +245,30 @@ class Backbone(nn.Module):
             h_BSD = getattr(decoder, layout.layers)[index](h_BSD, use_cache=cache is not None, **arguments)
         return getattr(decoder, layout.norm)(h_BSD) if layers.stop == count else h_BSD
 
+    def more_layers(self, count: int) -> Backbone:
+        """Further layers of the same architecture and a final norm, for vectors that are no tokens, newly drawn.
+
+        They see all that came before, whatever windows the backbone's own layers have. Where positions are learned vectors,
+        which stand in the inputs already, none are added again.
+
+        Args:
+            count: how many.
+        """
+        config = copy.deepcopy(self.config)
+        config.num_hidden_layers = count
+        if getattr(config, "layer_types", None) is not None:
+            config.layer_types = ["full_attention"] * count
+        else:
+            config.sliding_window = None
+        config.vocab_size, config.pad_token_id = 1, None  # of a table that is thrown away
+        decoder = type(self.decoder)(config).to(self.lm.dtype)
+        if self.unit_rms:
+            scaled_init(cast(PreTrainedModel, decoder))
+        decoder.set_input_embeddings(nn.Identity())
+        if positions := self._layout().positions:
+            setattr(decoder, positions, _NoPositions())
+        return Backbone(cast(PreTrainedModel, decoder))
+
     def _layout(self) -> Layout:
         layout = LAYOUTS.get(self.config.model_type)
         if layout is None:
@@ -253,6 +283,8 @@ class Backbone(nn.Module):
     ) -> dict[str, Tensor | None]:
         if mask is None and cache is None:
             mask = _all_real(h_BSD)
+        if mask is not None and cache is None and has_documents(mask):
+            return self._masks_by_kind(h_BSD, _documents(mask))
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {
             kind: makers[kind](
@@ -275,27 +307,29 @@ class Backbone(nn.Module):
             # slots of one token, which share a position, would each become a document of their own.
             return _all_real(h_BSD)
         if mask is not None and cache is None and has_documents(mask):
-            order_1S = torch.arange(h_BSD.shape[1], device=h_BSD.device)[None]
-            allowed_BSK = within_documents(mask, mask) & (order_1S[:, :, None] >= order_1S[:, None, :])
-            return self._dense_masks(h_BSD, SlotMask(allowed_BSK, order_1S, order_1S))
+            return self._dense_masks(h_BSD, _documents(mask))
         return mask
 
     def _dense_masks(self, h_BSD: Tensor, mask: SlotMask) -> Any:
         """The 4-D masks that the decoder takes instead of building its own, one per kind of layer if it has several."""
+        masks = self._masks_by_kind(h_BSD, mask)
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def _masks_by_kind(self, h_BSD: Tensor, mask: SlotMask) -> dict[str, Tensor | None]:
         kinds = set(self.layer_types)
         if "linear_attention" in kinds:
             raise UserError(
                 f"{self.config.model_type}: its linear-attention layers read slots in storage order and cannot follow a "
                 "mask of their own; use a method that only needs causal order, such as PonderLM2, and data.isolate: false"
             )
-        masks = {}
+        masks: dict[str, Tensor | None] = {}
         for kind in kinds:
             allowed_BSK = mask.allowed_BSK
             if kind == "sliding_attention":
                 distance_BSK = mask.query_positions_BS[:, :, None] - mask.key_positions_BK[:, None, :]
                 allowed_BSK = allowed_BSK & (distance_BSK < self.config.sliding_window)
             masks[kind] = self._as_attention_takes_it(allowed_BSK, mask.log_weight_BK, h_BSD.dtype)
-        return masks if len(masks) > 1 else next(iter(masks.values()))
+        return masks
 
     def _as_attention_takes_it(self, allowed_BSK: Tensor, log_weight_BK: Tensor | None, dtype: torch.dtype) -> Tensor:
         """``[B, 1, S, K]``: booleans where they say all and the attention function knows them, else what to add."""
@@ -331,6 +365,13 @@ def has_documents(mask: Tensor | None) -> bool:
     return mask is not None and mask.dtype != torch.bool and bool((mask > 1).any())
 
 
+def _documents(mask_BS: Tensor) -> SlotMask:
+    """Causal order within each document."""
+    order_1S = torch.arange(mask_BS.shape[1], device=mask_BS.device)[None]
+    allowed_BSK = within_documents(mask_BS, mask_BS) & (order_1S[:, :, None] >= order_1S[:, None, :])
+    return SlotMask(allowed_BSK, order_1S, order_1S)
+
+
 def within_documents(queries_BS: Tensor, keys_BK: Tensor) -> Tensor:
     """``[B, S, K]``: same document and no padding. A padding row sees its like: a softmax over nothing would be NaN."""
     return queries_BS[:, :, None] == keys_BK[:, None, :]
@@ -338,6 +379,13 @@ def within_documents(queries_BS: Tensor, keys_BK: Tensor) -> Tensor:
 
 def _all_real(h_BSD: Tensor) -> Tensor:
     return torch.ones(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
+
+
+class _NoPositions(nn.Module):
+    """Stands where an architecture looks up the vectors of its positions."""
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        return torch.zeros((), device=position_ids.device)
 
 
 @torch.no_grad()

@@ -22,6 +22,7 @@ class AdaptiveConfig(PreTrainedConfig):
         think: how much to compute for each token, e.g. ``"PonderLM2(thoughts=1)"``; none: one pass.
         memory: how much of the past to keep; none: all of it.
         segment: how much to say at once; none: a token.
+        head: what makes scores of the vocabulary, e.g. ``"VQLogits(codes=512)"``; none: the backbone's output matrix.
         init: ``"hf"`` keeps the architecture's own initialisation; ``"scaled"`` draws linear and embedding weights
             from a truncated normal with std sqrt(2/5D), divides output projections by sqrt(2 layers) and multiplies
             embeddings by `embed_scale` so that they enter at unit RMS (the recipe of the PonderLM papers). A Pondera
@@ -45,6 +46,7 @@ class AdaptiveConfig(PreTrainedConfig):
     think: str | None = None
     memory: str | None = None
     segment: str | None = None
+    head: str | None = None
     init: str = "hf"
     embed_scale: float | None = None
 
@@ -65,6 +67,11 @@ class AdaptiveConfig(PreTrainedConfig):
             raise unknown("init", str(self.init), INITS)
         if self._checkpoint and not self._retrofit and self.init != "hf":
             raise UserError(f"init: {self.init!r} would overwrite the weights of {self._checkpoint!r}; use init: hf")
+        if self.think is not None and self.segment is not None:
+            raise UserError(
+                f"think: {self.think} and segment: {self.segment} both decide what the layers are run on, which is not "
+                "combined yet; leave one of them out"
+            )
         for seam in spec.SEAMS:
             if getattr(self, seam) is not None:
                 parsed = spec.parse(getattr(self, seam))

@@ -33,6 +33,9 @@ from pondera.model.hf import (
 from pondera.model.terms import Term
 
 if TYPE_CHECKING:
+    from pondera.head.contract import Head
+    from pondera.model.method import Method
+    from pondera.segment.contract import Segment
     from pondera.think.contract import Think
 
 IGNORED = -100
@@ -47,7 +50,7 @@ class AdaptiveOutput(ModelOutput):
 
     Args:
         loss: the weighted sum of the terms' means, if labels were given.
-        logits: ``[B, T, V]``.
+        logits: ``[B, T, V]``; none in training where a head has its loss without them.
         past_key_values: the cache, if one was used.
         passes: ``[B, T]``, passes that each token got.
         terms: loss terms as sums and counts, by name.
@@ -95,21 +98,24 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: AdaptiveConfig) -> None:
         super().__init__(config)
-        self.think: Think | None = cast("Think | None", spec.build(config.think, "think")) if config.think else None
+        self.think: Think | None = spec.build(config.think, "think") if config.think else None
+        self.segment: Segment | None = spec.build(config.segment, "segment") if config.segment else None
         old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
         # Training moves weights away from the unit RMS that they were drawn at, so what a new method feeds back is matched
         # to trained embeddings as on any pretrained backbone; a scale that was trained with comes along with its method.
         unit_rms = config.init == "scaled" and old is None
-        self.backbone = Backbone(_causal_lm(config, self.think, old), unit_rms=unit_rms)
+        inner = _causal_lm(config, self.think, old)
+        _put_head(inner, config, old)
+        self.backbone = Backbone(inner, unit_rms=unit_rms)
         self._check_attention()
         if self.backbone.lm.device.type != "meta":
             self.backbone.check_head()
         if config.embed_scale is None:
             config.embed_scale = self._embed_scale(old)
         self.backbone.embed_scale = config.embed_scale
-        if self.think is not None:
-            self.think.attach(self.backbone)
-            for parameter in self.think.parameters():
+        if self.method is not None:
+            self.method.attach(self.backbone)
+            for parameter in self.method.parameters():
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
         lm = self.backbone.lm
         self._no_split_modules = lm._no_split_modules
@@ -124,10 +130,10 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     def _take_over(self, old: AdaptiveLM) -> None:
         """What else an old model knows: where a text ends, and what its method has under the names and shapes of ours."""
         self.generation_config = old.generation_config
-        mine, theirs = ({} if lm.think is None else lm.think.state_dict() for lm in (self, old))
+        mine, theirs = ({} if lm.method is None else lm.method.state_dict() for lm in (self, old))
         shared = {name: theirs[name] for name in theirs if name in mine and mine[name].shape == theirs[name].shape}
-        if self.think is not None:
-            self.think.load_state_dict(shared, strict=False)
+        if self.method is not None:
+            self.method.load_state_dict(shared, strict=False)
         said = [sorted(names) for names in (shared, mine.keys() - shared, theirs.keys() - shared)]
         log.info(
             "%s: taken over: its backbone (%d tensors), of its method %s; new: %s; left out: %s",
@@ -138,10 +144,10 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
 
     def _check_attention(self) -> None:
         kernel = self.backbone.config._attn_implementation
-        if self.think is not None and kernel not in (None, "sdpa", "eager"):
+        if self.method is not None and kernel not in (None, "sdpa", "eager"):
             raise UserError(
                 f"attn_implementation: {kernel!r} reads slots that share a position as packed documents, or takes no mask "
-                "of ours; thinking models need 'sdpa' (fused kernels on GPUs all the same) or 'eager'"
+                "of ours; models with a method need 'sdpa' (fused kernels on GPUs all the same) or 'eager'"
             )
 
     def _embed_scale(self, old: AdaptiveLM | None) -> float:
@@ -151,7 +157,17 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
             return 1.0
         width = self.backbone.config.hidden_size
         own = float(getattr(self.backbone.lm.get_input_embeddings(), "embed_scale", 1.0))
-        return (self.think.embed_scale(width) if self.think is not None else (2.5 * width) ** 0.5) / own
+        return (self.method.embed_scale(width) if self.method is not None else (2.5 * width) ** 0.5) / own
+
+    @property
+    def method(self) -> Method | None:
+        """What makes states of embeddings, on whichever seam; none: the backbone alone, in one pass."""
+        return self.think if self.think is not None else self.segment
+
+    @property
+    def head(self) -> Head | None:
+        """What scores the vocabulary in place of the backbone's output matrix; none: that matrix."""
+        return cast("Head", self.get_output_embeddings()) if self.config.head else None
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embeddings."""
@@ -170,19 +186,19 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         self.backbone.lm.set_output_embeddings(value)
 
     def new_cache(self) -> Cache:
-        """An empty cache; of slots where the model thinks."""
-        if self.think is None:
+        """An empty cache, of the method's own kind where there is one."""
+        if self.method is None:
             return DynamicCache(config=self.backbone.config)
-        return self.think.new_cache(self.backbone)
+        return self.method.new_cache(self.backbone)
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Tells the methods which optimizer step comes, so that all ranks draw the same."""
-        if self.think is not None:
-            self.think.begin_step(step, seed)
+        """Tells the method which optimizer step comes, so that all ranks draw the same."""
+        if self.method is not None:
+            self.method.begin_step(step, seed)
 
     def passes(self) -> float:
         """Passes per token at inference, on average."""
-        return self.think.passes() if self.think is not None else 1.0
+        return self.method.passes() if self.method is not None else 1.0
 
     def forward(
         self,
@@ -224,45 +240,51 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
             attention_mask = document_ids
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        if position_ids is None and (self.think is not None or document_ids is not None):
+        if position_ids is None and (self.method is not None or document_ids is not None):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = token_positions(h_BTD.shape[1], attention_mask, seen, h_BTD.device)
-        if self.think is None or position_ids is None:
+        if self.method is None or position_ids is None:
             h_BTD = self.backbone.step(h_BTD, cache, attention_mask, position_ids)
             passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
             terms, trace, judge = {}, {}, None
         else:
             if cache is not None and not isinstance(cache, TokenCache):
                 raise UserError(
-                    f"past_key_values: a {type(cache).__name__} cannot hold this model's thoughts; pass model.new_cache()"
+                    f"past_key_values: a {type(cache).__name__} cannot hold what this model keeps; pass model.new_cache()"
                 )
             budget = Budget.of(effort, max_passes)
-            thought = self.think(self.backbone, h_BTD, position_ids, cache, attention_mask, budget, shift_labels)
+            thought = self.method(self.backbone, h_BTD, position_ids, cache, attention_mask, budget, shift_labels)
             h_BTD, passes_BT, terms, trace = thought.h_BTD, thought.passes_BT, thought.terms, thought.trace
             judge = thought.judge
         if isinstance(logits_to_keep, Tensor):
             h_BTD = h_BTD[:, logits_to_keep]
         elif logits_to_keep:
             h_BTD = h_BTD[:, -logits_to_keep:]
-        logits_BTV = self.backbone.head(h_BTD)
-        loss = None
+        loss, logits_BTV = None, None
+        by_head = self.training and self.head is not None and self.backbone.plain_logits and judge is None
+        if shift_labels is None or not by_head:
+            logits_BTV = self.backbone.head(h_BTD)
         if shift_labels is not None:
-            judged = judge(logits_BTV, shift_labels) if judge is not None else {}
-            terms = {"next_token": next_token_term(logits_BTV, shift_labels), **terms, **judged}
+            if logits_BTV is None:
+                next_token = cast("Head", self.head).term(h_BTD, shift_labels)
+            else:
+                next_token = next_token_term(logits_BTV, shift_labels)
+            judged = judge(logits_BTV, shift_labels) if judge is not None and logits_BTV is not None else {}
+            terms = {"next_token": next_token, **terms, **judged}
             loss = torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
         return AdaptiveOutput(loss, logits_BTV, cache, passes_BT, terms, trace)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """`generate` asks here for its cache; a thinking model needs one that counts tokens and slots apart."""
-        if self.think is None:
+        """`generate` asks here for its cache; a method needs one that counts tokens and slots apart."""
+        if self.method is None:
             cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise UserError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: a thinking model brings its own "
-                    "cache; leave cache_implementation out"
+                    f"cache_implementation={generation_config.cache_implementation!r}: a model with a method brings its "
+                    "own cache; leave cache_implementation out"
                 )
             model_kwargs["past_key_values"] = self.new_cache()
 
@@ -284,13 +306,42 @@ def _causal_lm(config: AdaptiveConfig, think: Think | None, old: AdaptiveLM | No
         backbone._attn_implementation = cast(PreTrainedConfig, config.backbone)._attn_implementation
     if old is not None:  # its weights, in a model whose windows are as wide as the new method needs
         lm = old.backbone.lm
-        return type(lm).from_pretrained(None, config=backbone, state_dict=lm.state_dict(), dtype=lm.dtype)
+        known = {
+            name: tensor for name, tensor in lm.state_dict().items() if not old.config.head or ".table" not in name
+        }
+        return type(lm).from_pretrained(None, config=backbone, state_dict=known, dtype=lm.dtype)
     if config._checkpoint is not None:
         return _saved_model(config._checkpoint, config=backbone)
     lm = AutoModelForCausalLM.from_config(backbone)
     if config.init == "scaled":
         scaled_init(lm)
     return lm
+
+
+def _put_head(lm: PreTrainedModel, config: AdaptiveConfig, old: AdaptiveLM | None) -> None:
+    """Puts the chosen head in the place of a causal LM's output matrix; of an old model the same head goes on."""
+    if old is not None and old.config.head:
+        config.head = config.head or old.config.head
+        if config.head != old.config.head:
+            raise UserError(
+                f"head: {config.head}: the model it goes on from scores its vocabulary by {old.config.head}, and has no output "
+                "matrix to make another head from; leave head out"
+            )
+        lm.set_output_embeddings(old.backbone.lm.get_output_embeddings())
+        return
+    if not config.head:
+        return
+    if getattr(lm.config, "tie_word_embeddings", False):
+        raise UserError(
+            f"head: {config.head} takes the place of an output matrix, which is tied to the embeddings here; use "
+            "tie_word_embeddings: false in the backbone"
+        )
+    matrix, head = cast(nn.Linear, lm.get_output_embeddings()), cast("Head", spec.build(config.head, "head"))
+    trained = config._checkpoint is not None
+    head.attach(matrix.out_features, matrix.in_features, matrix.weight if trained else None)
+    for parameter in head.parameters():
+        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the head; `post_init` would draw it anew)
+    lm.set_output_embeddings(head)
 
 
 def _saved_model(path: str, **options: Any) -> Any:

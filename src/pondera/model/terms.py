@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -20,7 +21,6 @@ class Term:
         weight: its weight in the loss.
 
     Example:
-        >>> import torch
         >>> Term(torch.tensor(6.0), 3).mean()
         tensor(2.)
     """
@@ -30,5 +30,6 @@ class Term:
     weight: float = 1.0
 
     def mean(self) -> Tensor:
-        """The unweighted mean."""
-        return self.sum / self.count
+        """The unweighted mean; 0 where nothing was counted, as the sum is."""
+        count = torch.as_tensor(self.count)
+        return self.sum / torch.where(count == 0, torch.ones_like(count), count)

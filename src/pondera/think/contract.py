@@ -1,144 +1,25 @@
-"""The seam `think/`: how much to compute for each token.
-
-Shapes: B batch, T tokens, S slots (several per token), D width.
-"""
+"""The seam `think/`: how much to compute for each token."""
 
 from __future__ import annotations
 
-import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from torch import Tensor, nn
+from pondera.model.method import Method, Thought
 
-from pondera.ground.cost import Call, Product
-from pondera.model.backbone import Backbone
-from pondera.model.budget import FULL, Budget
-from pondera.model.cache import TokenCache
-from pondera.model.terms import Term
+__all__ = ["Think", "Thought"]
 
 
-@dataclass
-class Thought:
-    """What a thinking method returns.
-
-    Args:
-        h_BTD: one state per token, ready for the head.
-        passes_BT: passes that each token costs at inference.
-        terms: loss terms of the method's own, by name.
-        judge: further terms, which need what the head makes of the states: called with logits ``[B, T, V]`` and labels
-            ``[B, T]`` where there are labels.
-        trace: what a method found worth showing, when asked to record. ``"states"``: the states after each pass,
-            ``[B, T, D]`` each; ``"residuals"``: the largest change in each round of refinement.
-    """
-
-    h_BTD: Tensor
-    passes_BT: Tensor
-    terms: dict[str, Term] = field(default_factory=dict)
-    judge: Callable[[Tensor, Tensor], dict[str, Term]] | None = None
-    trace: dict[str, Any] = field(default_factory=dict)
-
-
-class Think(nn.Module, ABC):
+class Think(Method):
     """Decides how many passes each token gets, and runs them.
 
-    A method is constructed from its spec string, then attached to a backbone. It must be causal, and what it computes
-    with a cache, with padding or in a batch must equal what it computes without; the contract tests check every file of
-    this folder.
-
-    Class attributes `paper`, `price` and `reproduced` say where it is from, what it costs in plain words and whether
-    its claim showed here (``pondera methods`` prints them).
+    What it has to keep is the promise of `Method`; the contract tests check every file of this folder.
     """
 
-    paper: ClassVar[str]
-    price: ClassVar[str]
-    reproduced: ClassVar[str]
     interleaved: ClassVar[bool] = False
     """Slots of a token stand next to each other in causal order, so sliding windows must grow with their number."""
-
-    slides: ClassVar[bool] = True
-    """Its cache drops rows that have left a sliding window; false where they are kept and masked."""
-
-    recomputable: ClassVar[bool] = True
-    """Gradient checkpointing may run its passes again; false where a pass reads rows that an earlier one left."""
 
     adaptive: bool = False
     """Tokens take different numbers of passes, so that prices have to be told how many each took."""
 
     packed: bool = True
     """Passes that only some tokens take are run for those alone; false runs all rows and masks, the slow twin for tests."""
-
-    record: bool = False
-    """Set it to have `Thought.trace` filled with what the method finds worth showing."""
-
-    slots_per_token: int = 1
-    """KV rows that a token leaves in every layer."""
-
-    def attach(self, backbone: Backbone) -> None:  # noqa: B027 (optional: a method without parameters needs none)
-        """Creates what depends on the backbone (parameters, scales). Called once, before training or loading."""
-
-    def embed_scale(self, width: int) -> float:
-        """What ``init: scaled`` multiplies embeddings with, so that they enter at unit RMS."""
-        return math.sqrt(2.5 * width)
-
-    def begin_step(self, step: int, seed: int) -> None:  # noqa: B027 (optional: only randomised methods need it)
-        """Told before each optimizer step, so that every rank and every part of a batch makes the same random choice."""
-
-    def train(self, mode: bool = True) -> Think:
-        """Leaving training, what was drawn for its last step is forgotten, so that a model in memory and on disk agree."""
-        super().train(mode)
-        if not mode:
-            self.begin_step(-1, 0)
-        return self
-
-    @abstractmethod
-    def new_cache(self, backbone: Backbone) -> TokenCache:
-        """An empty cache for this method on this backbone."""
-
-    @abstractmethod
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Budget = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> Thought:
-        """Thinks about T new tokens.
-
-        Args:
-            backbone: runs the passes.
-            h_BTD: token embeddings.
-            position_ids: ``[B, T]`` or ``[1, T]`` token positions; all slots of a token share its own.
-            cache: what came before; the new tokens' slots are added.
-            mask: ``[B, seen + T]``, 0 = padding, else the number of the token's document (1 where there is but one);
-                none: no padding.
-            budget: how much thinking is wanted. A cache whose layout depends on it takes the budget of its first call.
-            labels_BT: the token after each, where training or scoring knows it; negative where it does not. Only losses
-                and controls may look.
-        """
-
-    @abstractmethod
-    def calls(
-        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
-    ) -> list[Call | Product]:
-        """What processing `tokens` new tokens after `context` cached ones takes, for the price.
-
-        Args:
-            tokens: new tokens.
-            context: cached ones.
-            training: with the passes of training.
-            shares: of the tokens that take each pass, as measured, from 1 downwards; none: every token takes all.
-        """
-
-    def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
-        """KV rows that `tokens` tokens leave in every layer; `shares` as for `calls`."""
-        return tokens * self.slots_per_token
-
-    def passes(self) -> float:
-        """Passes per token at inference, where every token takes all that it may."""
-        return float(self.slots_per_token)
