@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pondera.cli.output import only_json, print_json, print_table
 from pondera.cli.parser import Parser, whole
@@ -12,23 +14,42 @@ from pondera.ground.errors import UserError, unknown
 from pondera.ground.spec import PROBES, Method, Spec
 from pondera.ground.text import open_text
 
-SUMMARY = "looks at how a trained model thinks"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pondera.jobs.load import Loaded
+    from pondera.probe.contract import Probe
+
+SUMMARY = "looks at how a trained model thinks, or at its codebooks"
 EXAMPLES = """
 pondera probe
 pondera probe think_trace runs/ponderlm2-seed0 --text "Once upon a time there was"
 pondera probe think_trace runs/ponderlm2-seed0 --data.text story.txt --max-tokens 100 --top 3 --json
+pondera probe collapse runs/conceptlm-seed0 --plot collapse.html
+pondera probe collapse tokenizer.safetensors
 """
+HELD_OUT = 65536
+"""Tokens of a run's held-out text that are read where no text is given."""
 
 
 def parser() -> Parser:
     """What ``pondera probe`` takes."""
-    found = Parser("probe", "Looks at a trained model that reads a text. Without a NAME it lists the probes.", EXAMPLES)
-    found.add_argument("name", nargs="?", metavar="NAME", help="the probe, such as think_trace or ThinkTrace")
-    found.add_argument("path", nargs="?", metavar="RUN", help="a run folder, a model folder, or a hub name")
-    found.add_argument("--text", metavar="TEXT", help="what the model reads")
+    about = "Looks at a trained model that reads a text, or at tensors in a file. Without a NAME it lists the probes."
+    found = Parser("probe", about, EXAMPLES)
+    found.add_argument("name", nargs="?", metavar="NAME", help="the probe, such as think_trace or Collapse(rank=12.0)")
+    found.add_argument(
+        "path",
+        nargs="?",
+        metavar="MODEL",
+        help="a run folder, a model folder, a hub name, or a file of tensors (.safetensors)",
+    )
+    found.add_argument("--text", metavar="TEXT", help="what the model reads (default: what a run held out)")
     found.add_argument("--data.text", dest="source", metavar="FILE", help="or the file that it reads (its beginning)")
-    found.add_argument("--max-tokens", type=whole(1), metavar="N", help="look at so many tokens (default: 32)")
-    found.add_argument("--top", type=whole(1), metavar="K", help="candidates per pass (default: 5)")
+    found.add_argument(
+        "--max-tokens", type=whole(1), metavar="N", help="look at so many tokens (default: the probe's own)"
+    )
+    found.add_argument("--top", type=whole(1), metavar="K", help="candidates to list (default: the probe's own)")
+    found.add_argument("--plot", type=Path, metavar="FILE", help="draw what was found into an HTML page")
     found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     return found
 
@@ -47,20 +68,66 @@ def run(args: argparse.Namespace) -> int:
     probe = spec.build(_chosen(args.name, {key: value for key, value in given.items() if value is not None}), *PROBES)
     if args.path is None:
         raise UserError(f"say which model to look at: pondera probe {args.name} RUN")
+    with only_json(args.json):
+        name, found = _found(probe, args)
+    shown = probe.show(found)
+    if args.plot is not None:
+        _draw(args, name, shown)
+    if args.json:
+        print_json({"name": name} | found)
+    else:
+        print_table(shown.columns, shown.rows)
+        print(shown.note)
+    return 0
+
+
+def _found(probe: Probe, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """What was looked at, and what was found."""
+    file = Path(args.path).expanduser()
+    if file.suffix == ".safetensors" or file.is_file():
+        if args.text is not None or args.source is not None:
+            raise UserError(f"{args.path} is a file of tensors, which reads no text; leave --text and --data.text out")
+        return file.name, probe.look(_tensors(file))
     text = _text(args)
 
     from pondera.jobs.load import load
 
-    with only_json(args.json):
-        loaded = load(args.path)
-        found = probe.run(loaded.model, loaded.tokenizer, text)
-    if args.json:
-        print_json({"name": loaded.name} | found)
-    else:
-        shown = probe.show(found)
-        print_table(shown.columns, shown.rows)
-        print(shown.note)
-    return 0
+    loaded = load(args.path)
+    return loaded.name, probe.run(loaded.model, loaded.tokenizer, _held_out(loaded) if text is None else text)
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a file; never anything that would have to be executed to be read."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not file.is_file():
+        raise UserError(f"no such file: {str(file)!r}")
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file} cannot be read as safetensors: {error}; write it with safetensors.torch.save_file"
+        ) from None
+
+
+def _held_out(loaded: Loaded) -> str:
+    """The beginning of the text that a run did not train on."""
+    from pondera.ground.data import prepare
+
+    if loaded.run is None:
+        raise UserError('say what the model reads: --text "Once upon a time", or --data.text FILE')
+    split = prepare(loaded.run.config.data).validation
+    return str(loaded.tokenizer.decode(split.ids[:HELD_OUT].tolist(), clean_up_tokenization_spaces=False))
+
+
+def _draw(args: argparse.Namespace, name: str, shown: Any) -> None:
+    """Writes the charts of what was found."""
+    from pondera.jobs.plots import write_plots
+
+    if not shown.plots:
+        raise UserError(f"--plot: {args.name} draws nothing; leave it out")
+    write_plots(shown.plots, shown.note, args.plot, f"{args.name}: {name}")
 
 
 def _chosen(given: str, options: dict[str, int]) -> Spec:
@@ -73,9 +140,12 @@ def _chosen(given: str, options: dict[str, int]) -> Spec:
     return replace(wanted, name=name, kwargs=wanted.kwargs | options)
 
 
-def _text(args: argparse.Namespace) -> str:
-    if (args.text is None) == (args.source is None):
-        raise UserError('say what the model reads: --text "Once upon a time", or --data.text FILE')
+def _text(args: argparse.Namespace) -> str | None:
+    """What was given to read; none if nothing was."""
+    if args.text is not None and args.source is not None:
+        raise UserError("--text and --data.text both say what the model reads; give one of them")
+    if args.text is None and args.source is None:
+        return None
     if args.text is None:
         document = next(open_text(args.source).read(), None)
         if document is None:

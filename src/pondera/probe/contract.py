@@ -9,13 +9,33 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pondera.ground.errors import UserError
+
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedTokenizerFast
 
     from pondera.model.lm import AdaptiveLM
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A chart of what a probe found.
+
+    Args:
+        title, x_label, y_label: what stands on it.
+        lines: points by name, in the order of the legend.
+        log_y: whether heights are read as powers.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    lines: dict[str, list[tuple[float, float]]]
+    log_y: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,11 +46,13 @@ class Shown:
         columns: names of the columns.
         rows: cells as text that is safe to print.
         note: what the table comes to, in a sentence or two.
+        plots: charts, for those who ask for them.
     """
 
     columns: list[str]
     rows: list[list[str]]
     note: str
+    plots: list[Plot] = field(default_factory=list)
 
 
 class Probe(ABC):
@@ -57,6 +79,19 @@ class Probe(ABC):
             UserError: there is nothing to see in this model or this text; the message says in which there is.
         """
 
+    def look(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
+        """Looks at tensors of a file instead of a model, where a probe can.
+
+        Args:
+            tensors: by name, as the file has them.
+
+        Raises:
+            UserError: this probe looks at models only, or misses a tensor.
+        """
+        raise UserError(
+            f"{type(self).__name__} looks at a model that reads a text; give a run or a model folder, not a file"
+        )
+
     @abstractmethod
     def show(self, found: dict[str, Any]) -> Shown:
         """What `run` found, as a table."""
@@ -64,23 +99,23 @@ class Probe(ABC):
 
 @contextmanager
 def observed(model: AdaptiveLM, record: bool = True) -> Iterator[None]:
-    """The model as one looks at it: in eval mode, without gradients, its thinking method recording.
+    """The model as one looks at it: in eval mode, without gradients, its method recording.
 
     Args:
         model: any mode; afterwards it is as it was.
-        record: have the thinking method fill the trace, if there is one.
+        record: have the method fill the trace, if there is one.
     """
     import torch
 
-    was_training, think = model.training, model.think
-    recorded = think is not None and think.record
+    was_training, method = model.training, model.method
+    recorded = method is not None and method.record
     model.eval()
-    if think is not None:
-        think.record = record
+    if method is not None:
+        method.record = record
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(was_training)
-        if think is not None:
-            think.record = recorded
+        if method is not None:
+            method.record = recorded
