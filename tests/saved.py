@@ -15,6 +15,7 @@ THINKS = {
     "exact": "PonderLM2(thoughts=1, eval_rounds='exact')",
     "cot": "AdaptiveLatentCoT(steps=1)",
 }
+SEGMENTS = {"concept": "ConceptLM(chunk=2, codes=4, segments=2)"}
 POSITIONS = 96
 
 
@@ -36,7 +37,8 @@ def save(folder: Path, name: str = "plain") -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     words = {"vocab_size": 280, "max_position_embeddings": POSITIONS, "initializer_range": 0.3}
-    config = AdaptiveConfig(backbone={"model_type": "llama", **sizes, **words}, think=THINKS[name])
+    chosen = {"segment": SEGMENTS[name]} if name in SEGMENTS else {"think": THINKS[name]}
+    config = AdaptiveConfig(backbone={"model_type": "llama", **sizes, **words}, **chosen)
     AdaptiveLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

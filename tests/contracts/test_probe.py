@@ -19,13 +19,24 @@ PROBES = sorted(spec.index(spec.PROBES))
 TEXT = "The quick\x1b[2J brown fox.\n\tIt jumps over naïve 東京 🦊 dogs, lazily."
 
 
+OF_CONCEPTS = {"Collapse", "Concepts"}
+"""Probes that look at models with codebooks; the others look at models that think."""
+
+
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
+    """A model that thinks, and one with concepts."""
     folder = tmp_path_factory.mktemp("probe")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PONDERA_METHODS", str(halting.write_method(folder / "methods")))
         patch.setitem(saved.THINKS, "halting", "Halting()")
-        return load(saved.save(folder / "model", "halting"), "cpu")
+        return {name: load(saved.save(folder / name, name), "cpu") for name in ("halting", "concept")}
+
+
+@pytest.fixture
+def loaded(subjects: dict[str, Loaded], request: pytest.FixtureRequest) -> Loaded:
+    """What fits the probe of the test."""
+    return subjects["concept" if request.node.callspec.params.get("name") in OF_CONCEPTS else "halting"]
 
 
 def probe(name: str) -> Probe:
@@ -45,7 +56,7 @@ def test_what_it_finds_survives_json(name: str, loaded: Loaded):
 
 
 @pytest.mark.parametrize("think", sorted(spec.index(("think",))))
-@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize("name", sorted(set(PROBES) - OF_CONCEPTS))
 def test_every_method_can_be_looked_at(name: str, think: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(saved.THINKS, "it", f"{think}()")
     one = load(saved.save(tmp_path / "model", "it"), "cpu")
@@ -56,10 +67,11 @@ def test_every_method_can_be_looked_at(name: str, think: str, tmp_path: Path, mo
 @pytest.mark.parametrize("training", [True, False])
 def test_it_leaves_the_model_as_it_was(name: str, training: bool, loaded: Loaded):
     model = loaded.model.train(training)
+    assert model.method is not None
     before = {key: value.clone() for key, value in model.state_dict().items()}
     random = torch.random.get_rng_state()
     probe(name).run(model, loaded.tokenizer, TEXT)
-    assert model.training == training and model.think is not None and not model.think.record
+    assert model.training == training and not model.method.record
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(torch.random.get_rng_state(), random)
@@ -78,9 +90,16 @@ def test_it_refuses_an_empty_text(name: str, loaded: Loaded):
         probe(name).run(loaded.model, loaded.tokenizer, "")
 
 
+@pytest.mark.parametrize("name", PROBES)
+def test_a_model_without_what_it_looks_for_is_refused(name: str, subjects: dict[str, Loaded]):
+    other = subjects["halting" if name in OF_CONCEPTS else "concept"]
+    with pytest.raises(UserError, match="give (one|a model)"):
+        probe(name).run(other.model, other.tokenizer, TEXT)
+
+
 @pytest.mark.parametrize("record", [True, False])
-def test_observing_restores_what_it_changed_even_on_an_error(record: bool, loaded: Loaded):
-    model = loaded.model.train()
+def test_observing_restores_what_it_changed_even_on_an_error(record: bool, subjects: dict[str, Loaded]):
+    model = subjects["halting"].model.train()
     assert model.think is not None
     model.think.record = record
     with pytest.raises(ZeroDivisionError), observed(model, record=not record):

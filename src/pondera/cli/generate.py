@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
+from pondera.cli.output import print_table
 from pondera.cli.parser import Parser, add_budget, number, whole
 from pondera.ground.errors import UserError
 from pondera.ground.visible import visible_lines
+
+if TYPE_CHECKING:
+    from pondera.jobs.load import Loaded
 
 SUMMARY = "writes on from a prompt; can show what each token took"
 EXAMPLES = """
@@ -31,6 +36,9 @@ def parser() -> Parser:
     found.add_argument("--greedy", action="store_true", help="always the likeliest token")
     found.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling (default: 0)")
     add_budget(found)
+    found.add_argument(
+        "--show-concepts", action="store_true", help="then list the chunks of the text with their concepts"
+    )
     found.add_argument("--show-compute", action="store_true", help="then show the text shaded by passes per token")
     return found
 
@@ -42,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _prompt(args.prompt)
 
     from pondera.jobs.generate import generate
+    from pondera.jobs.load import load
     from pondera.jobs.shade import shade_terminal
 
     terminal = sys.stdout.isatty()
@@ -52,13 +61,41 @@ def run(args: argparse.Namespace) -> int:
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p
+    loaded = load(args.path) if args.show_concepts else None
+    if loaded is not None and loaded.model.segment is None:
+        raise UserError(
+            f"--show-concepts: {loaded.name} has no concepts; leave it out, or give a model that was trained with "
+            'segment: "ConceptLM()"'
+        )
     found = generate(
-        args.path, prompt, args.max_new_tokens, temperature, top_p, args.seed, on_text, args.effort, args.max_passes
+        loaded or args.path,
+        prompt,
+        args.max_new_tokens,
+        temperature,
+        top_p,
+        args.seed,
+        on_text,
+        args.effort,
+        args.max_passes,
     )
     print()
     if args.show_compute:
         print(f"\n{shade_terminal(found.tokens, found.passes, color=terminal)}")
+    if loaded is not None:
+        _show_concepts(loaded, found.ids)
     return 0
+
+
+def _show_concepts(loaded: Loaded, ids: list[int]) -> None:
+    """Each complete chunk with its codes, and how many of them the model had predicted."""
+    from pondera.probe.concepts import cell, read
+
+    rows = []
+    for chunk in read(loaded.model, loaded.tokenizer, ids):
+        right = sum(a == b for a, b in zip(chunk.codes, chunk.predicted or [], strict=False))
+        told = f"{right} of {len(chunk.codes)}" if chunk.predicted is not None else ""
+        rows.append([cell(chunk.text), " ".join(map(str, chunk.codes)), told])
+    print_table(["chunk", "concept", "predicted"], rows)
 
 
 def _prompt(given: str) -> str:

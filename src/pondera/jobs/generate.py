@@ -27,12 +27,14 @@ class Generated:
             token of a character that is spelled by several).
         passes: passes that each of them took. The last token, which decoding itself has no need to run, is run too.
         prompt_tokens: how many of them are the prompt.
+        ids: their numbers.
     """
 
     text: str
     tokens: list[str]
     passes: list[float]
     prompt_tokens: int
+    ids: list[int]
 
 
 def generate(
@@ -99,7 +101,7 @@ def generate(
         if isinstance(cache, TokenCache):
             model(ids_BT[:, cache.tokens :], past_key_values=cache, **budget)
             passes = cast("Tensor", cache.passes_BT)[0].double().tolist()
-    return Generated(stream.text, stream.tokens, passes, len(ids))
+    return Generated(stream.text, stream.tokens, passes, len(ids), ids_BT[0].tolist())
 
 
 class Stream:

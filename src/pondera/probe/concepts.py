@@ -6,6 +6,7 @@ Shapes: B batch (1), M chunks, G segments, R levels.
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pondera.ground.errors import UserError
@@ -20,6 +21,50 @@ if TYPE_CHECKING:
 
 WINDOW = 256
 """Tokens read at a time, or as many as the model has positions."""
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A chunk of a text.
+
+    Args:
+        text: its tokens.
+        codes: of its concept, one per segment (of several levels the first).
+        predicted: those that the model had predicted for it; none where nothing stood before it.
+    """
+
+    text: str
+    codes: list[int]
+    predicted: list[int] | None
+
+
+def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[Chunk]:
+    """The complete chunks of a text, which is read a window at a time.
+
+    Raises:
+        UserError: the model has no concepts.
+    """
+    import torch
+
+    window = min(WINDOW, getattr(model.backbone.config, "max_position_embeddings", None) or WINDOW)
+    found = []
+    with observed(model):
+        for start in range(0, len(ids), window):
+            piece = ids[start : start + window]
+            trace = model(torch.tensor([piece], device=model.device)).trace
+            if "concepts" not in trace:
+                raise UserError(
+                    "this model has no concepts, so there is nothing to read; give one that was trained with "
+                    'segment: "ConceptLM()"'
+                )
+            size, before = trace["chunk"], None
+            codes, predicted = (trace[name][0, :, :, 0].tolist() for name in ("concepts", "predicted"))
+            for end, own, following in zip(trace["ends"][0].tolist(), codes, predicted, strict=True):
+                if end >= 0:
+                    words = tokenizer.decode(piece[end + 1 - size : end + 1], clean_up_tokenization_spaces=False)
+                    found.append(Chunk(str(words), own, before))
+                    before = following
+    return found
 
 
 class Concepts(Probe):
@@ -63,10 +108,11 @@ class Concepts(Probe):
         """
         if not text:
             raise UserError("the text is empty; give one of a few thousand tokens")
+        ids, _ = next(encode([text], tokenizer))
         found: dict[int, dict[int, Counter[str]]] = {}
-        for chunk, codes in self._read(model, tokenizer, text):
-            for segment, code in enumerate(codes):
-                found.setdefault(segment, {}).setdefault(code, Counter())[chunk] += 1
+        for chunk in read(model, tokenizer, ids[: self.max_tokens].tolist()):
+            for segment, code in enumerate(chunk.codes):
+                found.setdefault(segment, {}).setdefault(code, Counter())[chunk.text] += 1
         if not found:
             raise UserError("the text is shorter than one chunk; give a longer one")
         chunks = sum(sum(counter.values()) for counter in found[0].values())
@@ -84,31 +130,6 @@ class Concepts(Probe):
             segments.append({"segment": segment, "used": len(by_use), "codes": codes})
         return {"chunks": chunks, "segments": segments}
 
-    def _read(self, model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str) -> list[tuple[str, list[int]]]:
-        """Each chunk's text and its codes, one per segment (of several levels the first)."""
-        import torch
-
-        ids, _ = next(encode([text], tokenizer))
-        ids_T = torch.from_numpy(ids[: self.max_tokens].astype("int64"))
-        window = min(WINDOW, getattr(model.backbone.config, "max_position_embeddings", None) or WINDOW)
-        found = []
-        with observed(model):
-            for start in range(0, len(ids_T), window):
-                piece_BT = ids_T[None, start : start + window]
-                trace = model(piece_BT.to(model.device)).trace
-                if "concepts" not in trace:
-                    raise UserError(
-                        "this model has no concepts, so there is nothing to read; give one that was trained with "
-                        'segment: "ConceptLM()"'
-                    )
-                ends, codes = trace["ends"][0].tolist(), trace["concepts"][0, :, :, 0].tolist()
-                length = trace["chunk"]
-                for end, own in zip(ends, codes, strict=True):
-                    if end >= 0:
-                        words = tokenizer.decode(piece_BT[0, end + 1 - length : end + 1].tolist())
-                        found.append((str(words), own))
-        return found
-
     def show(self, found: dict[str, Any]) -> Shown:
         """A line per code."""
         rows = [
@@ -116,7 +137,7 @@ class Concepts(Probe):
                 str(segment["segment"] + 1),
                 str(code["code"]),
                 f"{code['share']:.1%}",
-                "  ".join(f"{_cell(chunk['text'])} ×{chunk['count']}" for chunk in code["chunks"]),
+                "  ".join(f"{cell(chunk['text'])} ×{chunk['count']}" for chunk in code["chunks"]),
             ]
             for segment in found["segments"]
             for code in segment["codes"]
@@ -126,5 +147,6 @@ class Concepts(Probe):
         return Shown(["segment", "code", "chunks", "most often"], rows, note)
 
 
-def _cell(text: str) -> str:
+def cell(text: str) -> str:
+    """A chunk in a table: quoted, on one line, safe to print."""
     return "“" + visible(text).replace("\n", "").replace("\t", "⇥") + "”"

@@ -257,11 +257,13 @@ class ConceptLM(Segment):
         return terms
 
     def _trace(self, pooled_BMD: Tensor, scores: Tensor, chunks: Chunks) -> dict[str, Any]:
-        """``ends``: the column of each chunk's last token, -1 where there is none; ``concepts`` and ``predicted``: the codes
-        of the chunk and those predicted for the next, ``[B, M, G, R]``; ``quantized``: all chunks' segments, and tables."""
+        """``chunk``: k; ``ends``: the column of each chunk's last token, -1 where there is none; ``concepts`` and
+        ``predicted``: the codes of the chunk and those predicted for the next, ``[B, M, G, R]``; ``quantized``: all chunks'
+        segments, and tables."""
         valid_BM, table = chunks.valid_BM, self.quantizer.table()
         assert table is not None
         return {
+            "chunk": self.chunk,
             "ends": torch.where(valid_BM, chunks.end_BM, -1),
             "concepts": self.quantizer.encode(pooled_BMD, valid_BM),
             "predicted": torch.where(valid_BM[..., None, None], scores.argmax(-1), ABSENT),
