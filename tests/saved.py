@@ -39,6 +39,10 @@ def save(folder: Path, name: str = "plain") -> Path:
     words = {"vocab_size": 280, "max_position_embeddings": POSITIONS, "initializer_range": 0.3}
     chosen = {"segment": SEGMENTS[name]} if name in SEGMENTS else {"think": THINKS[name]}
     config = AdaptiveConfig(backbone={"model_type": "llama", **sizes, **words}, **chosen)
-    AdaptiveLM(config).save_pretrained(folder)
+    model = AdaptiveLM(config)
+    if name in SEGMENTS:  # codebooks begin with the first batch of training
+        ids = torch.randint(280, (4, 64), generator=torch.Generator().manual_seed(0))
+        model.train()(ids, labels=ids)
+    model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder

@@ -55,11 +55,14 @@ def test_it_lists_the_probes(said):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["think_trcae", "."], "unknown probe 'think_trcae'; did you mean 'ThinkTrace'? (allowed: ThinkTrace"),
+        (["think_trcae", "."], "unknown probe 'think_trcae'; did you mean 'ThinkTrace'? (allowed: Collapse"),
         (["PonderLM2", "."], "unknown probe 'PonderLM2'"),
         (["think_trace"], "say which model to look at: pondera probe think_trace RUN"),
-        (["think_trace", "./no"], 'say what the model reads: --text "Once upon a time", or --data.text FILE'),
-        (["think_trace", "./no", "--text", "a", "--data.text", "b"], "say what the model reads"),
+        (["think_trace", "./no"], "no such folder: './no'"),
+        (
+            ["think_trace", "./no", "--text", "a", "--data.text", "b"],
+            "--text and --data.text both say what the model reads",
+        ),
         (["think_trace", "./no", "--data.text", "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
         (["think_trace", "./no", "--text", "a\udcff"], "--text: this is not UTF-8 text"),
         (["think_trace", "./no", "--text", "a"], "no such folder: './no'"),
@@ -135,6 +138,26 @@ def test_the_last_token_of_a_text_has_no_target(said, model):
 def test_a_text_is_cut_to_the_positions_of_the_model(said, model):
     found = json.loads(said("think_trace", model, "--text", "x" * 200, "--max-tokens", 500, "--json")[1])
     assert len(found["tokens"]) == saved.POSITIONS - 1
+
+
+def test_without_a_text_a_model_that_is_no_run_says_what_to_give(said, model):
+    code, out, err = said("think_trace", model)
+    assert (code, out) == (2, "") and 'say what the model reads: --text "Once upon a time", or --data.text FILE' in err
+
+
+def test_concepts_are_listed_and_shown_beside_what_is_written(said, tmp_path, capsys):
+    folder = saved.save(tmp_path / "model", "concept")
+    code, out, _ = said("concepts", folder, "--text", TEXT * 4, "--top", 2)
+    assert code == 0 and "chunks read; codes in use by segment: " in out and "×" in out
+    words = ["--prompt", TEXT, "--max-new-tokens", "6", "--greedy", "--show-concepts"]
+    assert main(["generate", str(folder), *words]) == 0
+    shown = capsys.readouterr().out
+    rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
+    assert rows and rows[0][2].strip() == "" and all(" of 2" in row[2] for row in rows[1:])
+    assert all(0 <= int(code) < 4 for row in rows for code in row[1].split())
+    plain = saved.save(tmp_path / "plain")
+    assert main(["generate", str(plain), *words]) == 2
+    assert "--show-concepts: plain has no concepts" in capsys.readouterr().err
 
 
 def test_models_in_which_there_is_nothing_to_see(said, methods, tmp_path):

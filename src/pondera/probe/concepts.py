@@ -42,7 +42,7 @@ def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) 
     """The complete chunks of a text, which is read a window at a time.
 
     Raises:
-        UserError: the model has no concepts.
+        UserError: the model has no concepts, or its codebooks have not begun.
     """
     import torch
 
@@ -57,9 +57,11 @@ def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) 
                     "this model has no concepts, so there is nothing to read; give one that was trained with "
                     'segment: "ConceptLM()"'
                 )
-            size, before = trace["chunk"], None
+            size, before, ends = trace["chunk"], None, trace["ends"][0].tolist()
             codes, predicted = (trace[name][0, :, :, 0].tolist() for name in ("concepts", "predicted"))
-            for end, own, following in zip(trace["ends"][0].tolist(), codes, predicted, strict=True):
+            if any(code < 0 for end, own in zip(ends, codes, strict=True) if end >= 0 for code in own):
+                raise UserError("its codebooks have not begun yet; train it past its warm-up (start_step)")
+            for end, own, following in zip(ends, codes, predicted, strict=True):
                 if end >= 0:
                     words = tokenizer.decode(piece[end + 1 - size : end + 1], clean_up_tokenization_spaces=False)
                     found.append(Chunk(str(words), own, before))

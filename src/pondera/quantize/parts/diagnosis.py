@@ -18,6 +18,8 @@ from pondera.quantize.parts.nearest import nearest
 
 WORSE = 1.5
 """Codes are wasted where the error is so many times that of k-means with as many codes ..."""
+MATTERS = 0.01
+"""... and above it by so much of the variance, as an error that is next to nothing may be a multiple of another ..."""
 FEWER = 0.5
 """... and the perplexity less than this share of its perplexity."""
 NARROW = 0.3
@@ -71,7 +73,7 @@ def diagnose(x_NC: Tensor, table_KC: Tensor, rank: float | None = None, seed: in
     yardsticks are ours.
     Cost: k-means: 10 x N x K x C multiplications.
     When not to use it: on less than a few thousand vectors, or vectors that the codebook was trained on alone.
-    Resolved: the papers give no thresholds. Ours are `WORSE`, `FEWER` and `NARROW`, set on the study in docs/results.md.
+    Resolved: the papers give no thresholds. Ours are `WORSE`, `MATTERS`, `FEWER` and `NARROW`.
 
     Args:
         x_NC: vectors, from text or images that training has not seen.
@@ -103,7 +105,8 @@ def diagnose(x_NC: Tensor, table_KC: Tensor, rank: float | None = None, seed: in
     best_KC, _ = kmeans(fit_NC, codes, draw)
     used, reachable = _measure(test_NC, table_KC), _measure(test_NC, best_KC)
     spread = effective_rank(test_NC)
-    wasted = used["error"] > WORSE * reachable["error"] and used["perplexity"] < FEWER * reachable["perplexity"]
+    worse = used["error"] > max(WORSE * reachable["error"], reachable["error"] + MATTERS)
+    wasted = worse and used["perplexity"] < FEWER * reachable["perplexity"]
     yardstick = rank if rank is not None else float(width)
     narrow = spread < NARROW * yardstick
     kind = KINDS[wasted + 2 * narrow]
