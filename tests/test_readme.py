@@ -42,13 +42,17 @@ def test_commands_and_python(folder: Path):
     from transformers import LlamaConfig, LlamaForCausalLM
 
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("pondera")]
-    assert len(commands) == 12
+    assert len(commands) == 16
     for command in commands:
         words = shlex.split(command)[1:]
         small = SMALL if words[0] in ("train", "compare", "doctor") and "--resume" not in words else []
         small = SMALL[2:10] if "--backbone" in words else small  # the backbone and its tokenizer are given
         assert main([*words, *small]) == 0, command
-    assert (folder / "report.html").is_file() and (folder / "runs/compared/results.json").is_file()
+    assert (
+        (folder / "collapse.html").is_file()
+        and (folder / "report.html").is_file()
+        and (folder / "runs/compared/results.json").is_file()
+    )
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained("my_checkpoint")
