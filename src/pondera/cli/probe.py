@@ -144,9 +144,9 @@ def _text(args: argparse.Namespace) -> str | None:
     """What was given to read; none if nothing was."""
     if args.text is not None and args.source is not None:
         raise UserError("--text and --data.text both say what the model reads; give one of them")
-    if args.text is None and args.source is None:
-        return None
     if args.text is None:
+        if args.source is None:
+            return None
         document = next(open_text(args.source).read(), None)
         if document is None:
             raise UserError(f"data.text: {args.source!r} holds no text; give a file that does")

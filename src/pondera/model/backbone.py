@@ -261,13 +261,13 @@ class Backbone(nn.Module):
         else:
             config.sliding_window = None
         config.vocab_size, config.pad_token_id = 1, None  # of a table that is thrown away
-        decoder = type(self.decoder)(config).to(self.lm.dtype)
+        decoder: PreTrainedModel = cast(Any, type(self.decoder))(config).to(self.lm.dtype)
         if self.unit_rms:
-            scaled_init(cast(PreTrainedModel, decoder))
+            scaled_init(decoder)
         decoder.set_input_embeddings(nn.Identity())
         if positions := self._layout().positions:
             setattr(decoder, positions, _NoPositions())
-        return Backbone(cast(PreTrainedModel, decoder))
+        return Backbone(decoder)
 
     def _layout(self) -> Layout:
         layout = LAYOUTS.get(self.config.model_type)

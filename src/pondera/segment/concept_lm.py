@@ -124,7 +124,7 @@ class ConceptLM(Segment):
                 f"quantizer: {type(self.quantizer).__name__} has no tables of one size, by which scores could be weighed; "
                 "use VQ, SimVQ, or a Product or Residual of them"
             )
-        self.sizes = (*sizes_GR.shape, int(sizes_GR[0, 0]))
+        self.sizes = (len(sizes_GR), len(sizes_GR[0]), int(sizes_GR[0, 0]))
         self.heads = nn.Linear(self.width, sizes_GR.numel() * self.sizes[-1], dtype=first.dtype, device=first.device)
         nn.init.zeros_(self.heads.weight)
         nn.init.zeros_(self.heads.bias)
@@ -195,7 +195,8 @@ class ConceptLM(Segment):
 
         encoder_layers, every = cast(int, self.encoder_layers), backbone.config.num_hidden_layers
         h_BTD = backbone.run(h_BTD, range(encoder_layers), rows, mask, position_ids)
-        chunks = Chunks.of(self.chunk, *h_BTD.shape[:2], mask, seen, h_BTD.device)
+        batch, tokens, _ = h_BTD.shape
+        chunks = Chunks.of(self.chunk, batch, tokens, mask, seen, h_BTD.device)
         before_BWD = None if held is None else held.encoded_BWD
         pooled_BMD = chunks.pool(behind(before_BWD, h_BTD, self.chunk - 1), self.pooling)
         # Before scores meet the codebooks, which the first batch may make.

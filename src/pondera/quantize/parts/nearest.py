@@ -97,19 +97,19 @@ def _tiled(x_NC: Tensor, table_KC: Tensor, centre_1C: Tensor, offset_K: Tensor) 
     rows_tkC[: len(table_KC)] = torch.cat([table_KC, offset_K[:, None]], 1)
     x_nC = table_KC.new_ones(vectors, width + 1)
     scores_kn = table_KC.new_empty(rows, vectors)
-    codes_N = torch.zeros(total, dtype=torch.int64)
+    codes_N = torch.empty(total, dtype=torch.int64)
     for start in range(0, total, vectors):
         codes_n = codes_N[start : start + vectors]
         if len(codes_n) < vectors:
             x_nC, scores_kn = x_nC[: len(codes_n)], table_KC.new_empty(rows, len(codes_n))
         torch.sub(x_NC[start : start + vectors], centre_1C, out=x_nC[:, :-1])
-        best_n = table_KC.new_full(codes_n.shape, -math.inf)
-        for first, rows_kC in zip(range(0, tiles * rows, rows), rows_tkC.split(rows), strict=True):
-            torch.mm(rows_kC, x_nC.T, out=scores_kn)
-            highest_n, found_n = _highest(scores_kn)
-            # Never true of a vector that is not finite, whose code stays 0.
-            codes_n.copy_(torch.where(highest_n > best_n, found_n + first, codes_n))
-            best_n = torch.maximum(best_n, highest_n)
+        found = [_highest(torch.mm(rows_kC, x_nC.T, out=scores_kn)) for rows_kC in rows_tkC.split(rows)]
+        highest_n, row_n = found[0]
+        if tiles > 1:
+            highest_tn = torch.stack([highest_n for highest_n, _ in found])
+            tile_n = _first(highest_tn, highest_tn.amax(0))
+            row_n = torch.stack([row_n for _, row_n in found]).gather(0, tile_n.long()[None])[0] + tile_n * rows
+        codes_n.copy_(row_n)
     return codes_N
 
 
@@ -120,15 +120,15 @@ def _highest(scores_kn: Tensor) -> tuple[Tensor, Tensor]:
     maxima_bn = blocks_b16n.amax(1)
     highest_n = maxima_bn.amax(0)
     block_n = _first(maxima_bn, highest_n)
-    block_16n = blocks_b16n.gather(0, block_n.expand(1, BLOCK, count))[0]
+    block_16n = blocks_b16n.gather(0, block_n.long().expand(1, BLOCK, count))[0]
     return highest_n, block_n * BLOCK + _first(block_16n, highest_n)
 
 
 def _first(scores_kn: Tensor, highest_n: Tensor) -> Tensor:
-    """The first row that has the column's highest score; overwrites the scores."""
+    """The first row that has the column's highest score, as a float, which is faster; overwrites the scores."""
     row_k1 = torch.arange(len(scores_kn), dtype=scores_kn.dtype)[:, None]
     behind_kn = scores_kn.sub_(highest_n).sign_()  # 0 where highest (and of what is no number), else -1
-    return torch.sub(row_k1, behind_kn, alpha=len(scores_kn), out=behind_kn).amin(0).long()
+    return torch.sub(row_k1, behind_kn, alpha=len(scores_kn), out=behind_kn).amin(0)
 
 
 @torch.no_grad()
