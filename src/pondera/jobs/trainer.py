@@ -14,7 +14,7 @@ from itertools import product
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -223,14 +223,18 @@ class PonderaTrainer(Trainer):
         """The count of each loss term over a step of several micro-batches.
 
         The labels tell how many tokens are predicted. What a method counts may depend on what it thinks, so its terms
-        cost one forward pass more, without gradient and with the same random numbers.
+        cost one forward pass more, without gradient and with the same random numbers; codebooks forget it.
         """
         if self._term_names == ("next_token",) and self.lm.segment is None:  # whose terms may begin after a warm-up
             labels = sum((batch["shift_labels"] != IGNORED).sum() for batch in batches)
             return self.over_processes({"next_token": labels})
         counts: dict[str, Any] = {}
         self.lm.train()
-        with torch.no_grad(), torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+        with (
+            _as_it_was(self.lm.segment),
+            torch.no_grad(),
+            torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []),
+        ):
             for batch in batches:
                 for name, term in cast(Any, self.model_wrapped)(**self._prepare_inputs(batch)).terms.items():
                     counts[name] = counts.get(name, 0) + term.count
@@ -294,6 +298,17 @@ class PonderaTrainer(Trainer):
 
     def _inner_optimizer(self) -> Optimizer:
         return getattr(self.optimizer, "optimizer", self.optimizer)  # without accelerate's wrapper
+
+
+@contextmanager
+def _as_it_was(method: nn.Module | None) -> Iterator[None]:
+    """Afterwards all weights and buffers are what they were before: quantizers learn from every pass in training mode."""
+    held = {} if method is None else method.state_dict(keep_vars=True)
+    before = {name: tensor.detach().clone() for name, tensor in held.items()}
+    yield
+    with torch.no_grad():
+        for name, tensor in held.items():
+            tensor.copy_(before[name])
 
 
 def _divisor(count: Tensor) -> Tensor:

@@ -94,7 +94,9 @@ class Quantizer(nn.Module, ABC):
         def noting(self: Any, *args: Any, **kwargs: Any) -> None:
             if "_given" not in vars(self):  # by the class itself, not by the one it is derived from
                 given = inspect.signature(construct).bind(self, *args, **kwargs).arguments
-                object.__setattr__(self, "_given", {name: given[name] for name in given if name != "self"})
+                # Without the graph of a tensor, which could not be copied when the description is built.
+                plain = {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
+                object.__setattr__(self, "_given", {name: plain[name] for name in plain if name != "self"})
             construct(self, *args, **kwargs)
 
         cls.__init__ = noting

@@ -1,0 +1,86 @@
+"""Does predicting concepts make a better language model? ConceptLM beside plain models of equal size and of equal cost.
+
+    python experiments/concepts.py --scale cpu --text books.jsonl.xz      about half an hour on two cores
+    python experiments/concepts.py --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+
+Arms: plain; plain with wider layers, as many training FLOPs as ConceptLM's; plain with still wider ones, as many parameters;
+ConceptLM; the same without its concept loss (what is left is a further layer at a quarter of the rate); with a softmax in
+its merge. Same data, same tokens, three seeds. Of the trained ConceptLM the score with its concepts zeroed is measured, too.
+Everything is resumable; results go to ``results/concepts/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from publishing import GPU, arguments, in_pieces, plan, publish, write_json, write_recipe
+
+from pondera.ground.data import prepare
+from pondera.ground.run import Run
+from pondera.ground.settings import RunConfig, load
+from pondera.jobs.build import new_model
+from pondera.jobs.compare import compare, flops_per_step, folder_of, spread, with_seed
+from pondera.jobs.load import load as load_model
+from pondera.jobs.score import score
+
+CPU = {"train.steps": 300, "train.eval_tokens": 32768, "train.eval_every": 300, "train.save_every": 100}
+SCALES = {"cpu": CPU | {"backbone.num_hidden_layers": 4}, "gpu": GPU}
+FORMS = {"conceptlm": "", "conceptlm-no-loss": ", ncp_weight=0.0", "conceptlm-softmax": ", merge='softmax'"}
+
+
+def concept_model(name: str, further: str, overrides: dict[str, Any]) -> RunConfig:
+    """An arm with concepts: half of the layers encode."""
+    return load("plain", {**overrides, "name": name, "segment": f"ConceptLM(chunk=4, codes=64, segments=8{further})"})
+
+
+def widened(name: str, wanted: float, measure: Callable[[RunConfig], float], overrides: dict[str, Any]) -> RunConfig:
+    """The plain model whose feed-forward layers are as wide as it takes to reach `wanted`, to a multiple of 8."""
+
+    def made(width: int) -> RunConfig:
+        return load("plain", {**overrides, "name": name, "backbone.intermediate_size": width})
+
+    low, high = 8, 16 * load("plain", overrides).backbone["hidden_size"]
+    while high - low > 8:
+        middle = (low + high) // 16 * 8
+        low, high = (middle, high) if measure(made(middle)) < wanted else (low, middle)
+    return made(high)
+
+
+def parameters(config: RunConfig) -> float:
+    """How many numbers a model learns."""
+    return float(sum(p.numel() for p in new_model(config, prepare(config.data).vocab_size).parameters()))
+
+
+def zeroed(config: RunConfig, out: Path, seeds: int) -> dict[str, Any]:
+    """The trained ConceptLM on the windows of its table, without its concepts."""
+    found: dict[str, list[float | None]] = {"with": [], "without": []}
+    for seed in range(config.train.seed, config.train.seed + seeds):
+        run = Run.open(folder_of(with_seed(config, seed), out))
+        model, held_out = load_model(str(run.path)).model, prepare(config.data).validation
+        for name, effort in (("with", 1.0), ("without", 0.0)):
+            budget, tokens = {"effort": effort}, config.train.eval_tokens
+            said = score(model, held_out, config.data.context, tokens, config.train.batch_size, budget=budget)
+            found[name].append(said["bits_per_byte"])
+    return {name: spread(values) for name, values in found.items()}
+
+
+def main() -> None:
+    args = arguments(__doc__, list(SCALES)).parse_args()
+    it = plan(args, "concepts", SCALES[args.scale])
+    with in_pieces(args.minutes):
+        concepts = [concept_model(name, further, it.overrides) for name, further in FORMS.items()]
+        plain = load("plain", it.overrides)
+        wider = widened("plain-equal-flops", flops_per_step(concepts[0]), flops_per_step, it.overrides)
+        larger = widened("plain-equal-size", parameters(concepts[0]), parameters, it.overrides)
+        recipes = [write_recipe(config, it.out / "recipes") for config in (plain, wider, larger, *concepts)]
+        found = compare(recipes, it.seeds, "tokens", None, it.out, jobs=it.jobs)
+        publish(it.out, it.results, "tokens", it.command)
+        rows = zeroed(concepts[0], it.out, it.seeds)
+        write_json(it.results / "zeroed.json", {"command": it.command, "rows": rows})
+        print(*found["verdict"], sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
