@@ -1,0 +1,98 @@
+"""Time and size of a head of codes beside the full output matrix, in one run.
+
+    python benchmarks/heads.py --out results/heads.json
+
+Logits of one state and of many, and a training step of the loss (forward and backward), which a head of one group takes
+without any tensor as wide as the vocabulary. Both sides in turn, medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pondera.ground.run import write_atomic
+from pondera.head.vq_logits import VQLogits
+from pondera.model.lm import next_token_term
+
+
+def seconds(job: Callable[[], Any]) -> float:
+    """Of one call."""
+    began = time.perf_counter()
+    job()
+    return time.perf_counter() - began
+
+
+def tasks(head: nn.Module, width: int, vocabulary: int, tokens: int) -> dict[str, Callable[[], Any]]:
+    """What is timed."""
+    one_BTD, many_BTD = torch.randn(1, 1, width), torch.randn(1, tokens, width)
+    labels_BT = torch.randint(vocabulary, (1, tokens))
+
+    def logits(h_BTD: torch.Tensor) -> None:
+        with torch.no_grad():
+            head(h_BTD)
+
+    def learn() -> None:
+        h_BTD = many_BTD.clone().requires_grad_()
+        loss = head.term(h_BTD, labels_BT) if isinstance(head, VQLogits) else next_token_term(head(h_BTD), labels_BT)
+        loss.mean().backward()
+
+    return {"logits of 1": lambda: logits(one_BTD), f"logits of {tokens}": lambda: logits(many_BTD), "training": learn}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, default=50304)
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--out", type=Path, default=Path("results/heads.json"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    heads: dict[str, nn.Module] = {"full": nn.Linear(args.width, args.vocabulary, bias=False)}
+    for codes, groups in ((512, 1), (4096, 1), (512, 4), (4096, 4)):
+        head = VQLogits(codes, groups)
+        head.attach(args.vocabulary, args.width)
+        heads[f"VQLogits(codes={codes}, groups={groups})"] = head
+    jobs = {name: tasks(head, args.width, args.vocabulary, args.tokens) for name, head in heads.items()}
+    times: dict[tuple[str, str], list[float]] = {}
+    for number in range(args.rounds + 1):
+        for name, own in jobs.items():
+            for task, job in own.items():
+                took = seconds(job)
+                if number:  # the first is to warm up
+                    times.setdefault((name, task), []).append(took)
+    rows = [
+        {
+            "head": name,
+            "parameters": sum(p.numel() for p in heads[name].parameters()),
+            "seconds": {task: statistics.median(times[name, task]) for task in own},
+            "faster": {
+                task: statistics.median(a / b for a, b in zip(times["full", task], times[name, task], strict=True))
+                for task in own
+            },
+        }
+        for name, own in jobs.items()
+    ]
+    for row in rows:
+        print(row["head"], f"{row['parameters']:,}", {task: f"{value:.2f} x" for task, value in row["faster"].items()})
+    settings = {name: getattr(args, name) for name in ("vocabulary", "width", "tokens", "rounds", "threads")}
+    result = {"command": "python benchmarks/heads.py", "machine": platform.machine(), **settings, "rows": rows}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What does a head of codes cost in quality? VQ-Logits beside the full output matrix: same backbone, data and tokens.
+
+    python experiments/heads.py --scale cpu --text books.jsonl.xz      about a quarter of an hour on two cores
+    python experiments/heads.py --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+
+Arms: the full matrix; a quarter as many codes as tokens, one for each token and shared ones for the rest; as few codes, two
+and four for each token. Results go to ``results/heads/``; what the heads take in time is in ``benchmarks/heads.py``.
+"""
+
+from __future__ import annotations
+
+from publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
+
+from pondera.ground.settings import load
+from pondera.jobs.compare import compare
+
+SCALES = {
+    "cpu": {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 200, "train.save_every": 100},
+    "gpu": GPU,
+}
+CODES = {"cpu": 512, "gpu": 2048}
+
+
+def main() -> None:
+    args = arguments(__doc__, list(SCALES)).parse_args()
+    it, codes = plan(args, "heads", SCALES[args.scale]), CODES[args.scale]
+    heads = {"plain": None} | {f"vqlogits-{n}": f"VQLogits(codes={codes}, groups={n})" for n in (1, 2, 4)}
+    heads["vqlogits-1-no-bias"] = f"VQLogits(codes={codes}, bias=False)"
+    with in_pieces(args.minutes):
+        arms = [
+            load("plain", {**it.overrides, "name": name} | ({"head": head} if head else {}))
+            for name, head in heads.items()
+        ]
+        recipes = [write_recipe(config, it.out / "recipes") for config in arms]
+        found = compare(recipes, it.seeds, "tokens", None, it.out, jobs=it.jobs)
+        publish(it.out, it.results, "tokens", it.command)
+        print(*found["verdict"], sep="\n  ")
+
+
+if __name__ == "__main__":
+    main()
