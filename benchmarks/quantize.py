@@ -4,14 +4,16 @@
     peers/bin/pip install torch==2.13.0 vector-quantize-pytorch==1.32.0
     python benchmarks/quantize.py --python peers/bin/python --out results/quantize.json
 
-Tasks: codes and their rows for all vectors; the same and the sums by code, which are what a training step by moving averages
-or an iteration of k-means needs; k-means; encoding by eight residual levels; a whole training step (forward, backward,
-averages, respawn). FLOPs are those of the scores alone, 2 N K d per level or iteration; ``matmul`` does these products with
-torch.mm and nothing else, so its time is what the machine allows. ``loop`` is what one would write: addmm and argmin, by
-parts. Both packages live in processes of their own, with the same vectors and tables, and compute in turn; seconds are
-medians, ratios medians of the rounds' ratios. ``theirs`` and ``loop`` get the first `--peer-vectors` only, the other package
-in parts of so many scores as fit into memory, and are compared by time per vector. Memory is how far a process's resident
-set rises over what it was before the task (Linux).
+Tasks: codes for all vectors (the other package looks up their rows, too); the same and the sums by code, which are what a
+training step by moving averages or an iteration of k-means needs; k-means (ours also draws a start with centres far from
+each other); encoding by eight residual levels; a whole training step (forward, backward, averages, respawn).
+
+FLOPs are those of the scores alone, 2 N K d per level or iteration; ``matmul`` does these products with torch.mm and
+nothing else, so its time is what the machine allows. ``loop`` is what one would write: addmm and argmin, by parts. Both
+packages live in processes of their own, with the same vectors and tables, and compute in turn; seconds are medians, ratios
+medians of the rounds' ratios. ``theirs`` and ``loop`` get the first `--peer-vectors` only, the other package in parts of so
+many scores as fit into memory, and are compared by time per vector. Memory is how far a process's resident set rises over
+what it was before the task (Linux).
 """
 
 from __future__ import annotations
@@ -81,9 +83,7 @@ def ours(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
     codes, dim = table_KD.shape
 
     def assign() -> Tensor:
-        codes_N = nearest(x_ND, table_KD)
-        torch.nn.functional.embedding(codes_N, table_KD)
-        return codes_N
+        return nearest(x_ND, table_KD)
 
     def sums() -> Tensor:
         codes_N = nearest(x_ND, table_KD)

@@ -15,10 +15,10 @@ from torch.nn import functional
 from pondera.ground.errors import unknown
 
 METRICS = ("euclidean", "cosine")
-ROWS = 512
+ROWS = 1024
 """Rows of a tile at most."""
-SCORES = 5 * 2**17
-"""Scores of a tile per thread: what a core's own cache about holds, and enough for torch to share the work on them."""
+SCORES = 2**20
+"""Scores of a tile per thread: few enough to stay in cache, and so many that the calls of torch cost little beside them."""
 BLOCK = 16
 SMALL = 2**16
 """Scores of a table up to which a search takes the short way on a CPU, too."""
