@@ -83,13 +83,11 @@ def effort(path: str) -> str:
     arms: dict[str, dict[float, str]] = {}
     for row in found["rows"]:
         said = f"{with_spread(row['bits_per_byte'])} at {row['passes_per_token']['mean']:.2f}"
-        said += f" (by chance {row['by_chance']['mean']:.3f})" if "by_chance" in row else ""
         arms.setdefault(row["arm"], {})[row["effort"]] = said
     efforts = list(next(iter(arms.values())))
     rows = [(f"`{arm}`", *(at[each] for each in efforts)) for arm, at in arms.items()]
     head = ["arm", *(f"effort {each:g}" for each in efforts)]
-    said = "\n".join(f"`{command}`  " for command in found["commands"])
-    return f"{table(head, rows)}\n\nBits per byte at mean passes per token.\n\n{said}"
+    return f"{table(head, rows)}\n\n`{found['command']}`: bits per byte at mean passes per token."
 
 
 def authors(path: str) -> str:

@@ -2,22 +2,17 @@
 
     python experiments/effort.py runs/adaptive/books-cpu --arms ponderlm ponderlm3 --out results/adaptive/books-cpu/effort.json
 
-Every run of an arm in that folder, all its seeds, on the held-out text that its table was scored on. With ``--chance`` the
-same trained weights are scored once more where tokens differ in depth, with as many passes given to tokens at random; this
-adds to a file that is there.
+Every run of an arm in that folder, all its seeds, on the held-out text that its table was scored on.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 
-from adaptive import control
 from publishing import write_json
 
-from pondera import AdaptiveConfig, AdaptiveLM
 from pondera.ground.data import prepare
 from pondera.ground.run import Run
 from pondera.jobs.compare import spread
@@ -39,50 +34,23 @@ def curve(path: Path, tokens: int) -> list[dict[str, float]]:
     return rows
 
 
-def by_chance(path: Path, passes: float, tokens: int) -> float:
-    """Bits per byte of one run's weights when tokens go on at random, so many on average."""
-    run = Run.open(path)
-    think = control(str(run.config.think), passes)
-    model = AdaptiveLM(AdaptiveConfig(backbone=str(run.model_dir), think=think)).float()
-    held_out, context = prepare(run.config.data).validation, run.config.data.context
-    found = score(model, held_out, context, tokens, batch_size=8)
-    print(f"{path.name}: {think}: {found['bits_per_byte']:.4f} at {found['passes_per_token']:.2f}", flush=True)
-    return float(found["bits_per_byte"])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="of a comparison: it holds runs/")
     parser.add_argument("--arms", nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=32768)
-    parser.add_argument("--chance", action="store_true", help="add what as many passes at random would score")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    known = json.loads(args.out.read_text()) if args.out.is_file() else {"commands": [], "rows": []}
-    runs = {
-        arm: [
-            path
-            for path in sorted((args.folder / "runs").iterdir())
-            if re.fullmatch(rf"{re.escape(arm)}-\d+steps-seed\d+", path.name)
-        ]
-        for arm in args.arms
-    }
-    if args.chance:
-        for row in known["rows"]:
-            means = row["passes_per_token"]["values"]
-            if row["arm"] in runs and 0 < row["effort"] and 1 < row["passes_per_token"]["mean"] < 1.995:
-                pairs = zip(runs[row["arm"]], means, strict=True)
-                row["by_chance"] = spread([by_chance(path, mean, args.tokens) for path, mean in pairs])
-    else:
-        known["rows"] = [row for row in known["rows"] if row["arm"] not in runs]
-        for arm, paths in runs.items():
-            for at in zip(*(curve(path, args.tokens) for path in paths), strict=True):
-                measured = {key: spread([one[key] for one in at]) for key in ("passes_per_token", "bits_per_byte")}
-                known["rows"].append({"arm": arm, "effort": at[0]["effort"], **measured})
-    words = ["python experiments/effort.py", str(args.folder), "--arms", *args.arms, "--tokens", str(args.tokens)]
-    known["commands"].append(" ".join([*words, *["--chance"] * args.chance]))
+    rows, found = [], sorted((args.folder / "runs").iterdir())
+    for arm in args.arms:
+        named = re.compile(rf"{re.escape(arm)}-\d+steps-seed\d+")
+        seeds = [curve(path, args.tokens) for path in found if named.fullmatch(path.name)]
+        for at in zip(*seeds, strict=True):
+            measured = {key: spread([one[key] for one in at]) for key in ("passes_per_token", "bits_per_byte")}
+            rows.append({"arm": arm, "effort": at[0]["effort"], **measured})
+    command = f"python experiments/effort.py {args.folder} --arms {' '.join(args.arms)} --tokens {args.tokens}"
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(args.out, known)
+    write_json(args.out, {"command": command, "rows": rows})
 
 
 if __name__ == "__main__":
