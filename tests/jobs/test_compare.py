@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import os
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -23,11 +24,14 @@ from pondera.cli.parser import Parser
 from pondera.ground.errors import Failure, Interrupted, UserError
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig, TrainConfig, from_dict
+from pondera.ground.spec import build
 from pondera.jobs import compare as module
 from pondera.jobs import demo
 from pondera.jobs.compare import at_equal_flops, compare, ended_early, flops_per_step, summarise
 from pondera.jobs.report import write_report
 from pondera.jobs.trainer import PonderaTrainer
+from pondera.segment.contract import Segment
+from pondera.think.contract import Think
 
 STEPS = 4
 ENDLESS = 10**6
@@ -277,14 +281,19 @@ def test_the_demo_lets_the_thinking_model_write(out, monkeypatch):
     assert written.thinker == out / "runs" / "ponder-4steps-seed0" and len(written.sample.tokens) > 1
 
 
+def of_experiments(name: str) -> ModuleType:
+    """A script of experiments/, which import each other by their names."""
+    folder = str(Path(__file__).parents[2] / "experiments")
+    sys.path.insert(0, folder)
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(folder)
+
+
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
-    folder = Path(__file__).parents[2] / "experiments"
-    spec = importlib.util.spec_from_file_location("publishing", folder / "publishing.py")
-    assert spec is not None and spec.loader is not None
-    found = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(found)
-    return found
+    return of_experiments("publishing")
 
 
 def test_what_is_published_names_no_path_of_this_machine(experiment, out, tmp_path):
@@ -314,14 +323,19 @@ def test_equal_inference_is_said(tmp_path: Path):
 
 def test_a_random_control_spends_what_its_method_was_measured_to():
     """Of the experiment with adaptive arms: sum of keep**k over the extra steps is the measured mean of extra passes."""
-    import sys
-
-    folder = str(Path(__file__).parents[2] / "experiments")
-    sys.path.insert(0, folder)
-    try:
-        adaptive = importlib.import_module("adaptive")
-    finally:
-        sys.path.remove(folder)
+    adaptive = of_experiments("adaptive")
     made = adaptive.control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
     assert made == "AdaptiveLatentCoT(steps=2, halting='random', keep=0.5)"
     assert adaptive.control("ThinkAtHard(steps=1)", 1.3) == "ThinkAtHard(steps=1, halting='random', keep=0.3)"
+
+
+def test_every_arm_of_an_experiment_is_a_model():
+    """What a long experiment is made of is found to fit before it starts."""
+    adaptive, concepts, retrofit = map(of_experiments, ("adaptive", "concepts", "retrofit"))
+    overrides = {"data.text": "stdlib"}
+    arms = [recipe for group in adaptive.groups(2, 200).values() for recipe in group.values() if recipe]
+    for think in [*arms, *filter(None, retrofit.ARMS.values())]:
+        assert isinstance(build(think, "think"), Think)
+    for name, further in concepts.FORMS.items():
+        config = concepts.concept_model(name, further, overrides)
+        assert config.name == name and isinstance(build(str(config.segment), "segment"), Segment)

@@ -81,7 +81,7 @@ class ConceptLM(Segment):
         self,
         chunk: int = 4,
         codes: int = 64,
-        segments: int = 6,
+        segments: int = 8,
         encoder_layers: int | None = None,
         concept_layers: int = 1,
         merge: str = "raw_logits",
