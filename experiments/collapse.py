@@ -60,8 +60,15 @@ def settings(steps: int) -> dict[str, Setting]:
         "warm-up, then k-means": Setting(f"VQ(256, start='kmeans', start_step={late})", warmup=late),
         "warm-up, then random": Setting(f"VQ(256, scale=1.0, start_step={late})", warmup=late),
         "warm-up, k-means, respawn": Setting(f"VQ(256, start='kmeans', start_step={late}, respawn=0.01)", warmup=late),
-        "SimVQ": Setting("SimVQ(256)"),
-        "warm-up, then SimVQ": Setting(f"SimVQ(256, start='match', start_step={late})", warmup=late),
+        "random, std 1, rotation": Setting("VQ(256, scale=1.0, estimator='rotation')"),
+        "SimVQ": Setting("SimVQ(256, estimator='straight_through')"),
+        "SimVQ, rotation": Setting("SimVQ(256, estimator='rotation')"),
+        "warm-up, then SimVQ": Setting(
+            f"SimVQ(256, start='match', start_step={late}, estimator='straight_through')", warmup=late
+        ),
+        "warm-up, then SimVQ, rotation": Setting(
+            f"SimVQ(256, start='match', start_step={late}, estimator='rotation')", warmup=late
+        ),
         "encoder of width 4": Setting(f"VQ(256, start='kmeans', start_step={late})", encoder=4, warmup=late),
     }
 

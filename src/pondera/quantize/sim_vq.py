@@ -37,7 +37,7 @@ class SimVQ(Codebook):
             step that quantizes (without warm-up: to the first batch in training mode).
         start_step: the first optimizer step that quantizes; before it the input passes through, with codes `ABSENT` and
             without terms.
-        estimator: what gradient the input gets for the output's: ``"rotation"``, ``"straight_through"``, ``"none"``.
+        estimator: what gradient the input gets for the output's: ``"straight_through"``, ``"rotation"``, ``"none"``.
         commitment: weight of the term that moves vectors to codes.
         detach_input: the vectors get no gradient from the terms.
         detach_target: false drops the stop-gradients of both terms, so that each moves vectors and codes.
@@ -61,7 +61,7 @@ class SimVQ(Codebook):
         hidden: int | None = None,
         start: str = "random",
         start_step: int = 0,
-        estimator: str = "rotation",
+        estimator: str = "straight_through",
         commitment: float = 0.25,
         detach_input: bool = False,
         detach_target: bool = True,
