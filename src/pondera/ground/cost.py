@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from pondera.ground.flops import Call, Product, describe
@@ -188,5 +188,5 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _tensors(item)
-    elif hasattr(value, "get_seq_length"):  # a layer within a layer
+    elif hasattr(value, "get_seq_length") or is_dataclass(value):  # a layer within a layer, or a part of one
         yield from _tensors(vars(value))

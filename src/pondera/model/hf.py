@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention
 from transformers.masking_utils import (
     AttentionMaskInterface,
     create_causal_mask,
@@ -43,5 +44,6 @@ __all__ = [
     "PreTrainedModel",
     "create_causal_mask",
     "create_sliding_window_causal_mask",
+    "sdpa_attention",
     "sdpa_mask",
 ]

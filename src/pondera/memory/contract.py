@@ -1,0 +1,163 @@
+"""The seam `memory/`: how much of the past is kept, and in what form.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any, ClassVar, Self
+
+from torch import Tensor, nn
+
+from pondera.ground.errors import UserError
+from pondera.memory.parts.layer import MEMORY, MemoryLayer
+from pondera.model.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+
+class MemoryCache(Cache):
+    """A cache of memories: an ordinary transformers cache, for `generate` and for plain calls of any model.
+
+    Args:
+        layers: one per decoder layer; those that are no `MemoryLayer` are transformers' own.
+        memory: what made it.
+    """
+
+    def __init__(self, layers: list, memory: Memory) -> None:
+        super().__init__(layers=layers)
+        self.memory = memory
+
+    @property
+    def kept(self) -> list[MemoryLayer]:
+        """The layers that the memory has made."""
+        return [layer for layer in self.layers if isinstance(layer, MemoryLayer)]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """See transformers; refuses to go on from a forward that ended halfway."""
+        if self.layers[layer_idx] is self.kept[0] and len({layer.seen for layer in self.kept}) > 1:
+            raise UserError(
+                "this cache holds half of a call that ended in an error: its layers have seen different numbers of tokens; "
+                "begin with a new cache, or call cache.reset() first"
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def nbytes(self) -> int:
+        """Bytes of the storage of all layers, spare room included."""
+        from pondera.ground.cost import live_cache_bytes
+
+        return live_cache_bytes(self)
+
+
+class Memory(nn.Module, ABC):
+    """Decides what a model keeps of the tokens that it has read.
+
+    A memory works on any causal LM of transformers without touching its weights::
+
+        memory = StreamingLLM(budget=1024)
+        model.generate(**prompt, past_key_values=memory.cache(model))
+
+    and in a run or a config as ``memory: StreamingLLM(budget=1024)``. It must give what the stock cache gives, bit for
+    bit, while nothing has to be forgotten; what it computes padded or in a batch must equal what it computes alone. The
+    contract tests check every file of this folder.
+
+    Class attributes `paper`, `price` and `reproduced` say where it is from, what it costs in plain words, and whether its
+    claim showed here.
+    """
+
+    paper: ClassVar[str]
+    price: ClassVar[str]
+    reproduced: ClassVar[str]
+
+    fitted: bool = True
+    """False where `fit` has to come first."""
+
+    @abstractmethod
+    def layer(self, config: PreTrainedConfig, index: int, among: int) -> MemoryLayer:
+        """An empty layer.
+
+        Args:
+            config: text config of the model.
+            index: of the layer among the compressed ones.
+            among: how many are compressed.
+        """
+
+    def fit(self, model: PreTrainedModel, samples: Iterable[Tensor]) -> Self:
+        """Learns what it needs to know of a model, from text; nothing, for most.
+
+        Args:
+            model: whose past is to be kept.
+            samples: token ids, ``[B, T]`` each.
+        """
+        return self
+
+    def check(self, config: PreTrainedConfig, layers: list[int]) -> None:  # noqa: B027 (optional)
+        """Refuses a model that it does not fit.
+
+        Args:
+            config: text config of the model.
+            layers: numbers of the layers to be compressed.
+        """
+
+    def cache(self, model: PreTrainedModel) -> MemoryCache:
+        """An empty cache for this model, whose attention is told to look for it.
+
+        Args:
+            model: any causal LM of transformers.
+
+        Raises:
+            UserError: nothing in this model can be compressed, or `fit` has to come first.
+        """
+        if not self.fitted:
+            raise UserError(
+                f"{type(self).__name__} has not been fitted to a model yet: memory.fit(model, samples), or from the command "
+                "line: pondera compress MODEL --memory ... --calibrate TEXT"
+            )
+        config = model.config.get_text_config(decoder=True)
+        stock = DynamicCache(config=config).layers or [None] * config.num_hidden_layers
+        chosen = compressible(config)
+        self.check(config, chosen)
+        layers = [
+            self.layer(config, chosen.index(number), len(chosen)) if number in chosen else layer
+            for number, layer in enumerate(stock)
+        ]
+        if config._attn_implementation != MEMORY:
+            model.set_attn_implementation(MEMORY)
+        return MemoryCache(layers, self)
+
+
+def compressible(config: PreTrainedConfig) -> list[int]:
+    """Numbers of the layers whose past grows without end; windows and recurrent states stay as they are.
+
+    Raises:
+        UserError: there is none.
+    """
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:
+        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
+        kinds *= config.num_hidden_layers
+    chosen = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
+    others = sorted(set(kinds) - {"full_attention"})
+    if not chosen:
+        raise UserError(
+            f"{config.model_type}: all its layers are {' or '.join(others)}, whose cache does not grow; there is nothing to "
+            "compress, use it as it is"
+        )
+    if others:
+        log.info("%d of %d layers are compressed; %s stay as they are", len(chosen), len(kinds), " and ".join(others))
+    return chosen
+
+
+def kv_heads(config: PreTrainedConfig) -> int:
+    """G: KV heads of a layer."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def head_width(config: PreTrainedConfig) -> int:
+    """D: width of a head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

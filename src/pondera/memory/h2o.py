@@ -1,0 +1,49 @@
+"""H2O: the tokens that were looked at most."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from pondera.memory.parts.attention import Seen
+from pondera.memory.parts.slot_layer import SlotLayer
+from pondera.memory.parts.slot_table import SlotTable
+from pondera.memory.parts.slots import ALL, Eviction
+
+
+class H2O(Eviction):
+    """Keeps the latest tokens and those that all queries so far have paid most attention to.
+
+    Source: Zhang et al., H2O: heavy-hitter oracle, arXiv 2306.14048.
+    Cost: a second product of queries and keys in the prompt, as fused kernels tell no weights; one float per slot.
+    When not to use it: long outputs, where what was looked at early need not be what is needed late.
+    Resolved: the paper knows no grouped heads; weights are summed over the query heads of a KV head. Sums are never decayed,
+    so early tokens, which more queries have seen, are favoured. Positions stay those of the text.
+
+    Args:
+        budget: slots per layer and KV head; see `Eviction`.
+        recent: the latest tokens, as a share of the budget or a number.
+        sinks: first tokens that are never forgotten; the paper has none.
+    """
+
+    paper: ClassVar[str] = "H2O, arXiv 2306.14048"
+    price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    reproduced: ClassVar[str] = "not measured yet"
+    watches: int = ALL
+
+    def __init__(self, budget: int | float | str | list = 0.2, recent: int | float = 0.5, sinks: int = 0) -> None:
+        super().__init__(budget, sinks, recent)
+
+    @property
+    def fresh(self) -> dict[str, float]:
+        """See `Slots.fresh`: attention received so far."""
+        return {"received": 0.0}
+
+    def observe(self, layer: SlotLayer, table: SlotTable, seen: Seen) -> None:
+        """See `Slots.observe`."""
+        table.note("received").add_(seen.weight_BGRTS.sum((2, 3)))
+
+    def priority(self, layer: SlotLayer, table: SlotTable) -> Tensor:
+        """See `Eviction.priority`."""
+        return table.note("received")

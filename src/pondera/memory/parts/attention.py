@@ -1,0 +1,105 @@
+"""Attention over slots: the grouped form, which repeats no heads, and what a memory gets to see of it.
+
+Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, D head width, K tokens seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 2**22
+"""Scores at a time, where a memory wants to see them."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Some queries and what they looked at.
+
+    Args:
+        query_BGRTD: as the keys are, after rotary embedding.
+        score_BGRTS: scaled products, ``-inf`` where a query may not look.
+        number_T: the queries' token numbers.
+        real_BT: false where a query is padding, which looks at nothing that counts.
+    """
+
+    query_BGRTD: Tensor
+    score_BGRTS: Tensor
+    number_T: Tensor
+    real_BT: Tensor
+
+    @cached_property
+    def weight_BGRTS(self) -> Tensor:
+        """Attention weights in float32 at least: every row sums to 1, and is 0 of padding."""
+        score = self.score_BGRTS
+        weight = score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32))
+        # A query that may look nowhere has a softmax of NaN.
+        return torch.where(self.real_BT[:, None, None, :, None], weight, 0)
+
+    def first(self, queries: int, slots: int) -> Seen:
+        """The first so many queries, and the slots that were there for them."""
+        return Seen(
+            self.query_BGRTD[:, :, :, :queries],
+            self.score_BGRTS[:, :, :, :queries, :slots],
+            self.number_T[:queries],
+            self.real_BT[:, :queries],
+        )
+
+
+def grouped(query_BHTD: Tensor, heads: int) -> Tensor:
+    """``[B, H, T, D]`` -> ``[B, G, R, T, D]``: consecutive query heads share a KV head."""
+    return query_BHTD.unflatten(1, (heads, query_BHTD.shape[1] // heads))
+
+
+def slots_allowed(mask_B1TK: Tensor | None, position_BGS: Tensor) -> Tensor | None:
+    """``[B, G, T, S]``: the columns of a mask over tokens that slots stand for; none: all of them.
+
+    Args:
+        mask_B1TK: which tokens each query may look at; none: every one that came before.
+        position_BGS: see `SlotTable`; negative where there is nothing to look at.
+    """
+    real_BGS = position_BGS >= 0
+    if mask_B1TK is None:
+        return None if bool(real_BGS.all()) else real_BGS[:, :, None]
+    B, G, S = position_BGS.shape
+    at_BGTS = position_BGS.clamp(min=0).long()[:, :, None].expand(B, G, mask_B1TK.shape[2], S)
+    return mask_B1TK.expand(B, G, -1, -1).gather(3, at_BGTS) & real_BGS[:, :, None]
+
+
+def attend(
+    query_BGRTD: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, allowed: Tensor | None, scaling: float
+) -> Tensor:
+    """Softmax attention, ``[B, T, H, D]``.
+
+    Args:
+        query_BGRTD: queries by KV head.
+        keys_BGSD, values_BGSD: what is kept, in any order.
+        allowed: ``[B, G, T or 1, S]``, or none.
+        scaling: of the products.
+    """
+    B, G, R, T, D = query_BGRTD.shape
+    if allowed is not None:
+        # A query of padding sees anything: a softmax over nothing would be NaN.
+        allowed = (allowed | ~allowed.any(-1, keepdim=True)).expand(B, G, T, -1)
+        allowed = allowed[:, :, None].expand(B, G, R, T, -1).flatten(2, 3)
+    out = F.scaled_dot_product_attention(
+        query_BGRTD.flatten(2, 3), keys_BGSD, values_BGSD, attn_mask=allowed, scale=scaling
+    )
+    return out.unflatten(2, (R, T)).flatten(1, 2).transpose(1, 2).contiguous()
+
+
+def scores(query_BGRTD: Tensor, keys_BGSD: Tensor, allowed: Tensor | None, scaling: float) -> Tensor:
+    """``[B, G, R, T, S]``: scaled products, ``-inf`` where a query may not look."""
+    score = torch.matmul(query_BGRTD.flatten(2, 3) * scaling, keys_BGSD.mT).unflatten(2, query_BGRTD.shape[2:4])
+    return score if allowed is None else score.masked_fill(~allowed[:, :, None], -torch.inf)
+
+
+def attend_seen(seen: Seen, values_BGSD: Tensor) -> Tensor:
+    """Attention from weights that are there anyway, ``[B, T, H, D]``."""
+    R, T = seen.weight_BGRTS.shape[2:4]
+    weight = seen.weight_BGRTS.to(values_BGSD.dtype).flatten(2, 3)
+    return torch.matmul(weight, values_BGSD).unflatten(2, (R, T)).flatten(1, 2).transpose(1, 2).contiguous()

@@ -1,0 +1,196 @@
+"""A cache layer that keeps a table of slots and asks a memory which of them to attend to and which to forget.
+
+Shapes: B batch, G KV heads, R query heads per KV head, T new tokens, S slots, k chosen slots, D head width.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pondera.ground.errors import UserError
+from pondera.memory.parts.attention import BLOCK, Seen, attend, attend_seen, grouped, scores, slots_allowed
+from pondera.memory.parts.layer import Call, MemoryLayer
+from pondera.memory.parts.slot_table import SlotTable
+
+if TYPE_CHECKING:
+    from pondera.memory.parts.slots import Slots
+
+DRAFTS = 256
+"""The latest tokens of a call that may be taken back while tokens are recorded."""
+
+
+class SlotLayer(MemoryLayer):
+    """One layer's past as slots.
+
+    Args:
+        memory: decides.
+        index: of the layer among the compressed ones.
+        among: how many are compressed.
+
+    Attributes:
+        tables: one for all KV heads, or one for each where their budgets differ.
+        state: whatever else the memory notes per row of the batch, ``[B, ...]`` each, by name.
+        forgotten: tokens up to here may have been forgotten, so that they cannot be taken back.
+    """
+
+    def __init__(self, memory: Slots, index: int, among: int) -> None:
+        super().__init__()
+        self.memory, self.index, self.among = memory, index, among
+        self.tables: list[SlotTable] = []
+        self.state: dict[str, Tensor] = {}
+        self.forgotten = 0
+        self._drafts: list[tuple[Seen, SlotTable]] = []
+
+    def attend(self, call: Call) -> Tensor:
+        """See `MemoryLayer.attend`. Attends first to all that is there, the new tokens included, and forgets then."""
+        first = not self.tables
+        if first:
+            self.tables = [SlotTable.like(call.key_BGTD, call.value_BGTD, self.memory.fresh)]
+            if self.memory.by_head:
+                self.tables = self.tables[0].split_heads()
+        position_BT = call.position_BT
+        padding_B = (position_BT < 0).sum(-1)
+        self.state["padding"] = self.state["padding"] + padding_B if "padding" in self.state else padding_B
+        for heads, table in self.parts():
+            rows = (call.key_BGTD[:, heads], call.value_BGTD[:, heads])
+            table.append(*rows, position_BT, holes=not self.record_past)
+        exact = self.memory.exact or call.tokens > 1
+        if exact and all(table.whole for table in self.tables) and not self.memory.selects:
+            out_BTHD = call.stock(*self._joined())
+            self._watch(call, position_BT)
+        else:
+            out_BTHD = self._by_table(call, position_BT)
+        if not self.record_past:
+            self._forget()
+        return out_BTHD
+
+    def parts(self) -> list[tuple[slice, SlotTable]]:
+        """The tables and the KV heads that each is for."""
+        if len(self.tables) == 1:
+            return [(slice(None), self.tables[0])]
+        return [(slice(head, head + 1), table) for head, table in enumerate(self.tables)]
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        if len(self.tables) == 1:
+            return self.tables[0].keys, self.tables[0].values
+        keys, values = zip(*((table.keys, table.values) for table in self.tables), strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
+
+    def _by_table(self, call: Call, position_BT: Tensor) -> Tensor:
+        """Attention where slots are not the tokens of the text in their order."""
+        query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
+        found = [self._of_table(call, query_BGRTD[:, heads], table, position_BT) for heads, table in self.parts()]
+        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+
+    def _of_table(self, call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor) -> Tensor:
+        if not self.memory.selects and self.memory.watches >= call.tokens:
+            observed = self._observe(call, query_BGRTD, table, position_BT)
+            return torch.cat([attend_seen(seen, table.values) for seen in observed], dim=1)
+        keys, values, position = table.keys, table.values, table.position
+        slot_BGk = self.memory.select(self, table, query_BGRTD, call) if self.memory.selects else None
+        if slot_BGk is not None:
+            keys, values = (_chosen(rows, slot_BGk) for rows in (keys, values))
+            position = position.gather(2, slot_BGk)
+        allowed = slots_allowed(_mask(call, slice(0, call.tokens)), position)
+        out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling)
+        if self.memory.watches:
+            for _ in self._observe(call, query_BGRTD, table, position_BT):
+                pass
+        return out_BTHD
+
+    def _watch(self, call: Call, position_BT: Tensor) -> None:
+        """Shows the memory what the queries looked at, where attention itself did not."""
+        if self.memory.watches:
+            query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
+            for heads, table in self.parts():
+                for _ in self._observe(call, query_BGRTD[:, heads], table, position_BT):
+                    pass
+
+    def _observe(self, call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor) -> Iterator[Seen]:
+        """Shows the memory the last queries of a call, in blocks whose scores fit into memory."""
+        T = query_BGRTD.shape[3]
+        begin = T - min(T, self.memory.watches)
+        block = max(1, BLOCK // max(1, math.prod(query_BGRTD.shape[:3]) * table.used))
+        # What may be a draft is noted until it is settled, and stands in blocks of its own.
+        drafts = max(begin, T - DRAFTS) if self.record_past else T
+        edges = [*range(begin, drafts, block), *range(drafts, T, block), T]
+        for first, last in itertools.pairwise(edges):
+            part = slice(first, last)
+            allowed = slots_allowed(_mask(call, part), table.position)
+            seen = Seen(
+                query_BGRTD[:, :, :, part],
+                scores(query_BGRTD[:, :, :, part], table.keys, allowed, call.scaling),
+                torch.arange(call.start + first, call.start + last, device=query_BGRTD.device),
+                position_BT[:, part] >= 0,
+            )
+            if first >= drafts:
+                self._drafts.append((seen, table))
+            else:
+                self.memory.observe(self, table, seen)
+            yield seen
+
+    def _forget(self) -> None:
+        """Brings every table within its budget."""
+        heads = range(sum(table.keys_BGSD.shape[1] for table in self.tables))
+        for part, table in self.parts():
+            if self.memory.forget(self, table, list(heads[part])):
+                self.forgotten = self.seen
+
+    def take_back(self, tokens: int) -> None:
+        """See `MemoryLayer.take_back`."""
+        if tokens < self.forgotten or (self.memory.watches and self.seen - tokens > DRAFTS):
+            raise UserError(
+                f"crop: the last {self.seen - tokens} of {self.seen} tokens are to be taken back, and others have been "
+                "forgotten for their sake already; call cache.activate_past_recording() before tokens that may be drafts"
+            )
+        self.seen = tokens
+        for table in self.tables:
+            table.crop(tokens)
+        for seen, table in self._drafts:
+            if stays := int((seen.number_T < tokens).sum()):
+                self.memory.observe(self, table, seen.first(stays, table.used))
+        self._drafts = []
+        self._forget()
+
+    def real_tokens(self) -> list[int]:
+        """Tokens seen in each row of the batch, without padding."""
+        return (self.seen - self.state["padding"]).tolist()
+
+    def nbytes(self) -> int:
+        """See `MemoryLayer.nbytes`."""
+        return sum(table.nbytes() for table in self.tables)
+
+    def select(self, rows: Tensor) -> None:
+        """See `MemoryLayer.select`."""
+        for table in self.tables:
+            table.select(rows)
+        self.state = {name: value[rows.to(value.device)] for name, value in self.state.items()}
+
+    def clear(self) -> None:
+        """See `MemoryLayer.clear`."""
+        self.tables, self.state, self._drafts, self.forgotten = [], {}, [], 0
+
+    def batch(self) -> int:
+        """See `MemoryLayer.batch`."""
+        return len(self.tables[0].keys_BGSD) if self.tables else 0
+
+
+def _chosen(rows_BGSD: Tensor, slot_BGk: Tensor) -> Tensor:
+    return rows_BGSD.gather(2, slot_BGk[..., None].expand(*slot_BGk.shape, rows_BGSD.shape[-1]))
+
+
+def _mask(call: Call, part: slice) -> Tensor | None:
+    """The call's mask for some of its queries, written out where the fused kernel would only be told that it is causal."""
+    if call.mask_B1TK is not None:
+        return call.mask_B1TK[:, :, part]
+    if call.tokens == 1:
+        return None
+    number_T = torch.arange(call.start + part.start, call.start + part.stop, device=call.query_BHTD.device)
+    column_K = torch.arange(call.start + call.tokens, device=number_T.device)
+    return (column_K[None] <= number_T[:, None])[None, None].expand(len(call.query_BHTD), 1, -1, -1)

@@ -1,0 +1,367 @@
+"""The contract of `memory/`: every method file that the index finds must pass, on every backbone family.
+
+A budget that nothing exceeds changes no bit; what was evicted is as if it had been masked; padded = alone; rows of a batch do
+not meet; drafts that are taken back leave no trace; beams; storage really falls.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from architectures import BACKBONES, ids
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from pondera import UserError
+from pondera.ground import spec
+from pondera.memory.contract import Memory, MemoryCache
+from pondera.memory.parts.slot_layer import SlotLayer
+from pondera.model.method import Method
+
+# How each training-free memory is built: so that nothing has to be forgotten in these tests, and so that much has to be.
+FORMS = {
+    "Full": ("Full()", None),
+    "StreamingLLM": ("StreamingLLM(64)", "StreamingLLM(8, sinks=2)"),
+    "H2O": ("H2O(64)", "H2O(8)"),
+    "H2O-share": ("H2O(1.0)", "H2O(0.5, recent=3, sinks=1)"),
+    "H2O-heads": ("H2O([[64, 70], [64, 70], [64, 70]])", "H2O([[4, 8], [8, 8], [5, 6]])"),
+}
+FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
+ONE_BY_ONE = {name: forms for name, forms in FORMS.items() if "heads" not in name}  # of any number of layers and heads
+LARGE = [(name, family) for name in FORMS for family in FAMILIES if name in ONE_BY_ONE or family in ("llama", "qwen3")]
+SMALL = sorted(name for name, (_, small) in FORMS.items() if small)
+_MODELS: dict[str, torch.nn.Module] = {}
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def model(family: str = "llama"):
+    """A transformers model, no Pondera in it; built once, as nothing here changes its weights."""
+    if family not in _MODELS:
+        config = copy.deepcopy(BACKBONES[family])
+        if family == "mistral":
+            config["sliding_window"] = None
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
+        for parameter in made.parameters():
+            parameter.mul_(1.5)  # random embeddings of std 0.02 hardly move anything; real ones do
+        _MODELS[family] = made
+    return _MODELS[family]
+
+
+def memory(text: str) -> Memory:
+    return spec.build(text, "memory")
+
+
+def large(name: str) -> Memory:
+    return memory(FORMS[name][0])
+
+
+def small(name: str) -> Memory:
+    text = FORMS[name][1]
+    assert text is not None
+    return memory(text)
+
+
+def feed(lm, cache, x: torch.Tensor, pieces: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Logits of all tokens, given piece by piece."""
+    found, seen = [], 0
+    for piece in x.split(pieces, dim=1):
+        seen += piece.shape[1]
+        found.append(lm(piece, attention_mask=None if mask is None else mask[:, :seen], past_key_values=cache).logits)
+    return torch.cat(found, dim=1)
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(row) for row in rows)
+    x = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
+    return x, torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
+
+
+def state(cache: MemoryCache) -> list[torch.Tensor]:
+    """Everything that the slots of a cache hold, in the order of the text."""
+    found = []
+    for layer in cache.kept:
+        assert isinstance(layer, SlotLayer)
+        for table in layer.tables:
+            order = table.position.argsort(dim=-1)
+            real = table.position.gather(2, order) >= 0
+            found += [table.position.gather(2, order)[real]]
+            found += [rows.gather(2, order[..., None].expand_as(rows))[real] for rows in (table.keys, table.values)]
+            found += [table.note(name).gather(2, order)[real] for name in table.notes]
+        found += list(layer.state.values())
+    return found
+
+
+def kept(cache: MemoryCache, row: int = 0) -> list[list[list[int]]]:
+    """The token numbers that each head of each layer keeps of a text, counted from its first token."""
+    found = []
+    for layer in cache.kept:
+        assert isinstance(layer, SlotLayer)
+        pads = int(layer.state["padding"][row])
+        heads = [head for table in layer.tables for head in table.position[row]]
+        found.append([sorted((head[head >= 0] - pads).tolist()) for head in heads])
+    return found
+
+
+def test_every_memory_is_tested():
+    found = {method.name for method in spec.index().values() if method.seam == "memory"}
+    trained = {name for name in found if isinstance(spec.build(name, "memory"), Method)}
+    assert {name.partition("-")[0] for name in FORMS} == found - trained, "a new memory needs its forms above"
+
+
+@pytest.mark.parametrize(("name", "family"), LARGE)
+def test_a_budget_that_nothing_exceeds_changes_no_bit(name: str, family: str):
+    lm, x = model(family), ids(2, 14)
+    lm.set_attn_implementation("sdpa")
+    whole, stock = lm(x).logits, feed(lm, None, x, [14])
+    cache = large(name).cache(lm)
+    assert torch.equal(feed(lm, cache, x, [14]), whole) and torch.equal(whole, stock)
+    pieces = [6, 3, 1, 1, 1, 2]
+    lm.set_attn_implementation("sdpa")
+    expected = feed(lm, DynamicCache(config=lm.config), x, pieces)
+    found = feed(lm, large(name).cache(lm), x, pieces)
+    agree = torch.equal if large(name).exact else torch.allclose
+    assert agree(found, expected)
+
+
+@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_other_caches_work_as_before_once_a_model_knows_memories(name: str, family: str):
+    if name not in ONE_BY_ONE and family != "llama":
+        name = "Full"
+    lm, x = model(family), ids(2, 9)
+    lm.set_attn_implementation("sdpa")
+    expected = lm.generate(x, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    large(name).cache(lm)
+    assert torch.equal(lm.generate(x, max_new_tokens=4, do_sample=False, pad_token_id=0), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [*((n, "llama") for n in SMALL), ("StreamingLLM", "gemma3"), ("H2O", "gpt_neox")]
+)
+def test_padded_rows_keep_and_say_what_they_do_alone(name: str, family: str):
+    lm, rows = model(family), [ids(1, n, seed=n)[0] for n in (15, 9, 2)]
+    x, mask = left_padded(rows)
+    cache = small(name).cache(lm)
+    together = feed(lm, cache, x, [11, 1, 1, 1, 1], mask)
+    for number, row in enumerate(rows):
+        alone = small(name).cache(lm)
+        pads = x.shape[1] - len(row)
+        pieces = [11 - pads] if pads < 11 else []
+        pieces += [1] * (len(row) - sum(pieces))
+        logits = feed(lm, alone, row[None], pieces)
+        torch.testing.assert_close(together[number, pads:], logits[0], atol=1e-5, rtol=1e-5)
+        assert kept(cache, number) == kept(alone)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rows_of_a_batch_do_not_meet(name: str):
+    lm, x = model(), ids(3, 14)
+    cache = small(name).cache(lm)
+    together = feed(lm, cache, x, [10, 1, 1, 1, 1])
+    for row in range(3):
+        alone = small(name).cache(lm)
+        logits = feed(lm, alone, x[row : row + 1], [10, 1, 1, 1, 1])
+        torch.testing.assert_close(together[row : row + 1], logits, atol=1e-5, rtol=1e-5)
+        assert kept(cache, row) == kept(alone)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_what_was_forgotten_is_as_if_it_were_masked(name: str):
+    """A full cache whose forgotten tokens are hidden from each layer and head by a mask says the same."""
+    lm, x = model(), ids(1, 13)
+    cache = small(name).cache(lm)
+    feed(lm, cache, x[:, :12], [10, 1, 1])
+    held = kept(cache)
+    token = x[:, 12:]
+    # Slow and obvious: the same keys and values, each head's own tokens, and plain softmax attention.
+    expected = _masked(lm, cache, held, token)
+    torch.testing.assert_close(lm(token, past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def _masked(lm, cache: MemoryCache, held: list[list[list[int]]], token: torch.Tensor) -> torch.Tensor:
+    """Logits of a token after the slots of a cache, each put back where its token stood, with the others masked."""
+    seen = cache.get_seq_length()
+    stock = DynamicCache(config=lm.config)
+    allowed = []
+    for number, (layer, heads) in enumerate(zip(cache.kept, held, strict=True)):
+        assert isinstance(layer, SlotLayer)
+        rows = [
+            (table.keys[:, h], table.values[:, h], table.position[:, h])
+            for table in layer.tables
+            for h in range(table.keys.shape[1])
+        ]
+        keys = torch.zeros(1, len(rows), seen, rows[0][0].shape[-1])
+        values = torch.zeros_like(keys)
+        for head, (key, value, position) in enumerate(rows):
+            real = position[0] >= 0
+            keys[0, head, position[0][real].long()] = key[0][real]
+            values[0, head, position[0][real].long()] = value[0][real]
+        stock.update(keys, values, number)
+        allowed.append(torch.stack([torch.tensor([t in head or t == seen for t in range(seen + 1)]) for head in heads]))
+    handles = []
+    for number, module in enumerate(lm.get_decoder().layers):
+        groups = module.self_attn.num_key_value_groups
+        mask = allowed[number].repeat_interleave(groups, 0)[None, :, None]
+        handles.append(
+            module.self_attn.register_forward_pre_hook(
+                lambda _, args, kwargs, mask=mask: (args, kwargs | {"attention_mask": mask}), with_kwargs=True
+            )
+        )
+    lm.set_attn_implementation("sdpa")
+    try:
+        return lm(token, past_key_values=stock).logits
+    finally:
+        lm.set_attn_implementation("pondera_memory")
+        for handle in handles:
+            handle.remove()
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_drafts_that_are_taken_back_leave_no_trace(name: str):
+    lm, x = model(), ids(2, 20)
+    cache = small(name).cache(lm)
+    cache.activate_past_recording()
+    feed(lm, cache, x[:, :12], [12])
+    cache.crop(0)
+    feed(lm, cache, x[:, 12:13], [1])
+    cache.crop(0)
+    before = [tensor.clone() for tensor in state(cache)]
+    feed(lm, cache, x[:, 13:17], [4])
+    cache.crop(-4)
+    assert cache.get_seq_length() == 13
+    assert all(torch.equal(a, b) for a, b in zip(state(cache), before, strict=True))
+    # And drafts that stay are as if they had come one by one.
+    feed(lm, cache, x[:, 13:17], [4])
+    cache.crop(-2)
+    assert cache.get_seq_length() == 15 and all(max(map(max, layer)) == 14 for layer in kept(cache))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_prompt_lookup_with_room_for_all_is_greedy(name: str):
+    lm, x = model(), ids(1, 5).repeat(1, 3)
+    greedy = lm.generate(x, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    cache = large(name).cache(lm)
+    found = lm.generate(
+        x, max_new_tokens=8, do_sample=False, pad_token_id=0, past_key_values=cache, prompt_lookup_num_tokens=3
+    )
+    assert torch.equal(found, greedy) and cache.get_seq_length() == found.shape[1] - 1
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_beams_and_several_sequences(name: str):
+    lm, x = model(), ids(2, 8)
+    kwargs = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0}
+    expected = lm.generate(x, **kwargs)
+    assert torch.equal(lm.generate(x, **kwargs, past_key_values=large(name).cache(lm)), expected)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_storage_really_falls(name: str):
+    lm, x = model(), ids(2, 60)
+    full, cache = large("Full").cache(lm), small(name).cache(lm)
+    feed(lm, full, x, [60])
+    feed(lm, cache, x, [50] + [1] * 10)
+    if "share" not in name:
+        assert all(len(head) <= 8 for layer in kept(cache) for head in layer)
+    # A slot also holds its position and notes, and room for 16 more is spare.
+    assert cache.nbytes() < (0.75 if "share" in name else 0.5) * full.nbytes()
+    assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_the_order_of_slots_means_nothing(name: str):
+    lm, x = model(), ids(2, 14)
+    cache, shuffled = (small(name).cache(lm) for _ in range(2))
+    for one in (cache, shuffled):
+        feed(lm, one, x[:, :12], [10, 1, 1])
+    for layer in shuffled.kept:
+        assert isinstance(layer, SlotLayer)
+        for table in layer.tables:
+            order = torch.randperm(table.used, generator=torch.Generator().manual_seed(0))
+            table.keys[:], table.values[:] = table.keys[:, :, order].clone(), table.values[:, :, order].clone()
+            table.position[:] = table.position[:, :, order].clone()
+            for note in table.notes:
+                table.note(note)[:] = table.note(note)[:, :, order].clone()
+    a, b = feed(lm, cache, x[:, 12:], [1, 1]), feed(lm, shuffled, x[:, 12:], [1, 1])
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    assert kept(cache) == kept(shuffled)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_cache_that_was_reset_is_as_new(name: str):
+    lm, x = model(), ids(2, 12)
+    cache = large(name).cache(lm) if name not in SMALL else small(name).cache(lm)
+    first = feed(lm, cache, x, [10, 1, 1])
+    cache.reset()
+    assert cache.get_seq_length() == 0 and torch.equal(feed(lm, cache, x, [10, 1, 1]), first)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_bf16_and_shortest_texts(name: str):
+    lm = copy.deepcopy(model()).to(torch.bfloat16)
+    cache = (small(name) if name in SMALL else large(name)).cache(lm)
+    logits = feed(lm, cache, ids(1, 11), [1] * 11)
+    assert logits.isfinite().all() and cache.get_seq_length() == 11
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_cache_left_half_filled_is_refused(name: str):
+    lm, x = model(), ids(1, 10)
+    cache = small(name).cache(lm)
+
+    def fails(*_):
+        raise RuntimeError("out of memory, say")
+
+    handle = lm.get_decoder().layers[1].register_forward_pre_hook(fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        lm(x, past_key_values=cache)
+    handle.remove()
+    with pytest.raises(UserError, match="half of a call"):
+        lm(x, past_key_values=cache)
+    cache.reset()
+    lm(x, past_key_values=cache)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_misuse_is_refused_in_words(name: str):
+    lm, x = model(), ids(1, 30)
+    cache = small(name).cache(lm)
+    lm(x, past_key_values=cache)
+    with pytest.raises(UserError, match="activate_past_recording"):
+        cache.crop(-3)
+    with pytest.raises(UserError, match="negative"):
+        cache.crop(3)
+    with pytest.raises(UserError, match="offloaded"):
+        cache.offload(0)
+
+
+def test_models_without_a_growing_cache_are_refused():
+    config = copy.deepcopy(BACKBONES["mistral"])
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+    with pytest.raises(UserError, match="nothing to compress"):
+        memory("Full()").cache(lm)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("StreamingLLM(3)", "at least 5"),
+        ("H2O(1.5)", "at most 1"),
+        ("H2O('5 apples')", "units are"),
+        ("H2O([0.5, 0.5])", "3 are compressed"),
+        ("H2O([[4], [4], [4]])", "has 1 heads"),
+        ("H2O(8, recent=1.5)", "share of the budget"),
+        ("H2O(8, sinks=-1)", "0 or more"),
+    ],
+)
+def test_budgets_that_do_not_fit_are_refused_in_words(text: str, says: str):
+    with pytest.raises(UserError, match=says):
+        memory(text).cache(model())
