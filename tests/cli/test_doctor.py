@@ -8,6 +8,7 @@ from pondera.cli.main import main
 from pondera.ground import settings, spec
 from pondera.jobs import doctor
 from pondera.jobs.build import new_model
+from pondera.native import build
 
 SMALL = {"backbone.hidden_size": 32, "backbone.intermediate_size": 64, "backbone.num_hidden_layers": 2}
 
@@ -16,6 +17,7 @@ SMALL = {"backbone.hidden_size": 32, "backbone.intermediate_size": 64, "backbone
 def examine(monkeypatch):
     """Every finding on `plain`, changed by some settings, as (level, topic) -> text."""
     monkeypatch.setattr(doctor, "matmul_speed", lambda device, dtype: 1e11)
+    monkeypatch.setattr(build, "why_not", lambda name: "")
 
     def run(overrides):
         found = doctor.examine(settings.load("plain", SMALL | overrides))
@@ -45,6 +47,16 @@ def test_every_method_is_examined(method: str, seam: str, examine):
     """Also those that multiply more than the decoder does."""
     found = examine({"think": None, seam: f"{method}()"})
     assert not problems(found) and ("ok", "memory") in found or ("warning", "memory") in found
+
+
+def test_native_kernels(examine, monkeypatch):
+    """In use, turned off, or missing, with the reason."""
+    monkeypatch.setattr(build, "why_not", lambda name: "")
+    assert examine({})["ok", "native"] == "kernels in use: " + ", ".join(build.kernels())
+    monkeypatch.setattr(build, "why_not", lambda name: build.OFF)
+    assert examine({})["ok", "native"].endswith("more slowly: PONDERA_NATIVE=0 turns them off")
+    monkeypatch.setattr(build, "why_not", lambda name: "no C compiler")
+    assert examine({})["warning", "native"].endswith("more slowly: no C compiler")
 
 
 def test_time_follows_the_price(examine):

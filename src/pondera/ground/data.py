@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pondera.ground.cache import cache_folder
 from pondera.ground.errors import UserError
 from pondera.ground.settings import DataConfig
 from pondera.ground.text import Document, Source, open_text
@@ -71,7 +72,7 @@ def prepare(config: DataConfig, cache_dir: Path | None = None) -> Corpus:
     spec = size if tokenizer is None else fingerprint(tokenizer)
     key = hashlib.sha256(json.dumps([FORMAT, source.digest, spec, config.validation, config.max_bytes]).encode())
     label = re.sub(r"[^a-zA-Z0-9.]+", "-", Path(config.text).name)[:40]
-    cache = Path(cache_dir or os.environ.get("PONDERA_CACHE") or "~/.cache/pondera").expanduser()
+    cache = cache_folder(cache_dir)
     folder = cache / f"{label}-{key.hexdigest()[:16]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)

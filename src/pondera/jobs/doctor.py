@@ -48,8 +48,9 @@ class Finding:
 def examine(config: RunConfig) -> Iterator[Finding]:
     """Looks at installation, machine, data, model, memory and time, in this order.
 
-    Nothing is trained, downloaded or written; a checkpoint's weights are not read. Takes a few seconds: torch is
-    imported, and a matrix product is timed for one of them.
+    Nothing is trained or downloaded, and nothing written but native kernels, which are built as at their first use; a
+    checkpoint's weights are not read. Takes a few seconds: torch is imported, and a matrix product is timed for one of
+    them.
 
     Args:
         config: the run.
@@ -178,6 +179,18 @@ def _machine() -> Iterator[Finding]:
     else:
         yield Finding("ok", "threads", f"{threads} of {cores}; OMP_NUM_THREADS sets them")
     yield Finding("ok", "memory", f"{_bytes(_free_memory())} free")
+    yield from _native()
+
+
+def _native() -> Iterator[Finding]:
+    from pondera.native.build import OFF, kernels, why_not
+
+    reasons = sorted({why_not(name) for name in kernels()} - {""})
+    if reasons:
+        text = f"kernels are not in use, and torch does their work more slowly: {'; '.join(reasons)}"
+        yield Finding("ok" if reasons == [OFF] else "warning", "native", text)
+    else:
+        yield Finding("ok", "native", f"kernels in use: {', '.join(kernels())}")
 
 
 def _data(data: DataConfig) -> Iterator[Finding]:
