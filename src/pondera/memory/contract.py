@@ -77,6 +77,13 @@ class Memory(nn.Module, ABC):
     fitted: bool = True
     """False where `fit` has to come first."""
 
+    def attach(self, config: PreTrainedConfig) -> None:  # noqa: B027 (optional: for those that have weights)
+        """Creates what depends on the model, such as empty codebooks, so that a checkpoint can be loaded into it.
+
+        Args:
+            config: text config of the model.
+        """
+
     @abstractmethod
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> MemoryLayer:
         """An empty layer.

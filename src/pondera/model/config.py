@@ -72,6 +72,11 @@ class AdaptiveConfig(PreTrainedConfig):
                 f"think: {self.think} and segment: {self.segment} both decide what the layers are run on, which is not "
                 "combined yet; leave one of them out"
             )
+        if self.memory is not None and (other := self.think or self.segment):
+            raise UserError(
+                f"memory: {self.memory} and {other} both decide what the cache holds, which is not combined yet; leave one "
+                "of them out"
+            )
         for seam in spec.SEAMS:
             if getattr(self, seam) is not None:
                 parsed = spec.parse(getattr(self, seam))

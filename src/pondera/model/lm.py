@@ -34,6 +34,7 @@ from pondera.model.terms import Term
 
 if TYPE_CHECKING:
     from pondera.head.contract import Head
+    from pondera.memory.contract import Memory
     from pondera.model.method import Method
     from pondera.segment.contract import Segment
     from pondera.think.contract import Think
@@ -100,6 +101,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.think: Think | None = spec.build(config.think, "think") if config.think else None
         self.segment: Segment | None = spec.build(config.segment, "segment") if config.segment else None
+        self.memory: Memory | None = spec.build(config.memory, "memory") if config.memory else None
         old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
         # Training moves weights away from the unit RMS that they were drawn at, so what a new method feeds back is matched
         # to trained embeddings as on any pretrained backbone; a scale that was trained with comes along with its method.
@@ -113,6 +115,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         if config.embed_scale is None:
             config.embed_scale = self._embed_scale(old)
         self.backbone.embed_scale = config.embed_scale
+        if self.memory is not None:
+            self.memory.attach(self.backbone.config)
         if self.method is not None:
             self.method.attach(self.backbone)
             for parameter in self.method.parameters():
@@ -187,6 +191,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> Cache:
         """An empty cache, of the method's own kind where there is one."""
+        if self.memory is not None:
+            return self.memory.cache(self.backbone.lm)
         if self.method is None:
             return DynamicCache(config=self.backbone.config)
         return self.method.new_cache(self.backbone)
@@ -278,13 +284,13 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """`generate` asks here for its cache; a method needs one that counts tokens and slots apart."""
-        if self.method is None:
+        if self.method is None and self.memory is None:
             cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise UserError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: a model with a method brings its "
-                    "own cache; leave cache_implementation out"
+                    f"cache_implementation={generation_config.cache_implementation!r}: a model with a method or a memory "
+                    "brings its own cache; leave cache_implementation out"
                 )
             model_kwargs["past_key_values"] = self.new_cache()
 
