@@ -245,6 +245,13 @@ def test_a_broken_file_is_named(methods):
     assert "my_idea.py: not valid Python" in message and "line 2" in message
 
 
+def test_a_file_is_parsed_once_and_again_when_it_says_something_else(methods):
+    before = spec.index()["MyIdea"]
+    assert spec.index()["MyIdea"] is before
+    write(methods / "think/my_idea.py", IDEA.replace("Thinks twice.", "Thinks never."))
+    assert spec.index()["MyIdea"].summary == "Thinks never."
+
+
 def test_find(methods):
     assert spec.find("MyIdea", "think") == spec.find("MyIdea") == spec.index()["MyIdea"]
     assert error(spec.find, "myidea", "think") == (

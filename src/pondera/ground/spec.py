@@ -20,6 +20,7 @@ To try a method without touching the package, put its file under the same folder
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -140,7 +141,7 @@ def index(seams: Sequence[str] = SEAMS + PARTS) -> dict[str, Method]:
             for file in sorted((root / seam).glob("*.py")):
                 if file.name.startswith("_") or file.name == "contract.py":
                     continue
-                method = _read_method(file, seam)
+                method = _read_method(file, seam, file.read_bytes())
                 if method.name in found:
                     raise UserError(
                         f"two methods are called {method.name}: {found[method.name].file}, {file}; rename one"
@@ -251,10 +252,12 @@ def _user_folders() -> list[Path]:
 # Reading a method's file
 
 
-def _read_method(file: Path, seam: str) -> Method:
+@functools.cache
+def _read_method(file: Path, seam: str, source: bytes) -> Method:
+    # Every model that is built asks for the index; a file is parsed again only when it says something else.
     wanted = file.stem.replace("_", "")
     try:
-        body = ast.parse(file.read_bytes(), filename=file.name).body
+        body = ast.parse(source, filename=file.name).body
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{file}: not valid Python: {error}") from None
     cls = next((node for node in body if isinstance(node, ast.ClassDef) and node.name.lower() == wanted), None)
