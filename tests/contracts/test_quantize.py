@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+from fresh import copies
 from torch import Tensor
 
 from pondera import UserError
@@ -63,6 +64,7 @@ def described(case: str) -> Quantizer:
     return spec.build(case, "quantize")
 
 
+@copies
 def built(case: str, seed: int = 0) -> Quantizer:
     """A quantizer that has seen three steps of training, and is in training mode."""
     torch.manual_seed(seed)

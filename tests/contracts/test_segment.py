@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from architectures import BACKBONES, LINEAR, VOCAB, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.ground import spec
@@ -32,6 +33,7 @@ PAIRS = [(method, backbone) for method in METHODS for backbone in (MAPPED if "-"
 FEW = [(method, backbone) for method, backbone in PAIRS if backbone in ("llama", "gemma3")]
 
 
+@copies
 def build(segment: str | None, backbone: str = "llama", **config) -> AdaptiveLM:
     """A model whose codebooks have seen a batch, and whose parts all move what comes out."""
     torch.manual_seed(0)

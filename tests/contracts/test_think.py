@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from architectures import BACKBONES, LINEAR, VOCAB, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.ground import spec
@@ -73,6 +74,7 @@ PAIRS = [(method, backbone) for method in METHODS for backbone in BACKBONES if (
 FEW = [(method, backbone) for method in METHODS for backbone in ("llama", "gemma3", "gpt2")]
 
 
+@copies
 def build(think: str | None, backbone: str = "llama", seed: int = 0, **config) -> AdaptiveLM:
     torch.manual_seed(seed)
     model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), think=think, **config)).eval()

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from architectures import BACKBONES, VOCAB, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.ground.cost import Prices, Schedule, measured_flops
@@ -16,6 +17,7 @@ from pondera.model.lm import next_token_term
 HEAD = "VQLogits(codes=11, groups=2)"
 
 
+@copies
 def build(head: str | None = HEAD, backbone: str = "llama", **config) -> AdaptiveLM:
     torch.manual_seed(0)
     return AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), head=head, **config)).eval()

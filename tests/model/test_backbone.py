@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from architectures import BACKBONES, LINEAR, ids
+from fresh import copies
 from transformers import AutoModelForCausalLM
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
@@ -14,6 +15,7 @@ from pondera.model.backbone import LAYOUTS, Backbone
 from pondera.model.hf import DynamicCache
 
 
+@copies
 def build(backbone: str) -> Backbone:
     torch.manual_seed(0)
     return AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES[backbone]))).eval().backbone
@@ -122,7 +124,7 @@ def test_scaled_logits_are_the_models_own(model_type: str):
 def test_logits_that_are_not_understood_are_refused(monkeypatch):
     monkeypatch.setattr(Backbone, "head", lambda self, h: 2 * self.lm.get_output_embeddings()(h))
     with pytest.raises(UserError, match="does something to its logits"):
-        build("llama")
+        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"])))
 
 
 def test_kernels_that_misread_shared_positions_are_refused():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import BACKBONES
+from fresh import copies
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,6 +16,7 @@ from pondera.model.log_weight import further_coordinates, log_weight_attention
 FAMILIES = ["llama", "mistral", "qwen3", "qwen3_mixed", "gemma3", "gpt_neox", "gpt2"]
 
 
+@copies
 def backbone(name: str, attention: str = "sdpa") -> Backbone:
     torch.manual_seed(0)
     made = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES[name]))).eval().backbone

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import BACKBONES
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM
 from pondera.model.backbone import Backbone
@@ -21,6 +22,7 @@ def no_grad():
         yield
 
 
+@copies
 def backbone(name: str) -> Backbone:
     torch.manual_seed(0)
     config = dict(BACKBONES[name])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from architectures import BACKBONES, VOCAB, ids
+from fresh import copies
 from torch.nn import functional as F
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
@@ -17,6 +18,7 @@ SPEC = "ConceptLM(chunk={chunk}, codes=8, segments=4, merge='{merge}')"
 MERGES = ("raw_logits", "softmax", "hard")
 
 
+@copies
 def build(segment: str = SPEC.format(chunk=3, merge="raw_logits"), backbone: str = "llama", **more) -> AdaptiveLM:
     """A model whose codebooks have seen a batch, and whose concepts move what comes out."""
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from architectures import BACKBONES, VOCAB, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.think.parts.passes import Passes
@@ -18,6 +19,7 @@ GATED = "AdaPonderLM(steps=3, top=10, threshold=0.3)"
 DENSE = "AdaPonderLM(steps=3, top=10, threshold=0.3, halted='dense')"
 
 
+@copies
 def build(think: str, backbone: str = "llama", **config) -> AdaptiveLM:
     """A model whose gates tell tokens apart."""
     torch.manual_seed(0)

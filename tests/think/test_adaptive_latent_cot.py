@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import BACKBONES, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.backbone import Backbone
 from pondera.model.slots import Write
 
 
+@copies
 def build(steps: int, backbone: str = "llama", arguments: str = "", **config) -> AdaptiveLM:
     torch.manual_seed(0)
     think = f"AdaptiveLatentCoT(steps={steps}{arguments})"

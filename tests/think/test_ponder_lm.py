@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from architectures import BACKBONES, VOCAB, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.backbone import Backbone
@@ -16,6 +17,7 @@ from pondera.model.backbone import Backbone
 FAMILIES = ["llama", "gemma3", "gpt_neox", "gpt2"]  # the first two with grouped keys and values
 
 
+@copies
 def build(think: str, backbone: str = "llama", **config) -> AdaptiveLM:
     torch.manual_seed(0)
     config = {"init": "scaled"} | config

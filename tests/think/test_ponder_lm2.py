@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from architectures import BACKBONES, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.hf import Cache
@@ -15,6 +16,7 @@ from pondera.think.parts import slots as slot_tools
 from pondera.think.parts.slots import interleaved_pass
 
 
+@copies
 def build(think: str, backbone: str = "llama", **config) -> AdaptiveLM:
     torch.manual_seed(0)
     return AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES[backbone]), think=think, **config)).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from architectures import BACKBONES, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.ground.cost import Prices, Schedule, measured_flops
@@ -19,6 +20,7 @@ def no_grad():
         yield
 
 
+@copies
 def build(think: str | None, backbone: str = "llama", spread: float = 0.3) -> AdaptiveLM:
     """A model whose tokens differ: its router's weights have the standard deviation `spread`."""
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from architectures import BACKBONES, VOCAB, ids
+from fresh import copies
 from torch.nn import functional as F
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
@@ -14,6 +15,7 @@ from pondera import AdaptiveConfig, AdaptiveLM, UserError
 FAMILIES = ["llama", "gemma3", "gpt2"]  # llama and gemma3 share keys among heads
 
 
+@copies
 def build(backbone: str = "llama", arguments: str = "", think: str = "", **fields) -> AdaptiveLM:
     """A model in which what decides does differ among tokens."""
     torch.manual_seed(0)

@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from architectures import BACKBONES, ids
+from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.hf import DynamicCache
@@ -16,6 +17,7 @@ from pondera.think import universal_transformer
 FAMILIES = ["llama", "gemma3", "gpt2"]  # llama and gemma3 share keys among heads
 
 
+@copies
 def build(backbone: str = "llama", arguments: str = "steps=3", think: str = "", **config) -> AdaptiveLM:
     """A model in which what decides does differ among tokens."""
     torch.manual_seed(0)
