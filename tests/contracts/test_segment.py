@@ -31,6 +31,8 @@ MAPPED = [backbone for backbone in BACKBONES if backbone not in LINEAR]
 # A form of a method differs from the others in ways that backbones know nothing of.
 PAIRS = [(method, backbone) for method in METHODS for backbone in (MAPPED if "-" not in method else ["llama", "gpt2"])]
 FEW = [(method, backbone) for method, backbone in PAIRS if backbone in ("llama", "gemma3")]
+# Its calls are the same on all backbones, whose prices are tested by themselves (tests/ground/test_cost.py).
+SOME = [(method, backbone) for method, backbone in PAIRS if backbone in ("llama", "gemma3", "gpt2", "qwen3_mixed")]
 
 
 @copies
@@ -89,7 +91,7 @@ def test_the_method_does_something(method: str, backbone: str):
 def test_cached_equals_uncached(method: str, backbone: str):
     model, x = made(method, backbone), ids(2, 13)
     whole = model(x).logits
-    for prompt in range(4, 9):  # every length modulo the size of a chunk
+    for prompt in range(4, 4 + model.segment.chunk):  # every length modulo the size of a chunk
         agree(in_pieces(model, x, [prompt, *[1] * (13 - prompt)]), whole)
 
 
@@ -126,14 +128,12 @@ def test_prefill_in_pieces_equals_whole(method: str, backbone: str):
 
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)
 def test_the_future_does_not_leak(method: str, backbone: str):
-    model, x = made(method, backbone), ids(1, 10)
-    before = model(x).logits
+    model, x = made(method, backbone), ids(1, 10).repeat(10, 1)
+    other = x + torch.eye(10, dtype=torch.long)  # one token of each row
+    before, after = model(x).logits, model(other % VOCAB).logits
     for changed in range(10):
-        other = x.clone()
-        other[0, changed] = (other[0, changed] + 1) % VOCAB
-        after = model(other).logits
-        assert torch.equal(before[:, :changed], after[:, :changed]), changed
-        assert not torch.equal(before[:, changed], after[:, changed])
+        assert torch.equal(before[changed, :changed], after[changed, :changed]), changed
+        assert not torch.equal(before[changed, changed], after[changed, changed])
 
 
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)
@@ -169,7 +169,8 @@ def test_saved_equals_loaded(method: str, backbone: str, tmp_path):
 
     model, x = made(method, backbone), ids(1, 9)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    # A copy, because what lies in a file as it was mapped is aligned otherwise, and on some processors multiplied otherwise.
+    again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
     assert type(again) is AdaptiveLM and again.config.segment == model.config.segment
     assert torch.equal(again(x).logits, model(x).logits)
 
@@ -304,17 +305,17 @@ class TestCache:
 class TestPrice:
     """What a method says that it runs is what it runs."""
 
-    @pytest.mark.parametrize(("method", "backbone"), PAIRS)
+    @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_decoding(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 28)
         cache, segment = model.new_cache(), model.segment
         model(x[:, :16], past_key_values=cache)
-        spent = sum(measured_flops(lambda t=t: model(x[:, t : t + 1], past_key_values=cache)) for t in range(16, 28))
+        spent = measured_flops(lambda: [model(x[:, t : t + 1], past_key_values=cache) for t in range(16, 28)])
         calls = [call for t in range(16, 28) for call in segment.calls(1, context=t)]
         expected = Prices(model.backbone.config).forward(Schedule(tuple(calls), head_rows=12, tokens=12))
         assert spent == pytest.approx(expected, rel=0.02)
 
-    @pytest.mark.parametrize(("method", "backbone"), PAIRS)
+    @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_forward_and_training(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 26)
         prices = Prices(model.backbone.config)

@@ -72,6 +72,13 @@ NEEDS_STORAGE_ORDER_OFF = {
 MISFITS = {(case, backbone) for case in METHODS for backbone in LINEAR if name(case) in NEEDS_STORAGE_ORDER_OFF}
 PAIRS = [(method, backbone) for method in METHODS for backbone in BACKBONES if (method, backbone) not in MISFITS]
 FEW = [(method, backbone) for method in METHODS for backbone in ("llama", "gemma3", "gpt2")]
+OTHERS = ["mistral", "qwen3", "qwen3_mixed", "gpt_neox"]
+TURNS = [(method, OTHERS[turn % len(OTHERS)]) for turn, method in enumerate(METHODS)]
+# What is a product of two parts, or costs most to look at: the methods' calls are the same on all backbones, whose prices
+# are tested by themselves (tests/ground/test_cost.py), as are their packed rows (tests/model/test_rows.py). So each method
+# meets the plainest backbone, the one with most peculiarities, the one that shares least with either, the linear layers that
+# it fits, and one more, in turn.
+SOME = [pair for pair in PAIRS if pair in FEW or pair in TURNS or pair[1] in LINEAR]
 
 
 @copies
@@ -202,7 +209,8 @@ def test_saved_equals_loaded(method: str, backbone: str, tmp_path):
 
     model, x = exact(method, backbone), ids(1, 7)
     model.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    # A copy, because what lies in a file as it was mapped is aligned otherwise, and on some processors multiplied otherwise.
+    again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
     assert type(again) is AdaptiveLM and again.config.think == model.config.think
     assert torch.equal(again(x).logits, model(x).logits)
 
@@ -219,9 +227,12 @@ def test_shortest_inputs(method: str, backbone: str, length: int):
 @pytest.mark.parametrize(("method", "backbone"), FEW)
 def test_bf16_runs_and_agrees_loosely(method: str, backbone: str):
     model, x = exact(method, backbone), ids(2, 8)
-    fine = model(x).logits
-    coarse = model.to(torch.bfloat16)(x).logits.float()
-    assert (fine - coarse).abs().max() < 0.1 * fine.abs().max()
+    fine, coarse = model(x), model.to(torch.bfloat16)(x)
+    # Rounding may let a token go on or halt that was about to do the other; from there on they compute something else.
+    alike_BT = (fine.passes == coarse.passes).cumprod(-1).bool()
+    assert alike_BT.double().mean() > 0.5
+    off_BTV = (fine.logits - coarse.logits.float())[alike_BT]
+    assert off_BTV.abs().max() < 0.1 * fine.logits.abs().max()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -301,21 +312,21 @@ class TestGenerate:
 class TestPrice:
     """What a method says that it runs is what it runs."""
 
-    @pytest.mark.parametrize(("method", "backbone"), PAIRS)
+    @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_decoding(self, method: str, backbone: str):
-        model, x = exact(method, backbone), ids(1, 12)
+        model, x = exact(method, backbone), ids(1, 8)
         cache, think = model.new_cache(), model.think
         assert think is not None
         model(x[:, :4], past_key_values=cache)
-        spent = sum(measured_flops(lambda t=t: model(x[:, t : t + 1], past_key_values=cache)) for t in range(4, 12))
+        spent = measured_flops(lambda: [model(x[:, t : t + 1], past_key_values=cache) for t in range(4, 8)])
         measured = shares(cache.passes_BT[:, 4:], think.slots_per_token)
-        calls = [call for t in range(4, 12) for call in think.calls(1, context=t, shares=measured)]
+        calls = [call for t in range(4, 8) for call in think.calls(1, context=t, shares=measured)]
         # Where tokens differ, the cached ones are priced as the mean of the new ones, which they are not to the digit.
         tolerance = 0.03 if think.adaptive else 0.02
-        expected = Prices(model.backbone.config).forward(Schedule(tuple(calls), head_rows=8, tokens=8))
+        expected = Prices(model.backbone.config).forward(Schedule(tuple(calls), head_rows=4, tokens=4))
         assert spent == pytest.approx(expected, rel=tolerance)
 
-    @pytest.mark.parametrize(("method", "backbone"), PAIRS)
+    @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_training(self, method: str, backbone: str):
         model, x = exact(method, backbone).train(), ids(1, 16)
         think, prices = model.think, Prices(model.backbone.config)
@@ -350,8 +361,9 @@ class TestPrice:
         assert cache.tokens == 2 and cache.passes_BT.shape == (2, 2)
 
 
-@pytest.mark.parametrize("backbone", ["llama", "gemma3", "gpt_neox", "gpt2"])
-@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize(
+    ("method", "backbone"), [pair for pair in SOME if pair[0] in ADAPTIVE and pair[1] not in LINEAR]
+)
 class TestPacked:
     """Running only the rows that go on computes what running all of them and masking does."""
 
