@@ -1,4 +1,4 @@
-"""Tiny trainings for tests; as a script, one in a process of its own, which can be made to hang, shard or leave gradients."""
+"""Tiny trainings for tests; as a script, some in a process of its own, which can be made to hang, shard or leave gradients."""
 
 from __future__ import annotations
 
@@ -134,8 +134,8 @@ def shard_on_cpu() -> None:
     AcceleratorState.__init__ = initialise
 
 
-def note_shards(folder: Path) -> None:
-    """Writes down what the first process holds of each parameter."""
+def note_shards() -> None:
+    """Writes down what the first process holds of each parameter, beside the run."""
     from pondera.jobs.recorder import Recorder
 
     original = Recorder.on_train_begin
@@ -146,15 +146,14 @@ def note_shards(folder: Path) -> None:
             model: Any = self.trainer.model
             local = sum(p.to_local().numel() for p in model.parameters())
             kinds = {type(module).__name__ for module in model.modules()}
-            (folder / "shards.txt").write_text(f"{local} {' '.join(sorted(kinds))}")
+            (self.run.path.parent / "shards.txt").write_text(f"{local} {' '.join(sorted(kinds))}")
 
     Recorder.on_train_begin = note
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("config", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("runs", type=Path, nargs="+", help="a config and the folder of its run; another config, ...")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--hang-before", type=int)
     parser.add_argument("--shard", action="store_true")
@@ -166,8 +165,9 @@ if __name__ == "__main__":
         hang_before(args.hang_before)
     if args.shard:
         shard_on_cpu()
-        note_shards(args.out.parent)
-    train(load(args.config), args.out, args.resume)
+        note_shards()
+    for config, out in zip(args.runs[::2], args.runs[1::2], strict=True):
+        train(load(config), out, args.resume)
     if args.gradients:
         loss, found = gradients(args.gradients.parent, 1, num_processes=2)
         if torch.distributed.get_rank() == 0:
