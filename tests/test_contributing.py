@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from architectures import BACKBONES, VOCAB
+
+from pondera.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "CONTRIBUTING.md").read_text()
@@ -46,16 +46,11 @@ def test_it_keeps_the_contract(methods: Path):
     assert spent == pytest.approx(Prices(model.backbone.config).forward(schedule), rel=0.02)
 
 
-def test_its_command_trains(methods: Path):
+def test_its_command_trains(methods: Path, monkeypatch: pytest.MonkeyPatch):
     text = methods / "text.txt"
     text.write_text("".join(f"Line {n} of a text that says {n * n} and little else.\n" for n in range(3000)))
     words = block("command").strip().removeprefix("PONDERA_METHODS=my_methods pondera ").replace('"', "").split()
     small = ["--data.text", "text.txt", "--data.tokenizer", "bpe-300", "--data.context", "32", "--train.steps", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pondera", *words, *small, "--train.eval_tokens", "256"],
-        cwd=methods,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(methods)
+    assert main([*words, *small, "--train.eval_tokens", "256"]) == 0
     assert (methods / "runs" / "read-twice" / "model" / "model.safetensors").is_file()

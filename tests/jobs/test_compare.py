@@ -224,8 +224,11 @@ def test_the_first_failure_stops_the_others(recipe, tmp_path, capsys):
     started = []
 
     class Noted(module.subprocess.Popen):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
+        """The second child only waits to be stopped: what a training does then is tested below."""
+
+        def __init__(self, command: list[str], **kwargs: Any) -> None:
+            wait = [sys.executable, "-c", "import time; time.sleep(600)"]
+            super().__init__(wait if started else command, **kwargs)
             started.append(self)
 
     names = [recipe("hot", steps=ENDLESS, lr=1e30, warmup=0.0), recipe("long", steps=ENDLESS), recipe("later")]
