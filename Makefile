@@ -13,7 +13,7 @@ demo: $(VENV)/.runtime
 	$(BIN)/pondera demo --out demo
 
 test: lint
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile -q -rs
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q -rs
 
 lint: $(VENV)/.development
 	$(BIN)/ruff check .
