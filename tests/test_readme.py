@@ -39,10 +39,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_commands_and_python(folder: Path):
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     commands = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("pondera")]
-    assert len(commands) == 16
+    assert len(commands) == 18
     for command in commands:
         words = shlex.split(command)[1:]
         small = SMALL if words[0] in ("train", "compare", "doctor") and "--resume" not in words else []
@@ -56,6 +56,7 @@ def test_commands_and_python(folder: Path):
 
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes)).save_pretrained("my_checkpoint")
+    AutoTokenizer.from_pretrained("runs/first/model").save_pretrained("my_checkpoint")
     (folder / "shown.py").write_text("\n".join(blocks("python")))
     done = subprocess.run([sys.executable, "shown.py"], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

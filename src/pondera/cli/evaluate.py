@@ -7,8 +7,7 @@ import math
 from typing import Any
 
 from pondera.cli.output import only_json, print_json, print_table
-from pondera.cli.parser import Parser, add_budget, whole
-from pondera.ground import settings
+from pondera.cli.parser import Parser, add_budget, text_notes, whole
 
 SUMMARY = "scores a trained model on a text, with the price of a token"
 EXAMPLES = """
@@ -30,7 +29,13 @@ SHOWN = (
 
 def parser() -> Parser:
     """What ``pondera eval`` takes."""
-    found = Parser("eval", "Scores a trained model on held-out text.", EXAMPLES, settings="data.", notes=_settings)
+    found = Parser(
+        "eval",
+        "Scores a trained model on held-out text.",
+        EXAMPLES,
+        settings="data.",
+        notes=lambda: text_notes("the text"),
+    )
     found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
     found.add_argument("--max-tokens", type=whole(1), metavar="N", help="score at most this many (default: all)")
     add_budget(found, several=True)
@@ -78,9 +83,3 @@ def _number(value: float) -> str:
     if not math.isfinite(value):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _settings() -> str:
-    helps = {name: settings.fields()[name].metadata["help"] for name in ("data.text", "data.context", "data.column")}
-    lines = "\n".join(f"  --{name:14}{help}" for name, help in helps.items())
-    return f"the text (default: what the run held out of its own; a model that is not from a run needs one):\n{lines}\n"

@@ -155,6 +155,19 @@ def add_budget(parser: Parser, several: bool = False) -> None:
     parser.add_argument("--max-passes", type=whole(1), metavar="N", help="no token takes more passes")
 
 
+def text_notes(purpose: str) -> str:
+    """What ``--help`` says of the settings that name a text.
+
+    Args:
+        purpose: what the text is for.
+    """
+    helps = {key: settings.fields()[key].metadata["help"] for key in ("data.text", "data.context", "data.column")}
+    lines = "\n".join(f"  --{key:14}{text}" for key, text in helps.items())
+    return (
+        f"{purpose} (default: what the run held out of its own; a model that is not from a run needs one):\n{lines}\n"
+    )
+
+
 def effort(text: str) -> str | float:
     """An argument type: the name of an effort, or a number."""
     value: Any = settings.scalar(text)

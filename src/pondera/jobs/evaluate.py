@@ -7,24 +7,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from pondera.ground import settings
-from pondera.ground.data import Split, prepare
+from pondera.ground.data import prepare
 from pondera.ground.errors import UserError, unknown
 from pondera.ground.run import Run
 from pondera.ground.settings import DataConfig
-from pondera.ground.text import Source, open_text
-from pondera.ground.tokens import encode, fingerprint
+from pondera.ground.text import open_text
+from pondera.ground.tokens import fingerprint
 from pondera.jobs import checkpoints
 from pondera.jobs.generate import budget_of, start_token
 from pondera.jobs.load import Loaded, load
+from pondera.jobs.whole_text import WholeText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -75,19 +73,19 @@ def evaluate(
 
         evaluate("runs/ponderlm2", {"text": "book.txt"})["bits_per_byte"]
     """
-    given = _given(data or {})
+    given = given_settings(data or {})
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens={max_tokens}: give 1 or more, or leave it out for all of the text")
     source = open_text(given["text"], given.get("column", "text")) if "text" in given else None
     loaded = path if isinstance(path, Loaded) else load(path)
     model, run, budget = loaded.model, loaded.run, budget_of(loaded.model, effort, max_passes)
-    context = _context(given.get("context"), loaded)
+    context = context_of(given.get("context"), loaded)
     if run is not None and (source is None or _is_own(run.config.data, given)):
         found = _score_held_out(loaded, run, context, max_tokens, budget)
     elif source is not None:
         if run is not None:
             _warn_of_overlap(run, given["text"])
-        text = _Text.read(source, given["text"], loaded.tokenizer, max_tokens)
+        text = WholeText.read(source, given["text"], loaded.tokenizer, max_tokens)
         found = _score_whole(loaded, text, context, budget)
     else:
         raise UserError("data.text: this model is not from a run; say what to score it on, e.g. --data.text book.txt")
@@ -100,52 +98,7 @@ def evaluate(
     }
 
 
-class _Text(Split):
-    """A split that was not prepared: one text in memory, without an EOS token at its end."""
-
-    def __init__(self, ids_T: np.ndarray, bytes_T: np.ndarray, starts_D: np.ndarray) -> None:
-        self.ids, self._bytes, self._starts = ids_T, np.append(0, bytes_T), starts_D  # bytes up to each token's end
-        self.num_tokens, self.num_bytes = len(ids_T), int(self._bytes[-1])
-
-    def after(self, token: int) -> _Text:
-        """The text from a token on."""
-        starts_D = np.append(0, self._starts[self._starts > token] - token)
-        return _Text(self.ids[token:], self._bytes[token + 1 :], starts_D)
-
-    @classmethod
-    def read(cls, source: Source, name: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None) -> _Text:
-        """As many tokens as it takes to predict `max_tokens`."""
-        ids, ends, starts, tokens = [], [], [], 0
-        for text in _texts(source, name):
-            (text_ids, text_ends), seen = next(encode([text], tokenizer)), ends[-1][-1] if ends else 0
-            if tokens and tokenizer.eos_token_id is not None:
-                ids.append(np.array([tokenizer.eos_token_id]))  # the end of the document before
-                ends.append(np.array([seen]))
-                tokens += 1
-            ids.append(text_ids)
-            ends.append(text_ends + seen)
-            starts.append(tokens)
-            tokens += len(text_ids)
-            if max_tokens is not None and tokens > max_tokens:
-                break
-        stop = None if max_tokens is None else max_tokens + 1
-        text = cls(np.concatenate(ids)[:stop], np.concatenate(ends)[:stop], np.array(starts)) if ids else None
-        if text is None or text.num_tokens < 2 or not text.num_bytes_of(1, text.num_tokens):
-            raise UserError(f"data.text: {name!r} is too short to score: nothing follows its first token")
-        return text
-
-
-def _texts(source: Source, name: str) -> Iterator[str]:
-    """The documents of a source; a lone file of plain text is one, though training cuts it to hold some of it out."""
-    documents = (document.text for document in source.read())
-    path = Path(name).expanduser()
-    if path.is_file() and ".jsonl" not in path.suffixes:
-        yield "".join(documents)
-    else:
-        yield from documents
-
-
-def _given(data: dict[str, Any]) -> dict[str, Any]:
+def given_settings(data: dict[str, Any]) -> dict[str, Any]:
     """The settings by their bare names, read and checked as a run's are."""
     tree: dict[str, Any] = {}
     for key, value in data.items():
@@ -159,7 +112,7 @@ def _given(data: dict[str, Any]) -> dict[str, Any]:
     return {name: getattr(checked, name) for name in tree}
 
 
-def _context(given: int | None, loaded: Loaded) -> int:
+def context_of(given: int | None, loaded: Loaded) -> int:
     limit = getattr(loaded.model.backbone.config, "max_position_embeddings", None)
     own = loaded.run.config.data.context if loaded.run else min(DataConfig().context, limit or DataConfig().context)
     context = own if given is None else given
@@ -221,7 +174,7 @@ def _score_held_out(
     return score(loaded.model, held_out, context, tokens, _batch_size(context), isolate, budget=budget)
 
 
-def _score_whole(loaded: Loaded, text: _Text, context: int, budget: dict[str, Any]) -> dict[str, Any]:
+def _score_whole(loaded: Loaded, text: WholeText, context: int, budget: dict[str, Any]) -> dict[str, Any]:
     """The full windows, and the shorter one at the end."""
     from pondera.jobs.score import Tally, measures, tally
 

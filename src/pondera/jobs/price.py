@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pondera.ground.cost import Call, Prices, Schedule
+from pondera.ground.cost import Call, Prices, Schedule, live_cache_bytes
 
 if TYPE_CHECKING:
     from pondera.model.lm import AdaptiveLM
@@ -25,7 +25,7 @@ def price(
     Returns:
         ``inference_flops_per_token`` of decoding with half a context cached, ``training_flops_per_token`` (forward and
         backward, at the mean number of random rounds), and ``kv_bytes_per_token`` of a cache that holds a whole context
-        in the dtype of the model.
+        in the dtype of the model; with a memory it is measured, as what is kept depends on what is read.
 
     Raises:
         UserError: an architecture that has no price yet.
@@ -48,8 +48,26 @@ def price(
     held = prices.cache_bytes(round(slots), number_bytes, slides, newest=round(newest))
     if method is not None:
         held += method.further_bytes(context, number_bytes)
+    elif model.memory is not None and model.memory.fitted and model.device.type != "meta":
+        held = _kept_bytes(model, context)
     return {
         "inference_flops_per_token": prices.forward(Schedule(tuple(decoding), head_rows=1, tokens=1)),
         "training_flops_per_token": trained / context,
         "kv_bytes_per_token": held / context,
     }
+
+
+def _kept_bytes(model: AdaptiveLM, context: int) -> float:
+    """Bytes of the cache of a model with a memory after so many tokens, spare room included."""
+    import torch
+
+    from pondera.jobs.reading import read
+
+    draw = torch.Generator().manual_seed(0)
+    ids_1T = torch.randint(model.backbone.config.vocab_size, (1, context), generator=draw).to(model.device)
+    cache, was_training = model.new_cache(), model.training
+    model.eval()
+    for _ in read(model, cache, ids_1T, prompt=context // 2):
+        pass
+    model.train(was_training)
+    return float(live_cache_bytes(cache))

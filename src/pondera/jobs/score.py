@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pondera.ground.data import Split
 from pondera.jobs.batches import collate
+from pondera.jobs.reading import read
 from pondera.model.lm import IGNORED, AdaptiveLM
 
 
@@ -121,13 +122,27 @@ def tally(
     if start is not None:
         fillings = {"input_ids": start, "shift_labels": IGNORED, "document_ids": 1}
         batch = {name: F.pad(tensor_BC, (1, 0), value=fillings[name]) for name, tensor_BC in batch.items()}
+    given = {name: tensor.to(model.device) for name, tensor in batch.items()}
     was_training = model.training
     model.eval()
     try:
-        out = model(**{name: tensor.to(model.device) for name, tensor in batch.items()}, **(budget or {}))
+        if model.memory is not None:
+            return _remembered(model, given["input_ids"], given["shift_labels"])
+        out = model(**given, **(budget or {}))
     finally:
         model.train(was_training)
     return Tally(float(out.terms["next_token"].sum), took(out.passes, math.ceil(model.passes())))
+
+
+def _remembered(model: AdaptiveLM, ids_BC: Tensor, labels_BC: Tensor) -> Tally:
+    """Scores windows as a model with a memory reads them: piece by piece, and with what it still remembers."""
+    nats = 0.0
+    for start, logits_BCV in read(model, model.new_cache(), ids_BC):
+        labels_N = labels_BC[:, start : start + logits_BCV.shape[1]].flatten()
+        nats += float(
+            F.cross_entropy(logits_BCV.float().flatten(0, 1), labels_N, ignore_index=IGNORED, reduction="sum")
+        )
+    return Tally(nats, (ids_BC.numel(),))
 
 
 def measures(found: Tally, tokens: int, num_bytes: int) -> dict[str, Any]:

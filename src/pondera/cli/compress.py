@@ -1,0 +1,134 @@
+"""``pondera compress``: how much of the past a model can do without, by bytes and by quality."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pondera.cli.output import only_json, print_json, print_table
+from pondera.cli.parser import Parser, text_notes, whole
+from pondera.ground import spec
+from pondera.ground.errors import UserError
+
+if TYPE_CHECKING:
+    from pondera.jobs.compress import Measured
+
+SUMMARY = "fits a model's cache into less memory, and shows what that costs"
+EXAMPLES = """
+pondera compress runs/plain
+pondera compress path/to/model --data.text book.txt --memory "StreamingLLM(0.25)" --memory "H2O(0.25)"
+pondera compress path/to/model --data.text book.txt --plot memory.html --out compressed
+pondera generate compressed --prompt "The sea"
+"""
+
+
+def parser() -> Parser:
+    """What ``pondera compress`` takes."""
+    about = (
+        "Measures memories on one model, beside its full cache: bytes, bits per byte of held-out text, how often the next "
+        "token is what the full cache would have said, and how much of an early passage is recalled. Names the knee, and "
+        "writes a model with it if asked to."
+    )
+    found = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("the held-out text"))
+    found.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
+    found.add_argument(
+        "--memory",
+        action="append",
+        default=[],
+        metavar="SPEC",
+        help="such as 'H2O(0.25)'; give it several times to compare (default: a sweep); pondera methods lists them",
+    )
+    found.add_argument(
+        "--calibrate", metavar="TEXT", help="fit codebooks to this text (default: what a run trained on)"
+    )
+    found.add_argument(
+        "--calibrate-tokens", type=whole(1), default=65536, metavar="N", help="so much of it (default: %(default)s)"
+    )
+    found.add_argument(
+        "--windows", type=whole(1), default=8, metavar="N", help="of held-out text (default: %(default)s)"
+    )
+    found.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against bytes into an HTML page")
+    found.add_argument("--out", type=Path, metavar="FOLDER", help="write the model with the knee's memory there")
+    found.add_argument("--keep", metavar="SPEC", help="with --out: this memory instead of the knee's")
+    found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
+    return found
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints, draws and writes."""
+    for text in [*args.memory, *([args.keep] if args.keep else [])]:
+        spec.find(spec.parse(text).name, "memory")
+    if args.keep and args.out is None:
+        raise UserError("--keep says what --out writes; give --out FOLDER, too")
+    if args.out is not None and args.out.exists():
+        raise UserError(f"--out {args.out}: something is there already; give another folder")
+    with only_json(args.json):
+        found = _compress(args)
+    if args.json:
+        print_json(found)
+    return 0
+
+
+def _compress(args: argparse.Namespace) -> dict[str, Any]:
+    from pondera.jobs.compress import as_json, compress, knee, save
+    from pondera.jobs.excerpts import calibration, held_out
+    from pondera.jobs.load import load
+
+    loaded = load(args.path)
+    windows = held_out(loaded, args.overrides, args.windows)
+    samples = calibration(loaded, args.calibrate, args.calibrate_tokens, windows.ids_NT.shape[1] - 1)
+    wanted = [*args.memory, *([args.keep] if args.keep else [])]
+    rows, memories = compress(loaded, wanted, windows, samples, lambda line: print(line, file=sys.stderr, flush=True))
+    chosen = knee(rows)
+    found = {"name": loaded.name, "knee": chosen.memory, "rows": as_json(rows)}
+    if not args.json:
+        context = windows.ids_NT.shape[1] - 1
+        print_table(list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"a cache of {context} tokens")
+        print(
+            f"the knee: {chosen.memory}, {100 * chosen.of_full:.1f} % of the bytes for "
+            f"{chosen.bits_per_byte - rows[0].bits_per_byte:+.4f} bits per byte"
+        )
+    if args.plot is not None:
+        _draw(args.plot, loaded.name, rows, chosen)
+    if args.out is not None:
+        text = spec.format(spec.parse(args.keep)) if args.keep else chosen.memory
+        save(loaded, memories[text], text, args.out)
+        print(f"written with {text}: pondera generate {args.out} --prompt ...", file=sys.stderr)
+    return found
+
+
+def _row(row: Measured) -> dict[str, str]:
+    """A line of the table."""
+    return {
+        "memory": row.memory,
+        "cache bytes": f"{row.cache_bytes:,.0f}",
+        "of full": f"{100 * row.of_full:.1f} %",
+        "tables": f"{row.table_bytes:,}" if row.table_bytes else "",
+        "bits/byte": f"{row.bits_per_byte:.4f}",
+        "says the same": f"{100 * row.agreement:.1f} %",
+        "recalls": f"{100 * row.recall:.1f} %",
+        "tokens/s": f"{row.tokens_per_second:.0f}",
+    }
+
+
+def _draw(out: Path, name: str, rows: list[Measured], chosen: Measured) -> None:
+    """Quality against bytes: a line for each method, a point for each of its settings."""
+    from pondera.jobs.plots import write_plots
+    from pondera.probe.contract import Plot
+
+    def lines(height: Any) -> dict[str, list[tuple[float, float]]]:
+        found: dict[str, list[tuple[float, float]]] = {}
+        for row in sorted(rows, key=lambda row: row.of_full):
+            found.setdefault(spec.parse(row.memory).name, []).append((100 * row.of_full, height(row)))
+        return found
+
+    across = "% of the full cache's bytes"
+    plots = [
+        Plot("What is lost", across, "bits per byte", lines(lambda row: row.bits_per_byte)),
+        Plot("What is said", across, "% as the full cache", lines(lambda row: 100 * row.agreement)),
+        Plot("What is recalled", across, "% of a passage", lines(lambda row: 100 * row.recall)),
+    ]
+    note = f"The knee: {chosen.memory}, {100 * chosen.of_full:.1f} % of the full cache's bytes."
+    write_plots(plots, note, out, f"memories of {name}")

@@ -1,0 +1,147 @@
+"""``pondera compress``: memories side by side, the knee, and a model with its memory that every verb takes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import saved
+import torch
+
+from pondera.cli.main import main
+from pondera.ground import spec
+from pondera.jobs.compress import SWEEP, compress
+from pondera.jobs.excerpts import Windows, held_out
+from pondera.jobs.load import load
+
+TEXT = "The quick brown fox jumps over the lazy dog. It does so every morning, and nobody knows why. " * 30
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved.save(tmp_path_factory.mktemp("models") / "plain")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("texts") / "fox.txt"
+    file.write_text(TEXT)
+    return file
+
+
+@pytest.fixture
+def said(capsys):
+    """Runs ``pondera compress`` here; returns its exit code and what it wrote to stdout and stderr."""
+
+    def run(*words):
+        capsys.readouterr()
+        code = main(["compress", *map(str, words)])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_everything_at_once(said, model: Path, text: Path, tmp_path: Path):
+    out, plot = tmp_path / "small", tmp_path / "memory.html"
+    words = [model, "--data.text", text, "--windows", 2, "--memory", "H2O(0.5)", "--memory", "StreamingLLM(9)"]
+    code, shown, progress = said(*words, "--json", "--plot", plot, "--out", out, "--keep", "StreamingLLM(9)")
+    found = json.loads(shown)
+    full, *others = found["rows"]
+    assert code == 0 and [row["memory"] for row in found["rows"]] == ["Full()", "H2O(0.5)", "StreamingLLM(9)"]
+    assert full["of_full"] == full["agreement"] == 1.0 and all(row["of_full"] < 1 for row in others)
+    assert "StreamingLLM(9): " in progress and "pondera generate" in progress
+    page = plot.read_text()
+    assert "<svg" in page and "StreamingLLM" in page and "recalled" in page
+    loaded = load(out)
+    assert loaded.model.config.memory == "StreamingLLM(9)"
+    assert main(["generate", str(out), "--prompt", "The", "--max-new-tokens", "4"]) == 0
+
+
+def test_a_full_cache_scores_what_the_model_scores(model: Path, text: Path):
+    loaded = load(model)
+    windows = held_out(loaded, {"data.text": str(text)}, 3)
+    (full,), _ = compress(loaded, ["Full()"], windows)
+    ids_NT = windows.ids_NT
+    with torch.no_grad():
+        logits_NTV = loaded.model(ids_NT[:, :-1]).logits[:, windows.prompt :].double()
+    nats = torch.nn.functional.cross_entropy(logits_NTV.flatten(0, 1), ids_NT[:, windows.prompt + 1 :].flatten())
+    scored = ids_NT[:, windows.prompt + 1 :].numel()
+    expected = float(nats) * scored / 0.6931471805599453 / windows.num_bytes
+    assert full.bits_per_byte == pytest.approx(expected, rel=1e-5)
+    spelled = "".join(loaded.tokenizer.decode(row[windows.prompt + 1 :].tolist()) for row in ids_NT)
+    assert windows.num_bytes == len(spelled.encode())
+
+
+def test_what_is_asked_for_was_read_before(model: Path, text: Path):
+    windows = held_out(load(model), {"data.text": str(text)}, 3)
+    for window, asked in zip(windows.ids_NT, windows.asked_NT, strict=True):
+        passage = asked[-windows.asked :].tolist()
+        begins = [n for n in range(windows.prompt) if window[n : n + windows.asked].tolist() == passage]
+        assert begins and torch.equal(asked[: -windows.asked], window[:-1])
+
+
+def test_recall_counts_what_comes_back(model: Path, text: Path, monkeypatch: pytest.MonkeyPatch):
+    """A model that says what followed the latest earlier token like this one recalls what does not repeat."""
+    loaded = load(model)
+    windows = held_out(loaded, {"data.text": str(text)}, 2)
+    # Texts in which no token repeats, but for the passage that is asked for.
+    ids_NT = torch.stack([torch.randperm(279)[: windows.ids_NT.shape[1]] + 1 for _ in range(2)])
+    asked_NT = torch.cat([ids_NT[:, :-1], ids_NT[:, 5 : 5 + windows.asked]], dim=1)
+
+    def copies(self, part_BT, past_key_values):
+        seen = past_key_values.read = [*getattr(past_key_values, "read", []), *part_BT[0].tolist()]
+        logits = torch.zeros(1, part_BT.shape[1], 281)
+        for place in range(part_BT.shape[1]):
+            upto = seen[: len(seen) - part_BT.shape[1] + place + 1]
+            before = [n for n in range(len(upto) - 1) if upto[n] == upto[-1]]
+            logits[0, place, upto[before[-1] + 1] if before else 0] = 1.0
+        return SimpleNamespace(logits=logits)
+
+    monkeypatch.setattr(type(loaded.model), "__call__", copies)
+    made = Windows(ids_NT, windows.num_bytes, windows.prompt, asked_NT, windows.asked)
+    assert compress(loaded, ["Full()"], made)[0][0].recall == 1.0
+    backwards_NT = torch.cat([ids_NT[:, :-1], ids_NT[:, 5 : 5 + windows.asked].flip(1)], dim=1)
+    wrong = Windows(ids_NT, windows.num_bytes, windows.prompt, backwards_NT, windows.asked)
+    assert compress(loaded, ["Full()"], wrong)[0][0].recall == 0.0
+
+
+@pytest.mark.parametrize("sweep", SWEEP)
+def test_the_sweep_can_be_built(sweep: str):
+    assert spec.format(spec.parse(sweep)) == sweep and spec.build(sweep, "memory")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--memory", "StremingLLM(4)"], "did you mean StreamingLLM"),
+        (["--memory", "PonderLM2()"], "is a think method"),
+        (["--memory", "StreamingLLM(0)"], "at least 5"),
+        (["--memory", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),
+        (["--data.context", "16"], "too few to forget"),
+        (["--windows", "0"], "at least 1"),
+    ],
+)
+def test_mistakes_are_told_in_words(said, model: Path, text: Path, words: list[str], says: str):
+    code, shown, error = said(model, "--data.text", text, *words)
+    assert (code, shown) == (2, "") and says in error and "Traceback" not in error
+
+
+def test_a_text_is_needed_and_must_be_long_enough(said, model: Path, tmp_path: Path):
+    assert "say what to measure it on" in said(model)[2]
+    short = tmp_path / "short.txt"
+    short.write_text("The quick brown fox.")
+    code, _, error = said(model, "--data.text", short)
+    assert code == 2 and "give a longer --data.text" in error
+
+
+def test_models_with_a_cache_of_their_own_are_refused(said, text: Path, tmp_path: Path):
+    thinking = saved.save(tmp_path / "thinking", "ponderlm2")
+    code, _, error = said(thinking, "--data.text", text)
+    assert code == 2 and "keeps a cache of its own" in error
+
+
+def test_nothing_is_overwritten(said, model: Path, text: Path):
+    code, _, error = said(model, "--data.text", text, "--out", model)
+    assert code == 2 and "something is there already" in error
