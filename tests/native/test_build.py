@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pondera.native import build
-from pondera.native.arguments import fit
+from pondera.native.call import fit
 
 needs_compiler = pytest.mark.skipif(not any(map(shutil.which, build.COMPILERS)), reason="no C compiler here")
 

@@ -8,13 +8,18 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pondera import UserError
+from pondera.native.build import why_not
 from pondera.quantize.parts import nearest as module
-from pondera.quantize.parts.nearest import cluster_sums, nearest
+from pondera.quantize.parts.nearest import cluster_sums, nearest, nearest_by_levels
 
 
-@pytest.fixture(autouse=True)
-def small_tiles(monkeypatch: pytest.MonkeyPatch):
-    """Every search goes by tiles, and few numbers make many of them."""
+@pytest.fixture(autouse=True, params=["torch", "native"])
+def small_tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Every search goes by tiles, and few numbers make many of them; or by the native kernel."""
+    if request.param == "torch":
+        monkeypatch.setenv("PONDERA_NATIVE", "0")
+    elif why_not("nearest"):
+        pytest.skip(f"no native kernels: {why_not('nearest')}")
     torch.manual_seed(0)
     monkeypatch.setattr(module, "SMALL", 0)
     monkeypatch.setattr(module, "ROWS", 64)
@@ -51,6 +56,33 @@ def test_the_least_distance_of_all(codes: int, width: int):
     check(near_NC + torch.randn(150, width, generator=generator) * 2.0**-7 / codes, table_KC)
     if width > 1:
         check(torch.randn(151, width, generator=generator), table_KC)
+
+
+@pytest.mark.parametrize("levels", [1, 2, 5])
+def test_levels_code_what_is_left(levels: int):
+    table_RKC = torch.randn(levels, 41, 6) * 2.0 ** -torch.arange(levels)[:, None, None]
+    rest_NC = x_NC = torch.randn(300, 6)
+    codes_NR = nearest_by_levels(x_NC, table_RKC)
+    for table_KC, codes_N in zip(table_RKC, codes_NR.T, strict=True):
+        assert torch.equal(codes_N, nearest(rest_NC, table_KC))
+        rest_NC = rest_NC - table_KC[codes_N]
+    assert rest_NC.norm() < 0.8**levels * x_NC.norm()
+    assert torch.equal(
+        nearest_by_levels(x_NC.bfloat16(), table_RKC), nearest_by_levels(x_NC.bfloat16().float(), table_RKC)
+    )
+    assert nearest_by_levels(x_NC[:0], table_RKC).shape == (0, levels)
+
+
+def test_kernel_and_torch_choose_alike(monkeypatch: pytest.MonkeyPatch):
+    """Many vectors in several threads, at sizes around those of the kernel's panels, tiles and items."""
+    for N, K, C in ((2000, 300, 64), (193, 17, 3), (191, 15, 1), (7, 1000, 129), (192, 16, 4)):
+        x_NC, table_KC = torch.randn(N, C), torch.randn(K, C)
+        found_N = nearest(x_NC, table_KC)
+        with monkeypatch.context() as other:
+            other.setenv("PONDERA_NATIVE", "0")
+            expected_N = nearest(x_NC, table_KC)
+        gap_N = squared(x_NC, table_KC).gather(1, torch.stack([found_N, expected_N], 1)).diff(dim=1)
+        assert gap_N.abs().max() < 1e-4 and (found_N == expected_N).double().mean() > 0.99
 
 
 @pytest.mark.parametrize("small", [0, 10**9])
@@ -147,7 +179,7 @@ def test_memory_does_not_grow_with_vectors_times_codes():
     x_NC, table_KC = torch.randn(1000, 4), torch.randn(300, 4)
     with Largest() as largest:
         nearest(x_NC, table_KC)
-    assert 0 < largest.numbers <= max(x_NC.numel(), module.SCORES * torch.get_num_threads()) < 1000 * 300 / 10
+    assert 0 < largest.numbers <= max(x_NC.numel(), 2 * module.SCORES * torch.get_num_threads()) < 1000 * 300 / 10
 
 
 # sums by code

@@ -2,5 +2,5 @@
 
 A kernel is a file ``NAME.c`` here, and `pondera.native.build.library` makes a library of it at first use. Its caller keeps a
 form in torch, which is the oracle in the tests, and runs wherever the library is None or the tensors do not
-`fit <pondera.native.arguments.fit>`.
+`fit <pondera.native.call.fit>`.
 """

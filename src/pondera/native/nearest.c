@@ -8,6 +8,7 @@
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "parallel.h"
 
@@ -19,7 +20,8 @@ enum { WIDTH = 8 };
 enum {
     PANEL = 2 * WIDTH,      /* rows of a panel */
     TILE = 6,               /* vectors of a tile: its scores leave a register or more for the panel and the vectors */
-    TILES = 32,             /* tiles of an item of work */
+    ITEM = 32 * TILE,       /* vectors of an item of work */
+    FEW = 1 << 17,          /* numbers of tables that one thread packs before others are there */
     CHUNK_BYTES = 128 << 10 /* of panels that all tiles of an item pass before the next ones: they stay in a core's cache */
 };
 
@@ -32,26 +34,28 @@ typedef struct {
 } Best; /* by lane */
 
 typedef struct {
-    const float *x_NC, *centre_C;
-    long N, K, C;
-    const float *table_KC, *offset_K;
+    const float *x_NC;
+    long stride; /* from one vector to the next */
+    const float *rows_RKC, *centre_RC, *table_RKC, *offset_RK;
+    long N, K, C, R;
     float *panels; /* of each the offsets, then C times as many rows' numbers */
-    int64_t *codes_N;
+    int64_t *codes_NR;
     int failed;
 } Search;
 
 static long num_panels(const Search *s) { return (s->K + PANEL - 1) / PANEL; }
 
-static void pack_panel(void *task, long panel)
+static void pack_panel(void *task, long item)
 {
     const Search *s = task;
-    float *to = s->panels + panel * (s->C + 1) * PANEL;
+    const long r = item / num_panels(s), first = item % num_panels(s) * PANEL;
+    float *to = s->panels + item * (s->C + 1) * PANEL;
     for (long lane = 0; lane < PANEL; lane++) {
-        long k = panel * PANEL + lane;
-        int is_row = k < s->K; /* what fills the last panel up is never the best */
-        to[lane] = is_row ? s->offset_K[k] : -INFINITY;
+        const int is_row = first + lane < s->K; /* what fills the last panel up is never the best */
+        const long row = r * s->K + first + lane;
+        to[lane] = is_row ? s->offset_RK[row] : -INFINITY;
         for (long c = 0; c < s->C; c++)
-            to[(c + 1) * PANEL + lane] = is_row ? s->table_KC[k * s->C + c] : 0;
+            to[(c + 1) * PANEL + lane] = is_row ? s->table_RKC[row * s->C + c] : 0;
     }
 }
 
@@ -97,49 +101,67 @@ static int64_t first_row(const Best *best, int t)
     return row;
 }
 
-static void search_item(void *task, long item)
+/* The best of a table for all tiles of an item. */
+static void search_table(const float *x_nC, long tiles, const float *panels, long count, long C, Best *best)
 {
-    Search *s = task;
-    const long C = s->C, start = item * TILES * TILE, count = s->N - start < TILES * TILE ? s->N - start : TILES * TILE;
-    const long tiles = (count + TILE - 1) / TILE, panels = num_panels(s), step = (C + 1) * PANEL;
-    long chunk = CHUNK_BYTES / (long)sizeof(float) / step;
-    chunk = chunk > 0 ? chunk : 1;
-    Best *best = aligned_alloc(64, tiles * sizeof(Best));
-    float *x_nC = malloc(tiles * TILE * C * sizeof(float));
-    if (!best || !x_nC) {
-        s->failed = 1;
-        goto done;
-    }
-    for (long n = 0; n < tiles * TILE; n++)
-        for (long c = 0; c < C; c++)
-            x_nC[n * C + c] = n < count ? s->x_NC[(start + n) * C + c] - s->centre_C[c] : 0;
+    const long step = (C + 1) * PANEL, fitting = CHUNK_BYTES / (long)sizeof(float) / step, chunk = fitting ? fitting : 1;
     for (long tile = 0; tile < tiles; tile++)
         for (int t = 0; t < TILE; t++)
             for (int half = 0; half < 2; half++) {
                 best[tile].score[t][half] = spread(-INFINITY);
                 best[tile].panel[t][half] = (Ints){0};
             }
-    for (long first = 0; first < panels; first += chunk)
+    for (long first = 0; first < count; first += chunk)
         for (long tile = 0; tile < tiles; tile++)
-            for (long p = first; p < panels && p < first + chunk; p++)
-                meet(x_nC + tile * TILE * C, s->panels + p * step, C, p, &best[tile]);
-    for (long n = 0; n < count; n++)
-        s->codes_N[start + n] = first_row(&best[n / TILE], n % TILE);
-done:
+            for (long p = first; p < count && p < first + chunk; p++)
+                meet(x_nC + tile * TILE * C, panels + p * step, C, p, &best[tile]);
+}
+
+static void search_item(void *task, long item)
+{
+    Search *s = task;
+    const long C = s->C, start = item * ITEM, count = s->N - start < ITEM ? s->N - start : ITEM;
+    const long tiles = (count + TILE - 1) / TILE;
+    Best *best = aligned_alloc(64, tiles * sizeof(Best));
+    float *rest_nC = malloc(count * C * sizeof(float)), *x_nC = calloc(tiles * TILE * C, sizeof(float));
+    if (best && rest_nC && x_nC) {
+        for (long n = 0; n < count; n++)
+            memcpy(rest_nC + n * C, s->x_NC + (start + n) * s->stride, C * sizeof(float));
+        for (long r = 0; r < s->R; r++) {
+            for (long n = 0; n < count; n++)
+                for (long c = 0; c < C; c++)
+                    x_nC[n * C + c] = rest_nC[n * C + c] - s->centre_RC[r * C + c];
+            search_table(x_nC, tiles, s->panels + r * num_panels(s) * (C + 1) * PANEL, num_panels(s), C, best);
+            for (long n = 0; n < count; n++) {
+                const int64_t code = first_row(&best[n / TILE], n % TILE);
+                s->codes_NR[(start + n) * s->R + r] = code;
+                const float *row_C = s->rows_RKC + (r * s->K + code) * C;
+                for (long c = 0; c < C && r + 1 < s->R; c++)
+                    rest_nC[n * C + c] -= row_C[c];
+            }
+        }
+    } else
+        s->failed = 1;
     free(best);
+    free(rest_nC);
     free(x_nC);
 }
 
-/* Codes of N vectors, less a centre, by the K rows of a table and their offsets; 0, or 1 where memory is short. */
-int nearest(const float *x_NC, const float *centre_C, const float *table_KC, const float *offset_K, int64_t N, int64_t K,
-            int64_t C, int64_t threads, int64_t *codes_N)
+/* Codes of N vectors by R tables of K rows, of which each after the first codes what the row of the one before it left.
+ *
+ * Scores are of vectors less a centre with `table`, which are the `rows` as the search sees them, and have an offset.
+ * Returns 0, or 1 where memory is short.
+ */
+int nearest(const float *x_NC, int64_t stride, const float *rows_RKC, const float *centre_RC, const float *table_RKC,
+            const float *offset_RK, int64_t N, int64_t K, int64_t C, int64_t R, int64_t threads, int64_t *codes_NR)
 {
-    Search s = {x_NC, centre_C, N, K, C, table_KC, offset_K, NULL, codes_N, 0};
-    s.panels = aligned_alloc(64, num_panels(&s) * (C + 1) * PANEL * sizeof(float));
+    Search s = {x_NC, stride, rows_RKC, centre_RC, table_RKC, offset_RK, N, K, C, R, NULL, codes_NR, 0};
+    const long panels = R * num_panels(&s);
+    s.panels = aligned_alloc(64, panels * (C + 1) * PANEL * sizeof(float));
     if (!s.panels)
         return 1;
-    parallel(num_panels(&s), threads, pack_panel, &s);
-    parallel((N + TILES * TILE - 1) / (TILES * TILE), threads, search_item, &s);
+    parallel(panels, R * K * C < FEW ? 1 : threads, pack_panel, &s);
+    parallel((N + ITEM - 1) / ITEM, threads, search_item, &s);
     free(s.panels);
     return s.failed;
 }
