@@ -65,7 +65,10 @@ def test_pairs_of_a_rotation_can_stay_together():
 
 
 def test_each_part_is_rotated_by_itself():
-    quantizer, x = made(Product(SimVQ(5), groups=3, order=ORDER)), torch.randn(7, 6, requires_grad=True)
+    quantizer, x = (
+        made(Product(SimVQ(5, estimator="rotation"), groups=3, order=ORDER)),
+        torch.randn(7, 6, requires_grad=True),
+    )
     weight, found = torch.randn(7, 6), quantizer(x)
     (gradient,) = torch.autograd.grad((found.out * weight).sum(), x)
     for mine in torch.tensor(ORDER).view(3, 2):

@@ -82,7 +82,9 @@ class TestEstimator:
         quantizer, x = made(Residual(VQ(6), levels=3)), torch.randn(5, 4, requires_grad=True)
         assert torch.autograd.grad(quantizer(x).out.sum(), x)[0].eq(1).all()
 
-    @pytest.mark.parametrize("of", [SimVQ(6), Product(SimVQ(6), groups=2)], ids=repr)
+    @pytest.mark.parametrize(
+        "of", [SimVQ(6, estimator="rotation"), Product(SimVQ(6, estimator="rotation"), groups=2)], ids=repr
+    )
     def test_rotation_is_that_of_the_whole(self, of: SimVQ | Product):
         quantizer, x = made(Residual(of, levels=3)), torch.randn(5, 4, requires_grad=True)
         weight, found = torch.randn(5, 4), quantizer(x)
