@@ -96,10 +96,10 @@ class Codebook(Quantizer):
     def encode(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Tensor:
         """See `Quantizer.encode`."""
         x_NC, kept_N = self._flat(x, mask, levels)
-        codes_N = torch.full((len(x_NC),), ABSENT, device=x.device)
-        if not self.gate.closed:
-            codes_N[kept_N] = nearest(x_NC[kept_N], self.table()[0, 0])
-        return codes_N.view(*x.shape[:-1], 1, 1)
+        if self.gate.closed:
+            return torch.full((*x.shape[:-1], 1, 1), ABSENT, device=x.device)
+        found_N = nearest(chosen(x_NC, kept_N), self.table()[0, 0])
+        return put_back(found_N, kept_N, len(x_NC)).view(*x.shape[:-1], 1, 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """See `Quantizer.decode`."""
@@ -112,14 +112,16 @@ class Codebook(Quantizer):
     def forward(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Quantized:
         """See `Quantizer.forward`."""
         x_NC, kept_N = self._flat(x, mask, levels)
-        vectors_NC = _wide(x_NC[kept_N])
+        vectors_NC = _wide(chosen(x_NC, kept_N))
         if self.training:
             self._warm_up(vectors_NC.detach())
         table_KC = self.table()[0, 0]
-        codes_N = torch.full((len(x_NC),), ABSENT, device=x.device)
-        out_NC, terms = x_NC, {}
-        if not self.gate.closed:
-            codes_N[kept_N] = found_N = nearest(vectors_NC, table_KC)
+        if self.gate.closed:
+            # Processes that average gradients wait for those of every weight.
+            out_NC, terms = x_NC + (0 * table_KC.sum()).to(x.dtype), {}
+            codes_N = torch.full((len(x_NC),), ABSENT, device=x.device)
+        else:
+            found_N = nearest(vectors_NC, table_KC)
             if self.training and self.statistics is not None:
                 self.statistics.gather(vectors_NC.detach(), found_N, self._generator())
             q_NC = F.embedding(found_N, table_KC.to(vectors_NC.dtype))
@@ -129,13 +131,11 @@ class Codebook(Quantizer):
                 commitment=self.commitment,
                 detach_input=self.detach_input,
                 detach_target=self.detach_target,
+                moves_codes=self.learns,
             )
-            if not self.learns:
-                del terms["codebook"]
-            out_NC = x_NC.index_put((kept_N,), estimate(self.estimator, vectors_NC, q_NC).to(x.dtype))
-        else:
-            # Processes that average gradients wait for those of every weight.
-            out_NC = x_NC + (0 * table_KC.sum()).to(x.dtype)
+            out_NC = estimate(self.estimator, vectors_NC, q_NC).to(x.dtype)
+            out_NC = out_NC if kept_N is None else x_NC.index_put((kept_N,), out_NC)
+            codes_N = put_back(found_N, kept_N, len(x_NC))
         codes = codes_N.view(*x.shape[:-1], 1, 1)
         return Quantized(out_NC.view(x.shape), codes, terms, x.detach(), table_KC.detach()[None, None])
 
@@ -166,11 +166,22 @@ class Codebook(Quantizer):
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed((self._seed * 1_000_003 + int(self.step)) % 2**63)
 
-    def _flat(self, x: Tensor, mask: Tensor | None, levels: int | None) -> tuple[Tensor, Tensor]:
-        """``[N, C]``, and the numbers of those to quantize."""
+    def _flat(self, x: Tensor, mask: Tensor | None, levels: int | None) -> tuple[Tensor, Tensor | None]:
+        """``[N, C]``, and the numbers of those to quantize; none: all."""
         self._expect(x, mask, levels)
-        x_NC = x.reshape(-1, self.dim)
-        return x_NC, torch.arange(len(x_NC), device=x.device) if mask is None else mask.flatten().nonzero()[:, 0]
+        return x.reshape(-1, self.dim), None if mask is None else mask.flatten().nonzero()[:, 0]
+
+
+def chosen(x_NC: Tensor, kept_N: Tensor | None) -> Tensor:
+    """The vectors of these numbers; all of them where there are none."""
+    return x_NC if kept_N is None else x_NC[kept_N]
+
+
+def put_back(codes: Tensor, kept_N: Tensor | None, total: int) -> Tensor:
+    """Codes at the places of their vectors among so many, `ABSENT` elsewhere."""
+    if kept_N is None:
+        return codes
+    return codes.new_full((total, *codes.shape[1:]), ABSENT).index_put((kept_N,), codes)
 
 
 def _wide(x: Tensor) -> Tensor:

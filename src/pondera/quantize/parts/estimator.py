@@ -6,6 +6,7 @@ Shapes: C width; ``...`` are any leading dimensions. Every estimator returns exa
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ def straight_through(x: Tensor, q: Tensor) -> Tensor:
         >>> x.grad
         tensor([2., 0.])
     """
-    return _valued(q, x)
+    return _Straight.apply(q.detach(), x)
 
 
 def rotate(x: Tensor, q: Tensor) -> Tensor:
@@ -54,14 +55,7 @@ def rotate(x: Tensor, q: Tensor) -> Tensor:
         >>> torch.allclose(x.grad, torch.tensor([1.5, 0.0]), atol=1e-6)  # 3 |q| / |x| along x
         True
     """
-    x_norm, q_norm = (vector.detach().norm(dim=-1, keepdim=True) for vector in (x, q))
-    tiny = torch.finfo(x.dtype).tiny
-    from_, to = x.detach() / x_norm.clamp(min=tiny), q.detach() / q_norm.clamp(min=tiny)
-    between = from_ + to
-    between = between / between.norm(dim=-1, keepdim=True).clamp(min=tiny)
-    turned = x - 2 * _dot(between, x) * between + 2 * _dot(from_, x) * to
-    scale = torch.where(x_norm > 0, q_norm / x_norm.clamp(min=tiny), 0)  # else 0 * inf in the backward pass
-    return _valued(q, torch.where(x_norm > 0, turned * scale, x))
+    return _Turned.apply(q.detach(), x)
 
 
 def stop(x: Tensor, q: Tensor) -> Tensor:
@@ -92,9 +86,43 @@ def estimate(name: str, x: Tensor, q: Tensor) -> Tensor:
     return ESTIMATORS[name](x, q)
 
 
-def _valued(value: Tensor, path: Tensor) -> Tensor:
-    """To the bit the values of one, with the gradient of the other."""
-    return value.detach() + (path - path.detach())
+class _Straight(torch.autograd.Function):
+    """To the bit the values of one tensor, with the gradient of the other. Nothing is computed."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(value: Tensor, path: Tensor) -> Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        return None, gradient
+
+
+class _Turned(_Straight):
+    """The same, but the gradient turned and scaled as by the rotation from x to q; all of its cost is in the backward pass."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
+        q, x = (vector.detach() for vector in ctx.saved_tensors)
+        x_norm, q_norm = (vector.norm(dim=-1, keepdim=True) for vector in (x, q))
+        tiny = torch.finfo(x.dtype).tiny
+        from_, to = x / x_norm.clamp(min=tiny), q / q_norm.clamp(min=tiny)
+        between = from_ + to
+        between = between / between.norm(dim=-1, keepdim=True).clamp(min=tiny)
+        # The transpose of (I - 2 r r' + 2 q^ x^').
+        turned = gradient - 2 * _dot(between, gradient) * between + 2 * _dot(to, gradient) * from_
+        scale = torch.where(x_norm > 0, q_norm / x_norm.clamp(min=tiny), 0)  # else 0 * inf
+        return None, torch.where(x_norm > 0, turned * scale, gradient)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 
 from pondera.model.terms import Term
 from pondera.quantize.parts.nearest import cluster_sums
@@ -25,6 +26,7 @@ def losses(
     commitment: float = 0.25,
     detach_input: bool = False,
     detach_target: bool = True,
+    moves_codes: bool = True,
 ) -> dict[str, Term]:
     """The two squared distances between vectors and their codes, each as the sum over elements and their number.
 
@@ -36,6 +38,7 @@ def losses(
         commitment: weight of the second term (beta).
         detach_input: no gradient of either reaches the vectors.
         detach_target: each moves its own side only; false drops both stop-gradients.
+        moves_codes: false leaves out ``"codebook"``.
 
     Source: van den Oord et al., arXiv 1711.00937, equation 3.
     Resolved: means are over elements, not vectors, as in public code; papers sum over elements.
@@ -47,10 +50,8 @@ def losses(
     """
     x = x.detach() if detach_input else x
     x_target, q_target = (x.detach(), q.detach()) if detach_target else (x, q)
-    return {
-        "codebook": Term((q - x_target).square().sum(), q.numel()),
-        "commitment": Term((x - q_target).square().sum(), q.numel(), commitment),
-    }
+    terms = {"codebook": Term(mse_loss(q, x_target, reduction="sum"), q.numel())} if moves_codes else {}
+    return terms | {"commitment": Term(mse_loss(x, q_target, reduction="sum"), q.numel(), commitment)}
 
 
 class Statistics(nn.Module):
@@ -97,10 +98,12 @@ class Statistics(nn.Module):
     @torch.no_grad()
     def gather(self, x_NC: Tensor, codes_N: Tensor, generator: torch.Generator) -> None:
         """Notes the vectors of a batch and the codes that they hit."""
-        sums_KC, hits_K = cluster_sums(x_NC, codes_N, len(self.hits_K))
-        self.new_hits_K += summed(hits_K.to(self.hits_K))
         if self.ema:
+            sums_KC, hits_K = cluster_sums(x_NC, codes_N, len(self.hits_K))
             self.new_sums_KC += summed(sums_KC.to(self.hits_K))
+        else:
+            hits_K = torch.bincount(codes_N, minlength=len(self.hits_K))
+        self.new_hits_K += summed(hits_K.to(self.hits_K))
         if self.respawn:
             share = -(-len(self.hits_K) // num_ranks())
             drawn = torch.randperm(len(x_NC), generator=generator)[:share]
