@@ -195,6 +195,10 @@ class Quantizer(nn.Module, ABC):
         Where codebooks differ in size, K is the largest and the rows beyond a codebook's own are zero.
         """
 
+    def _plain_rows(self) -> list[Tensor] | None:
+        """The tensors ``[K, C]`` that `table` consists of, where it is nothing but them side by side."""
+        return None
+
     def soft_decode(self, logits: Tensor, merge: str = "softmax") -> Tensor:
         """Vectors from scores of codes instead of codes.
 

@@ -73,9 +73,7 @@ class Product(Composite):
         pairs = zip(self.each(), self._split(x), strict=True)
         return torch.cat([part.encode(x_part, mask, levels) for part, x_part in pairs], -2)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """See `Quantizer.decode`."""
-        self._built()
+    def _decode_by_parts(self, codes: Tensor) -> Tensor:
         pieces = codes.split([part.groups for part in self.each()], -2)
         return self._put_back(
             torch.cat([part.decode(piece) for part, piece in zip(self.each(), pieces, strict=True)], -1)

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from pondera.ground.errors import UserError
 from pondera.quantize.contract import ABSENT, Quantized, Quantizer
+from pondera.quantize.parts.codebook import Codebook, chosen, put_back
 from pondera.quantize.parts.composite import Composite, merged
 from pondera.quantize.parts.estimator import estimate
+from pondera.quantize.parts.nearest import nearest_by_levels
 from pondera.quantize.parts.start import WarmUp
 
 
@@ -77,6 +79,9 @@ class Residual(Composite):
     def encode(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Tensor:
         """See `Quantizer.encode`."""
         self._expect(x, mask, levels)
+        parts = [part for part, _ in self._wanted(levels)]
+        if all(isinstance(part, Codebook) and not _waits(part) for part in parts):
+            return self._encode_at_once(x, mask, parts)
         rest, codes = _wide(x), []
         for part, wanted in self._wanted(levels):
             codes.append(part.encode(rest, mask, wanted))
@@ -85,9 +90,16 @@ class Residual(Composite):
             rest = rest - part.decode(codes[-1])
         return self._padded(codes)
 
-    def decode(self, codes: Tensor) -> Tensor:
-        """See `Quantizer.decode`."""
-        self._built()
+    def _encode_at_once(self, x: Tensor, mask: Tensor | None, parts: list[Quantizer]) -> Tensor:
+        """The same where every level is one table."""
+        x_NC = x.reshape(-1, self.dim)
+        kept_N = None if mask is None else mask.flatten().nonzero()[:, 0]
+        table = self._joint_table(part.table() for part in parts)
+        assert table is not None
+        codes_NR = put_back(nearest_by_levels(chosen(x_NC, kept_N), table[0]), kept_N, len(x_NC))
+        return self._padded([codes_NR.view(*x.shape[:-1], 1, len(parts))])
+
+    def _decode_by_parts(self, codes: Tensor) -> Tensor:
         pieces = codes.split(self.each()[0].levels, -1)
         return reduce(torch.add, [part.decode(piece) for part, piece in zip(self.each(), pieces, strict=False)])
 

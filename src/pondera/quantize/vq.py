@@ -114,6 +114,10 @@ class VQ(Codebook):
         """``[K, C]``."""
         return self.rows_KC
 
+    def _plain_rows(self) -> list[Tensor]:
+        """See `Quantizer._plain_rows`."""
+        return [self.rows_KC]
+
     @torch.no_grad()
     def start_from(self, x_MC: Tensor, generator: torch.Generator, per_step: int) -> None:
         """K-means; what hits each centre is noted as what a step will bring."""
