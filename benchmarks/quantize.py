@@ -4,16 +4,15 @@
     peers/bin/pip install torch==2.13.0 vector-quantize-pytorch==1.32.0
     python benchmarks/quantize.py --python peers/bin/python --out results/quantize.json
 
-Tasks: codes for all vectors (the other package looks up their rows, too); the same and the sums by code, which are what a
-training step by moving averages or an iteration of k-means needs; k-means (ours also draws a start with centres far from
-each other); encoding by eight residual levels; a whole training step (forward, backward, averages, respawn).
+Tasks: ``assign``, codes for all vectors (the other package looks up their rows, too); ``train``, a whole training step
+(forward, backward, averages, respawn); ``residual``, encoding by eight levels; ``kmeans`` (ours also draws a start with
+centres far from each other). Tasks and sizes can be measured in several calls; each puts its rows into the same file.
 
-FLOPs are those of the scores alone, 2 N K d per level or iteration; ``matmul`` does these products with torch.mm and
-nothing else, so its time is what the machine allows. ``loop`` is what one would write: addmm and argmin, by parts. Both
-packages live in processes of their own, with the same vectors and tables, and compute in turn; seconds are medians, ratios
-medians of the rounds' ratios. ``theirs`` and ``loop`` get the first `--peer-vectors` only, the other package in parts of so
-many scores as fit into memory, and are compared by time per vector. Memory is how far a process's resident set rises over
-what it was before the task (Linux).
+FLOPs are those of the scores alone, 2 N K d per level or iteration; ``matmul`` is torch.mm of two large square matrices,
+so its rate is what the machine allows, and a share of it is of FLOPs by second. ``loop`` is what one would write: addmm and
+argmin, by parts. Both packages live in processes of their own, and compute in turn; seconds are the least of all rounds, as
+whatever else a machine does only adds to them, and are compared by vector: ours gets `--vectors`, the others fewer where those
+take long or do not fit into memory. Memory is how far a process's resident set rises over what it was before (Linux).
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -34,8 +32,13 @@ import torch
 from torch import Tensor
 
 LEVELS, ITERATIONS, BATCH = 8, 5, 65536
+"""Levels of a residual, rounds of k-means, and its vectors."""
 PEER_SCORES = 2**26
 """Scores that the other package computes at once: it keeps several matrices of them, one in int64."""
+SECONDS, MOST = 0.5, 9
+"""A round repeats a task for so long, but not more often."""
+SQUARE = 1024
+TASKS = ("assign", "train", "residual", "kmeans")
 SIDES = {"matmul": "ours", "loop": "ours", "ours": "ours", "theirs": "theirs"}
 """Who does a task, and in which process."""
 Work = Callable[[], Tensor | None]
@@ -45,22 +48,9 @@ Work = Callable[[], Tensor | None]
 
 
 def matmul(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
-    """The products alone, in whichever of two sizes of parts is faster here."""
-    repeats = {"residual": LEVELS, "kmeans": ITERATIONS}.get(task, 1)
-
-    def by(part: int) -> None:
-        scores = torch.empty(part, len(table_KD))
-        for _ in range(repeats):
-            for x_nD in x_ND.split(part):
-                torch.mm(x_nD, table_KD.T, out=scores[: len(x_nD)])
-
-    def seconds(part: int) -> float:
-        start = time.perf_counter()
-        by(part)
-        return time.perf_counter() - start
-
-    best = min((512, 4096), key=lambda part: min(seconds(part) for _ in range(2)))
-    return lambda: by(best)
+    """A product that is as fast as products get here."""
+    a, out = torch.randn(SQUARE, SQUARE), torch.empty(SQUARE, SQUARE)
+    return lambda: torch.mm(a, a, out=out)
 
 
 def loop(task: str, x_ND: Tensor, table_KD: Tensor) -> Work | None:
@@ -76,7 +66,7 @@ def loop(task: str, x_ND: Tensor, table_KD: Tensor) -> Work | None:
 
 def ours(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
     from pondera.quantize.parts.kmeans import kmeans
-    from pondera.quantize.parts.nearest import cluster_sums, nearest
+    from pondera.quantize.parts.nearest import nearest
     from pondera.quantize.residual import Residual
     from pondera.quantize.vq import VQ
 
@@ -84,11 +74,6 @@ def ours(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
 
     def assign() -> Tensor:
         return nearest(x_ND, table_KD)
-
-    def sums() -> Tensor:
-        codes_N = nearest(x_ND, table_KD)
-        cluster_sums(x_ND, codes_N, codes)
-        return codes_N
 
     def clusters() -> None:
         kmeans(x_ND, codes, torch.Generator().manual_seed(0), iterations=ITERATIONS)
@@ -99,15 +84,15 @@ def ours(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
     if task == "train":
         vq = VQ(codes, start=table_KD, update="ema", respawn=0.01).build(dim)
         x_ND.requires_grad_()
-        step = iter(range(10**9))
+        step, gradient_ND = iter(range(10**9)), torch.ones(x_ND.shape)
 
         def train() -> None:
             vq.begin_step(next(step), 0)
-            out = vq(x_ND)
-            (out.out.square().mean() + out.loss).backward()
+            found = vq(x_ND)
+            torch.autograd.grad([found.out, found.loss], x_ND, [gradient_ND, None])
 
         return train
-    return {"assign": assign, "sums": sums, "kmeans": clusters}[task]
+    return {"assign": assign, "kmeans": clusters}[task]
 
 
 def theirs(task: str, x_ND: Tensor, table_KD: Tensor) -> Work | None:
@@ -134,15 +119,15 @@ def theirs(task: str, x_ND: Tensor, table_KD: Tensor) -> Work | None:
     def encode() -> Tensor:
         return torch.cat([model(x_nD[None])[1][0] for x_nD in x_ND.split(PEER_SCORES // codes)])
 
-    def train() -> None:
-        out, _, loss = model(x_ND[None])
-        (out.square().mean() + loss.sum()).backward()
-
     if task == "train":
         x_ND.requires_grad_()
+        gradient_1ND = torch.ones(1, *x_ND.shape)
+
+        def train() -> None:
+            out, _, loss = model(x_ND[None])
+            torch.autograd.grad([out, loss.sum()], x_ND, [gradient_1ND, None])
+
         return train
-    if task == "sums":
-        return None  # they are part of its training step only
     model.eval()
     return encode
 
@@ -192,10 +177,13 @@ class Worker:
         }
 
     def go(self, by: str) -> dict[str, float]:
-        """Seconds of doing a task once more."""
-        start = time.perf_counter()
-        self.work[by]()
-        return {"seconds": time.perf_counter() - start}
+        """Seconds of doing a task once more; of a short one, the least of some times."""
+        spent: list[float] = []
+        while sum(spent) < SECONDS and len(spent) < MOST:
+            start = time.perf_counter()
+            self.work[by]()
+            spent.append(time.perf_counter() - start)
+        return {"seconds": min(spent)}
 
     def serve(self) -> None:
         """Answers each line of JSON with one."""
@@ -238,8 +226,13 @@ class Process:
 
 def measure(task: str, dim: int, codes: int, sides: dict[str, Process], args: argparse.Namespace) -> dict[str, Any]:
     """A task's row of the result."""
-    most = {"kmeans": BATCH, "train": BATCH}.get(task, args.vectors)
-    vectors = {by: min(most, args.vectors if by in ("ours", "matmul") else args.peer_vectors) for by in SIDES}
+    repeats = {"residual": LEVELS, "kmeans": ITERATIONS}.get(task, 1)
+    most = {"kmeans": BATCH, "residual": min(args.vectors, 2**30 // codes)}.get(task, args.vectors)
+    fewer = min(most, args.peer_vectors // repeats)
+    # The other package's step is one of all vectors, and needs all scores at once.
+    rarest = most if task == "kmeans" else min(fewer, 2 * PEER_SCORES // repeats // codes)
+    flops = 2 * codes * dim * repeats
+    vectors = {"ours": most, "matmul": 2 * SQUARE**3 // flops, "loop": fewer, "theirs": rarest}
     asked = {
         by: sides[side].ask(do="prepare", by=by, task=task, vectors=vectors[by], dim=dim, codes=codes)
         for by, side in SIDES.items()
@@ -250,16 +243,16 @@ def measure(task: str, dim: int, codes: int, sides: dict[str, Process], args: ar
     for round_number in range(args.rounds):
         for by in able if round_number % 2 else reversed(able):
             each[by].append(sides[SIDES[by]].ask(do="go", by=by)["seconds"] / vectors[by])
-    flops = 2 * codes * dim * {"residual": LEVELS, "kmeans": ITERATIONS}.get(task, 1)
-    ratio = {by: statistics.median(a / b for a, b in zip(each[by], each["ours"], strict=True)) for by in able}
+    least = {by: min(each[by]) for by in able}
+    ratio = {by: least[by] / least["ours"] for by in able}
     row: dict[str, Any] = {
         "task": task,
         "dim": dim,
         "codes": codes,
         "vectors": {by: vectors[by] for by in able},
         "flops_per_vector": flops,
-        "nanoseconds_per_vector": {by: 1e9 * statistics.median(each[by]) for by in able},
-        "gflops_per_second": {by: flops / statistics.median(each[by]) / 1e9 for by in able},
+        "nanoseconds_per_vector": {by: 1e9 * least[by] for by in able},
+        "gflops_per_second": {by: flops / least[by] / 1e9 for by in able},
         "share_of_matmul_rate": ratio["matmul"],
         "times_as_fast_as": {by: ratio[by] for by in able if by in ("loop", "theirs")},
         "memory_bytes": {by: asked[by]["memory"] for by in able},
@@ -270,6 +263,11 @@ def measure(task: str, dim: int, codes: int, sides: dict[str, Process], args: ar
             pairs = list(zip(own, asked[by]["codes"], strict=False))
             row.setdefault("same_codes", {})[by] = sum(a == b for a, b in pairs) / len(pairs)
     return row
+
+
+def name_of(row: dict[str, Any]) -> tuple[int, int, int]:
+    """What tells one row from the others, in their order."""
+    return TASKS.index(row["task"]), row["dim"], row["codes"]
 
 
 def show(row: dict[str, Any]) -> None:
@@ -283,12 +281,32 @@ def show(row: dict[str, Any]) -> None:
     )
 
 
+def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
+    """Puts a row into the file of results, among those that are there."""
+    from pondera.ground.run import write_atomic
+
+    result: dict[str, Any] = {
+        "command": "python benchmarks/quantize.py",
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "threads": args.threads,
+        "rounds": args.rounds,
+    }
+    known = json.loads(args.out.read_text()) if args.out.exists() else result | {"rows": []}
+    if {key: known[key] for key in result} != result:
+        raise SystemExit(f"{args.out} was measured otherwise than this: {result}; give another --out")
+    others = [other for other in known["rows"] if name_of(other) != name_of(row)]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(args.out, json.dumps(result | {"rows": sorted([*others, row], key=name_of)}, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", help="python of an environment that has the other package; left out: not measured")
     parser.add_argument("--out", type=Path, default=Path("results/quantize.json"))
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--peer-vectors", type=int, default=131_072)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--codes", type=int, nargs="+", default=[256, 1024, 8192])
     parser.add_argument("--rounds", type=int, default=5)
@@ -299,32 +317,16 @@ def main() -> None:
         Worker(args.threads).serve()
         return
 
-    from pondera.ground.run import write_atomic
-
     pythons = {"ours": sys.executable} | ({"theirs": args.python} if args.python else {})
-    tasks = [(task, dim, codes) for task in ("assign", "sums") for dim in args.dims for codes in args.codes]
-    tasks += [
-        (task, args.dims[0], min(args.codes, key=lambda K: abs(K - 1024))) for task in ("kmeans", "residual", "train")
-    ]
-    rows = []
-    for task in tasks:
+    for task in [(task, dim, codes) for task in args.tasks for dim in args.dims for codes in args.codes]:
         sides = {name: Process(python, args.threads) for name, python in pythons.items()}  # memory starts anew
         try:
-            rows.append(measure(*task, sides, args))
+            row = measure(*task, sides, args)
         finally:
             for side in sides.values():
                 side.close()
-        show(rows[-1])
-    result = {
-        "command": f"python benchmarks/quantize.py --vectors {args.vectors} --rounds {args.rounds}",
-        "machine": platform.machine(),
-        "torch": torch.__version__,
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "rows": rows,
-    }
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+        show(row)
+        keep(row, args)
 
 
 if __name__ == "__main__":

@@ -128,6 +128,42 @@ def packing(path: str) -> str:
     return f"{table(head, rows)}\n\n`{found['command']}`: {found['machine']}; medians of interleaved rounds."
 
 
+def quantizing(path: str) -> str:
+    """Quantizers beside the other package and the machine's rate of matrix products, and which aims were reached."""
+    found = read(path)
+    rows = [
+        (
+            TASKS[row["task"]],
+            f"{row['dim']}",
+            f"{row['codes']:,}",
+            f"{row['nanoseconds_per_vector']['ours']:,.0f}",
+            f"{100 * row['share_of_matmul_rate']:.0f} %",
+            f"{row['times_as_fast_as']['theirs']:.1f} ×",
+            *(f"{row['memory_bytes'][by] / 2**20:,.0f}" for by in ("ours", "theirs")),
+        )
+        for row in found["rows"]
+    ]
+    head = ["task", "d", "K", "ns per vector", "of matrix products", "as fast as theirs", "MiB", "theirs"]
+    said = "\n".join(f"- {sentence}" for sentence in map(aimed, found["rows"]) if sentence)
+    size = f"{found['threads']} threads, float32, the least of {found['rounds']} rounds in turn"
+    return f"{table(head, rows)}\n\n{said or '- Every aim was reached.'}\n\n`{found['command']}`: {size}."
+
+
+TASKS = {"assign": "nearest code", "train": "training step", "residual": "8 levels", "kmeans": "k-means"}
+AIMS = {"assign": (0.5, 8), "residual": (0.5, 8), "train": (0, 4)}
+"""At least so much of the rate of matrix products, and so many times as fast as the other package."""
+
+
+def aimed(row: dict[str, Any]) -> str:
+    """Which aim a row misses; empty where it misses none."""
+    share, times = AIMS.get(row["task"], (0, 0))
+    found = row["share_of_matmul_rate"], row["times_as_fast_as"]["theirs"]
+    missed = [f"{100 * found[0]:.0f} % of matrix products, aim {100 * share:.0f} %"] if found[0] < share else []
+    missed += [f"{found[1]:.1f} times as fast as theirs, aim {times}"] if found[1] < times else []
+    where = f"{TASKS[row['task']]}, d = {row['dim']}, K = {row['codes']:,}"
+    return f"Missed at {where}: {'; '.join(missed)}." if missed else ""
+
+
 def rounds(path: str) -> str:
     """Loss against the number of Jacobi rounds at evaluation."""
     rows = [
@@ -162,7 +198,8 @@ def output(path: str) -> str:
 
 
 MAKERS: dict[str, Callable[[str], str]] = {
-    maker.__name__: maker for maker in (methods, comparison, depth, effort, authors, packing, rounds, speed, output)
+    maker.__name__: maker
+    for maker in (methods, comparison, depth, effort, authors, packing, quantizing, rounds, speed, output)
 }
 
 
