@@ -111,3 +111,14 @@ def test_reordered_texts_keep_their_weights():
     cache.reorder_cache(torch.tensor([1, 1]))
     assert torch.equal(cache.depths[0].log_weight_BC, before.log_weight_BC[[1, 1]])
     assert cache.depths[0].next_B.tolist() == [4, 4]
+
+
+def test_texts_are_repeated_with_their_weights_and_none_where_none_are_held():
+    _, cache = all_at_once(backbone("llama"), True)
+    before, keys = cache.depths[0], cache.layers[0].parts[0][0]
+    cache.batch_repeat_interleave(2)
+    assert torch.equal(cache.depths[0].log_weight_BC, before.log_weight_BC[[0, 0, 1, 1]])
+    assert torch.equal(cache.layers[0].parts[0][0], keys[[0, 0, 1, 1]])
+    cache.reset()
+    cache.batch_repeat_interleave(2)
+    assert cache.depths == [None] and cache.layers[0].parts == [None] and cache.tokens == 0

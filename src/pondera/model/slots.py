@@ -279,8 +279,9 @@ class SlotCache(TokenCache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row of the batch."""
-        first = next(depth for depth in self.depths if depth is not None).token_BC
-        self.batch_select_indices(torch.arange(first.shape[0], device=first.device).repeat_interleave(repeats))
+        first = next((depth.token_BC for depth in self.depths if depth is not None), None)
+        if first is not None:  # else nothing is held, of whatever texts
+            self.batch_select_indices(torch.arange(first.shape[0], device=first.device).repeat_interleave(repeats))
 
     def _rows(self, indices: Tensor) -> None:
         super()._rows(indices)

@@ -30,6 +30,7 @@ class ConceptCache(TokenCache):
         module: whose layers run on chunks.
         chunk: k, tokens per chunk.
         quantizer: folded: what predictions are decoded with while this cache is in use.
+        table: its tables, so that they are joined once; none: they are asked for with each chunk.
 
     Attributes:
         concepts: the rows of chunks; each is noted under the number of its last token.
@@ -38,10 +39,12 @@ class ConceptCache(TokenCache):
         silent: no concepts are made, because the first call wanted none.
     """
 
-    def __init__(self, backbone: Backbone, module: Backbone, chunk: int, quantizer: Quantizer) -> None:
+    def __init__(
+        self, backbone: Backbone, module: Backbone, chunk: int, quantizer: Quantizer, table: Tensor | None = None
+    ) -> None:
         super().__init__(DynamicCache(config=backbone.config).layers, 1)
         self.concepts = SlotCache(module.config.num_hidden_layers, 1)
-        self.chunk, self.quantizer = chunk, quantizer
+        self.chunk, self.quantizer, self.table = chunk, quantizer, table
         self.encoded_BWD: Tensor | None = None
         self.used_BWD: Tensor | None = None
         self.silent = False
@@ -98,15 +101,14 @@ class ConceptCache(TokenCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each row of the batch."""
         super().batch_repeat_interleave(repeats)
-        if self.encoded_BWD is not None:
-            order_B = torch.arange(len(self.encoded_BWD), device=self.encoded_BWD.device)
-            self._keep_rows(order_B.repeat_interleave(repeats))
+        self.concepts.batch_repeat_interleave(repeats)
+        if self.encoded_BWD is not None and self.used_BWD is not None:
+            self.encoded_BWD, self.used_BWD = (
+                kept_BWD.repeat_interleave(repeats, dim=0) for kept_BWD in (self.encoded_BWD, self.used_BWD)
+            )
 
     def _rows(self, indices: Tensor) -> None:
         super()._rows(indices)
-        self._keep_rows(indices)
-
-    def _keep_rows(self, indices: Tensor) -> None:
         self.concepts.batch_select_indices(indices)
         if self.encoded_BWD is not None and self.used_BWD is not None:
             indices = indices.to(self.encoded_BWD.device)
