@@ -18,6 +18,7 @@ from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.ground import spec
 from pondera.ground.cost import Prices, Schedule, live_cache_bytes, measured_flops
 from pondera.jobs.price import price
+from pondera.model.budget import Budget
 
 # How a method is built, in every form that runs differently.
 FORMS = {
@@ -294,6 +295,16 @@ class TestCache:
             agree(torch.cat(pieces, 1), model(text).logits[:, 8:])
             assert cache.passes_BT.shape == (len(order), 13)
 
+    @pytest.mark.parametrize("prompt", [1, 3])
+    def test_rows_are_repeated_before_there_is_anything_to_repeat(self, method: str, prompt: int):
+        model, x = made(method), ids(4, 9)
+        cache = model.new_cache()
+        cache.batch_repeat_interleave(2)
+        model(x[::2, :prompt], past_key_values=cache)  # of some forms too short for a chunk
+        cache.batch_repeat_interleave(2)
+        text = torch.cat([x[[0, 0, 2, 2], :prompt], x[:, prompt:]], dim=1)
+        agree(model(text[:, prompt:], past_key_values=cache).logits, model(text).logits[:, prompt:])
+
     def test_reset_forgets_everything(self, method: str):
         model, x = made(method), ids(2, 7)
         cache = model.new_cache()
@@ -342,6 +353,19 @@ class TestPrice:
         assert held <= cache.encoded_BWD.nbytes + cache.used_BWD.nbytes + 2 * 64 * 4 * 20
         said = price(model, 61)["kv_bytes_per_token"]
         assert said == pytest.approx((prices.cache_bytes(61) + model.segment.further_bytes(61, 4)) / 61)
+
+    @pytest.mark.parametrize(("method", "backbone"), FEW)
+    def test_without_effort(self, method: str, backbone: str):
+        model, x = made(method, backbone), ids(1, 26)
+        said = price(model, 24, budget=Budget(effort=0))
+        assert said == price(build(None, backbone), 24)
+        cache = model.new_cache()
+        model(x[:, :12], past_key_values=cache, effort=0)
+        spent = measured_flops(lambda: model(x[:, :1], past_key_values=cache, effort=0))
+        assert spent == pytest.approx(said["inference_flops_per_token"], rel=0.02)
+        for piece in (x[:, 13:23], x[:, 23:24]):
+            model(piece, past_key_values=cache, effort=0)
+        assert live_cache_bytes(cache) + live_cache_bytes(cache.concepts) == 24 * said["kv_bytes_per_token"]
 
 
 @pytest.mark.parametrize("backbone", sorted(LINEAR))

@@ -59,3 +59,7 @@ def test_without_effort_the_concepts_are_left_out(text: Path, tmp_path: Path):
     with_concepts, without = (evaluate(run.path, max_tokens=200, effort=effort) for effort in (1.0, 0.0))
     assert with_concepts["bits_per_byte"] != without["bits_per_byte"]
     assert with_concepts["passes_per_token"] == without["passes_per_token"] == 1.0
+    plain = train(training.tiny(text, {"think": None}), tmp_path / "plain", progress=False)
+    bare = evaluate(plain.path, max_tokens=200)
+    for key in ("inference_flops_per_token", "kv_bytes_per_token"):
+        assert bare[key] == without[key] < with_concepts[key]

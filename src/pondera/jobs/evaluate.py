@@ -93,7 +93,7 @@ def evaluate(
         "name": loaded.name,
         **found,
         "context": context,
-        **_prices(model, context, found["pass_shares"]),
+        **_prices(model, context, found["pass_shares"], budget),
         "tokens_per_second": _decoding_speed(model, loaded.tokenizer, budget),
     }
 
@@ -201,12 +201,13 @@ def _batch_size(context: int) -> int:
     return max(1, 2048 // context)
 
 
-def _prices(model: AdaptiveLM, context: int, shares: list[float]) -> dict[str, float | None]:
+def _prices(model: AdaptiveLM, context: int, shares: list[float], budget: dict[str, Any]) -> dict[str, float | None]:
     from pondera.jobs.price import price
+    from pondera.model.budget import Budget
 
     keys = ("inference_flops_per_token", "kv_bytes_per_token")
     try:
-        found = price(model, context, shares=shares)
+        found = price(model, context, shares=shares, budget=Budget.of(**budget))
     except UserError:  # the scores are worth having without the price
         return dict.fromkeys(keys)
     return {key: found[key] for key in keys}

@@ -6,13 +6,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pondera.ground.cost import Call, Prices, Schedule, live_cache_bytes
+from pondera.model.budget import FULL, Budget
 
 if TYPE_CHECKING:
     from pondera.model.lm import AdaptiveLM
 
 
 def price(
-    model: AdaptiveLM, context: int, recompute: bool = False, shares: Sequence[float] | None = None
+    model: AdaptiveLM,
+    context: int,
+    recompute: bool = False,
+    shares: Sequence[float] | None = None,
+    budget: Budget = FULL,
 ) -> dict[str, float]:
     """The analytic price of one token.
 
@@ -21,6 +26,7 @@ def price(
         context: tokens per window.
         recompute: training runs the layers forward once more in the backward pass (gradient checkpointing).
         shares: of the tokens that take each pass, as measured; none: every token takes all that the method has.
+        budget: what `shares` were measured with; it tells what a method leaves out that is no pass.
 
     Returns:
         ``inference_flops_per_token`` of decoding with half a context cached, ``training_flops_per_token`` (forward and
@@ -31,7 +37,7 @@ def price(
         UserError: an architecture that has no price yet.
     """
     prices = Prices(model.backbone.config, None if model.head is None else model.head.weights)
-    method = model.method
+    method = None if model.method is None else model.method.under(budget)
     cached, newest, slots = context // 2, 1.0, float(context)
     if method is None:
         decoding, training = [Call(1, cached + 1, cached=True)], [Call(context, context)]

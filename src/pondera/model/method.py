@@ -127,6 +127,10 @@ class Method(nn.Module, ABC):
             shares: of the tokens that take each pass, as measured, from 1 downwards; none: every token takes all.
         """
 
+    def under(self, budget: Budget) -> Method | None:
+        """What the price is of where so much is wanted and `shares` cannot say it: none where the backbone runs alone."""
+        return self
+
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
         """KV rows that `tokens` tokens leave in every layer of the backbone; `shares` as for `calls`."""
         return tokens * self.slots_per_token
