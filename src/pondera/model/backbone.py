@@ -232,18 +232,25 @@ class Backbone(nn.Module):
         if layout.positions and layers.start == 0:
             h_BSD = h_BSD + getattr(decoder, layout.positions)(position_ids)
         masks = self._layer_masks(h_BSD, own_cache, mask, position_ids)
-        rotary = getattr(decoder, layout.rotary) if layout.rotary else None
         types = self.layer_types
+        # Once for all layers of a kind: turning takes a dozen small operations to prepare, which decoding would feel.
+        arguments = {
+            kind: {"attention_mask": masks[kind], layout.cache_argument: cache, "use_cache": cache is not None}
+            | self._rotations(h_BSD, position_ids, kind)
+            for kind in {types[index] for index in layers}
+        }
         for index in layers:
-            arguments: dict[str, Any] = {"attention_mask": masks[types[index]], layout.cache_argument: cache}
-            if rotary is not None:
-                per_type = (types[index],) if self.config.model_type == "gemma3_text" else ()
-                arguments |= {
-                    "position_embeddings": rotary(h_BSD, position_ids, *per_type),
-                    "position_ids": position_ids,
-                }
-            h_BSD = getattr(decoder, layout.layers)[index](h_BSD, use_cache=cache is not None, **arguments)
+            h_BSD = getattr(decoder, layout.layers)[index](h_BSD, **arguments[types[index]])
         return getattr(decoder, layout.norm)(h_BSD) if layers.stop == count else h_BSD
+
+    def _rotations(self, h_BSD: Tensor, position_ids: Tensor, kind: str) -> dict[str, Any]:
+        """What layers of a kind take to turn queries and keys by; nothing where positions are learned vectors."""
+        layout = self._layout()
+        if layout.rotary is None:
+            return {}
+        per_kind = (kind,) if self.config.model_type == "gemma3_text" else ()
+        turns = getattr(self.decoder, layout.rotary)(h_BSD, position_ids, *per_kind)
+        return {"position_embeddings": turns, "position_ids": position_ids}
 
     def more_layers(self, count: int) -> Backbone:
         """Further layers of the same architecture and a final norm, for vectors that are no tokens, newly drawn.
@@ -363,6 +370,11 @@ def token_positions(tokens: int, mask: Tensor | None, seen: int, device: torch.d
 def has_documents(mask: Tensor | None) -> bool:
     """Whether a token or slot mask tells several documents apart."""
     return mask is not None and mask.dtype != torch.bool and bool((mask > 1).any())
+
+
+def needed(mask: Tensor | None) -> Tensor | None:
+    """A token mask, or none where it says nothing: all are tokens of one document."""
+    return None if mask is None or bool((mask == 1).all()) else mask
 
 
 def _documents(mask_BS: Tensor) -> SlotMask:
