@@ -199,13 +199,14 @@ class Quantizer(nn.Module, ABC):
         """The tensors ``[K, C]`` that `table` consists of, where it is nothing but them side by side."""
         return None
 
-    def soft_decode(self, logits: Tensor, merge: str = "softmax") -> Tensor:
+    def soft_decode(self, logits: Tensor, merge: str = "softmax", table: Tensor | None = None) -> Tensor:
         """Vectors from scores of codes instead of codes.
 
         Args:
             logits: ``[..., G, R, K]``.
             merge: ``"softmax"`` weighs rows by probability; ``"raw_logits"`` by the scores themselves, so that the result
                 is linear in them; ``"hard"`` takes the best row and passes no gradient to the scores.
+            table: what `table` has returned, where it is at hand.
 
         Returns:
             ``[..., D]``.
@@ -215,7 +216,7 @@ class Quantizer(nn.Module, ABC):
         """
         if merge not in MERGES:
             raise unknown("merge", merge, MERGES)
-        table = self.table()
+        table = self.table() if table is None else table
         if table is None:
             raise UserError(
                 f"{type(self).__name__} has no table of codes to weigh; use VQ, SimVQ, or a Product of them"
@@ -224,7 +225,8 @@ class Quantizer(nn.Module, ABC):
             code_K = torch.arange(table.shape[-2], device=logits.device)
             logits = logits.masked_fill(code_K >= self.sizes[..., None].to(logits.device), -torch.inf)
         if merge == "hard":
-            return self.decode(logits.argmax(-1))
+            order_G, order_R = (torch.arange(count, device=table.device) for count in table.shape[:2])
+            return self._join(table[order_G[:, None], order_R, logits.argmax(-1)].sum(-2))
         weights = logits.softmax(-1) if merge == "softmax" else logits
         return self._join(torch.einsum("...grk,grkc->...gc", weights, table.to(weights.dtype)))
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from pondera.ground import spec
 from pondera.ground.cost import Call, Prices, Product
 from pondera.ground.errors import UserError, unknown
-from pondera.model.backbone import LAYOUTS, Backbone, has_documents
+from pondera.model.backbone import LAYOUTS, Backbone, has_documents, needed
 from pondera.model.budget import FULL, Budget
 from pondera.model.cache import TokenCache
 from pondera.model.ragged import Ragged, Slots
@@ -168,9 +168,10 @@ class ConceptLM(Segment):
         """A row per token and per chunk, and codebooks as they now stand."""
         try:
             quantizer = self.quantizer.fold()
+            table = quantizer.table()
         except UserError:  # it still warms up, so what it may become is not settled; its tables are made for each chunk
-            quantizer = self.quantizer
-        return ConceptCache(backbone, self.module, self.chunk, quantizer)
+            quantizer, table = self.quantizer, None
+        return ConceptCache(backbone, self.module, self.chunk, quantizer, table)
 
     def forward(
         self,
@@ -193,25 +194,32 @@ class ConceptLM(Segment):
         if budget.effort == 0:
             return Thought(backbone.step(h_BTD, rows, mask, position_ids), passes_BT)
 
+        mask = needed(mask)
         encoder_layers, every = cast(int, self.encoder_layers), backbone.config.num_hidden_layers
         h_BTD = backbone.run(h_BTD, range(encoder_layers), rows, mask, position_ids)
         batch, tokens, _ = h_BTD.shape
         chunks = Chunks.of(self.chunk, batch, tokens, mask, seen, h_BTD.device)
-        before_BWD = None if held is None else held.encoded_BWD
-        pooled_BMD = chunks.pool(behind(before_BWD, h_BTD, self.chunk - 1), self.pooling)
-        # Before scores meet the codebooks, which the first batch may make.
-        learning = self.training and labels_BT is not None
-        quantized = self.quantizer(pooled_BMD.detach(), chunks.valid_BM) if learning else None
-        states_BMD = self._states(pooled_BMD, chunks, position_ids, held, mask, seen)
-        scores = self.heads(states_BMD).unflatten(-1, self.sizes)
-        concept_BMD = self._merged(scores, self.quantizer if held is None else held.quantizer).to(h_BTD.dtype)
+        concept_BMD, terms, trace = h_BTD[:, :0], {}, {}
+        # Most tokens of decoding complete no chunk, and nobody asks what was predicted.
+        if chunks.most or labels_BT is not None or self.record:
+            before_BWD = None if held is None else held.encoded_BWD
+            pooled_BMD = chunks.pool(behind(before_BWD, h_BTD, self.chunk - 1), self.pooling)
+            # Before scores meet the codebooks, which the first batch may make.
+            learning = self.training and labels_BT is not None
+            quantized = self.quantizer(pooled_BMD.detach(), chunks.valid_BM) if learning else None
+            states_BMD = self._states(pooled_BMD, chunks, position_ids, held, mask, seen)
+            scores = self.heads(states_BMD).unflatten(-1, self.sizes)
+            tables = (self.quantizer, None) if held is None else (held.quantizer, held.table)
+            concept_BMD = self._merged(scores, *tables).to(h_BTD.dtype)
+            if labels_BT is not None:
+                terms = self._terms(pooled_BMD.detach(), scores, concept_BMD, chunks, quantized)
+            trace = self._trace(pooled_BMD, scores, chunks) if self.record else {}
         last_BD = None if held is None or held.used_BWD is None or not seen else held.used_BWD[:, -1]
         used_BTD = chunks.spread(concept_BMD, last_BD)
         if held is not None:
             held.keep(h_BTD, used_BTD)
         h_BTD = backbone.run(h_BTD + used_BTD, range(encoder_layers, every), rows, mask, position_ids)
-        terms = {} if labels_BT is None else self._terms(pooled_BMD.detach(), scores, concept_BMD, chunks, quantized)
-        return Thought(h_BTD, passes_BT, terms, trace=self._trace(pooled_BMD, scores, chunks) if self.record else {})
+        return Thought(h_BTD, passes_BT, terms, trace=trace)
 
     def _states(
         self,
@@ -223,7 +231,7 @@ class ConceptLM(Segment):
         seen: int,
     ) -> Tensor:
         """What the concept module makes of the chunks, ``[B, M, D]``; places that hold no chunk mean nothing."""
-        if not chunks.end_BM.shape[1]:
+        if not chunks.most:
             return pooled_BMD
         batch, tokens = chunks.position_BT.shape
         position_BM = position_ids.expand(batch, -1).gather(1, chunks.end_BM) - (self.chunk - 1)
@@ -235,9 +243,9 @@ class ConceptLM(Segment):
         slots = Slots(seen + chunks.end_BM, position_BM, chunks.valid_BM)
         return Ragged(self.module, cache.concepts, mask, seen + tokens).run(pooled_BMD, slots)
 
-    def _merged(self, scores: Tensor, quantizer: Quantizer) -> Tensor:
+    def _merged(self, scores: Tensor, quantizer: Quantizer, table: Tensor | None = None) -> Tensor:
         """The vectors that scores ``[B, M, G, R, K]`` stand for, ``[B, M, D]``."""
-        concept_BMD = quantizer.soft_decode(scores, self.merge)
+        concept_BMD = quantizer.soft_decode(scores, self.merge, table)
         return concept_BMD.detach() if self.merge == "hard" else concept_BMD
 
     def _terms(
@@ -291,6 +299,10 @@ class ConceptLM(Segment):
         if training:
             found.append(Product(chunks, levels * codes * self.width, trained=False))
         return [*found, Call(tokens, context + tokens, cached=cached)]
+
+    def under(self, budget: Budget) -> ConceptLM | None:
+        """See `Method.under`: concepts are no passes, so no share of them tells that they were left out."""
+        return self if budget.effort else None
 
     def _map_weights(self) -> int:
         """Entries of the matrices that make the tables, which every code meets in its own."""

@@ -68,7 +68,11 @@ class Chunks:
         mask = None if mask is None else mask[:, : seen + tokens].to(device)
         position_BT = token_positions(tokens, mask, seen, device).expand(batch, -1)
         complete_BT = position_BT % size == size - 1
-        document_BT = torch.ones_like(position_BT) if mask is None else mask[:, -tokens:].long().expand(batch, -1)
+        if mask is None:  # all texts alike, so nothing has to be looked for
+            end_BM = torch.arange(tokens, device=device)[(-1 - seen) % size :: size].expand(batch, -1)
+            every_BM = torch.ones_like(end_BM)
+            return cls(size, position_BT, complete_BT, end_BM, every_BM.bool(), every_BM)
+        document_BT = mask[:, -tokens:].long().expand(batch, -1)
         complete_BT = complete_BT & (document_BT > 0)
         count_B = complete_BT.sum(-1)
         most = int(count_B.max()) if complete_BT.numel() else 0
@@ -76,6 +80,11 @@ class Chunks:
         end_BM = (~complete_BT).int().argsort(dim=-1, stable=True)[:, :most]
         valid_BM = torch.arange(most, device=device) < count_B[:, None]
         return cls(size, position_BT, complete_BT, end_BM, valid_BM, document_BT.gather(1, end_BM))
+
+    @property
+    def most(self) -> int:
+        """M."""
+        return self.end_BM.shape[1]
 
     @property
     def follows_BM(self) -> Tensor:
@@ -108,8 +117,10 @@ class Chunks:
         """
         if before_BD is None:
             before_BD = concept_BMD.new_zeros(concept_BMD.shape[0], concept_BMD.shape[2])
-        every_BND = torch.cat([before_BD[:, None], concept_BMD], dim=1)
-        chosen_BTD = self._rows(every_BND, self.complete_BT.long().cumsum(-1))
+        chosen_BTD = before_BD[:, None]  # of all tokens, if they complete no chunk
+        if self.most:
+            every_BND = torch.cat([chosen_BTD, concept_BMD], dim=1)
+            chosen_BTD = self._rows(every_BND, self.complete_BT.long().cumsum(-1))
         return chosen_BTD * (self.position_BT >= self.size - 1)[..., None]
 
     def _rows(self, x_BSD: Tensor, column: Tensor) -> Tensor:
