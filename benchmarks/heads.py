@@ -3,7 +3,9 @@
     python benchmarks/heads.py --out results/heads.json
 
 Logits of one state and of many, and a training step of the loss (forward and backward), which a head of one group takes
-without any tensor as wide as the vocabulary. Both sides in turn, medians over rounds.
+without any tensor as wide as the vocabulary. All heads in turn; seconds are medians over rounds, ratios medians of the
+rounds' ratios. Memory: the bytes that a head holds (weights, and for codes the map from tokens to them), and how far the
+resident set of the process rises in a training step, gradients among it (Linux).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quantize import resident
 from torch import nn
 
 from pondera.ground.run import write_atomic
@@ -43,11 +46,28 @@ def tasks(head: nn.Module, width: int, vocabulary: int, tokens: int) -> dict[str
             head(h_BTD)
 
     def learn() -> None:
+        head.zero_grad(set_to_none=True)  # adding to an old gradient would be charged to the wide matrix
         h_BTD = many_BTD.clone().requires_grad_()
         loss = head.term(h_BTD, labels_BT) if isinstance(head, VQLogits) else next_token_term(head(h_BTD), labels_BT)
         loss.mean().backward()
 
     return {"logits of 1": lambda: logits(one_BTD), f"logits of {tokens}": lambda: logits(many_BTD), "training": learn}
+
+
+def rise(job: Callable[[], Any]) -> int | None:
+    """Bytes that a job takes beyond what was there before it."""
+    before = resident("VmRSS")
+    if before is None:
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    job()
+    peak = resident("VmHWM")
+    return None if peak is None else max(0, peak - before)
+
+
+def held(head: nn.Module) -> int:
+    """Bytes of weights and maps."""
+    return sum(tensor.nbytes for tensor in head.state_dict().values())
 
 
 def main() -> None:
@@ -67,6 +87,11 @@ def main() -> None:
         head.attach(args.vocabulary, args.width)
         heads[f"VQLogits(codes={codes}, groups={groups})"] = head
     jobs = {name: tasks(head, args.width, args.vocabulary, args.tokens) for name, head in heads.items()}
+    memory: dict[str, int | None] = {}
+    for name, own in jobs.items():
+        own["training"]()  # what a library sets up once is there already
+        heads[name].zero_grad(set_to_none=True)
+        memory[name] = rise(own["training"])
     times: dict[tuple[str, str], list[float]] = {}
     for number in range(args.rounds + 1):
         for name, own in jobs.items():
@@ -78,6 +103,8 @@ def main() -> None:
         {
             "head": name,
             "parameters": sum(p.numel() for p in heads[name].parameters()),
+            "bytes": held(heads[name]),
+            "training_bytes": memory[name],
             "seconds": {task: statistics.median(times[name, task]) for task in own},
             "faster": {
                 task: statistics.median(a / b for a, b in zip(times["full", task], times[name, task], strict=True))
@@ -89,7 +116,8 @@ def main() -> None:
     for row in rows:
         print(row["head"], f"{row['parameters']:,}", {task: f"{value:.2f} x" for task, value in row["faster"].items()})
     settings = {name: getattr(args, name) for name in ("vocabulary", "width", "tokens", "rounds", "threads")}
-    result = {"command": "python benchmarks/heads.py", "machine": platform.machine(), **settings, "rows": rows}
+    result = {"command": "python benchmarks/heads.py", "machine": platform.machine(), "torch": torch.__version__}
+    result |= {**settings, "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out, json.dumps(result, indent=1) + "\n")
 

@@ -192,6 +192,47 @@ def speed(path: str) -> str:
     return f"{table(head, rows)}\n\n`{found['command']}`: {size}, medians of {found['rounds']} interleaved rounds."
 
 
+def concept_speed(path: str) -> str:
+    """Decoding with concepts beside the backbone alone."""
+    found = read(path)
+    rows = [
+        (
+            row["batch"],
+            f"{row['tokens_per_second']['plain']:.0f}",
+            f"{row['tokens_per_second']['concepts']:.0f}",
+            f"{row['speed_ratio']:.2f} ({row['speed_ratio_lowest']:.2f} to {row['speed_ratio_highest']:.2f})",
+            f"{row['ratio_by_flops']:.2f}",
+            f"{row['speed_over_flops']:.2f}",
+        )
+        for row in found["rows"]
+    ]
+    head = ["batch", "plain, tokens/s", "ConceptLM, tokens/s", "speed against plain", "by FLOPs", "speed over FLOPs"]
+    size = " and ".join(f"{count / 1e6:.1f}" for count in found["parameters"].values())
+    size += f" M parameters, {found['new_tokens']} tokens after {found['prompt']}, {found['threads']} threads, float32"
+    said = f"`{found['command']}`: `{found['segment']}`; {size}, medians of {found['rounds']} interleaved rounds."
+    return f"{table(head, rows)}\n\n{said}"
+
+
+def head_speed(path: str) -> str:
+    """Time and memory of heads beside the output matrix."""
+    found = read(path)
+    full = found["rows"][0]
+    rows = [
+        (
+            f"`{row['head']}`" if row is not full else "output matrix",
+            f"{row['parameters'] / 1e6:.2f} M ({100 * row['parameters'] / full['parameters']:.1f} %)",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            *(f"{1000 * row['seconds'][task]:.3g} ms ({row['faster'][task]:.2g} ×)" for task in row["seconds"]),
+            f"{row['training_bytes'] / 1e6:.0f} MB",
+        )
+        for row in found["rows"]
+    ]
+    head = ["head", "parameters", "held", *full["seconds"], "training rises by"]
+    size = f"V = {found['vocabulary']:,}, D = {found['width']}, {found['threads']} threads, float32"
+    said = f"`{found['command']}`: {size}, training on {found['tokens']} tokens; medians of {found['rounds']} rounds."
+    return f"{table(head, rows)}\n\n{said} In brackets, how many times as fast as the matrix."
+
+
 def output(path: str) -> str:
     """What a command printed."""
     return f"```text\n{(ROOT / path).read_text().rstrip()}\n```"
@@ -199,7 +240,20 @@ def output(path: str) -> str:
 
 MAKERS: dict[str, Callable[[str], str]] = {
     maker.__name__: maker
-    for maker in (methods, comparison, depth, effort, authors, packing, quantizing, rounds, speed, output)
+    for maker in (
+        methods,
+        comparison,
+        depth,
+        effort,
+        authors,
+        packing,
+        quantizing,
+        rounds,
+        speed,
+        concept_speed,
+        head_speed,
+        output,
+    )
 }
 
 
