@@ -85,7 +85,7 @@ def main() -> None:
         rows.append(row)
         print(f"batch {task}: {row['speed_ratio']:.3f} of plain's speed, {by_flops:.3f} by FLOPs", flush=True)
     result = {
-        "command": "python benchmarks/concepts.py",
+        "command": f"python benchmarks/concepts.py --rounds {args.rounds}",
         "segment": SEGMENT,
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "prompt": PROMPT,

@@ -222,7 +222,7 @@ def head_speed(path: str) -> str:
             f"`{row['head']}`" if row is not full else "output matrix",
             f"{row['parameters'] / 1e6:.2f} M ({100 * row['parameters'] / full['parameters']:.1f} %)",
             f"{row['bytes'] / 1e6:.1f} MB",
-            *(f"{1000 * row['seconds'][task]:.3g} ms ({row['faster'][task]:.2g} ×)" for task in row["seconds"]),
+            *(f"{1000 * row['seconds'][task]:,.0f} ms ({row['faster'][task]:.2g} ×)" for task in row["seconds"]),
             f"{row['training_bytes'] / 1e6:.0f} MB",
         )
         for row in found["rows"]
