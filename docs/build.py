@@ -1,23 +1,23 @@
-"""Writes the generated parts of README.md and docs/*.md from the index of methods and the files under results/.
+"""Writes figures and the generated parts of README.md and docs/*.md from the index of methods and the files under results/.
 
     python docs/build.py            rewrites them
     python docs/build.py --check    exits 1 if one of them is not what it would write
 
-A generated part stands between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``.
+A generated part stands between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``. Figures are files of their own
+beside the pages that show them.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+
+import study
+from tables import ROOT, read, table, with_spread
 
 from pondera.ground import spec
 
-ROOT = Path(__file__).parent.parent
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -253,25 +253,9 @@ MAKERS: dict[str, Callable[[str], str]] = {
         concept_speed,
         head_speed,
         output,
+        *study.MAKERS,
     )
 }
-
-
-def read(path: str) -> dict[str, Any]:
-    """A result file, by its path from the root of the repository."""
-    return json.loads((ROOT / path).read_text())
-
-
-def table(head: list[str], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table; the first column is text, the others align to the right."""
-    lines = [head, ["---", *["---:" for _ in head[1:]]], *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def with_spread(value: dict[str, Any], sign: str = "") -> str:
-    """``mean ± spread``."""
-    mean = f"{value['mean']:{sign}.3f}"
-    return mean if value["spread"] is None else f"{mean} ± {value['spread']:.3f}"
 
 
 def built(text: str) -> str:
@@ -286,15 +270,15 @@ def built(text: str) -> str:
 
 
 def main() -> None:
-    stale = []
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        text = page.read_text()
-        if built(text) != text:
-            stale.append(page.name)
-            if "--check" not in sys.argv:
-                page.write_text(built(text))
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    wanted = {page: built(page.read_text()) for page in pages} | study.figures()
+    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    if "--check" not in sys.argv:
+        for path in stale:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[path])
     if stale:
-        print("not what the results say:" if "--check" in sys.argv else "rewrote:", ", ".join(stale))
+        print("not what the results say:" if "--check" in sys.argv else "rewrote:", *(path.name for path in stale))
     sys.exit(bool(stale) and "--check" in sys.argv)
 
 

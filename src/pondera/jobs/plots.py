@@ -9,6 +9,7 @@ from pathlib import Path
 from pondera.ground.errors import UserError
 from pondera.ground.run import write_atomic
 from pondera.jobs.chart import COLORS, Series, line_chart, swatch
+from pondera.jobs.figure import page_style
 from pondera.probe.contract import Plot
 
 
@@ -26,12 +27,10 @@ def write_plots(plots: Sequence[Plot], note: str, out: Path, title: str) -> Path
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file, e.g. {out / 'plots.html'}")
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    style = template.partition("<style>")[2].partition("</style>")[0]
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
+        f"<title>{escape(title)}</title>\n<style>{page_style()}</style>\n</head>\n<body>\n<main>\n<h1>{escape(title)}</h1>\n"
         f'<p class="lead">{escape(note)}</p>\n<div class="charts">\n{"".join(map(_figure, plots))}</div>\n'
         "</main>\n</body>\n</html>\n"
     )

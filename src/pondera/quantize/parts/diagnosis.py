@@ -5,6 +5,7 @@ Shapes: N vectors, C width of the vectors and of a codebook's rows, K codes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -104,27 +105,48 @@ def diagnose(x_NC: Tensor, table_KC: Tensor, rank: float | None = None, seed: in
     fit_NC, test_NC = x_NC[order_N[: count // 2]], x_NC[order_N[count // 2 :]]
     best_KC, _ = kmeans(fit_NC, codes, draw)
     used, reachable = _measure(test_NC, table_KC), _measure(test_NC, best_KC)
-    spread = effective_rank(test_NC)
-    worse = used["error"] > max(WORSE * reachable["error"], reachable["error"] + MATTERS)
-    wasted = worse and used["perplexity"] < FEWER * reachable["perplexity"]
+    numbers = {
+        "usage": used["usage"],
+        "perplexity": used["perplexity"],
+        "split_error": used["error"],
+        "reachable_perplexity": reachable["perplexity"],
+        "reachable_error": reachable["error"],
+        "effective_rank_codes": used["rank"],
+        "effective_rank_input": effective_rank(test_NC),
+    }
     yardstick = rank if rank is not None else float(width)
-    narrow = spread < NARROW * yardstick
-    kind = KINDS[wasted + 2 * narrow]
+    kind = judge(numbers, yardstick)
     return Diagnosis(
         kind=kind,
-        why=_why(used, reachable, spread, yardstick, codes, rank is not None),
-        cure=" ".join(_cures(wasted, narrow)),
+        why=_why(numbers, yardstick, codes, rank is not None),
+        cure=" ".join(_cures(kind)),
         vectors=len(test_NC),
         codes=codes,
         width=width,
-        usage=used["usage"],
-        perplexity=used["perplexity"],
-        split_error=used["error"],
-        reachable_perplexity=reachable["perplexity"],
-        reachable_error=reachable["error"],
-        effective_rank_codes=used["rank"],
-        effective_rank_input=spread,
+        **numbers,
     )
+
+
+def judge(numbers: Mapping[str, float], yardstick: float) -> str:
+    """The verdict that numbers come to.
+
+    Args:
+        numbers: those of a `Diagnosis`, by their names: perplexity and error of the codebook and of k-means, effective rank
+            of the vectors.
+        yardstick: effective rank that the vectors had before quantization, or could have.
+
+    Returns:
+        One of `KINDS`.
+
+    Example:
+        >>> sick = {"split_error": 0.6, "reachable_error": 0.1, "perplexity": 15, "reachable_perplexity": 100}
+        >>> judge(sick | {"effective_rank_input": 9.0}, 16), judge(sick | {"effective_rank_input": 2.0}, 16)
+        ('token collapse', 'both')
+    """
+    reachable = numbers["reachable_error"]
+    worse = numbers["split_error"] > max(WORSE * reachable, reachable + MATTERS)
+    wasted = worse and numbers["perplexity"] < FEWER * numbers["reachable_perplexity"]
+    return KINDS[wasted + 2 * (numbers["effective_rank_input"] < NARROW * yardstick)]
 
 
 def _measure(x_NC: Tensor, table_KC: Tensor) -> dict[str, float]:
@@ -141,20 +163,20 @@ def _measure(x_NC: Tensor, table_KC: Tensor) -> dict[str, float]:
     }
 
 
-def _why(
-    used: dict[str, float], best: dict[str, float], spread: float, yardstick: float, codes: int, before: bool
-) -> str:
+def _why(numbers: Mapping[str, float], yardstick: float, codes: int, before: bool) -> str:
     """The evidence."""
     against = f"the {yardstick:.1f} before quantization began" if before else f"the {yardstick:.0f} that they have"
     return (
-        f"{used['usage']:.0%} of {codes} codes are used, as evenly as {used['perplexity']:.1f} of them would be; k-means "
-        f"reaches {best['perplexity']:.1f}. What is lost is {used['error']:.3f} of the variance, with k-means "
-        f"{best['error']:.3f}. The vectors vary in {spread:.1f} directions of {against}."
+        f"{numbers['usage']:.0%} of {codes} codes are used, as evenly as {numbers['perplexity']:.1f} of them would be; "
+        f"k-means reaches {numbers['reachable_perplexity']:.1f}. What is lost is {numbers['split_error']:.3f} of the "
+        f"variance, with k-means {numbers['reachable_error']:.3f}. The vectors vary in "
+        f"{numbers['effective_rank_input']:.1f} directions of {against}."
     )
 
 
-def _cures(wasted: bool, narrow: bool) -> list[str]:
+def _cures(kind: str) -> list[str]:
     """What helps, the most valuable first."""
+    wasted, narrow = kind in ("token collapse", "both"), kind in ("embedding collapse", "both")
     cures = []
     if wasted or narrow:
         cures.append("Train without the codebook first (start_step), then start it by k-means (start='kmeans').")

@@ -1,0 +1,141 @@
+"""Tables and figures of the experiments with quantizers: when codebooks collapse, and what a quantizer loses at equal bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from tables import ROOT, over_seeds, read, table
+
+from pondera.jobs.chart import Bars, bar_chart
+from pondera.jobs.figure import figure
+from pondera.quantize.parts.diagnosis import judge
+
+COLLAPSE = "results/collapse.json"
+FIGURES = ROOT / "docs" / "figures"
+TIMES = ("quantized from the first step", "after a warm-up")
+DRAWN = {
+    "error_coded": ("Lost in reconstruction", "squared error as a share of the variance, on held-out {}"),
+    "effective_rank_input": ("Directions of the vectors", "effective rank of what is quantized, of 16, on held-out {}"),
+}
+"""What is drawn of every kind of vectors: title and label."""
+
+Row = dict[str, Any]
+
+
+def collapse(path: str) -> str:
+    """Every setting on every kind of vectors: the numbers of its codebook's health, and what it comes to."""
+    found = read(path)
+    head = ["setting", "usage", "perplexity", "rank, codes", "rank, vectors", "crowding", "split error"]
+    parts = []
+    for data, settings in _by(found["rows"], "data"):
+        labelled = any("purity" in row for rows in settings.values() for row in rows)
+        lines = [
+            (
+                name,
+                _told(rows, "usage", "{:.0%}".format),
+                _told(rows, "perplexity", "{:.1f}".format),
+                _told(rows, "effective_rank_codes", "{:.1f}".format),
+                _told(rows, "effective_rank_input", "{:.1f}".format),
+                _told(rows, "crowding", "{:.0%}".format),
+                _told(rows, "split_error"),
+                _told(rows, "error_coded"),
+                *([_told(rows, "purity", "{:.2f}".format)] if labelled else []),
+            )
+            for name, rows in settings.items()
+        ]
+        named = [*head, "reconstruction", *(["purity"] if labelled else [])]
+        parts.append(f"**{data.capitalize()}**\n\n{table(named, lines)}")
+    return "\n\n".join(parts) + _source(found)
+
+
+def verdicts(path: str) -> str:
+    """What `pondera probe collapse` says of every setting, beside what it says it by."""
+    found = read(path)
+    lines = []
+    for data, settings in _by(found["rows"], "data"):
+        best = min(mean(row["error_coded"] for row in rows) for rows in settings.values())
+        for name, rows in settings.items():
+            judged = [row for row in rows if "diagnosis" in row]
+            if not judged:
+                continue
+            numbers = [row["diagnosis"] for row in judged]
+            lines.append(
+                (
+                    f"{data}: {name}",
+                    f"{mean(row['error_coded'] for row in judged) / best:.1f} ×",
+                    _told(numbers, "perplexity", "{:.0f}".format),
+                    _told(numbers, "reachable_perplexity", "{:.0f}".format),
+                    _told(numbers, "split_error"),
+                    _told(numbers, "reachable_error"),
+                    _told(numbers, "effective_rank_input", "{:.1f}".format),
+                    ", ".join(dict.fromkeys(verdict(row) for row in judged)),
+                )
+            )
+    head = ["setting", "error, of the best", "perplexity", "k-means", "lost", "k-means", "directions", "verdict"]
+    return table(head, lines)
+
+
+def verdict(row: Row) -> str:
+    """Of one trained autoencoder, without knowing what came before quantization."""
+    return judge(row["diagnosis"], row["diagnosis"]["width"])
+
+
+def quantizers(path: str) -> str:
+    """Reconstruction error at equal bits, by kind of vectors."""
+    found = read(path)
+    kinds = list(dict.fromkeys(row["data"] for row in found["rows"]))
+    lines = []
+    for name, of_kind in _by(found["rows"], "setting", "data"):
+        told = [_told(of_kind.get(kind, []), "error_coded") for kind in kinds]
+        lines.append((f"`{name}`", str(next(iter(of_kind.values()))[0]["bits"] or "none"), *told))
+    return table(["quantizer", "bits", *kinds], lines) + _source(found)
+
+
+def figures() -> dict[Path, str]:
+    """The files of the collapse study: what is drawn, of every kind of vectors."""
+    if not (ROOT / COLLAPSE).is_file():
+        return {}
+    return {
+        FIGURES / f"collapse-{data}-{key.replace('_', '-')}.svg": drawn(settings, key, data)
+        for data, settings in _by(read(COLLAPSE)["rows"], "data")
+        for key in DRAWN
+    }
+
+
+def drawn(settings: dict[str, list[Row]], key: str, data: str) -> str:
+    """Initialisation from top to bottom, each from the first step and after a warm-up."""
+    bars = [Bars(name, number, {}) for number, name in enumerate(TIMES)]
+    for name, rows in settings.items():
+        bars[rows[0]["warmup"] > 0].values[_form(name)] = mean(row[key] for row in rows)
+    title, label = DRAWN[key]
+    return figure(bar_chart(f"{title}: {data}", label.format(data), bars, "{:.3g}".format), TIMES)
+
+
+def _form(name: str) -> str:
+    """A setting's name without the time at which it begins to quantize."""
+    return re.sub(r"^warm-up, (then )?| at step 0$", "", name)
+
+
+def _by(rows: Iterable[Row], key: str, then: str = "setting") -> list[tuple[str, dict[str, list[Row]]]]:
+    """Rows by two of their keys, in the order in which these come."""
+    found: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        found.setdefault(row[key], {}).setdefault(row[then], []).append(row)
+    return list(found.items())
+
+
+def _told(rows: Iterable[Row], key: str, show: Callable[[float], str] = "{:.3f}".format) -> str:
+    """Mean and spread of one number."""
+    return over_seeds([row.get(key) for row in rows], show)
+
+
+def _source(found: dict[str, Any]) -> str:
+    seeds = len({row["seed"] for row in found["rows"]})
+    return f"\n\n`{found['command']}`: {seeds} seeds, mean ± standard deviation."
+
+
+MAKERS = (collapse, verdicts, quantizers)

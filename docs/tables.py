@@ -1,0 +1,36 @@
+"""What every generated part is made of: result files, tables, means with their spread."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+def read(path: str) -> dict[str, Any]:
+    """A result file, by its path from the root of the repository."""
+    return json.loads((ROOT / path).read_text())
+
+
+def table(head: list[str], rows: Sequence[tuple[str, ...]]) -> str:
+    """A Markdown table; the first column is text, the others align to the right."""
+    lines = [head, ["---", *["---:" for _ in head[1:]]], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def with_spread(value: dict[str, Any], sign: str = "") -> str:
+    """``mean ± spread``."""
+    mean = f"{value['mean']:{sign}.3f}"
+    return mean if value["spread"] is None else f"{mean} ± {value['spread']:.3f}"
+
+
+def over_seeds(values: Sequence[float | None], show: Callable[[float], str] = "{:.3f}".format) -> str:
+    """``mean ± standard deviation`` of what was measured; empty where nothing was."""
+    found = [value for value in values if value is not None]
+    if not found:
+        return ""
+    return show(mean(found)) + (f" ± {show(stdev(found))}" if len(found) > 1 else "")
