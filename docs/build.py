@@ -17,6 +17,7 @@ import study
 from tables import ROOT, read, table, with_spread
 
 from pondera.ground import spec
+from pondera.jobs.verdict import gap
 
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -56,6 +57,34 @@ def comparison(path: str) -> str:
     ]
     said = "\n".join(f"- {sentence}" for sentence in found["verdict"])
     return f"{table(head, rows)}\n\n{said}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
+
+
+def versus(path: str) -> str:
+    """One arm of a comparison, named after a ``#``, against every other: the difference seed by seed, and whether it counts."""
+    file, _, name = path.partition("#")
+    arms = {row["name"]: row for row in read(file)["rows"]}
+    scores = {arm: dict(zip(row["seeds"], row["bits_per_byte"]["values"], strict=True)) for arm, row in arms.items()}
+    first, rows = arms[name], []
+    for arm, row in arms.items():
+        if arm != name:
+            found = gap(scores[name], scores[arm])
+            rows.append(
+                (
+                    f"`{arm}`",
+                    f"{row['parameters']['mean'] / first['parameters']['mean']:.2f} ×",
+                    f"{row['train_flops']['mean'] / first['train_flops']['mean']:.2f} ×",
+                    f"{found.mean:+.3f} ± {found.margin:.3f}",
+                    "more than seeds explain" if found.clear else "could be noise",
+                )
+            )
+    head = [f"`{name}` against", "its parameters", "its training FLOPs", "bits per byte, 95 %, paired", "which is"]
+    return table(head, rows)
+
+
+def zeroed(path: str) -> str:
+    """A trained model with its concepts and without them."""
+    found = read(path)["rows"]
+    return table(["concepts", "bits per byte"], [(name, with_spread(found[name])) for name in ("with", "without")])
 
 
 def depth(path: str) -> str:
@@ -243,6 +272,8 @@ MAKERS: dict[str, Callable[[str], str]] = {
     for maker in (
         methods,
         comparison,
+        versus,
+        zeroed,
         depth,
         effort,
         authors,
@@ -263,7 +294,7 @@ def built(text: str) -> str:
 
     def made(part: re.Match[str]) -> str:
         # A result that no command has written yet leaves its place empty, never filled by hand.
-        there = not part[3] or (ROOT / part[3]).is_file()
+        there = not part[3] or (ROOT / part[3].partition("#")[0]).is_file()
         return f"{part[1]}{MAKERS[part[2]](part[3]) if there else '*not run yet*'}\n{part[4]}"
 
     return PART.sub(made, text)

@@ -17,11 +17,11 @@ from pondera.quantize.parts.diagnosis import judge
 COLLAPSE = "results/collapse.json"
 FIGURES = ROOT / "docs" / "figures"
 TIMES = ("quantized from the first step", "after a warm-up")
-DRAWN = {
-    "error_coded": ("Lost in reconstruction", "squared error as a share of the variance, on held-out {}"),
-    "effective_rank_input": ("Directions of the vectors", "effective rank of what is quantized, of 16, on held-out {}"),
+DRAWN: dict[str, tuple[str, str, Callable[[float], str]]] = {
+    "error_coded": ("Lost in reconstruction", "squared error as a share of the variance, held-out", "{:.3f}".format),
+    "effective_rank_input": ("Directions", "effective rank of the vectors to quantize, of 16, held-out", "{:.1f}".format),
 }
-"""What is drawn of every kind of vectors: title and label."""
+"""What is drawn of every kind of vectors: title, label and how a value is written."""
 
 Row = dict[str, Any]
 
@@ -111,13 +111,14 @@ def drawn(settings: dict[str, list[Row]], key: str, data: str) -> str:
     bars = [Bars(name, number, {}) for number, name in enumerate(TIMES)]
     for name, rows in settings.items():
         bars[rows[0]["warmup"] > 0].values[_form(name)] = mean(row[key] for row in rows)
-    title, label = DRAWN[key]
-    return figure(bar_chart(f"{title}: {data}", label.format(data), bars, "{:.3g}".format), TIMES)
+    title, label, show = DRAWN[key]
+    return figure(bar_chart(f"{title}: {data}", label, bars, show), TIMES)
 
 
 def _form(name: str) -> str:
     """A setting's name without the time at which it begins to quantize."""
-    return re.sub(r"^warm-up, (then )?| at step 0$", "", name)
+    form = re.sub(r"^warm-up, (then )?| at step 0$", "", name)
+    return "random, std 1" if form == "random" else form
 
 
 def _by(rows: Iterable[Row], key: str, then: str = "setting") -> list[tuple[str, dict[str, list[Row]]]]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shlex
 import shutil
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -16,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import scripts
 import training
 import yaml
 
@@ -284,19 +283,9 @@ def test_the_demo_lets_the_thinking_model_write(out, monkeypatch):
     assert written.thinker == out / "runs" / "ponder-4steps-seed0" and len(written.sample.tokens) > 1
 
 
-def of_experiments(name: str) -> ModuleType:
-    """A script of experiments/, which import each other by their names."""
-    folder = str(Path(__file__).parents[2] / "experiments")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(folder)
-
-
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
-    return of_experiments("publishing")
+    return scripts.load("experiments", "publishing")
 
 
 def test_what_is_published_names_no_path_of_this_machine(experiment, out, tmp_path):
@@ -326,7 +315,7 @@ def test_equal_inference_is_said(tmp_path: Path):
 
 def test_a_random_control_spends_what_its_method_was_measured_to():
     """Of the experiment with adaptive arms: sum of keep**k over the extra steps is the measured mean of extra passes."""
-    adaptive = of_experiments("adaptive")
+    adaptive = scripts.load("experiments", "adaptive")
     made = adaptive.control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
     assert made == "AdaptiveLatentCoT(steps=2, halting='random', keep=0.5)"
     assert adaptive.control("ThinkAtHard(steps=1)", 1.3) == "ThinkAtHard(steps=1, halting='random', keep=0.3)"
@@ -334,7 +323,7 @@ def test_a_random_control_spends_what_its_method_was_measured_to():
 
 def test_every_arm_of_an_experiment_is_a_model():
     """What a long experiment is made of is found to fit before it starts."""
-    adaptive, concepts, retrofit = map(of_experiments, ("adaptive", "concepts", "retrofit"))
+    adaptive, concepts, retrofit = (scripts.load("experiments", name) for name in ("adaptive", "concepts", "retrofit"))
     overrides = {"data.text": "stdlib"}
     arms = [recipe for group in adaptive.groups(2, 200).values() for recipe in group.values() if recipe]
     for think in [*arms, *filter(None, retrofit.ARMS.values())]:

@@ -1,0 +1,95 @@
+"""What docs/build.py makes of results, on made-up ones that can be worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scripts
+
+build, study = (scripts.load("docs", name) for name in ("build", "study"))
+
+HEALTHY = {"split_error": 0.1, "reachable_error": 0.09, "perplexity": 60.0, "reachable_perplexity": 64.0, "width": 16}
+
+
+def row(setting: str, seed: int, error: float, data: str = "clusters", **more: Any) -> dict[str, Any]:
+    """One of a study."""
+    numbers = dict.fromkeys(("usage", "perplexity", "crowding", "split_error", "effective_rank_codes"), 0.5)
+    measured = {"effective_rank_input": 8.0, "error_coded": error, "warmup": 0, "bits": 8}
+    return {"setting": setting, "data": data, "seed": seed, **numbers, **measured, **more}
+
+
+def written(folder: Path, rows: Any, **more: Any) -> str:
+    (folder / "found.json").write_text(json.dumps({"command": "python it.py", "rows": rows, **more}))
+    return str(folder / "found.json")
+
+
+def cells(text: str, first: str) -> list[str]:
+    """The line of a table that begins so, without its first cell."""
+    (line,) = (line for line in text.splitlines() if line.startswith(f"| {first} |"))
+    return [cell.strip() for cell in line.split("|")[2:-1]]
+
+
+def test_collapse_has_a_table_of_means_for_each_kind_of_vectors(tmp_path: Path):
+    rows = [row("random", seed, error, purity=0.5) for seed, error in ((0, 0.1), (1, 0.3))]
+    rows += [row("SimVQ", 0, 0.25, "states")]
+    clusters, states = study.collapse(written(tmp_path, rows)).split("**States**")
+    assert cells(clusters, "random")[-2:] == ["0.200 ± 0.141", "0.50 ± 0.00"]
+    assert cells(states, "SimVQ")[-1] == "0.250"  # one seed has no spread; without labels there is no purity
+    assert "purity" in clusters and "purity" not in states and "2 seeds" in states
+
+
+def test_verdicts_stand_beside_their_evidence(tmp_path: Path):
+    healthy = {**HEALTHY, "effective_rank_input": 9.0}
+    sick = {**healthy, "split_error": 0.9, "perplexity": 3.0}
+    rows = [row("good", 0, 0.1, diagnosis=healthy), row("bad", 0, 0.4, diagnosis=sick), row("bad", 1, 0.8)]
+    said = study.verdicts(written(tmp_path, rows))
+    assert cells(said, "clusters: good") == ["1.0 ×", "60", "64", "0.100", "0.090", "9.0", "healthy"]
+    assert cells(said, "clusters: bad") == ["4.0 ×", "3", "64", "0.900", "0.090", "9.0", "token collapse"]
+
+
+def test_figures_show_each_initialisation_at_both_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = [row("k-means at step 0", 0, 0.375), row("random, std 8", 0, 0.75), row("warm-up, then k-means", 0, 0.125)]
+    rows[-1]["warmup"] = 500
+    monkeypatch.setattr(study, "COLLAPSE", written(tmp_path, rows))
+    drawn = study.figures()
+    assert {path.name for path in drawn} == {
+        "collapse-clusters-error-coded.svg",
+        "collapse-clusters-effective-rank-input.svg",
+    }
+    svg = drawn[study.FIGURES / "collapse-clusters-error-coded.svg"]
+    assert svg.count(">k-means</text>") == 1 and all(f">{value}</text>" in svg for value in ("0.375", "0.750", "0.125"))
+    assert "<title>after a warm-up, k-means: 0.125</title>" in svg
+    monkeypatch.setattr(study, "COLLAPSE", "results/nothing.json")
+    assert study.figures() == {}
+
+
+def test_quantizers_are_held_together_at_equal_bits(tmp_path: Path):
+    rows = [row("VQ, 8 bits", 0, 0.5), row("VQ, 8 bits", 0, 0.25, "images"), row("Identity", 0, 0.1, bits=0)]
+    said = study.quantizers(written(tmp_path, rows))
+    assert cells(said, "`VQ, 8 bits`") == ["8", "0.500", "0.250"]
+    assert cells(said, "`Identity`") == ["none", "0.100", ""]
+
+
+def test_one_arm_against_every_other_is_paired_by_seed(tmp_path: Path):
+    def arm(name: str, values: list[float], size: float) -> dict[str, Any]:
+        fields = {"bits_per_byte": {"values": values}, "parameters": {"mean": size}, "train_flops": {"mean": 2 * size}}
+        return {"name": name, "seeds": [0, 1, 2], **fields}
+
+    rows = [arm("plain", [2.0, 2.1, 2.2], 5.0), arm("mine", [1.9, 2.0, 2.1], 10.0), arm("noisy", [1.5, 2.4, 2.1], 10.0)]
+    said = build.versus(f"{written(tmp_path, rows)}#mine")
+    assert cells(said, "`plain`") == ["0.50 ×", "0.50 ×", "-0.100 ± 0.000", "more than seeds explain"]
+    assert cells(said, "`noisy`")[2:] == ["+0.000 ± 0.993", "could be noise"]
+    assert "`mine` |" not in said.partition("\n")[2]
+
+
+def test_concepts_zeroed(tmp_path: Path):
+    rows = {"with": {"mean": 2.0, "spread": 0.1}, "without": {"mean": 2.5, "spread": 0.2}}
+    assert cells(build.zeroed(written(tmp_path, rows)), "without") == ["2.500 ± 0.200"]
+
+
+def test_a_result_that_is_not_there_is_not_made_up():
+    part = "<!-- generated: versus results/nothing.json#mine -->\nold\n<!-- end -->"
+    assert "*not run yet*" in build.built(part) and "old" not in build.built(part)
