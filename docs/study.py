@@ -19,7 +19,11 @@ FIGURES = ROOT / "docs" / "figures"
 TIMES = ("quantized from the first step", "after a warm-up")
 DRAWN: dict[str, tuple[str, str, Callable[[float], str]]] = {
     "error_coded": ("Lost in reconstruction", "squared error as a share of the variance, held-out", "{:.3f}".format),
-    "effective_rank_input": ("Directions", "effective rank of the vectors to quantize, of 16, held-out", "{:.1f}".format),
+    "effective_rank_input": (
+        "Directions",
+        "effective rank of the vectors to quantize, of 16, held-out",
+        "{:.1f}".format,
+    ),
 }
 """What is drawn of every kind of vectors: title, label and how a value is written."""
 

@@ -28,6 +28,7 @@ from pondera.ground import spec
 from pondera.quantize.contract import Quantizer
 from pondera.quantize.parts.codebook import Codebook
 from pondera.quantize.parts.diagnosis import ENOUGH, diagnose
+from pondera.quantize.parts.health import effective_rank
 
 WIDTH, BATCH, HELD_OUT, CLUSTERS = 16, 512, 8192, 64
 LEARNT_ON = 65536
@@ -156,8 +157,8 @@ def _measured(parts: nn.ModuleList, test_ND: Tensor, label_N: Tensor | None) -> 
     said = {key: health[key] for key in ("split_error", "variance")}
     for key in ("usage", "perplexity", "crowding"):
         said[key] = health[key][0][0] if health[key] else None
-    for key in ("effective_rank_codes", "effective_rank_input"):
-        said[key] = health[key][0]
+    said["effective_rank_codes"] = health["effective_rank_codes"][0]
+    said["effective_rank_input"] = effective_rank(z_ND)  # health knows none of vectors that pass a warm-up uncoded
     for name, vectors_ND in (("coded", found.out), ("continuous", z_ND)):
         said[f"error_{name}"] = float((decoder(vectors_ND) - test_ND).square().mean() / scale)
     if isinstance(quantizer, Codebook) and not quantizer.gate.closed:
