@@ -17,14 +17,19 @@ from pondera.quantize.parts.health import effective_rank, perplexity, usage
 from pondera.quantize.parts.kmeans import kmeans
 from pondera.quantize.parts.nearest import nearest
 
+# Set by the collapse study (docs/results.md): 36 trained codebooks, one seed each. Where a threshold divides them, the values
+# on both sides are beside it; tests/quantize/test_collapse_study.py holds the verdicts to what a reader would say.
 WORSE = 1.5
-"""Codes are wasted where the error is so many times that of k-means with as many codes ..."""
-MATTERS = 0.01
-"""... and above it by so much of the variance, as an error that is next to nothing may be a multiple of another ..."""
-FEWER = 0.5
-"""... and the perplexity less than this share of its perplexity."""
+"""Codes are wasted where the error is so many times that of k-means with as many codes (the study: 1.9 or more) ..."""
+MATTERS = 0.05
+"""... and above it by so much of the variance (0.07 or more; where each of 64 clusters has one code, and k-means cuts
+clusters further, up to 0.03 and no harm) ..."""
+FEWER = 0.6
+"""... and the perplexity less than this share of its perplexity (0.47 or less; where codes are used evenly but not well
+placed, 0.85 or more)."""
 NARROW = 0.3
-"""Embeddings are collapsed where they vary in less than this share of the directions that they have."""
+"""Embeddings are collapsed where they vary in less than this share of the directions that they have (0.23 or less, with an
+encoder of width 4 or one that quantization has ruined; others 0.34 or more)."""
 ENOUGH = 4
 """Vectors per code that a diagnosis asks for, at least: half of them fit the k-means codebook, half judge."""
 KINDS = ("healthy", "token collapse", "embedding collapse", "both")
@@ -74,7 +79,7 @@ def diagnose(x_NC: Tensor, table_KC: Tensor, rank: float | None = None, seed: in
     yardsticks are ours.
     Cost: k-means: 10 x N x K x C multiplications.
     When not to use it: on less than a few thousand vectors, or vectors that the codebook was trained on alone.
-    Resolved: the papers give no thresholds. Ours are `WORSE`, `MATTERS`, `FEWER` and `NARROW`.
+    Resolved: the papers give no thresholds. `WORSE`, `MATTERS`, `FEWER` and `NARROW` are set by trained codebooks.
 
     Args:
         x_NC: vectors, from text or images that training has not seen.
