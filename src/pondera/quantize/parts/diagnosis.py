@@ -17,19 +17,19 @@ from pondera.quantize.parts.health import effective_rank, perplexity, usage
 from pondera.quantize.parts.kmeans import kmeans
 from pondera.quantize.parts.nearest import nearest
 
-# Set by the collapse study (docs/results.md): 36 trained codebooks, one seed each. Where a threshold divides them, the values
-# on both sides are beside it; tests/quantize/test_collapse_study.py holds the verdicts to what a reader would say.
+# Set by the collapse study (docs/results.md), between what a reader would call collapsed there and what not; the values on both
+# sides stand beside each. tests/quantize/test_collapse_study.py holds the verdicts to the reader's.
 WORSE = 1.5
-"""Codes are wasted where the error is so many times that of k-means with as many codes (the study: 1.9 or more) ..."""
+"""Codes are wasted where the error is so many times that of k-means with as many codes (in the study 1.9 or more) ..."""
 MATTERS = 0.05
-"""... and above it by so much of the variance (0.07 or more; where each of 64 clusters has one code, and k-means cuts
-clusters further, up to 0.03 and no harm) ..."""
+"""... and above it by so much of the variance (0.07 or more; up to 0.03 where each of 64 clusters has a code, which k-means
+would cut further, to no use; at 0.035 four clusters shared codes, which this lets pass) ..."""
 FEWER = 0.6
-"""... and the perplexity less than this share of its perplexity (0.47 or less; where codes are used evenly but not well
-placed, 0.85 or more)."""
+"""... and the perplexity less than this share of its perplexity (0.46 or less; where codes are used evenly but not well
+placed, 0.71 or more)."""
 NARROW = 0.3
-"""Embeddings are collapsed where they vary in less than this share of the directions that they have (0.23 or less, with an
-encoder of width 4 or one that quantization has ruined; others 0.34 or more)."""
+"""Embeddings are collapsed where they vary in less than this share of the directions that they have (0.23 or less with an
+encoder of width 4, or with one that quantization ruined; else 0.33 or more)."""
 ENOUGH = 4
 """Vectors per code that a diagnosis asks for, at least: half of them fit the k-means codebook, half judge."""
 KINDS = ("healthy", "token collapse", "embedding collapse", "both")
