@@ -41,9 +41,13 @@ MISSED = {("warm-up, then SimVQ", "clusters", 2)}
 JUDGED = [row for row in ROWS if "diagnosis" in row and row["setting"] in READ]
 
 
-def values(data: str, setting: str, key: str, seeds: int = 3) -> list[float]:
+FEW = {("encoder of width 4", "states"): 1}
+"""Settings with fewer seeds than three."""
+
+
+def values(data: str, setting: str, key: str) -> list[float]:
     found = [row[key] for row in ROWS if (row["data"], row["setting"]) == (data, setting)]
-    assert len(found) == seeds, f"{data}, {setting}: {len(found)} seeds"
+    assert len(found) == FEW.get((setting, data), 3), f"{data}, {setting}: {len(found)} seeds"
     return found
 
 
