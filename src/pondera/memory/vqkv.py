@@ -317,6 +317,26 @@ class VQKV(Regions):
             found.append(float(rest.square().sum() / some_BGSD.square().sum()))
         return found
 
+    def at(self, bits: float, config: PreTrainedConfig) -> VQKV:
+        """The same codebooks without their last stages: what `fit` would have found with these bits.
+
+        Args:
+            bits: at most what these were fitted with.
+            config: text config of the model.
+
+        Raises:
+            UserError: more bits than there are stages for, or nothing was fitted yet.
+        """
+        if not self.fitted or bits > self.bits:
+            raise UserError(f"at({bits}): give at most the {self.bits} bits of codebooks that have been fitted")
+        self.check(config, [])
+        made = type(self)(**self._settings() | {"bits": bits, "quantizer": self.quantizer_spec})
+        made.attach(config)
+        for name, table in self.named_buffers():
+            wanted = made.get_buffer(name)
+            made.register_buffer(name, table[: len(wanted)].clone() if wanted.ndim else table.clone())
+        return made
+
     # On disk
 
     def save(self, folder: str | Path) -> Path:

@@ -34,6 +34,8 @@ class Regions(Memory):
     and nothing of those that go leaves a trace.
 
     Padding before a text takes no room. Padding within a text or behind it is never looked at, but takes room as a token.
+    As keys are coded after rotary embedding, a padded row equals the row alone where it has the same position ids; that is
+    what `generate` gives, while a plain call without ``position_ids`` counts padding.
 
     Args:
         window: the latest tokens, exact; up to ``window + every - 1`` of them.
@@ -76,7 +78,7 @@ class RegionLayer(MemoryLayer):
         pads: padding before each row's text.
         begins: the position id of each row's first token.
         coded: how many tokens of each row are codes.
-        key_codes, value_codes: these, by number of the token among the coded ones.
+        codes: of keys and of values, by number of the token among the coded ones.
         ring: the exact rows of the latest tokens, and of all that were seen while nothing is coded.
     """
 
@@ -92,7 +94,7 @@ class RegionLayer(MemoryLayer):
         self.pads: list[int] = []
         self.begins: list[int] = []
         self.coded: list[int] = []
-        self.key_codes, self.value_codes = Codes(), Codes()
+        self.codes = (Codes(), Codes())
         self.sink_keys = self.sink_values = torch.empty(0)
         self.ring = Ring(self.sink_keys, self.sink_values)
 
@@ -207,7 +209,7 @@ class RegionLayer(MemoryLayer):
         first = row.start or 0
         rows = self.ring.read(start, start + tokens, row)
         position_BS = self._position(self.coded[first], tokens)[row]
-        for coder, codes, x_BGSD in zip(self.coders, (self.key_codes, self.value_codes), rows, strict=True):
+        for coder, codes, x_BGSD in zip(self.coders, self.codes, rows, strict=True):
             parts = coder.encode(x_BGSD, position_BS)
             codes.write(coder, parts, row, self.coded[first], tokens, self.batch())
 
@@ -283,7 +285,7 @@ class RegionLayer(MemoryLayer):
         self.coded, self.seen = coded, tokens
         self.pads = [min(pads, tokens) for pads in self.pads]
         self.ring.crop(tokens)
-        for codes in (self.key_codes, self.value_codes):
+        for codes in self.codes:
             codes.crop(max(coded))
         self._settle()
 
@@ -295,19 +297,18 @@ class RegionLayer(MemoryLayer):
             kept[rows.to(kept.device)] for kept in (self.sink_keys, self.sink_values)
         )
         self.ring.select(rows)
-        self.key_codes.select(rows)
-        self.value_codes.select(rows)
+        for codes in self.codes:
+            codes.select(rows)
 
     def nbytes(self) -> int:
         """See `MemoryLayer.nbytes`; codebooks belong to the memory, and are not counted here."""
         exact = [self.sink_keys, self.sink_values, self.ring.keys, self.ring.values]
-        codes = [*self.key_codes.parts.values(), *self.value_codes.parts.values()]
+        codes = [part for codes in self.codes for part in codes.parts.values()]
         return sum(tensor.untyped_storage().nbytes() for tensor in (*exact, *codes))
 
     def code_bytes(self) -> int:
         """Bytes of the codes in use, without spare room and without what is exact."""
-        kinds = zip((self.key_codes, self.value_codes), self.coders, strict=True)
-        return sum(codes.live_bytes(coder) for codes, coder in kinds)
+        return sum(codes.live_bytes(coder) for codes, coder in zip(self.codes, self.coders, strict=True))
 
 
 @dataclass
@@ -400,27 +401,24 @@ class Coded(Segment):
         """S."""
         return self.position_BS.shape[1]
 
-    @property
-    def _keys(self) -> tuple[Coder, Parts]:
-        return self.layer.coders[0], self.layer.key_codes.view(self.layer.coders[0])
-
-    @property
-    def _values(self) -> tuple[Coder, Parts]:
-        return self.layer.coders[1], self.layer.value_codes.view(self.layer.coders[1])
+    def _of(self, which: int) -> tuple[Coder, Parts]:
+        """Coder and codes of keys (0) or values (1)."""
+        coder = self.layer.coders[which]
+        return coder, self.layer.codes[which].view(coder)
 
     def dot(self, query_BGND: Tensor) -> Tensor:
         """See `Segment.dot`."""
-        coder, parts = self._keys
+        coder, parts = self._of(0)
         return coder.dot(query_BGND, parts, self.position_BS)
 
     def mix(self, weight_BGNS: Tensor) -> Tensor:
         """See `Segment.mix`."""
-        coder, parts = self._values
+        coder, parts = self._of(1)
         return coder.mix(weight_BGNS, parts, self.position_BS)
 
     def dense(self) -> Dense:
         """The same with its rows decoded once, for many queries."""
-        (keys, key_parts), (values, value_parts) = self._keys, self._values
+        (keys, key_parts), (values, value_parts) = self._of(0), self._of(1)
         rows = keys.decode(key_parts, self.position_BS), values.decode(value_parts, self.position_BS)
         return Dense(self.first, self.held, *rows)
 

@@ -1,0 +1,224 @@
+"""What codes of the past cost in quality: VQKV's codebooks beside scalar rounding, at equal bits.
+
+    python experiments/vqkv.py --model books --text books.jsonl.xz      trains a Llama of 2.4 M parameters first
+    python experiments/vqkv.py --model stories --text FOLDER            stories260K.bin and tok512.bin lie there
+
+Two models: one that is trained here, on the text that is given; and stories260K, whose text is what it says itself,
+sampled at temperature 1, so that its held-out text is sampled with another seed. A window of text is fed in pieces: its
+first quarter at once, the rest 16 tokens at a time, each attending to what the memory has kept. What is reported is the loss
+of these tokens, beside that with an ordinary cache on the same tokens. The exact window is short (16 tokens, and 4 first
+ones), so that nearly all of the past is codes: a long text in small.
+
+Codebooks are fitted at 4 bits and cut to 3 and 2, which is what fitting at 3 and 2 gives. Each setting is written as it
+ends, and what is there is not run again. Results go to ``results/vqkv/MODEL.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from publishing import portable, write_json
+from stories260k import START, check, stories260k
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from pondera.memory.contract import Memory, compressible, head_width
+from pondera.memory.kivi import KIVI
+from pondera.memory.parts.codebooks import Codebooks
+from pondera.memory.parts.fitting import collect
+from pondera.memory.parts.regions import Regions
+from pondera.memory.vqkv import VQKV
+
+RATES = (2, 3, 4)
+REGIONS: dict[str, Any] = {"window": 16, "sinks": 4, "every": 16}
+PIECE = 16
+FITS: dict[str, dict[str, Any]] = {
+    "two branches": {},
+    "one branch": {"branches": 1},
+    "one branch, before rotation": {"branches": 1, "key_stage": "pre_rope"},
+    "two branches, before rotation": {"key_stage": "pre_rope"},
+    "two branches, k-means": {"fitting": "kmeans"},
+    "one branch, k-means": {"branches": 1, "fitting": "kmeans"},
+}
+SIZES = {
+    "books": {"context": 256, "calibration": 32, "held_out": 32},
+    "stories": {"context": 256, "calibration": 32, "held_out": 32},
+}
+BACKBONE = {
+    "backbone.hidden_size": 192,
+    "backbone.intermediate_size": 512,
+    "backbone.num_hidden_layers": 4,
+    "backbone.num_attention_heads": 6,
+    "backbone.num_key_value_heads": 2,
+}
+
+
+@dataclass
+class Task:
+    """A model and its text.
+
+    Args:
+        model: frozen.
+        calibration: token ids ``[B, T]`` that codebooks are fitted to.
+        held_out: token ids ``[B, T + 1]`` that loss is measured on.
+        told: what the result file says of it.
+    """
+
+    model: PreTrainedModel
+    calibration: Tensor
+    held_out: Tensor
+    told: dict[str, Any]
+
+
+def books(text: str, steps: int) -> Task:
+    """Trains a model of the recipe ``plain`` with grouped heads, or finds it trained."""
+    from pondera.ground.data import prepare
+    from pondera.ground.settings import load as settings
+    from pondera.jobs.load import load
+    from pondera.jobs.train import train
+
+    size = SIZES["books"]
+    given = {"data.text": text, "data.max_bytes": 4_000_000, "train.steps": steps, "train.eval_every": steps}
+    config = settings("plain", {**BACKBONE, **given, "name": "vqkv-books", "train.save_every": 50})
+    out = Path("runs/vqkv") / f"books-{steps}"
+    run = train(config, out, resume=out.exists())
+    windows, held_out = prepare(config.data).train.windows(size["context"]), prepare(config.data).validation
+    measured = held_out.windows(size["context"])
+    ids = [
+        torch.cat([measured[n]["input_ids"], measured[n]["targets"][-1:]])
+        for n in range(min(size["held_out"], len(measured)))
+    ]
+    calibration = torch.stack([windows[n]["input_ids"] for n in range(size["calibration"])])
+    found = run.result() or {}
+    told = {"parameters": found.get("parameters"), "bits_per_byte": found.get("bits_per_byte"), "steps": steps}
+    return Task(load(out).model.backbone.lm.eval(), calibration, torch.stack(ids), told)
+
+
+def stories(folder: str, _: int) -> Task:
+    """Reads the model, holds it to its known answer, and has it write the text."""
+    size = SIZES["stories"]
+    model, pieces = stories260k(Path(folder))
+    check(model, pieces)
+    kwargs: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "pad_token_id": 0, "eos_token_id": None}
+    texts = []
+    for seed, (count, tokens) in enumerate(((size["calibration"], size["context"]), (size["held_out"], size["context"] + 1))):
+        torch.manual_seed(seed)
+        begin = torch.full((count, 1), START)
+        texts.append(model.generate(begin, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1, **kwargs))
+    return Task(model, texts[0], texts[1], {"parameters": sum(p.numel() for p in model.parameters())})
+
+
+@torch.no_grad()
+def loss(task: Task, new_cache: Callable[[], Any]) -> float:
+    """Nats per token after the first quarter of each window, read piece by piece through a cache."""
+    ids, targets = task.held_out[:, :-1], task.held_out[:, 1:]
+    begin = ids.shape[1] // 4
+    cache, total, count = new_cache(), 0.0, 0
+    for piece, wanted in zip(
+        (ids[:, :begin], *ids[:, begin:].split(PIECE, 1)), (None, *targets[:, begin:].split(PIECE, 1)), strict=True
+    ):
+        logits = task.model(piece, past_key_values=cache).logits
+        if wanted is not None:
+            total += float(F.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="sum"))
+            count += wanted.numel()
+    return total / count
+
+
+@torch.no_grad()
+def errors(task: Task, memory: Regions) -> dict[str, Any]:
+    """What is left of held-out keys and values, as shares of their squares; of keys also by dimension; and code usage."""
+    config = task.model.config
+    layers = compressible(config)
+    keys, values, position_N = collect(task.model, [task.held_out[:, :-1]], layers, memory.sinks, 2**30)
+    usable = len(position_N) // 32 * 32  # whole groups of rounded keys
+    left = {"keys": torch.zeros(head_width(config)), "values": torch.zeros(head_width(config))}
+    all_of = {name: torch.zeros_like(left[name]) for name in left}
+    used: list[float] = []
+    for index in range(len(layers)):
+        for coder, x_GND, name in zip(memory.coders(config, index), (keys[index], values[index]), left, strict=True):
+            x_BGSD = x_GND[None, :, :usable]
+            parts = coder.encode(x_BGSD, position_N[None, :usable])
+            left[name] += (coder.decode(parts, position_N[None, :usable]) - x_BGSD).square().sum((0, 1, 2))
+            all_of[name] += x_BGSD.square().sum((0, 1, 2))
+            if isinstance(memory, VQKV):
+                codes = parts["codes"].flatten(0, 2)
+                used += [len(codes[:, stage].unique()) / memory.codes for stage in range(codes.shape[1])]
+    found: dict[str, Any] = {f"{name}_error": float(left[name].sum() / all_of[name].sum()) for name in left}
+    found["keys_error_by_dimension"] = [round(float(x), 5) for x in left["keys"] / all_of["keys"]]
+    if used:
+        found["codes_used"] = sum(used) / len(used)
+    return found
+
+
+def settings(seeds: int) -> list[tuple[str, int]]:
+    """Names of fits and their seeds; scalar rounding has none to draw."""
+    return [("scalar", 0)] + [(name, seed) for seed in range(seeds) for name in FITS]
+
+
+def scalars() -> dict[str, Memory]:
+    """Scalar rounding by name."""
+    regions = {"window": 16, "sinks": 4}
+    kinds = [(bits, group, keys) for keys in ("channel", "token") for bits, group in ((1, 32), (2, 32), (2, 16), (4, 32))]
+    return {f"{bits} bits, keys by {keys}, groups of {group}": KIVI(bits, group, keys=keys, **regions) for bits, group, keys in kinds}
+
+
+def measured(task: Task, memory: Regions, exact: float) -> dict[str, Any]:
+    """One row of the results."""
+    found = loss(task, lambda: memory.cache(task.model))
+    row: dict[str, Any] = {"bits": memory.rate(task.model.config), "loss": found, "more_than_exact": found - exact}  # pyright: ignore[reportAttributeAccessIssue]
+    return row | errors(task, memory)
+
+
+def run(task: Task, name: str, seed: int, exact: float, options: dict[str, Any]) -> list[dict[str, Any]]:
+    """All rates of one setting."""
+    if name == "scalar":
+        return [{"name": n, "seed": None} | measured(task, m, exact) for n, m in scalars().items()]  # pyright: ignore[reportArgumentType]
+    begun = time.perf_counter()
+    memory = VQKV(max(RATES), **(REGIONS | options | FITS[name]), seed=seed).fit(task.model, task.calibration[:, None].unbind(0))
+    seconds = time.perf_counter() - begun
+    rows = [{"name": name, "seed": seed, "asked": bits} | measured(task, memory.at(bits, task.model.config), exact) for bits in RATES]
+    return [row | {"seconds_to_fit": round(seconds, 1)} for row in rows]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=["books", "stories"], required=True)
+    parser.add_argument("--text", required=True)
+    parser.add_argument("--steps", type=int, default=300, help="of training the model (default: 300)")
+    parser.add_argument("--fit-steps", type=int, default=100, help="of fitting, per stage (default: 100)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--width", choices=["head", "layer"], default="head")
+    args = parser.parse_args()
+    task = {"books": books, "stories": stories}[args.model](args.text, args.steps)
+    file = Path("results/vqkv") / f"{args.model}{'' if args.width == 'head' else '-layer'}.json"
+    words = [f"--model {args.model} --text {portable(args.text)}", f"--steps {args.steps} --fit-steps {args.fit_steps}"]
+    known = json.loads(file.read_text()) if file.is_file() else {"rows": []}
+    exact = loss(task, lambda: DynamicCache(config=task.model.config))
+    known |= {
+        "command": f"python experiments/vqkv.py {' '.join(words)} --seeds {args.seeds} --width {args.width}",
+        "model": task.told,
+        "exact": {"loss": exact, "tokens": task.held_out[:, 1:].numel() * 3 // 4},
+        "regions": REGIONS,
+        "calibration_tokens": task.calibration.numel(),
+    }
+    done = {(row["name"] if row["seed"] is not None else "scalar", row["seed"] or 0) for row in known["rows"]}
+    for name, seed in settings(args.seeds):
+        if (name, seed) in done:
+            continue
+        options = {"steps": args.fit_steps, "width": args.width, "vectors": 16384}
+        known["rows"] += run(task, name, seed, exact, options)
+        write_json(file, known)
+        print(name, seed, *(f"{row['bits']:g}: {row['more_than_exact']:+.4f}" for row in known["rows"][-3:]), flush=True)
+    print("done")
+
+
+if __name__ == "__main__":
+    main()
