@@ -66,7 +66,11 @@ def stories260k(folder: Path) -> tuple[LlamaForCausalLM, list[bytes]]:
         eos_token_id=2,
     )
     model = LlamaForCausalLM(config).eval()
-    state = {"model.embed_tokens.weight": found["embed"], "lm_head.weight": found["embed"], "model.norm.weight": found["norm"]}
+    state = {
+        "model.embed_tokens.weight": found["embed"],
+        "lm_head.weight": found["embed"],
+        "model.norm.weight": found["norm"],
+    }
     for layer in range(L):
         for name in shapes:
             if name in ("embed", "norm"):

@@ -30,9 +30,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from pondera.memory.contract import Memory, compressible, head_width
+from pondera.memory.contract import compressible, head_width
 from pondera.memory.kivi import KIVI
-from pondera.memory.parts.codebooks import Codebooks
 from pondera.memory.parts.fitting import collect
 from pondera.memory.parts.regions import Regions
 from pondera.memory.vqkv import VQKV
@@ -107,9 +106,17 @@ def stories(folder: str, _: int) -> Task:
     size = SIZES["stories"]
     model, pieces = stories260k(Path(folder))
     check(model, pieces)
-    kwargs: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "top_k": 0, "pad_token_id": 0, "eos_token_id": None}
+    kwargs: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 0,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     texts = []
-    for seed, (count, tokens) in enumerate(((size["calibration"], size["context"]), (size["held_out"], size["context"] + 1))):
+    for seed, (count, tokens) in enumerate(
+        ((size["calibration"], size["context"]), (size["held_out"], size["context"] + 1))
+    ):
         torch.manual_seed(seed)
         begin = torch.full((count, 1), START)
         texts.append(model.generate(begin, max_new_tokens=tokens - 1, min_new_tokens=tokens - 1, **kwargs))
@@ -163,28 +170,38 @@ def settings(seeds: int) -> list[tuple[str, int]]:
     return [("scalar", 0)] + [(name, seed) for seed in range(seeds) for name in FITS]
 
 
-def scalars() -> dict[str, Memory]:
+def scalars() -> dict[str, KIVI]:
     """Scalar rounding by name."""
     regions = {"window": 16, "sinks": 4}
-    kinds = [(bits, group, keys) for keys in ("channel", "token") for bits, group in ((1, 32), (2, 32), (2, 16), (4, 32))]
-    return {f"{bits} bits, keys by {keys}, groups of {group}": KIVI(bits, group, keys=keys, **regions) for bits, group, keys in kinds}
+    kinds = [
+        (bits, group, keys) for keys in ("channel", "token") for bits, group in ((1, 32), (2, 32), (2, 16), (4, 32))
+    ]
+    return {
+        f"{bits} bits, keys by {keys}, groups of {group}": KIVI(bits, group, keys=keys, **regions)
+        for bits, group, keys in kinds
+    }
 
 
 def measured(task: Task, memory: Regions, exact: float) -> dict[str, Any]:
     """One row of the results."""
     found = loss(task, lambda: memory.cache(task.model))
-    row: dict[str, Any] = {"bits": memory.rate(task.model.config), "loss": found, "more_than_exact": found - exact}  # pyright: ignore[reportAttributeAccessIssue]
+    row = {"bits": memory.rate(task.model.config), "loss": found, "more_than_exact": found - exact}
     return row | errors(task, memory)
 
 
 def run(task: Task, name: str, seed: int, exact: float, options: dict[str, Any]) -> list[dict[str, Any]]:
     """All rates of one setting."""
     if name == "scalar":
-        return [{"name": n, "seed": None} | measured(task, m, exact) for n, m in scalars().items()]  # pyright: ignore[reportArgumentType]
+        return [{"name": n, "seed": None} | measured(task, m, exact) for n, m in scalars().items()]
     begun = time.perf_counter()
-    memory = VQKV(max(RATES), **(REGIONS | options | FITS[name]), seed=seed).fit(task.model, task.calibration[:, None].unbind(0))
+    memory = VQKV(max(RATES), **(REGIONS | options | FITS[name]), seed=seed).fit(
+        task.model, task.calibration[:, None].unbind(0)
+    )
     seconds = time.perf_counter() - begun
-    rows = [{"name": name, "seed": seed, "asked": bits} | measured(task, memory.at(bits, task.model.config), exact) for bits in RATES]
+    rows = [
+        {"name": name, "seed": seed, "asked": bits} | measured(task, memory.at(bits, task.model.config), exact)
+        for bits in RATES
+    ]
     return [row | {"seconds_to_fit": round(seconds, 1)} for row in rows]
 
 
@@ -216,7 +233,9 @@ def main() -> None:
         options = {"steps": args.fit_steps, "width": args.width, "vectors": 16384}
         known["rows"] += run(task, name, seed, exact, options)
         write_json(file, known)
-        print(name, seed, *(f"{row['bits']:g}: {row['more_than_exact']:+.4f}" for row in known["rows"][-3:]), flush=True)
+        print(
+            name, seed, *(f"{row['bits']:g}: {row['more_than_exact']:+.4f}" for row in known["rows"][-3:]), flush=True
+        )
     print("done")
 
 

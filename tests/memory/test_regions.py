@@ -37,6 +37,9 @@ class Given(Regions):
     def coders(self, config: Any, index: int) -> tuple[Coder, Coder]:
         return self.given
 
+    def rate(self, config: Any) -> float:
+        raise NotImplementedError
+
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -54,7 +57,11 @@ def layer(window: int = 4, sinks: int = 2, every: int = 3, coders: tuple[Coder, 
 
 
 def rows(tokens: int, batch: int = B) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return random(batch, G * R, tokens, D, seed=1), random(batch, G, tokens, D, seed=2), random(batch, G, tokens, D, seed=3)
+    return (
+        random(batch, G * R, tokens, D, seed=1),
+        random(batch, G, tokens, D, seed=2),
+        random(batch, G, tokens, D, seed=3),
+    )
 
 
 def feed(to: RegionLayer, given: tuple[torch.Tensor, ...], pieces: list[int], mask=None) -> torch.Tensor:

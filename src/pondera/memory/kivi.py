@@ -49,7 +49,9 @@ class KIVI(Regions):
     price: ClassVar[str] = "bits + 32 / group per number, window beside; all of the past is decoded in every step"
     reproduced: ClassVar[str] = "not measured yet"
 
-    def __init__(self, bits: int = 2, group: int = 32, window: int = 128, sinks: int = 0, keys: str = "channel") -> None:
+    def __init__(
+        self, bits: int = 2, group: int = 32, window: int = 128, sinks: int = 0, keys: str = "channel"
+    ) -> None:
         if bits not in BITS:
             raise UserError(f"bits={bits!r}: give {', '.join(map(str, BITS))}")
         if isinstance(group, bool) or not isinstance(group, int) or group < 1:
@@ -76,7 +78,7 @@ class KIVI(Regions):
         return self.rate(config) * 2 * kv_heads(config) * head_width(config) / 8
 
     def rate(self, config: PreTrainedConfig) -> float:
-        """Bits per cached number that really are kept of coded tokens."""
+        """See `Regions.rate`."""
         of_values = self.bits + 32 / min(self.group, head_width(config))
         of_keys = self.bits + 32 / self.group if self.keys == "channel" else of_values
         return (of_keys + of_values) / 2

@@ -178,7 +178,7 @@ class VQKV(Regions):
         return (sum(keys) + values) * self.index_bits // 8 * kv_heads(config) // self._joined(config)
 
     def rate(self, config: PreTrainedConfig) -> float:
-        """Bits per cached number that really are kept of coded tokens."""
+        """See `Regions.rate`."""
         return 8 * self.token_bytes(config) / (2 * kv_heads(config) * head_width(config))
 
     def saving(self, config: PreTrainedConfig, tokens: int | None = None, number_bytes: int = 2) -> float:
@@ -383,7 +383,19 @@ class VQKV(Regions):
         return made
 
     def _settings(self) -> dict[str, Any]:
-        names = ("bits", "window", "sinks", "codes", "branches", "cut", "key_stage", "width", "fitting", "every", "steps")
+        names = (
+            "bits",
+            "window",
+            "sinks",
+            "codes",
+            "branches",
+            "cut",
+            "key_stage",
+            "width",
+            "fitting",
+            "every",
+            "steps",
+        )
         described = None if self.quantizer_spec is None else repr(self.quantizer_spec)
         return {name: getattr(self, name) for name in (*names, "vectors", "seed")} | {"quantizer": described}
 

@@ -62,6 +62,14 @@ class Regions(Memory):
             index: of the layer among the compressed ones.
         """
 
+    @abstractmethod
+    def rate(self, config: PreTrainedConfig) -> float:
+        """Bits per cached number that really are kept of coded tokens, whatever was asked for.
+
+        Args:
+            config: text config of the model.
+        """
+
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> RegionLayer:
         """See `Memory.layer`."""
         return RegionLayer(self, *self.coders(config, index))
@@ -292,10 +300,10 @@ class RegionLayer(MemoryLayer):
     def select(self, rows: Tensor) -> None:
         """See `MemoryLayer.select`."""
         chosen = rows.tolist()
-        self.pads, self.begins, self.coded = ([each[row] for row in chosen] for each in (self.pads, self.begins, self.coded))
-        self.sink_keys, self.sink_values = (
-            kept[rows.to(kept.device)] for kept in (self.sink_keys, self.sink_values)
+        self.pads, self.begins, self.coded = (
+            [each[row] for row in chosen] for each in (self.pads, self.begins, self.coded)
         )
+        self.sink_keys, self.sink_values = (kept[rows.to(kept.device)] for kept in (self.sink_keys, self.sink_values))
         self.ring.select(rows)
         for codes in self.codes:
             codes.select(rows)

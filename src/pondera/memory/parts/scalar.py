@@ -87,4 +87,6 @@ def check_bits(bits: int, width: int) -> None:
         width: D.
     """
     if width * bits % 8:
-        raise UserError(f"bits={bits}: a head of width {width} does not fill whole bytes; give more bits, 8 fit any head")
+        raise UserError(
+            f"bits={bits}: a head of width {width} does not fill whole bytes; give more bits, 8 fit any head"
+        )
