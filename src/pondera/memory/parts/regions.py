@@ -127,7 +127,10 @@ class RegionLayer(MemoryLayer):
             out_BTHD = call.stock(*self.ring.read(0, self.ring.end))
         else:
             out_BTHD = self._by_segments(call, pieces)
-        self._settle()
+        if not self.record_past:
+            self._settle()
+        elif self.ring.borrowed:
+            self.ring.resize(len(self.ring) + max(16, len(self.ring) // 8))
         return out_BTHD
 
     def _begin(self, call: Call) -> None:
@@ -181,11 +184,7 @@ class RegionLayer(MemoryLayer):
         return min(self.ring.end, *map(self._exact_after, range(self.batch())))
 
     def _settle(self) -> None:
-        """Codes what does not belong to the latest tokens any more, and frees its rows, unless it may be taken back."""
-        if self.record_past:
-            if self.ring.borrowed:
-                self.ring.resize(len(self.ring) + max(16, len(self.ring) // 8))
-            return
+        """Codes what does not belong to the latest tokens any more, and frees its rows."""
         every, window, room = self.memory.every, self.memory.window, self._room
         over = [self.ring.end - self._exact_after(row) - window for row in range(self.batch())]
         due = [max(0, tokens) // every * every for tokens in over]
@@ -307,6 +306,7 @@ class RegionLayer(MemoryLayer):
         self.ring.select(rows)
         for codes in self.codes:
             codes.select(rows)
+            codes.crop(max(self.coded))
 
     def nbytes(self) -> int:
         """See `MemoryLayer.nbytes`; codebooks belong to the memory, and are not counted here."""
