@@ -11,7 +11,7 @@ from pondera.ground.errors import UserError, unknown
 from pondera.memory.contract import head_width, kv_heads
 from pondera.memory.parts.coder import Coder
 from pondera.memory.parts.regions import Regions
-from pondera.memory.parts.scalar import BITS, Scalar, check_bits
+from pondera.memory.parts.rounding import BITS, Rounding, check_bits
 from pondera.model.hf import PreTrainedConfig
 
 KEYS = ("channel", "token")
@@ -70,8 +70,8 @@ class KIVI(Regions):
 
     def coders(self, config: PreTrainedConfig, index: int) -> tuple[Coder, Coder]:
         """See `Regions.coders`."""
-        values = Scalar(self.bits, min(self.group, head_width(config)), by_channel=False)
-        return Scalar(self.bits, self.group, by_channel=True) if self.keys == "channel" else values, values
+        values = Rounding(self.bits, min(self.group, head_width(config)), by_channel=False)
+        return Rounding(self.bits, self.group, by_channel=True) if self.keys == "channel" else values, values
 
     def token_bytes(self, config: PreTrainedConfig) -> float:
         """Bytes of one coded token in one layer; steps that tokens share are shared out."""

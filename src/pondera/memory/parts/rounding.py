@@ -14,7 +14,7 @@ from pondera.memory.parts.coder import Coder, Parts
 BITS = (1, 2, 4, 8)
 
 
-class Scalar(Coder):
+class Rounding(Coder):
     """Every number is rounded to one of ``2 ** bits`` levels from the least to the greatest of its group.
 
     Codes are packed along the head's width, ``codes`` ``[B, G, S, D * bits / 8]``, uint8, the first number in the lowest
@@ -27,7 +27,7 @@ class Scalar(Coder):
         by_channel: a group is one channel of consecutive tokens; otherwise consecutive channels of one token.
 
     Example:
-        >>> coder = Scalar(bits=2, group=4, by_channel=False)
+        >>> coder = Rounding(bits=2, group=4, by_channel=False)
         >>> parts = coder.encode(torch.tensor([[[[0.0, 1.0, 2.2, 3.0]]]]), None)
         >>> parts["codes"].tolist(), coder.decode(parts, None).tolist()
         ([[[[228]]]], [[[[0.0, 1.0, 2.0, 3.0]]]])
