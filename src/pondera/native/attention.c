@@ -1,0 +1,196 @@
+/* Attention of a few queries to many slots: keys and values are read once, for all query heads that share them.
+ *
+ * Slots are met in blocks that stay in a core's cache: the scores of a block, what they add to the softmax, and the values
+ * weighted by them. Each item of work is a part of the slots of one KV head of one text; parts are merged at the end.
+ */
+#include <stdlib.h>
+
+#include "parallel.h"
+#include "softmax.h"
+
+enum {
+    BLOCK = 64, /* slots */
+    PART = 512, /* slots of an item of work */
+    TILE = 4,   /* queries whose sums are in registers at once */
+    PAIR = 2    /* rows, or vectors of a row, that go with them */
+};
+
+typedef struct {
+    const float *query, *keys, *values; /* [B, G, N, D], [B, G, S, D], [B, G, S, E]; a row's numbers are side by side */
+    const int32_t *position;            /* [B, G, S]: the slot's token; negative: nothing to look at */
+    const uint8_t *mask;                /* [B, T, K]: which tokens a query may look at; NULL: none that come after it */
+    int64_t B, G, R, T, S, D, E;        /* N = R * T */
+    int64_t query_B, query_G, query_R, query_T, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* steps, in numbers */
+    int64_t position_B, position_G, mask_B, mask_T, mask_K, start, threads; /* start: the first query's token */
+    float scaling;
+    float *out_BTGRE, *score_BGNS; /* scores too, unless NULL */
+} Attention;
+
+typedef struct {
+    const Attention *a;
+    long parts;
+    Found *found_BGPN;
+    float *out_BGPNE;
+    int failed;
+} Work;
+
+/* Products of some queries with some rows. */
+INLINE void products(const float *query, long query_step, const float *rows, long row_step, long D, int queries, int count,
+                     float *scores, long scores_step)
+{
+    Floats sum[TILE][PAIR] = {0};
+    long d = 0;
+    for (; d + WIDTH <= D; d += WIDTH)
+        for (int s = 0; s < count; s++) {
+            Floats row = load(rows + s * row_step + d);
+            for (int n = 0; n < queries; n++)
+                sum[n][s] += load(query + n * query_step + d) * row;
+        }
+    for (int n = 0; n < queries; n++)
+        for (int s = 0; s < count; s++) {
+            float score = sum_of(sum[n][s]);
+            for (long rest = d; rest < D; rest++)
+                score += query[n * query_step + rest] * rows[s * row_step + rest];
+            scores[n * scores_step + s] = score;
+        }
+}
+
+INLINE void score_tile(const float *query, long D, const float *rows, long row_step, long slots, int queries, float *scores)
+{
+    long s = 0;
+    for (; s + PAIR <= slots; s += PAIR)
+        products(query, D, rows + s * row_step, row_step, D, queries, PAIR, scores + s, BLOCK);
+    for (; s < slots; s++)
+        products(query, D, rows + s * row_step, row_step, D, queries, 1, scores + s, BLOCK);
+}
+
+/* Some vectors of the weighted sums of some queries. */
+INLINE void weigh(const float *weights, const float *rows, long row_step, long slots, const float *shrink, int queries,
+                  int vectors, float *to, long to_step)
+{
+    Floats sum[TILE][PAIR];
+    for (int n = 0; n < queries; n++)
+        for (int v = 0; v < vectors; v++)
+            sum[n][v] = load(to + n * to_step + v * WIDTH) * shrink[n];
+    for (long s = 0; s < slots; s++)
+        for (int v = 0; v < vectors; v++) {
+            Floats row = load(rows + s * row_step + v * WIDTH);
+            for (int n = 0; n < queries; n++)
+                sum[n][v] += row * weights[n * BLOCK + s];
+        }
+    for (int n = 0; n < queries; n++)
+        for (int v = 0; v < vectors; v++)
+            store(to + n * to_step + v * WIDTH, sum[n][v]);
+}
+
+INLINE void weigh_tile(const float *weights, const float *rows, long row_step, long slots, const float *shrink, int queries,
+                       long E, float *to)
+{
+    long e = 0;
+    for (; e + PAIR * WIDTH <= E; e += PAIR * WIDTH)
+        weigh(weights, rows + e, row_step, slots, shrink, queries, PAIR, to + e, E);
+    for (; e + WIDTH <= E; e += WIDTH)
+        weigh(weights, rows + e, row_step, slots, shrink, queries, 1, to + e, E);
+    for (; e < E; e++)
+        for (int n = 0; n < queries; n++) {
+            float sum = to[n * E + e] * shrink[n];
+            for (long s = 0; s < slots; s++)
+                sum += weights[n * BLOCK + s] * rows[s * row_step + e];
+            to[n * E + e] = sum;
+        }
+}
+
+/* With the number of queries known when it is compiled, sums stay in registers. */
+#define BY_QUERIES(count, call_of)                                                                                          \
+    switch (count) {                                                                                                        \
+    case 1: call_of(1); break;                                                                                              \
+    case 2: call_of(2); break;                                                                                              \
+    case 3: call_of(3); break;                                                                                              \
+    default: call_of(TILE);                                                                                                 \
+    }
+
+/* What is added to the scores of a query: 0 where it may look, else -inf. Returns how many slots it may look at. */
+static long look(const Attention *a, long b, long t, const int32_t *position, long slots, float *bias)
+{
+    const uint8_t *mask = a->mask ? a->mask + b * a->mask_B + t * a->mask_T : NULL;
+    long seen = 0;
+    for (long s = 0; s < slots; s++) {
+        int may = position[s] >= 0 && (mask ? mask[position[s] * a->mask_K] : position[s] <= a->start + t);
+        bias[s] = may ? 0 : -INFINITY;
+        seen += may;
+    }
+    return seen;
+}
+
+static void attend_part(void *given, long item)
+{
+    Work *work = given;
+    const Attention *a = work->a;
+    const long N = a->R * a->T, D = a->D, E = a->E, part = item % work->parts, bg = item / work->parts;
+    const long b = bg / a->G, g = bg % a->G, start = part * PART, end = start + PART < a->S ? start + PART : a->S;
+    const float *keys = a->keys + b * a->keys_B + g * a->keys_G, *values = a->values + b * a->values_B + g * a->values_G;
+    const int32_t *position = a->position + b * a->position_B + g * a->position_G;
+    Found *found = work->found_BGPN + item * N;
+    float *out = work->out_BGPNE + item * N * E;
+    float *scores = malloc((N * (BLOCK + D + 1) + a->T * BLOCK) * sizeof(float));
+    if (!scores) {
+        work->failed = 1;
+        return;
+    }
+    float *query = scores + N * BLOCK, *shrink = query + N * D, *bias = shrink + N;
+    for (long n = 0; n < N; n++) {
+        const float *from = a->query + b * a->query_B + g * a->query_G + n / a->T * a->query_R + n % a->T * a->query_T;
+        for (long d = 0; d < D; d++)
+            query[n * D + d] = from[d] * a->scaling;
+        found[n] = (Found){-INFINITY, 0};
+    }
+    memset(out, 0, N * E * sizeof(float));
+    for (long first = start; first < end; first += BLOCK) {
+        const long slots = end - first < BLOCK ? end - first : BLOCK, padded = (slots + WIDTH - 1) / WIDTH * WIDTH;
+        long seen = 0;
+        for (long t = 0; t < a->T; t++)
+            seen += look(a, b, t, position + first, slots, bias + t * BLOCK);
+        if (seen || a->score_BGNS)
+            for (long n = 0; n < N; n += TILE) {
+#define SCORES(count) score_tile(query + n * D, D, keys + first * a->keys_S, a->keys_S, slots, count, scores + n * BLOCK)
+                BY_QUERIES(N - n, SCORES)
+            }
+        for (long n = 0; n < N && (seen || a->score_BGNS); n++) {
+            float *row = scores + n * BLOCK;
+            if (seen < a->T * slots) /* a key that is not looked at may be no number */
+                for (long s = 0; s < slots; s++)
+                    row[s] = bias[n % a->T * BLOCK + s] == 0 ? row[s] : -INFINITY;
+            if (a->score_BGNS)
+                memcpy(a->score_BGNS + (bg * N + n) * a->S + first, row, slots * sizeof(float));
+            for (long s = slots; s < padded; s++)
+                row[s] = -INFINITY;
+            shrink[n] = take_in(&found[n], row, padded);
+        }
+        for (long n = 0; n < N && seen; n += TILE) {
+#define VALUES(count)                                                                                                       \
+    weigh_tile(scores + n * BLOCK, values + first * a->values_S, a->values_S, slots, shrink + n, count, E, out + n * E)
+            BY_QUERIES(N - n, VALUES)
+        }
+    }
+    free(scores);
+}
+
+/* Softmax attention; 0, or 1 where memory is short. Values of slots that no query may look at must be numbers all the same. */
+int attention(const Attention *a)
+{
+    const long N = a->R * a->T, parts = a->S > PART ? (a->S + PART - 1) / PART : 1, items = a->B * a->G * parts;
+    Work work = {a, parts, malloc(items * N * sizeof(Found)), malloc(items * N * a->E * sizeof(float)), 0};
+    if (work.found_BGPN && work.out_BGPNE) {
+        parallel(items, a->threads, attend_part, &work);
+        for (long bg = 0; bg < a->B * a->G && !work.failed; bg++)
+            for (long n = 0; n < N; n++) {
+                long b = bg / a->G, g = bg % a->G, r = n / a->T, t = n % a->T;
+                merge(work.found_BGPN + bg * parts * N + n, N, work.out_BGPNE + (bg * parts * N + n) * a->E, N * a->E, parts,
+                      a->E, a->out_BTGRE + (((b * a->T + t) * a->G + g) * a->R + r) * a->E);
+            }
+    } else
+        work.failed = 1;
+    free(work.found_BGPN);
+    free(work.out_BGPNE);
+    return work.failed;
+}

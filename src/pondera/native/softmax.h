@@ -1,0 +1,61 @@
+/* Softmax over slots that are met part by part: what each part found, and how the parts become one.
+ *
+ * A part keeps, for each query, the highest score, the sum of the exponentials of scores less that, and the values weighted
+ * so. Parts are of the same size whatever the number of threads, so that this changes no bit.
+ */
+#ifndef PONDERA_SOFTMAX_H
+#define PONDERA_SOFTMAX_H
+
+#include "floats.h"
+
+typedef struct {
+    float highest, sum;
+} Found;
+
+/* Takes scores of count slots (a multiple of WIDTH; -inf for none) in, which become weights; returns by how much what was
+ * weighted before has to be multiplied. */
+INLINE float take_in(Found *found, float *scores, long count)
+{
+    Floats most = spread(found->highest);
+    for (long s = 0; s < count; s += WIDTH) {
+        Floats score = load(scores + s);
+        most = choose(score > most, score, most);
+    }
+    float highest = most[0];
+    for (int lane = 1; lane < WIDTH; lane++)
+        highest = most[lane] > highest ? most[lane] : highest;
+    const float base = highest == -INFINITY ? 0 : highest; /* nothing to look at as yet */
+    Floats sums = {0};
+    for (long s = 0; s < count; s += WIDTH) {
+        Floats weight = exponential(load(scores + s) - base);
+        store(scores + s, weight);
+        sums += weight;
+    }
+    const float shrink = found->highest == -INFINITY ? 0 : expf(found->highest - base);
+    found->highest = highest;
+    found->sum = found->sum * shrink + sum_of(sums);
+    return shrink;
+}
+
+/* The weighted values of so many parts as one; zeros where there was nothing to look at. */
+static void merge(const Found *found, long found_step, const float *values, long values_step, long parts, long width,
+                  float *to)
+{
+    float highest = -INFINITY, sum = 0;
+    for (long p = 0; p < parts; p++)
+        highest = found[p * found_step].highest > highest ? found[p * found_step].highest : highest;
+    memset(to, 0, width * sizeof(float));
+    for (long p = 0; p < parts; p++) {
+        const Found part = found[p * found_step];
+        if (part.highest == -INFINITY && part.sum == 0)
+            continue;
+        const float weight = part.highest == highest ? 1 : expf(part.highest - highest);
+        sum += weight * part.sum;
+        for (long d = 0; d < width; d++)
+            to[d] += weight * values[p * values_step + d];
+    }
+    for (long d = 0; d < width && sum != 0; d++)
+        to[d] /= sum;
+}
+
+#endif
