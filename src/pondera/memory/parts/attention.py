@@ -25,12 +25,14 @@ class Seen:
         score_BGRTS: scaled products, ``-inf`` where a query may not look.
         number_T: the queries' token numbers.
         real_BT: false where a query is padding, which looks at nothing that counts.
+        out_BTHD: what attention gave, where it was found on the way.
     """
 
     query_BGRTD: Tensor
     score_BGRTS: Tensor
     number_T: Tensor
     real_BT: Tensor
+    out_BTHD: Tensor | None = None
 
     @cached_property
     def weight_BGRTS(self) -> Tensor:
@@ -100,6 +102,8 @@ def scores(query_BGRTD: Tensor, keys_BGSD: Tensor, allowed: Tensor | None, scali
 
 def attend_seen(seen: Seen, values_BGSD: Tensor) -> Tensor:
     """Attention from weights that are there anyway, ``[B, T, H, D]``."""
+    if seen.out_BTHD is not None:
+        return seen.out_BTHD
     R, T = seen.weight_BGRTS.shape[2:4]
     weight = seen.weight_BGRTS.to(values_BGSD.dtype).flatten(2, 3)
     return torch.matmul(weight, values_BGSD).unflatten(2, (R, T)).flatten(1, 2).transpose(1, 2).contiguous()

@@ -9,6 +9,7 @@ Shapes: B batch, G KV heads, R query heads per KV head, H = G R, T queries, S sl
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ from pondera.native.build import library
 
 FEW = 8
 """Queries of a call up to which memory, and not arithmetic, is what attention waits for."""
+
+
+class Attended(NamedTuple):
+    """``[B, T, H, D]``, and ``[B, G, R, T, S]`` scaled products where they were asked for."""
+
+    out_BTHD: Tensor
+    score_BGRTS: Tensor | None
+
 
 _TENSORS = ("query", "keys", "values", "position", "mask")
 _NUMBERS = (
@@ -47,8 +56,8 @@ def attend_natively(
     start: int,
     scaling: float,
     with_scores: bool = False,
-) -> tuple[Tensor, Tensor | None] | None:
-    """Softmax attention ``[B, T, H, D]``, and ``[B, G, R, T, S]`` scaled products if asked for; none if there is no kernel.
+) -> Attended | None:
+    """Softmax attention; none where there is no kernel for it.
 
     Args:
         query_BGRTD: queries by KV head; any strides but in the last dimension, as of keys and values.
@@ -85,7 +94,7 @@ def attend_natively(
     )
     if kernel.attention(ctypes.byref(told)):
         raise MemoryError(f"attention to {S} slots")
-    return out_BTHE, score_BGRTS
+    return Attended(out_BTHE, score_BGRTS)
 
 
 def _fit(*tensors: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from pondera.ground.errors import UserError
 from pondera.memory.parts.attention import BLOCK, Seen, attend, attend_seen, grouped, scores, slots_allowed
 from pondera.memory.parts.layer import Call, MemoryLayer
+from pondera.memory.parts.native_attention import FEW, attend_natively
 from pondera.memory.parts.slot_table import SlotTable
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class SlotLayer(MemoryLayer):
         for heads, table in self.parts():
             rows = (call.key_BGTD[:, heads], call.value_BGTD[:, heads])
             table.append(*rows, position_BT, holes=not self.record_past)
-        exact = self.memory.exact or call.tokens > 1
+        exact = self.memory.exact or call.tokens > FEW
         if exact and all(table.whole for table in self.tables) and not self.memory.selects:
             out_BTHD = call.stock(*self._joined())
             self._watch(call, position_BT)
@@ -97,8 +98,12 @@ class SlotLayer(MemoryLayer):
         if slot_BGk is not None:
             keys, values = (_chosen(rows, slot_BGk) for rows in (keys, values))
             position = position.gather(2, slot_BGk)
-        allowed = slots_allowed(_mask(call, slice(0, call.tokens)), position)
-        out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling)
+        found = attend_natively(query_BGRTD, keys, values, position, call.mask_B1TK, call.start, call.scaling)
+        if found is None:
+            allowed = slots_allowed(_mask(call, slice(0, call.tokens)), position)
+            out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling)
+        else:
+            out_BTHD = found.out_BTHD
         if self.memory.watches:
             for _ in self._observe(call, query_BGRTD, table, position_BT):
                 pass
@@ -121,19 +126,26 @@ class SlotLayer(MemoryLayer):
         drafts = max(begin, T - DRAFTS) if self.record_past else T
         edges = [*range(begin, drafts, block), *range(drafts, T, block), T]
         for first, last in itertools.pairwise(edges):
-            part = slice(first, last)
-            allowed = slots_allowed(_mask(call, part), table.position)
-            seen = Seen(
-                query_BGRTD[:, :, :, part],
-                scores(query_BGRTD[:, :, :, part], table.keys, allowed, call.scaling),
-                torch.arange(call.start + first, call.start + last, device=query_BGRTD.device),
-                position_BT[:, part] >= 0,
-            )
+            seen = self._seen(call, query_BGRTD, table, position_BT, slice(first, last))
             if first >= drafts:
                 self._drafts.append((seen, table))
             else:
                 self.memory.observe(self, table, seen)
             yield seen
+
+    @staticmethod
+    def _seen(call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor, part: slice) -> Seen:
+        """What some queries look at."""
+        query_BGRTD, number = query_BGRTD[:, :, :, part], call.start + part.start
+        mask_B1TK = None if call.mask_B1TK is None else call.mask_B1TK[:, :, part]
+        rows = (query_BGRTD, table.keys, table.values, table.position)
+        found = attend_natively(*rows, mask_B1TK, number, call.scaling, with_scores=True)
+        out_BTHD, score_BGRTS = (None, None) if found is None else found
+        if score_BGRTS is None:
+            allowed = slots_allowed(_mask(call, part), table.position)
+            score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling)
+        number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
+        return Seen(query_BGRTD, score_BGRTS, number_T, position_BT[:, part] >= 0, out_BTHD)
 
     def _forget(self) -> None:
         """Brings every table within its budget."""
