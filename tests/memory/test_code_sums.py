@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pondera.memory.parts.code_sums import dot_codes, mix_codes
+from pondera.memory.parts.code_sums import look_up, tally
 from pondera.native.build import why_not
 
 SHAPES = [  # B, G, heads of the book, N, S, C, K, D
@@ -39,10 +39,20 @@ def case(shape: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     return query, weight / S, book, codes, rows
 
 
+def dot(query: torch.Tensor, book: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Products of queries with coded rows."""
+    return look_up(book.flatten(1, 2) @ query.mT, codes)
+
+
+def mix(weight: torch.Tensor, book: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Coded rows, weighed and added."""
+    return tally(weight, codes, book.shape[2]).mT @ book.flatten(1, 2)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equals_decoding_first(shape: tuple[int, ...], form: str):
     query, weight, book, codes, rows = case(shape)
-    score, mixed = dot_codes(query, book, codes), mix_codes(weight, book, codes)
+    score, mixed = dot(query, book, codes), mix(weight, book, codes)
     torch.testing.assert_close(score, (query.double() @ rows.mT).float(), atol=2e-4, rtol=1e-5)
     torch.testing.assert_close(mixed, (weight.double() @ rows).float(), atol=1e-5, rtol=1e-5)
 
@@ -53,7 +63,7 @@ def test_any_number_of_threads_gives_the_same():
     try:
         for number in (1, 3):
             torch.set_num_threads(number)
-            found.append((dot_codes(query, book, codes), mix_codes(weight, book, codes)))
+            found.append((dot(query, book, codes), mix(weight, book, codes)))
     finally:
         torch.set_num_threads(threads)
     for one, other in zip(*found, strict=True):
@@ -63,7 +73,7 @@ def test_any_number_of_threads_gives_the_same():
 def test_other_codes_and_gradients_take_the_way_of_torch():
     query, weight, book, codes, rows = case(SHAPES[2])
     expected = (query.double() @ rows.mT).float()
-    torch.testing.assert_close(dot_codes(query, book, codes.int()), expected, atol=2e-4, rtol=1e-5)
+    torch.testing.assert_close(dot(query, book, codes.int()), expected, atol=2e-4, rtol=1e-5)
     query.requires_grad_()
-    dot_codes(query, book, codes).sum().backward()
+    dot(query, book, codes).sum().backward()
     assert query.grad is not None and query.grad.abs().sum() > 0

@@ -1,13 +1,12 @@
-"""Attention in the space of codes: products with coded rows, and sums of them, that decode no row.
+"""Sums by code: what attention needs of rows that are kept as codes, without putting them together again.
 
-A coded row is a sum of C rows of a book, one of each of its C tables of K rows, so a query's product with it is a sum of C
-numbers that are looked up among its products with the whole book; and weighted rows add up to the book's rows, each weighed
-by the sum of the weights of the tokens that have its code. Both are the same as decoding first, but for rounding. What is
-left per token and query is C additions instead of D multiplications; the products with the book cost as much as attention to
-C K tokens, so this pays where the past is longer than that, and saves memory in any case.
+A coded row is a sum of one row of each of C tables, so a query's product with it is a sum of C numbers that are looked up
+among its products with the tables (`look_up`); and coded rows, weighed and added, are the rows of the tables, each times the
+sum of the weights of the tokens that have its code (`tally`). What is left per token and query is C additions in place of D
+multiplications. The products with the tables cost as much as attention to as many tokens as there are rows in them.
 
 Shapes: B batch, G KV heads, N queries of a KV head (its query heads and new tokens together), S tokens, C codes of a token,
-K rows of a table, D head width; M groups of L = 4 queries, that a kernel takes together.
+K rows of a table, k = C K rows of all tables; M groups of L = 4 queries, that a kernel takes together.
 """
 
 from __future__ import annotations
@@ -35,75 +34,68 @@ class _Codes(ctypes.Structure):
     )
 
 
-def dot_codes(query_BGND: Tensor, book_GCKD: Tensor, codes_BGSC: Tensor) -> Tensor:
-    """Products of queries with coded rows.
+def look_up(table_BGkN: Tensor, codes_BGSC: Tensor) -> Tensor:
+    """The sum over each token's codes of what stands in the tables.
 
     Args:
-        query_BGND: float32.
-        book_GCKD: the tables of each head, or ``[1, C, K, D]`` for all.
-        codes_BGSC: uint8, or any integers where there is no kernel; below K. A view of larger storage will do.
+        table_BGkN: the C tables of K rows behind one another.
+        codes_BGSC: integers below K; uint8 is fast, and a view of larger storage will do.
 
     Returns:
         ``[B, G, N, S]``.
 
     Example:
-        >>> book = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[10.0, 0.0], [0.0, 10.0]]]])
-        >>> codes = torch.tensor([[[[0, 1], [1, 1]]]], dtype=torch.uint8)
-        >>> dot_codes(torch.tensor([[[[1.0, 2.0]]]]), book, codes).tolist()
+        >>> table = torch.tensor([[[[1.0], [2.0], [10.0], [20.0]]]])
+        >>> look_up(table, torch.tensor([[[[0, 1], [1, 1]]]], dtype=torch.uint8)).tolist()
         [[[[21.0, 22.0]]]]
     """
-    B, G, N, _ = query_BGND.shape
-    (C, K), S = book_GCKD.shape[1:3], codes_BGSC.shape[2]
-    query_BGMLD = functional.pad(query_BGND, (0, 0, 0, -N % LANES)).unflatten(2, (-1, LANES))
-    table_BGMcL = torch.matmul(book_GCKD.flatten(1, 2)[:, None], query_BGMLD.mT)
-    score_BGNS = query_BGND.new_empty(B, G, N, S)
-    if _natively("lookup", codes_BGSC, K, table_BGMcL, score_BGNS):
+    B, G, rows, N = table_BGkN.shape
+    S, C = codes_BGSC.shape[2:]
+    score_BGNS = table_BGkN.new_empty(B, G, N, S)
+    # An expanded batch is written out, as the kernel wants a table for every row.
+    table_BGkML = functional.pad(table_BGkN, (0, -N % LANES)).unflatten(3, (-1, LANES))
+    if _natively("lookup", table_BGkML.transpose(2, 3).contiguous(), codes_BGSC, score_BGNS):
         return score_BGNS
-    table_BGCKN = table_BGMcL.movedim(2, -2).flatten(-2).unflatten(2, (C, K))
-    score_BGNS.zero_()
-    for c in range(C):
-        code_BGSN = codes_BGSC[..., c, None].long().expand(-1, -1, -1, N)
-        score_BGNS += table_BGCKN[:, :, c, :, :N].gather(2, code_BGSN).mT
+    score_BGNS = score_BGNS.zero_()
+    for table, codes_BGS in zip(table_BGkN.unflatten(2, (C, -1)).unbind(2), codes_BGSC.unbind(3), strict=True):
+        score_BGNS = score_BGNS + table.gather(2, codes_BGS[..., None].long().expand(-1, -1, -1, N)).mT
     return score_BGNS
 
 
-def mix_codes(weight_BGNS: Tensor, book_GCKD: Tensor, codes_BGSC: Tensor) -> Tensor:
-    """Sums of coded rows, weighed.
+def tally(weight_BGNS: Tensor, codes_BGSC: Tensor, codes: int) -> Tensor:
+    """The sum of the weights of the tokens that have each code.
 
     Args:
-        weight_BGNS: float32.
-        book_GCKD, codes_BGSC: see `dot_codes`.
+        weight_BGNS: of tokens, for each query.
+        codes_BGSC: see `look_up`.
+        codes: K.
 
     Returns:
-        ``[B, G, N, D]``.
+        ``[B, G, C K, N]``, as the tables of `look_up`.
 
     Example:
-        >>> book = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]], [[10.0, 0.0], [0.0, 10.0]]]])
         >>> codes = torch.tensor([[[[0, 1], [1, 1]]]], dtype=torch.uint8)
-        >>> mix_codes(torch.tensor([[[[0.5, 2.0]]]]), book, codes).tolist()
-        [[[[0.5, 27.0]]]]
+        >>> tally(torch.tensor([[[[0.5, 2.0]]]]), codes, 2).flatten().tolist()
+        [0.5, 2.0, 0.0, 2.5]
     """
     B, G, N, _ = weight_BGNS.shape
-    C, K = book_GCKD.shape[1:3]
-    M = -(-N // LANES)
-    weight_BGNS = weight_BGNS.contiguous()
-    tally_BGMcL = weight_BGNS.new_empty(B, G, M, C * K, LANES)
-    if not _natively("tally", codes_BGSC, K, tally_BGMcL, weight_BGNS):
-        tally_BGCNK = weight_BGNS.new_zeros(B, G, C, M * LANES, K)
-        for c in range(C):
-            code_BGNS = codes_BGSC[:, :, None, :, c].long().expand(-1, -1, N, -1)
-            tally_BGCNK[:, :, c, :N].scatter_add_(3, code_BGNS, weight_BGNS)
-        tally_BGMcL = tally_BGCNK.unflatten(3, (M, LANES)).permute(0, 1, 3, 2, 5, 4).flatten(3, 4)
-    return torch.matmul(tally_BGMcL.mT, book_GCKD.flatten(1, 2)[:, None]).flatten(2, 3)[:, :, :N]
+    rows, groups = codes_BGSC.shape[3] * codes, -(-N // LANES)
+    tally_BGMkL = weight_BGNS.new_empty(B, G, groups, rows, LANES)
+    if _natively("tally", tally_BGMkL, codes_BGSC, weight_BGNS.contiguous()):
+        return tally_BGMkL.transpose(2, 3).flatten(3)[..., :N]
+    tally_BGNk = weight_BGNS.new_zeros(B, G, N, rows)
+    for c, codes_BGS in enumerate(codes_BGSC.unbind(3)):
+        tally_BGNk.scatter_add_(3, (codes_BGS.long() + c * codes)[:, :, None].expand(-1, -1, N, -1), weight_BGNS)
+    return tally_BGNk.mT
 
 
-def _natively(what: str, codes_BGSC: Tensor, K: int, table_BGMcL: Tensor, number_BGNS: Tensor) -> bool:
+def _natively(what: str, table_BGMkL: Tensor, codes_BGSC: Tensor, number_BGNS: Tensor) -> bool:
     """Lets the kernel fill in the scores, or the tallies; false where there is none for such tensors."""
-    floats = (table_BGMcL, number_BGNS)
+    floats = (table_BGMkL, number_BGNS)
     if (
         torch.compiler.is_compiling()
         or any(type(x) is not Tensor or x.device.type != "cpu" for x in (*floats, codes_BGSC))
-        or any(x.dtype != torch.float32 or not x.is_contiguous() or x.requires_grad for x in floats)
+        or any(x.dtype != torch.float32 or x.requires_grad for x in floats)
         or codes_BGSC.dtype != torch.uint8
         or codes_BGSC.stride(-1) != 1
     ):
@@ -115,8 +107,8 @@ def _natively(what: str, codes_BGSC: Tensor, K: int, table_BGMcL: Tensor, number
     told = _Codes(
         codes_BGSC.data_ptr(),
         *codes_BGSC.stride()[:3],
-        *(B, G, N, S, C, K, torch.get_num_threads()),
-        table_BGMcL.data_ptr(),
+        *(B, G, N, S, C, table_BGMkL.shape[3] // C, torch.get_num_threads()),
+        table_BGMkL.data_ptr(),
         number_BGNS.data_ptr(),
     )
     if getattr(kernel, what)(ctypes.byref(told)):
