@@ -1,0 +1,452 @@
+"""Decoding over a long past: memories beside transformers' caches and kvpress, and beside what the machine allows, in one run.
+
+    pip install optimum-quanto==0.2.7                 # beside Pondera, for transformers' quantized cache
+    python -m venv kvpress
+    kvpress/bin/pip install torch==2.13.0 kvpress==0.5.5     # it needs an older transformers
+    python benchmarks/memory.py --kvpress kvpress/bin/python --contexts 4096 16384 --out results/memory.json
+
+The model is a Llama of 107M random weights with 8 query heads, 2 KV heads and heads of 128. A cache is filled with random
+keys and values of so many tokens, as reading them would take minutes, and then decodes, one forward after another. All sides
+take turns, in rounds; seconds are medians, ratios medians of the rounds' ratios. kvpress lives in a process of its own.
+
+``attention`` is the time in caches and attention functions alone. ``floor`` is what reading all weights and what the cache
+holds would take at the machine's rate: the better of a sum and a copy of 512 MiB. Peak memory is how far the process's
+resident set rises over what it was before the cache was filled, while it decodes (Linux). ``first`` reads a prompt and makes
+one token. ``capacity`` gives a process so much memory beside model and libraries, and fills the cache and decodes until there
+is no more. Rows that are in the file already are not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+LAYERS, HEADS, KV_HEADS, WIDTH, VOCABULARY = 8, 8, 2, 128, 8192
+STOCK = ("DynamicCache", "StaticCache", "QuantizedCache")
+"""Sides that are transformers' own; `PRESS` is kvpress's; every other one is a memory of Pondera."""
+PRESS = "StreamingLLMPress(0.75)"
+MEMORIES = ("Full()", "Full(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)")
+SPARE = 64
+"""Tokens that a cache of fixed size has room for beyond the context."""
+
+
+# caches
+
+
+def stock_cache(side: str, config: LlamaConfig, tokens: int) -> Any:
+    """A cache of transformers for so many tokens."""
+    from transformers import QuantizedCache, StaticCache
+
+    if side == "StaticCache":
+        return StaticCache(config=config, max_cache_len=tokens + SPARE)
+    if side == "QuantizedCache":
+        return QuantizedCache("quanto", config, nbits=4)
+    return DynamicCache(config=config)
+
+
+def new_cache(side: str, model: LlamaForCausalLM, tokens: int) -> Any:
+    """An empty cache, whose attention the model is told of."""
+    if side in (*STOCK, PRESS):
+        model.set_attn_implementation("sdpa")
+        return stock_cache(side, model.config, tokens)
+    from pondera.ground import spec
+
+    return spec.build(side, "memory").cache(model)
+
+
+def fill(side: str, cache: Any, tokens: int, batch: int) -> None:
+    """Puts random keys and values in, and lets a memory forget what it would have forgotten."""
+    for number in range(LAYERS):
+        generator = torch.Generator().manual_seed(number)
+        keys, values = (torch.randn(batch, KV_HEADS, tokens, WIDTH, generator=generator) for _ in range(2))
+        if side in (*STOCK, PRESS):
+            cache.update(keys, values, number)
+        else:
+            fill_slots(cache.layers[number], keys, values)
+
+
+def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """What `SlotLayer.attend` does, less the attention."""
+    from pondera.memory.parts.slot_table import SlotTable
+
+    layer.update(keys, values)
+    table = SlotTable.like(keys, values, layer.memory.fresh)
+    table.append(keys, values, torch.arange(keys.shape[2]).expand(len(keys), -1))
+    for name in table.notes:
+        table.note(name).uniform_(generator=torch.Generator().manual_seed(0))
+    layer.tables, layer.state = [table], {"padding": torch.zeros(len(keys), dtype=torch.int64)}
+    layer._forget()
+
+
+def held_bytes(cache: Any) -> int:
+    """Bytes of the keys, values and codes in use: what a step has to read."""
+    total = 0
+    for layer in cache.layers:
+        if hasattr(layer, "tables"):
+            parts = [rows for table in layer.tables for rows in (table.keys, table.values)]
+        else:
+            names = ("keys", "values", "_quantized_keys", "_quantized_values")
+            parts = [part for part in (getattr(layer, name, None) for name in names) if part is not None]
+        for part in parts:
+            inner = [getattr(part, name) for name in ("_data", "_scale", "_shift") if hasattr(part, name)] or [part]
+            total += sum(x.nbytes if type(x) is torch.Tensor else x._data.nbytes for x in inner)
+    return total
+
+
+# one process
+
+
+class Clock:
+    """The time in some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def timed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return work(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return measured
+
+
+def resident(kind: str) -> int:
+    """``"VmRSS"`` now, ``"VmHWM"`` at most since the peak was forgotten, ``"VmSize"`` of addresses."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def build_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HEADS * WIDTH,
+        intermediate_size=2816,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=WIDTH,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=2**20,
+    )
+    return LlamaForCausalLM(config).eval().to(dtype)
+
+
+class Worker:
+    """Fills caches and decodes when told to."""
+
+    def __init__(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self.clock, self.model = Clock(), build_model()
+        self.sides: dict[str, tuple[str, Any, torch.Tensor]] = {}
+        self._time("sdpa")
+
+    def _time(self, name: str) -> None:
+        from transformers import AttentionInterface
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+        AttentionInterface.register(name, self.clock.timed(ALL_ATTENTION_FUNCTIONS[name]))
+
+    def machine(self) -> dict[str, Any]:
+        """How fast memory is read, in bytes per second; and how many bytes of weights a token needs."""
+        numbers = torch.ones(2**27)
+        copy = torch.empty_like(numbers)
+        rates = []
+        for work, size in ((numbers.sum, numbers.nbytes), (lambda: copy.copy_(numbers), 2 * numbers.nbytes)):
+            work()
+            rates.append(max(size / seconds(work) for _ in range(5)))
+        weights = sum(p.nbytes for p in self.model.parameters()) - self.model.get_input_embeddings().weight.nbytes
+        return {"read": rates[0], "copy": rates[1], "weights": weights, "parameters": self.model.num_parameters()}
+
+    def prepare(self, side: str, tokens: int, batch: int) -> dict[str, Any]:
+        """Fills a cache and decodes three tokens; tells what they looked like, and what the cache takes."""
+        self.sides.pop(side, None)
+        trim()
+        before = resident("VmRSS")
+        cache = new_cache(side, self.model, tokens)
+        fill(side, cache, tokens // 4 if side == PRESS else tokens, batch)
+        implementation = self.model.config._attn_implementation
+        if implementation != "sdpa" and not any(kept[0] != "sdpa" for kept in self.sides.values()):
+            self._time(implementation)
+        cache.update = self.clock.timed(cache.update)
+        self.sides[side] = (implementation, cache, torch.full((batch, 1), tokens))
+        trim()
+        Path("/proc/self/clear_refs").write_text("5")
+        logits = self._decode(side, 3)
+        return {
+            "peak": max(0, resident("VmHWM") - before),
+            "held": held_bytes(cache),
+            "digest": hashlib.sha256(logits.numpy().tobytes()).hexdigest(),
+        }
+
+    def _decode(self, side: str, tokens: int) -> torch.Tensor:
+        implementation, cache, position_B1 = self.sides[side]
+        if self.model.config._attn_implementation != implementation:
+            self.model.set_attn_implementation(implementation)
+        x_B1, found = torch.zeros_like(position_B1), []
+        for _ in range(tokens):
+            logits_BV = self.model(x_B1, position_ids=position_B1, past_key_values=cache).logits[:, -1]
+            x_B1 = logits_BV.argmax(-1, keepdim=True)
+            position_B1 += 1
+            found.append(logits_BV)
+        return torch.stack(found)
+
+    def go(self, side: str, tokens: int) -> dict[str, float]:
+        """Seconds per token, in all and in attention."""
+        self._decode(side, 1)
+        self.clock.seconds = 0.0
+        total = seconds(lambda: self._decode(side, tokens))
+        return {"total": total / tokens, "attention": self.clock.seconds / tokens}
+
+    def forget(self) -> dict[str, Any]:
+        """Lets go of all caches."""
+        self.sides = {}
+        trim()
+        return {}
+
+    def first(self, side: str, tokens: int) -> dict[str, Any]:
+        """Reads a prompt and makes a token."""
+        x_1T = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
+        cache = new_cache(side, self.model, tokens)
+        trim()
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+
+        def read() -> None:
+            if side == PRESS:
+                from kvpress import StreamingLLMPress  # pyright: ignore[reportMissingImports]
+
+                with StreamingLLMPress(compression_ratio=0.75)(self.model):
+                    self.model(x_1T, past_key_values=cache, logits_to_keep=1)
+            else:
+                self.model(x_1T, past_key_values=cache, logits_to_keep=1)
+
+        total = seconds(read)
+        return {"seconds": total, "peak": max(0, resident("VmHWM") - before)}
+
+    def serve(self) -> None:
+        """Answers each line of JSON with one."""
+        answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is not an answer
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                answer = getattr(self, request.pop("do"))(**request)
+            except Exception as error:  # a peer that cannot do something is a result
+                answer = {"unable": f"{type(error).__name__}: {error}".splitlines()[0]}
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def trim() -> None:
+    """Gives freed memory back, so that the resident set tells what is held."""
+    import gc
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+class Process:
+    """A `Worker` in a process of its own."""
+
+    def __init__(self, python: str, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if python != sys.executable:
+            environment.pop("PYTHONPATH", None)  # our packages are not theirs
+        command = [python, __file__, "--worker", "--threads", str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends a request and waits for its answer."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if not answer:
+            raise SystemExit(f"a process ended early, asked for {request}; what it said stands above")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        """Ends it."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+# how much fits
+
+
+def capacity(side: str, room: int, dtype: str, step: int = 1024) -> dict[str, Any]:
+    """Fills a cache, and decodes after every so many tokens, until there is no memory left."""
+    torch.set_num_threads(1)
+    torch.set_grad_enabled(False)
+    model = build_model(getattr(torch, dtype))
+    cache, tokens = new_cache(side, model, 0), 0
+    model(torch.zeros(1, 8, dtype=torch.long))  # whatever is loaded at first use
+    trim()
+    limit = resident("VmSize") + room
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    try:
+        while True:
+            grow(side, cache, step, model.dtype)
+            model(torch.zeros(1, 1, dtype=torch.long), past_key_values=cache)
+            tokens += step + 1
+    except (RuntimeError, MemoryError) as error:
+        return {"tokens": tokens, "ended": str(error).splitlines()[0][:120]}
+
+
+def grow(side: str, cache: Any, tokens: int, dtype: torch.dtype) -> None:
+    """More random keys and values."""
+    keys, values = (torch.randn(1, KV_HEADS, tokens, WIDTH).to(dtype) for _ in range(2))
+    for number, layer in enumerate(cache.layers):
+        if side in STOCK:
+            cache.update(keys, values, number)
+        elif not layer.tables:
+            fill_slots(layer, keys, values)
+        else:
+            start = layer.seen
+            layer.update(keys, values)
+            layer.tables[0].append(keys, values, torch.arange(start, start + tokens)[None])
+            layer._forget()
+
+
+# the whole
+
+
+def measure(tokens: int, batch: int, workers: dict[str, Process], machine: dict[str, Any], rounds: int) -> dict[str, Any]:
+    """All sides at one length."""
+    sides = [*STOCK, *MEMORIES, *([PRESS] if "kvpress" in workers else [])]
+    ask = {side: workers["kvpress" if side == PRESS else "ours"].ask for side in sides}
+    asked = {side: ask[side](do="prepare", side=side, tokens=tokens, batch=batch) for side in sides}
+    able = [side for side in sides if "unable" not in asked[side]]
+    each: dict[str, list[dict[str, float]]] = {side: [] for side in able}
+    new = 8 if tokens * batch <= 2**15 else 3
+    for number in range(rounds):
+        for side in able if number % 2 else reversed(able):
+            each[side].append(ask[side](do="go", side=side, tokens=new))
+    for worker in workers.values():
+        worker.ask(do="forget")
+    base = each["DynamicCache"]
+    found: dict[str, Any] = {side: asked[side] for side in sides if side not in able}
+    for side in able:
+        floor = (machine["weights"] + asked[side]["held"]) / max(machine["read"], machine["copy"])
+        total, attention = (statistics.median(one[kind] for one in each[side]) for kind in ("total", "attention"))
+        found[side] = {
+            "milliseconds_per_token": 1e3 * total,
+            "tokens_per_second": batch / total,
+            "attention_milliseconds": 1e3 * attention,
+            "times_as_fast_as_dynamic": _ratio(base, each[side], "total"),
+            "attention_times_as_fast": _ratio(base, each[side], "attention"),
+            "floor_milliseconds": 1e3 * floor,
+            "share_of_floor": floor / total,
+            "held_bytes": asked[side]["held"],
+            "peak_bytes": asked[side]["peak"],
+            "same_bits_as_dynamic": asked[side]["digest"] == asked["DynamicCache"]["digest"],
+        }
+    return found
+
+
+def _ratio(base: list[dict[str, float]], ours: list[dict[str, float]], kind: str) -> float:
+    return statistics.median(a[kind] / b[kind] for a, b in zip(base, ours, strict=True))
+
+
+def show(name: str, row: dict[str, Any]) -> None:
+    print(name)
+    for side, one in row.items():
+        told = one.get("unable") or "  ".join(
+            f"{key} {value:.4g}" for key, value in one.items() if isinstance(value, (int, float))
+        )
+        print(f"  {side:24} {told}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kvpress", help="python of an environment that has kvpress; left out: not measured")
+    parser.add_argument("--out", type=Path, default=Path("results/memory.json"))
+    parser.add_argument("--contexts", type=int, nargs="*", default=[4096, 16384, 32768, 65536])
+    parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
+    parser.add_argument("--most", type=int, default=2**17, help="tokens of a batch, all rows together")
+    parser.add_argument("--first", type=int, nargs="*", default=[4096], help="lengths of prompts")
+    parser.add_argument("--room", type=int, default=2**29, help="bytes, for capacity; 0: not measured")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all sides, which take turns")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--capacity", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        Worker(args.threads).serve()
+        return
+    if args.capacity:
+        print(json.dumps(capacity(args.capacity[0], args.room, args.capacity[1])))
+        return
+
+    from pondera.ground.run import write_atomic
+
+    result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": {}}
+    rows = result["rows"]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(name: str, row: dict[str, Any]) -> None:
+        rows[name] = row
+        show(name, row)
+        write_atomic(args.out, json.dumps(result, indent=1) + "\n")
+
+    lengths = [(tokens, batch) for batch in args.batches for tokens in args.contexts if tokens * batch <= args.most]
+    wanted = {f"decode {tokens} x {batch}": (tokens, batch) for tokens, batch in lengths}
+    wanted_first = {f"first {tokens}": tokens for tokens in args.first}
+    if {*wanted, *wanted_first} - {*rows}:
+        pythons = {"ours": sys.executable} | ({"kvpress": args.kvpress} if args.kvpress else {})
+        workers = {name: Process(python, args.threads) for name, python in pythons.items()}
+        machine = workers["ours"].ask(do="machine")
+        about = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads, "rounds": args.rounds}
+        result |= {"command": "python benchmarks/memory.py", "rates": machine, **about}
+        for name, (tokens, batch) in wanted.items():
+            if name not in rows:
+                keep(name, measure(tokens, batch, workers, machine, args.rounds))
+        for name, tokens in wanted_first.items():
+            if name not in rows:
+                sides = [*STOCK, *MEMORIES, *([PRESS] if "kvpress" in workers else [])]
+                asked = {
+                    side: workers["kvpress" if side == PRESS else "ours"].ask(do="first", side=side, tokens=tokens)
+                    for side in sides
+                }
+                keep(name, asked)
+        for worker in workers.values():
+            worker.close()
+    name = f"capacity {args.room}"
+    if args.room and name not in rows:
+        found = {}
+        for dtype in ("float32", "bfloat16"):
+            for side in ("DynamicCache", "Full()", *MEMORIES[2:]):
+                command = [sys.executable, __file__, "--room", str(args.room), "--capacity", side, dtype]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                last = done.stdout.splitlines()[-1:] or ['{"unable": "ended by the system"}']
+                found[f"{side} {dtype}"] = json.loads(last[0])
+        keep(name, found)
+
+
+if __name__ == "__main__":
+    main()
