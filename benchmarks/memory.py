@@ -336,7 +336,9 @@ def grow(side: str, cache: Any, tokens: int, dtype: torch.dtype) -> None:
 # the whole
 
 
-def measure(tokens: int, batch: int, workers: dict[str, Process], machine: dict[str, Any], rounds: int) -> dict[str, Any]:
+def measure(
+    tokens: int, batch: int, workers: dict[str, Process], machine: dict[str, Any], rounds: int
+) -> dict[str, Any]:
     """All sides at one length."""
     sides = [*STOCK, *MEMORIES, *([PRESS] if "kvpress" in workers else [])]
     ask = {side: workers["kvpress" if side == PRESS else "ours"].ask for side in sides}
@@ -421,7 +423,12 @@ def main() -> None:
         pythons = {"ours": sys.executable} | ({"kvpress": args.kvpress} if args.kvpress else {})
         workers = {name: Process(python, args.threads) for name, python in pythons.items()}
         machine = workers["ours"].ask(do="machine")
-        about = {"machine": platform.machine(), "torch": torch.__version__, "threads": args.threads, "rounds": args.rounds}
+        about = {
+            "machine": platform.machine(),
+            "torch": torch.__version__,
+            "threads": args.threads,
+            "rounds": args.rounds,
+        }
         result |= {"command": "python benchmarks/memory.py", "rates": machine, **about}
         for name, (tokens, batch) in wanted.items():
             if name not in rows:

@@ -21,6 +21,8 @@ from pondera.native.build import library
 
 LANES = 4
 """Queries that the kernel takes together."""
+SCRATCH = 2**22
+"""Codes at a time, as indices of four bytes, where there is no kernel."""
 
 
 class _Codes(ctypes.Structure):
@@ -28,7 +30,10 @@ class _Codes(ctypes.Structure):
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("codes_B", "codes_G", "codes_S", "B", "G", "N", "S", "C", "K", "threads")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("codes_B", "codes_G", "codes_S", "B", "G", "N", "S", "C", "K", "threads")
+        ),
         *((name, ctypes.c_void_p) for name in ("table", "numbers", "tallies")),
         ("parts", ctypes.c_long),
     )
@@ -39,7 +44,7 @@ def look_up(table_BGkN: Tensor, codes_BGSC: Tensor) -> Tensor:
 
     Args:
         table_BGkN: the C tables of K rows behind one another.
-        codes_BGSC: integers below K; uint8 is fast, and a view of larger storage will do.
+        codes_BGSC: integers below K; the kernel takes uint8, also within larger storage.
 
     Returns:
         ``[B, G, N, S]``.
@@ -56,10 +61,13 @@ def look_up(table_BGkN: Tensor, codes_BGSC: Tensor) -> Tensor:
     table_BGkML = functional.pad(table_BGkN, (0, -N % LANES)).unflatten(3, (-1, LANES))
     if _natively("lookup", table_BGkML.transpose(2, 3).contiguous(), codes_BGSC, score_BGNS):
         return score_BGNS
-    score_BGNS = score_BGNS.zero_()
-    for table, codes_BGS in zip(table_BGkN.unflatten(2, (C, -1)).unbind(2), codes_BGSC.unbind(3), strict=True):
-        score_BGNS = score_BGNS + table.gather(2, codes_BGS[..., None].long().expand(-1, -1, -1, N)).mT
-    return score_BGNS
+    first_C = torch.arange(C, dtype=torch.int32, device=codes_BGSC.device) * (rows // C)
+    found = [
+        functional.embedding_bag(codes_SC.to(torch.int32) + first_C, table_kN, mode="sum")
+        for table_kN, codes in zip(table_BGkN.flatten(0, 1), codes_BGSC.flatten(0, 1), strict=True)
+        for codes_SC in codes.split(max(1, SCRATCH // C))
+    ]
+    return torch.cat(found).view(B, G, S, N).mT
 
 
 def tally(weight_BGNS: Tensor, codes_BGSC: Tensor, codes: int) -> Tensor:

@@ -56,8 +56,10 @@ class SlotLayer(MemoryLayer):
             if self.memory.by_head:
                 self.tables = self.tables[0].split_heads()
         position_BT = call.position_BT
-        padding_B = (position_BT < 0).sum(-1)
-        self.state["padding"] = self.state["padding"] + padding_B if "padding" in self.state else padding_B
+        if first:
+            self.state["padding"] = torch.zeros(len(position_BT), dtype=torch.int64, device=position_BT.device)
+        if call.mask_B1TK is not None:
+            self.state["padding"] = self.state["padding"] + (position_BT < 0).sum(-1)
         for heads, table in self.parts():
             rows = (call.key_BGTD[:, heads], call.value_BGTD[:, heads])
             table.append(*rows, position_BT, holes=not self.record_past)

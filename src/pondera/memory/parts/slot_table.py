@@ -110,10 +110,10 @@ class SlotTable:
 
     def _free(self, count: int) -> Tensor | None:
         """``[B, G, count]``: slots that hold nothing, if every row has as many."""
-        empty_BGS = self.position == EMPTY
-        if int(empty_BGS.sum(-1).amin()) < count:
+        if count > self.used:
             return None
-        return empty_BGS.to(torch.uint8).topk(count, dim=-1).indices
+        lowest_BGT, slot_BGT = self.position.topk(count, largest=False)  # no number is below that of an empty slot
+        return slot_BGT if bool((lowest_BGT == EMPTY).all()) else None
 
     def reserve(self, slots: int) -> None:
         """Makes room for so many slots, with an eighth to spare, so that it seldom has to."""
