@@ -40,7 +40,7 @@ LAYERS, HEADS, KV_HEADS, WIDTH, VOCABULARY = 8, 8, 2, 128, 8192
 STOCK = ("DynamicCache", "StaticCache", "QuantizedCache")
 """Sides that are transformers' own; `PRESS` is kvpress's; every other one is a memory of Pondera."""
 PRESS = "StreamingLLMPress(0.75)"
-MEMORIES = ("Full()", "Full(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)")
+MEMORIES = ("Full()", "Full(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)", "VQKV()")
 SPARE = 64
 """Tokens that a cache of fixed size has room for beyond the context."""
 
@@ -66,7 +66,14 @@ def new_cache(side: str, model: LlamaForCausalLM, tokens: int) -> Any:
         return stock_cache(side, model.config, tokens)
     from pondera.ground import spec
 
-    return spec.build(side, "memory").cache(model)
+    memory: Any = spec.build(side, "memory")
+    if not memory.fitted:  # what stands in its tables changes no time
+        memory.attach(model.config)
+        for table in memory.buffers():
+            if table.is_floating_point():
+                table.normal_(std=0.1)
+        memory.is_fitted.fill_(True)
+    return memory.cache(model)
 
 
 def fill(side: str, cache: Any, tokens: int, batch: int) -> None:
@@ -77,14 +84,19 @@ def fill(side: str, cache: Any, tokens: int, batch: int) -> None:
         if side in (*STOCK, PRESS):
             cache.update(keys, values, number)
         else:
-            fill_slots(cache.layers[number], keys, values)
+            remember(cache.layers[number], keys, values)
+
+
+def remember(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Puts keys and values into an empty layer of a memory."""
+    layer.update(keys, values)
+    (fill_slots if hasattr(layer, "tables") else fill_regions)(layer, keys, values)
 
 
 def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     """What `SlotLayer.attend` does, less the attention."""
     from pondera.memory.parts.slot_table import SlotTable
 
-    layer.update(keys, values)
     table = SlotTable.like(keys, values, layer.memory.fresh)
     table.append(keys, values, torch.arange(keys.shape[2]).expand(len(keys), -1))
     for name in table.notes:
@@ -93,11 +105,42 @@ def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     layer._forget()
 
 
+def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Exact rows at both ends, and random codes between, as finding them would take minutes."""
+    from pondera.memory.parts.ring import Ring  # pyright: ignore[reportMissingImports]
+
+    batch, sinks, tokens = len(keys), layer.memory.sinks, keys.shape[2]
+    layer.pads, layer.begins, layer.coded = [0] * batch, [0] * batch, [0] * batch
+    layer.sink_keys, layer.sink_values = (rows[:, :, :sinks].clone() for rows in (keys, values))
+    layer.ring = Ring(keys[:, :, sinks:], values[:, :, sinks:], sinks, tokens, sinks, True)
+    exact = layer.memory.window
+    code(layer, max(0, tokens - sinks - exact) // layer.memory.every * layer.memory.every)
+    layer.ring.drop(layer._exact_from())
+    layer.ring.resize(layer._room)
+
+
+def code(layer: Any, tokens: int) -> None:
+    """Random codes for so many tokens more."""
+    batch, coded = layer.batch(), layer.coded[0]
+    for coder, codes in zip(layer.coders, (layer.key_codes, layer.value_codes), strict=True):
+        like = coder.encode(layer.sink_keys[:, :, :1], None)
+        new = {
+            name: torch.randint(coder.codes, (*part.shape[:2], tokens, *part.shape[3:])).to(part.dtype)
+            for name, part in like.items()
+        }
+        codes.write(coder, new, slice(None), coded, tokens, batch)
+    layer.coded = [coded + tokens] * batch
+
+
 def held_bytes(cache: Any) -> int:
-    """Bytes of the keys, values and codes in use: what a step has to read."""
+    """Bytes of the keys, values, codes and tables of codes in use: what a step has to read."""
     total = 0
     for layer in cache.layers:
-        if hasattr(layer, "tables"):
+        if hasattr(layer, "coders"):
+            parts = [layer.sink_keys, layer.sink_values, *layer.ring.read(layer.ring.first, layer.ring.end)]
+            parts += [table for coder in layer.coders for table in coder.tables]
+            total += layer.code_bytes()
+        elif hasattr(layer, "tables"):
             parts = [rows for table in layer.tables for rows in (table.keys, table.values)]
         else:
             names = ("keys", "values", "_quantized_keys", "_quantized_values")
@@ -324,8 +367,13 @@ def grow(side: str, cache: Any, tokens: int, dtype: torch.dtype) -> None:
     for number, layer in enumerate(cache.layers):
         if side in STOCK:
             cache.update(keys, values, number)
-        elif not layer.tables:
-            fill_slots(layer, keys, values)
+        elif not layer.batch():
+            remember(layer, keys, values)
+        elif hasattr(layer, "coders"):
+            code(layer, tokens)
+            layer.seen += tokens
+            for name in ("first", "end", "origin"):
+                setattr(layer.ring, name, getattr(layer.ring, name) + tokens)
         else:
             start = layer.seen
             layer.update(keys, values)
@@ -447,7 +495,7 @@ def main() -> None:
     if args.room and name not in rows:
         found = {}
         for dtype in ("float32", "bfloat16"):
-            for side in ("DynamicCache", "Full()", *MEMORIES[2:]):
+            for side in ("DynamicCache", "Full()", *MEMORIES[2:]):  # Full(exact=False) holds what Full() does
                 command = [sys.executable, __file__, "--room", str(args.room), "--capacity", side, dtype]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 last = done.stdout.splitlines()[-1:] or ['{"unable": "ended by the system"}']

@@ -1,7 +1,9 @@
-/* Threads for one call: they take the next of a number of items until there is none, and are gone when it returns.
+/* Threads for one call: they take the next of a number of items until there is none.
  *
- * Making a thread takes some 10 microseconds, so an item should be worth a hundred. Nothing is kept between calls; so a
- * process can be forked whenever no kernel runs, and its child uses kernels like any other.
+ * Where torch has threads of OpenMP, it is those that do the work: after an operation of torch's they wait busily for a while
+ * for its next one, and would hold up threads of ours on the same cores. A process that was forked has none of them left and
+ * would wait for ever; there, and where there is no OpenMP, threads are made for the call and gone when it returns. Making one
+ * takes some 10 microseconds, so an item should be worth a hundred.
  */
 #ifndef PONDERA_PARALLEL_H
 #define PONDERA_PARALLEL_H
@@ -27,6 +29,29 @@ static void *take_items(void *given)
     }
 }
 
+#ifdef __linux__
+/* Of the OpenMP that torch has loaded, if any: this library is linked to none. */
+extern void GOMP_parallel(void (*work)(void *), void *task, unsigned threads, unsigned flags) __attribute__((weak));
+static int forked;
+
+static void note_fork(void) { forked = 1; }
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, note_fork); }
+
+static void take_items_of(void *queue) { take_items(queue); }
+
+/* Whether torch's threads have done the work. */
+static int parallel_in_openmp(Queue *queue, long threads)
+{
+    if (!GOMP_parallel || forked)
+        return 0;
+    GOMP_parallel(take_items_of, queue, (unsigned)threads, 0);
+    return 1;
+}
+#else
+static int parallel_in_openmp(Queue *queue, long threads) { return 0 * (queue != NULL) * threads; }
+#endif
+
 /* Calls work(task, item) for every item from 0 to items - 1, on so many threads at most, the caller's among them. */
 static void parallel(long items, long threads, void (*work)(void *task, long item), void *task)
 {
@@ -34,6 +59,8 @@ static void parallel(long items, long threads, void (*work)(void *task, long ite
     pthread_t others[MOST_THREADS];
     int made = 0;
     threads = threads < items ? threads : items;
+    if (threads > 1 && parallel_in_openmp(&queue, threads))
+        return;
     while (made < threads - 1 && made < MOST_THREADS && !pthread_create(&others[made], NULL, take_items, &queue))
         made++; /* of threads that cannot be made, those that can do the work */
     take_items(&queue);
