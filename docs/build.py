@@ -298,6 +298,62 @@ def codes(path: str) -> str:
     return f"{table(head, rows)}\n\n`{found['command']}`: {size}; mean ± standard deviation over fits."
 
 
+def memory(path: str) -> str:
+    """Decoding over a long past, first tokens, and how much fits."""
+    found = read(path)
+    parts = []
+    for name, row in found["rows"].items():
+        kind, number, *batch = name.split()
+        if kind == "decode":
+            title = f"{int(number):,} tokens, batch {batch[1]}"
+            head = ["cache", "ms per token", "tokens/s", "against DynamicCache", "attention alone", "of the floor"]
+            head += ["MB read", "peak MB", "same bits"]
+            lines = [(f"`{side}`", *_decoding(one)) for side, one in row.items()]
+        elif kind == "first":
+            title = f"a prompt of {int(number):,} tokens"
+            head = ["cache", "seconds to the first token", "peak MB"]
+            lines = [
+                (f"`{side}`", one["unable"], "")
+                if "unable" in one
+                else (f"`{side}`", f"{one['seconds']:.1f}", _mb(one["peak"]))
+                for side, one in row.items()
+            ]
+        else:
+            title = f"how many tokens fit into {int(number) / 2**20:.0f} MiB beside the model"
+            head = ["cache, numbers", "tokens", "against DynamicCache"]
+            base = {side.split()[-1]: one["tokens"] for side, one in row.items() if side.startswith("DynamicCache")}
+            lines = [
+                (f"`{side}`", f"{one['tokens']:,}", f"{one['tokens'] / base[side.split()[-1]]:.1f} ×")
+                for side, one in row.items()
+            ]
+        parts.append(f"**{title[0].upper()}{title[1:]}**\n\n{table(head, lines)}")
+    rates = found["rates"]
+    about = (
+        f"`{found['command']}`: {rates['parameters'] / 1e6:.0f} M parameters, float32, {found['threads']} threads, medians of "
+        f"{found['rounds']} interleaved rounds; memory is read at {max(rates['read'], rates['copy']) / 1e9:.0f} GB/s."
+    )
+    return "\n\n".join([*parts, about])
+
+
+def _decoding(one: dict[str, Any]) -> tuple[str, ...]:
+    if "unable" in one:
+        return (one["unable"], *[""] * 7)
+    return (
+        f"{one['milliseconds_per_token']:.1f}",
+        f"{one['tokens_per_second']:.1f}",
+        f"{one['times_as_fast_as_dynamic']:.2f} ×",
+        f"{one['attention_times_as_fast']:.1f} ×",
+        f"{100 * one['share_of_floor']:.0f} %",
+        _mb(one["held_bytes"]),
+        _mb(one["peak_bytes"]),
+        "yes" if one["same_bits_as_dynamic"] else "no",
+    )
+
+
+def _mb(number: float) -> str:
+    return f"{number / 1e6:.0f}"
+
+
 def output(path: str) -> str:
     """What a command printed."""
     return f"```text\n{(ROOT / path).read_text().rstrip()}\n```"
@@ -320,6 +376,7 @@ MAKERS: dict[str, Callable[[str], str]] = {
         concept_speed,
         head_speed,
         codes,
+        memory,
         output,
         *study.MAKERS,
     )
