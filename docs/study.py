@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import ROOT, over_seeds, read, table
+from tables import ROOT, generated, over_seeds, read, table
 
 from pondera.jobs.chart import Bars, bar_chart
 from pondera.jobs.figure import figure
@@ -30,6 +30,7 @@ DRAWN: dict[str, tuple[str, str, Callable[[float], str]]] = {
 Row = dict[str, Any]
 
 
+@generated
 def collapse(path: str) -> str:
     """Every setting on every kind of vectors: the numbers of its codebook's health, and what it comes to."""
     found = read(path)
@@ -56,6 +57,7 @@ def collapse(path: str) -> str:
     return "\n\n".join(parts) + _source(found)
 
 
+@generated
 def verdicts(path: str) -> str:
     """What `pondera probe collapse` says of every setting, beside what it says it by."""
     found = read(path)
@@ -88,6 +90,7 @@ def verdict(row: Row) -> str:
     return judge(row["diagnosis"], row["diagnosis"]["width"])
 
 
+@generated
 def quantizers(path: str) -> str:
     """Reconstruction error at equal bits, by kind of vectors."""
     found = read(path)
@@ -141,6 +144,3 @@ def _told(rows: Iterable[Row], key: str, show: Callable[[float], str] = "{:.3f}"
 def _source(found: dict[str, Any]) -> str:
     seeds = len({row["seed"] for row in found["rows"]})
     return f"\n\n`{found['command']}`: {seeds} seeds, mean ± standard deviation."
-
-
-MAKERS = (collapse, verdicts, quantizers)

@@ -9,6 +9,14 @@ from statistics import mean, stdev
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+MAKERS: dict[str, Callable[[str], str]] = {}
+"""What can be generated, by the name that a page calls it by."""
+
+
+def generated(maker: Callable[[str], str]) -> Callable[[str], str]:
+    """Registers what makes a part of a page from the path of a result."""
+    MAKERS[maker.__name__] = maker
+    return maker
 
 
 def read(path: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import scripts
 
-build, study = (scripts.load("docs", name) for name in ("build", "study"))
+build, models, study = (scripts.load("docs", name) for name in ("build", "models", "study"))
 
 HEALTHY = {"split_error": 0.1, "reachable_error": 0.09, "perplexity": 60.0, "reachable_perplexity": 64.0, "width": 16}
 
@@ -79,7 +79,7 @@ def test_one_arm_against_every_other_is_paired_by_seed(tmp_path: Path):
         return {"name": name, "seeds": [0, 1, 2], **fields}
 
     rows = [arm("plain", [2.0, 2.1, 2.2], 5.0), arm("mine", [1.9, 2.0, 2.1], 10.0), arm("noisy", [1.5, 2.4, 2.1], 10.0)]
-    said = build.versus(f"{written(tmp_path, rows)}#mine")
+    said = models.versus(f"{written(tmp_path, rows)}#mine")
     assert cells(said, "`plain`") == ["0.50 ×", "0.50 ×", "-0.100 ± 0.000", "more than seeds explain"]
     assert cells(said, "`noisy`")[2:] == ["+0.000 ± 0.993", "could be noise"]
     assert "`mine` |" not in said.partition("\n")[2]
@@ -87,7 +87,7 @@ def test_one_arm_against_every_other_is_paired_by_seed(tmp_path: Path):
 
 def test_concepts_zeroed(tmp_path: Path):
     rows = {"with": {"mean": 2.0, "spread": 0.1}, "without": {"mean": 2.5, "spread": 0.2}}
-    assert cells(build.zeroed(written(tmp_path, rows)), "without") == ["2.500 ± 0.200"]
+    assert cells(models.zeroed(written(tmp_path, rows)), "without") == ["2.500 ± 0.200"]
 
 
 def test_a_result_that_is_not_there_is_not_made_up():

@@ -115,7 +115,7 @@ def test_the_sweep_can_be_built(sweep: str):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--memory", "StremingLLM(4)"], "did you mean StreamingLLM"),
+        (["--memory", "StremingLLM(4)"], "did you mean 'StreamingLLM'"),
         (["--memory", "PonderLM2()"], "is a think method"),
         (["--memory", "StreamingLLM(0)"], "at least 5"),
         (["--memory", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),

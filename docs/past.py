@@ -1,0 +1,44 @@
+"""Tables of what forgetting and rounding the past costs."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from tables import generated, read, table, with_spread
+
+
+@generated
+def codes(path: str) -> str:
+    """What codes of the past cost in loss, beside the bits that they take."""
+    found = read(path)
+    groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for row in found["rows"]:
+        groups.setdefault((row["name"], row["bits"]), []).append(row)
+    rows = []
+    for (name, bits), group in sorted(groups.items(), key=lambda item: (item[0][1], item[0][0])):
+        means = {key: statistics.mean(row[key] for row in group) for key in ("keys_error", "values_error")}
+        losses = [row["more_than_exact"] for row in group]
+        spread = statistics.stdev(losses) if len(losses) > 1 else None
+        used = [row["codes_used"] for row in group if "codes_used" in row]
+        rows.append(
+            (
+                name,
+                f"{bits:.2f}",
+                str(len(group)) if group[0]["seed"] is not None else "",
+                with_spread({"mean": statistics.mean(losses), "spread": spread}, sign="+"),
+                *(f"{mean:.3f}" for mean in means.values()),
+                f"{statistics.mean(used):.0%}" if used else "",
+            )
+        )
+    head = [
+        "codes of the past",
+        "bits per number",
+        "fits",
+        "loss against exact",
+        "error of keys",
+        "of values",
+        "codes used",
+    ]
+    size = f"{found['exact']['tokens']:,} held-out tokens, loss with the exact cache {found['exact']['loss']:.3f} nats"
+    return f"{table(head, rows)}\n\n`{found['command']}`: {size}; mean ± standard deviation over fits."

@@ -1,0 +1,214 @@
+"""Tables of benchmarks: ours beside others' code, beside what the machine can do, and beside doing without."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tables import generated, read, table
+
+
+@generated
+def authors(path: str) -> str:
+    """Training speed beside the authors' code."""
+    found = read(path)
+    rows = [
+        (
+            name,
+            f"{row['backbone']['vocab_size']:,}",
+            f"{row['tokens_per_second']['theirs']:.0f}",
+            f"{row['tokens_per_second']['ours']:.0f}",
+            f"{row['ratio']:.2f} ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})",
+            f"{row['ratio_by_arithmetic']:.2f}",
+            f"{row['gradient_difference']:.0e}" if not row["note"] else "another mixture",
+        )
+        for name, row in found["rows"].items()
+    ]
+    head = ["model", "vocabulary", "theirs, tokens/s", "ours, tokens/s", "ratio", "by FLOPs", "gradients apart"]
+    size = f"batch {found['batch']} of {found['context']} tokens, {found['threads']} threads, float32"
+    return f"{table(head, rows)}\n\n`{found['command']}`: {size}, medians of {found['rounds']} interleaved rounds."
+
+
+@generated
+def packing(path: str) -> str:
+    """What skipping saves, beside what arithmetic allows."""
+    found = read(path)
+    rows = [
+        (
+            row["method"],
+            f"{row['task']}, batch {row['batch']}",
+            f"{row['mean_passes']:.2f} of {row['passes']:.0f}",
+            f"{row['dense_seconds'] / row['packed_seconds']:.2f} ×",
+            f"{row['passes'] / row['mean_passes']:.2f} ×",
+            f"{row['over_arithmetic']:.2f} ± {row['spread']:.2f}",
+        )
+        for row in found["rows"]
+    ]
+    head = ["method", "task", "passes", "faster than dense", "by arithmetic", "time over arithmetic"]
+    return f"{table(head, rows)}\n\n`{found['command']}`: {found['machine']}; medians of interleaved rounds."
+
+
+@generated
+def quantizing(path: str) -> str:
+    """Quantizers beside the other package and the machine's rate of matrix products, and which aims were reached."""
+    found = read(path)
+    rows = [
+        (
+            TASKS[row["task"]],
+            f"{row['dim']}",
+            f"{row['codes']:,}",
+            f"{row['nanoseconds_per_vector']['ours']:,.0f}",
+            f"{100 * row['share_of_matmul_rate']:.0f} %",
+            f"{row['times_as_fast_as']['theirs']:.1f} ×",
+            *(f"{row['memory_bytes'][by] / 2**20:,.0f}" for by in ("ours", "theirs")),
+        )
+        for row in found["rows"]
+    ]
+    head = ["task", "d", "K", "ns per vector", "of matrix products", "as fast as theirs", "MiB", "theirs"]
+    said = "\n".join(f"- {sentence}" for sentence in map(aimed, found["rows"]) if sentence)
+    size = f"{found['threads']} threads, float32, the least of {found['rounds']} rounds in turn"
+    return f"{table(head, rows)}\n\n{said or '- Every aim was reached.'}\n\n`{found['command']}`: {size}."
+
+
+TASKS = {"assign": "nearest code", "train": "training step", "residual": "8 levels", "kmeans": "k-means"}
+AIMS = {"assign": (0.5, 8), "residual": (0.5, 8), "train": (0, 4)}
+"""At least so much of the rate of matrix products, and so many times as fast as the other package."""
+
+
+def aimed(row: dict[str, Any]) -> str:
+    """Which aim a row misses; empty where it misses none."""
+    share, times = AIMS.get(row["task"], (0, 0))
+    found = row["share_of_matmul_rate"], row["times_as_fast_as"]["theirs"]
+    missed = [f"{100 * found[0]:.0f} % of matrix products, aim {100 * share:.0f} %"] if found[0] < share else []
+    missed += [f"{found[1]:.1f} times as fast as theirs, aim {times}"] if found[1] < times else []
+    where = f"{TASKS[row['task']]}, d = {row['dim']}, K = {row['codes']:,}"
+    return f"Missed at {where}: {'; '.join(missed)}." if missed else ""
+
+
+@generated
+def rounds(path: str) -> str:
+    """Loss against the number of Jacobi rounds at evaluation."""
+    rows = [
+        (str(row["rounds"]), f"{row['bits_per_byte']:.4f}", f"{row['residuals'][-1]:.1e}" if "residuals" in row else "")
+        for row in read(path)["rows"]
+    ]
+    return table(["rounds", "bits per byte", "largest change of a latent in the last round"], rows)
+
+
+@generated
+def speed(path: str) -> str:
+    """Time beside arithmetic."""
+    found = read(path)
+    rows = [
+        (
+            name,
+            f"{row['decode_tokens_per_second']:.0f}",
+            f"{row['decode_speed_ratio']:.2f}",
+            f"{row['decode_ratio_by_arithmetic']:.2f}",
+            f"{row['train_cost_ratio']:.2f}",
+            f"{row['train_cost_by_arithmetic']:.2f}",
+        )
+        for name, row in found["rows"].items()
+    ]
+    head = ["model", "decoding, tokens/s", "speed against bare", "by FLOPs", "training cost against bare", "by FLOPs"]
+    size = f"{found['parameters'] / 1e6:.1f} M parameters, {found['threads']} threads, batch 1, float32"
+    return f"{table(head, rows)}\n\n`{found['command']}`: {size}, medians of {found['rounds']} interleaved rounds."
+
+
+@generated
+def concept_speed(path: str) -> str:
+    """Decoding with concepts beside the backbone alone."""
+    found = read(path)
+    rows = [
+        (
+            row["batch"],
+            f"{row['tokens_per_second']['plain']:.0f}",
+            f"{row['tokens_per_second']['concepts']:.0f}",
+            f"{row['speed_ratio']:.2f} ({row['speed_ratio_lowest']:.2f} to {row['speed_ratio_highest']:.2f})",
+            f"{row['ratio_by_flops']:.2f}",
+            f"{row['speed_over_flops']:.2f}",
+        )
+        for row in found["rows"]
+    ]
+    head = ["batch", "plain, tokens/s", "ConceptLM, tokens/s", "speed against plain", "by FLOPs", "speed over FLOPs"]
+    size = " and ".join(f"{count / 1e6:.1f}" for count in found["parameters"].values())
+    size += f" M parameters, {found['new_tokens']} tokens after {found['prompt']}, {found['threads']} threads, float32"
+    said = f"`{found['command']}`: `{found['segment']}`; {size}, medians of {found['rounds']} interleaved rounds."
+    return f"{table(head, rows)}\n\n{said}"
+
+
+@generated
+def head_speed(path: str) -> str:
+    """Time and memory of heads beside the output matrix."""
+    found = read(path)
+    full = found["rows"][0]
+    rows = [
+        (
+            f"`{row['head']}`" if row is not full else "output matrix",
+            f"{row['parameters'] / 1e6:.2f} M ({100 * row['parameters'] / full['parameters']:.1f} %)",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            *(f"{1000 * row['seconds'][task]:,.0f} ms ({row['faster'][task]:.2g} ×)" for task in row["seconds"]),
+            f"{row['training_bytes'] / 1e6:.0f} MB",
+        )
+        for row in found["rows"]
+    ]
+    head = ["head", "parameters", "held", *full["seconds"], "training rises by"]
+    size = f"V = {found['vocabulary']:,}, D = {found['width']}, {found['threads']} threads, float32"
+    said = f"`{found['command']}`: {size}, training on {found['tokens']} tokens; medians of {found['rounds']} rounds."
+    return f"{table(head, rows)}\n\n{said} In brackets, how many times as fast as the matrix."
+
+
+@generated
+def memory(path: str) -> str:
+    """Decoding over a long past, first tokens, and how much fits."""
+    found = read(path)
+    parts = []
+    for name, row in found["rows"].items():
+        kind, number, *batch = name.split()
+        if kind == "decode":
+            title = f"{int(number):,} tokens, batch {batch[1]}"
+            head = ["cache", "ms per token", "tokens/s", "against DynamicCache", "attention alone", "of the floor"]
+            head += ["MB read", "peak MB", "same bits"]
+            lines = [(f"`{side}`", *_decoding(one)) for side, one in row.items()]
+        elif kind == "first":
+            title = f"a prompt of {int(number):,} tokens"
+            head = ["cache", "seconds to the first token", "peak MB"]
+            lines = [
+                (f"`{side}`", one["unable"], "")
+                if "unable" in one
+                else (f"`{side}`", f"{one['seconds']:.1f}", _mb(one["peak"]))
+                for side, one in row.items()
+            ]
+        else:
+            title = f"how many tokens fit into {int(number) / 2**20:.0f} MiB beside the model"
+            head = ["cache, numbers", "tokens", "against DynamicCache"]
+            base = {side.split()[-1]: one["tokens"] for side, one in row.items() if side.startswith("DynamicCache")}
+            lines = [
+                (f"`{side}`", f"{one['tokens']:,}", f"{one['tokens'] / base[side.split()[-1]]:.1f} ×")
+                for side, one in row.items()
+            ]
+        parts.append(f"**{title[0].upper()}{title[1:]}**\n\n{table(head, lines)}")
+    rates = found["rates"]
+    about = (
+        f"`{found['command']}`: {rates['parameters'] / 1e6:.0f} M parameters, float32, {found['threads']} threads, medians of "
+        f"{found['rounds']} interleaved rounds; memory is read at {max(rates['read'], rates['copy']) / 1e9:.0f} GB/s."
+    )
+    return "\n\n".join([*parts, about])
+
+
+def _decoding(one: dict[str, Any]) -> tuple[str, ...]:
+    if "unable" in one:
+        return (one["unable"], *[""] * 7)
+    return (
+        f"{one['milliseconds_per_token']:.1f}",
+        f"{one['tokens_per_second']:.1f}",
+        f"{one['times_as_fast_as_dynamic']:.2f} ×",
+        f"{one['attention_times_as_fast']:.1f} ×",
+        f"{100 * one['share_of_floor']:.0f} %",
+        _mb(one["held_bytes"]),
+        _mb(one["peak_bytes"]),
+        "yes" if one["same_bits_as_dynamic"] else "no",
+    )
+
+
+def _mb(number: float) -> str:
+    return f"{number / 1e6:.0f}"
