@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
