@@ -30,7 +30,7 @@ FORMS = {
     "H2O": ("H2O(64)", "H2O(8)"),
     "H2O-share": ("H2O(1.0)", "H2O(0.5, recent=3, sinks=1)"),
     "H2O-heads": ("H2O([[64, 70], [64, 70], [64, 70]])", "H2O([[4, 8], [8, 8], [5, 6]])"),
-    "KIVI": ("KIVI()", "KIVI(2, group=2, window=4, sinks=1)"),
+    "KIVI": ("KIVI()", "KIVI(2, group=4, window=4, sinks=1)"),
     "VQKV": (f"VQKV(2, {FAST})", f"VQKV(2, window=5, sinks=1, every=2, {FAST})"),
 }
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
@@ -343,7 +343,7 @@ def test_a_cache_that_was_reset_is_as_new(name: str):
 @pytest.mark.parametrize("name", FORMS)
 def test_bf16_and_shortest_texts(name: str):
     lm = copy.deepcopy(model()).to(torch.bfloat16)
-    cache = (small(name) if name in SMALL else large(name)).cache(lm)
+    cache = (small(name, lm) if name in SMALL else large(name, lm)).cache(lm)
     logits = feed(lm, cache, ids(1, 11), [1] * 11)
     assert logits.isfinite().all() and cache.get_seq_length() == 11
 

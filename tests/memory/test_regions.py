@@ -70,10 +70,10 @@ def feed(to: RegionLayer, given: tuple[torch.Tensor, ...], pieces: list[int], ma
     for query, key, value in zip(*(each.split(pieces, 2) for each in given), strict=True):
         marked, value = to.update(key, value)
         seen += key.shape[2]
-        causal = None
-        if mask is not None:
-            K, T = seen, key.shape[2]
-            causal = torch.ones(K, K).tril().bool()[-T:] & mask[:, None, None, :K].bool()
+        causal, T = None, key.shape[2]
+        if mask is not None or 1 < T < seen:  # as transformers: none is needed for a first piece and for one token
+            causal = torch.ones(1, 1, seen, seen).tril().bool()[:, :, -T:]
+            causal = causal if mask is None else causal & mask[:, None, None, :seen].bool()
         found.append(memory_attention(MODULE, query, marked, value, causal)[0])
     return torch.cat(found, 1)
 

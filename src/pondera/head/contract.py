@@ -10,13 +10,14 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from pondera.ground.described import Described
 from pondera.model.terms import Term
 
 IGNORED = -100
 """Label of tokens that carry no loss, as in transformers."""
 
 
-class Head(nn.Module, ABC):
+class Head(Described, nn.Module, ABC):
     """Takes the place of a backbone's output matrix.
 
     A head is described by its constructor and made by `attach`. It must give the same logits to a state whatever else is

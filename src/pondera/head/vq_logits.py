@@ -61,9 +61,6 @@ class VQLogits(Head):
             raise unknown("start", start, STARTS)
         self.codes, self.groups, self.start, self._biased = codes, groups, start, bias
 
-    def __repr__(self) -> str:
-        return f"VQLogits(codes={self.codes}, groups={self.groups}, bias={self._biased}, start={self.start!r})"
-
     def attach(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:
         """See `Head.attach`."""
         if width % self.groups:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from pondera.ground.described import Described
 from pondera.ground.errors import UserError
 from pondera.memory.parts.layer import MEMORY, MemoryLayer
 from pondera.model.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -54,7 +55,7 @@ class MemoryCache(Cache):
         return live_cache_bytes(self)
 
 
-class Memory(nn.Module, ABC):
+class Memory(Described, nn.Module, ABC):
     """Decides what a model keeps of the tokens that it has read.
 
     A memory works on any causal LM of transformers without touching its weights::

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from pondera.ground import spec
 from pondera.ground.errors import UserError, unknown
+from pondera.ground.run import write_atomic
 from pondera.memory.contract import compressible, head_width, kv_heads
 from pondera.memory.parts.codebooks import ONE_BYTE, TWO_BYTES, Codebooks, Turned
 from pondera.memory.parts.coder import Coder
@@ -72,7 +74,7 @@ class VQKV(Regions):
         quantizer: description of a stage that learns, with `codes` codes; none: ``SimVQ(codes, start="match")``.
         every: tokens coded at a time; see `Regions`.
         steps: of fitting, per stage.
-        vectors: calibration vectors per codebook, at most.
+        vectors: calibration vectors per codebook, at most; none: 65,536, or as many as K codes need.
         seed: of fitting.
 
     Example:
@@ -103,7 +105,7 @@ class VQKV(Regions):
         quantizer: Quantizer | None = None,
         every: int = 16,
         steps: int = 100,
-        vectors: int = 65536,
+        vectors: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(window, sinks, every)
@@ -120,6 +122,7 @@ class VQKV(Regions):
         ):
             if given not in allowed:
                 raise unknown(name, given, allowed)
+        vectors = max(65536, VECTORS_PER_CODE * codes) if vectors is None else vectors
         if steps < 1 or vectors < VECTORS_PER_CODE * codes:
             raise UserError(
                 f"steps={steps}, vectors={vectors}: give 1 step or more, and at least {VECTORS_PER_CODE} vectors for each of "
@@ -330,7 +333,8 @@ class VQKV(Regions):
         if not self.fitted or bits > self.bits:
             raise UserError(f"at({bits}): give at most the {self.bits} bits of codebooks that have been fitted")
         self.check(config, [])
-        made = type(self)(**self._settings() | {"bits": bits, "quantizer": self.quantizer_spec})
+        told = spec.parse(repr(self))
+        made = spec.build(replace(told, args=(), kwargs=told.kwargs | {"bits": bits}), "memory")
         made.attach(config)
         for name, table in self.named_buffers():
             wanted = made.get_buffer(name)
@@ -345,14 +349,14 @@ class VQKV(Regions):
         Raises:
             UserError: there are none yet.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         if not self.fitted:
             raise UserError("this VQKV has no codebooks to save yet: memory.fit(model, samples)")
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"settings": json.dumps(self._settings()), "fingerprint": json.dumps(self.fingerprint)}
-        save_file({name: table.contiguous() for name, table in self.state_dict().items()}, path, told)
+        told = {"memory": repr(self), "fingerprint": json.dumps(self.fingerprint)}
+        write_atomic(path, save({name: table.contiguous() for name, table in self.state_dict().items()}, told))
         return path
 
     @classmethod
@@ -369,35 +373,20 @@ class VQKV(Regions):
             with safe_open(path, "pt") as file:
                 told = file.metadata() or {}
                 tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            settings, fingerprint = json.loads(told["settings"]), json.loads(told["fingerprint"])
+            described, fingerprint = told["memory"], json.loads(told["fingerprint"])
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write it with memory.save({str(folder)!r})") from None
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: these are no codebooks of VQKV ({error})") from None
-        if settings["quantizer"] is not None:
-            settings["quantizer"] = spec.build(settings["quantizer"], "quantize")
-        made = cls(**settings)
+        made = spec.build(described, "memory")
+        if not isinstance(made, cls):
+            raise UserError(f"{path}: holds {described}, not a {cls.__name__}")
         for name, table in tables.items():
+            if name.split("_")[0] not in ("keys", "values", "frequency", "is"):
+                raise UserError(f"{path}: {name!r} is not a tensor of VQKV")
             made.register_buffer(name, table)
         made.fingerprint = fingerprint
         return made
-
-    def _settings(self) -> dict[str, Any]:
-        names = (
-            "bits",
-            "window",
-            "sinks",
-            "codes",
-            "branches",
-            "cut",
-            "key_stage",
-            "width",
-            "fitting",
-            "every",
-            "steps",
-        )
-        described = None if self.quantizer_spec is None else repr(self.quantizer_spec)
-        return {name: getattr(self, name) for name in (*names, "vectors", "seed")} | {"quantizer": described}
 
 
 def _fingerprint(config: PreTrainedConfig) -> dict[str, Any]:

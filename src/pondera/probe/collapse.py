@@ -49,9 +49,6 @@ class Collapse(Probe):
             raise UserError(f"max_tokens={max_tokens}: give 1 or more")
         self.rank, self.max_tokens = rank, max_tokens
 
-    def __repr__(self) -> str:
-        return f"Collapse(rank={self.rank}, max_tokens={self.max_tokens})"
-
     def look(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
         """See `Probe.look`: of ``latents`` and ``codebook``."""
         for name in TENSORS:

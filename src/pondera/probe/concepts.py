@@ -98,9 +98,6 @@ class Concepts(Probe):
                 raise UserError(f"{name}={value}: give 1 or more")
         self.top, self.codes, self.segments, self.max_tokens = top, codes, segments, max_tokens
 
-    def __repr__(self) -> str:
-        return f"Concepts(top={self.top}, codes={self.codes}, segments={self.segments}, max_tokens={self.max_tokens})"
-
     def run(self, model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str) -> dict[str, Any]:
         """See `Probe.run`.
 

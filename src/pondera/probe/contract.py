@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pondera.ground.described import Described
 from pondera.ground.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Shown:
     plots: list[Plot] = field(default_factory=list)
 
 
-class Probe(ABC):
+class Probe(Described, ABC):
     """Looks at a model that reads a text.
 
     A probe is constructed from its spec string, such as ``ThinkTrace(top=3)``. It is one file of this folder, named like

@@ -50,9 +50,6 @@ class ThinkTrace(Probe):
                 raise UserError(f"{name}={value}: give 1 or more")
         self.top, self.max_tokens = top, max_tokens
 
-    def __repr__(self) -> str:
-        return f"ThinkTrace(top={self.top}, max_tokens={self.max_tokens})"
-
     def run(self, model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str) -> dict[str, Any]:
         """See `Probe.run`.
 

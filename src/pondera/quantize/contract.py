@@ -7,8 +7,6 @@ codebook's rows. In docstrings ``...`` are any leading dimensions.
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from pondera.ground.described import Described
 from pondera.ground.errors import UserError, unknown
 from pondera.model.terms import Term
 from pondera.quantize.parts.health import Health, health
@@ -62,7 +61,7 @@ class Quantized:
         return health(self.given, self.out.detach(), self.codes, self.table, self.sizes)
 
 
-class Quantizer(nn.Module, ABC):
+class Quantizer(Described, nn.Module, ABC):
     """Gives vectors of width D codes, and codes vectors.
 
     A quantizer is described by its constructor, without a width, and made by `build`; so one description serves every
@@ -76,7 +75,6 @@ class Quantizer(nn.Module, ABC):
     paper: ClassVar[str]
     price: ClassVar[str]
     reproduced: ClassVar[str]
-    _given: dict[str, Any]
     discrete: ClassVar[bool] = True
     """False where nothing is coded, so that there are neither codes nor a table."""
 
@@ -84,34 +82,6 @@ class Quantizer(nn.Module, ABC):
     """D; 0 before `build`."""
     groups: int = 1
     levels: int = 1
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Has the constructor note what it was given: that is the description, which `__repr__` tells."""
-        super().__init_subclass__(**options)
-        construct = cls.__init__
-
-        @functools.wraps(construct)
-        def noting(self: Any, *args: Any, **kwargs: Any) -> None:
-            if "_given" not in vars(self):  # by the class itself, not by the one it is derived from
-                given = inspect.signature(construct).bind(self, *args, **kwargs).arguments
-                # Without the graph of a tensor, which could not be copied when the description is built.
-                plain = {name: value.detach() if isinstance(value, Tensor) else value for name, value in given.items()}
-                object.__setattr__(self, "_given", {name: plain[name] for name in plain if name != "self"})
-            construct(self, *args, **kwargs)
-
-        cls.__init__ = noting
-
-    def __repr__(self) -> str:
-        """The spec string: `pondera.ground.spec.build` makes the same description of it."""
-        given, parameters = self._given, inspect.signature(type(self)).parameters
-        first = next(iter(parameters), None)
-        changed = {
-            name: value
-            for name, value in given.items()
-            if isinstance(value, Tensor) or value != parameters[name].default
-        }
-        texts = [repr(value) if name == first else f"{name}={value!r}" for name, value in changed.items()]
-        return f"{type(self).__name__}({', '.join(texts)})"
 
     def build(self, dim: int) -> Self:
         """A quantizer of this description with weights of its own, for vectors of width `dim`.

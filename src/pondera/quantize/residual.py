@@ -99,6 +99,10 @@ class Residual(Composite):
         codes_NR = put_back(nearest_by_levels(chosen(x_NC, kept_N), table[0]), kept_N, len(x_NC))
         return self._padded([codes_NR.view(*x.shape[:-1], 1, len(parts))])
 
+    def _plain_rows(self) -> list[Tensor] | None:
+        """See `Quantizer._plain_rows`; none of residuals of residuals, which one look-up would sum in another order."""
+        return super()._plain_rows() if self.each()[0].levels == 1 else None
+
     def _decode_by_parts(self, codes: Tensor) -> Tensor:
         pieces = codes.split(self.each()[0].levels, -1)
         return reduce(torch.add, [part.decode(piece) for part, piece in zip(self.each(), pieces, strict=False)])

@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pondera.memory.parts.code_sums import look_up, tally
 from pondera.memory.parts.coder import Coder, Parts
 from pondera.memory.parts.rotary import turn
 
-SCRATCH = 2**22
-"""Codes at a time, as indices of four bytes."""
 ONE_BYTE, TWO_BYTES = 2**8, 2**15
 """How many codes fit into a byte, and into two of a signed number."""
 
@@ -86,46 +85,30 @@ class Codebooks(Coder):
 
     def dot(self, query_BGND: Tensor, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
         """See `Coder.dot`: a table of products of each query with each code, of which every token sums its own."""
-        B, G, N, _ = query_BGND.shape
-        codes_BHSL = parts["codes"]
-        _, H, S, _ = codes_BHSL.shape
+        N, codes_BHSL = query_BGND.shape[2], parts["codes"]
+        H = codes_BHSL.shape[1]
         score_BGNS = None
         for table_LKC, dims_C, codes_BHSl in self._branches(codes_BHSL):
             rows_KJC = table_LKC.flatten(0, 1).unflatten(-1, (self.joined, -1))
             query_BHJNC = query_BGND[..., dims_C].to(rows_KJC.dtype).unflatten(1, (H, self.joined))
             product = torch.einsum("kjc,bhjnc->bhkjn", rows_KJC, query_BHJNC).flatten(3)
-            found = torch.empty(B, H, S, product.shape[-1], dtype=product.dtype, device=product.device)
-            for b in range(B):
-                for h in range(H):
-                    for part in _pieces(S, codes_BHSl.shape[-1]):
-                        index = _index(codes_BHSl[b, h, part], table_LKC.shape[1])
-                        found[b, h, part] = functional.embedding_bag(index, product[b, h], mode="sum")
-            scores = found.mT.unflatten(2, (self.joined, N)).flatten(1, 2)
+            scores = look_up(product, codes_BHSl).unflatten(2, (self.joined, N)).flatten(1, 2)
             score_BGNS = scores if score_BGNS is None else score_BGNS + scores
         assert score_BGNS is not None
         return score_BGNS
 
     def mix(self, weight_BGNS: Tensor, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
         """See `Coder.mix`: the weight that each code gets in all, and one product of these sums with the tables."""
-        B, G, N, S = weight_BGNS.shape
+        B, G, N, _ = weight_BGNS.shape
         codes_BHSL = parts["codes"]
         D = sum(len(dims) for dims in self.dims)
         out_BGND = self.tables[0].new_empty(B, G, N, D)
-        weight_BGNS = weight_BGNS.to(self.tables[0].dtype)
+        weight_BHJNS = weight_BGNS.to(self.tables[0].dtype).unflatten(1, (-1, self.joined))
+        weight_BHnS = weight_BHJNS.flatten(2, 3)
         for table_LKC, dims_C, codes_BHSl in self._branches(codes_BHSL):
-            L, K, _ = table_LKC.shape
             rows_KJC = table_LKC.flatten(0, 1).unflatten(-1, (self.joined, -1))
-            received = weight_BGNS.new_zeros(B, G, N, L * K)
-            for b in range(B):
-                for h in range(codes_BHSL.shape[1]):
-                    for part in _pieces(S, L):
-                        index = _index(codes_BHSl[b, h, part], K).flatten()
-                        for g in range(h * self.joined, (h + 1) * self.joined):
-                            for n in range(N):
-                                each = weight_BGNS[b, g, n, part, None].expand(-1, L).flatten()
-                                received[b, g, n].index_add_(0, index, each)
-            received = received.unflatten(1, (-1, self.joined))
-            out_BGND[..., dims_C] = torch.einsum("bhjnk,kjc->bhjnc", received, rows_KJC).flatten(1, 2)
+            received = tally(weight_BHnS, codes_BHSl, table_LKC.shape[1]).unflatten(3, (self.joined, N))
+            out_BGND[..., dims_C] = torch.einsum("bhkjn,kjc->bhjnc", received, rows_KJC).flatten(1, 2)
         return out_BGND
 
     def _branches(self, codes_BHSL: Tensor) -> zip:
@@ -174,8 +157,3 @@ def _index(codes_ML: Tensor, size: int) -> Tensor:
     """Rows of the stages' tables, one behind the other."""
     stage_L = torch.arange(codes_ML.shape[-1], dtype=torch.int32, device=codes_ML.device)
     return codes_ML.to(torch.int32) + stage_L * size
-
-
-def _pieces(tokens: int, stages: int) -> list[slice]:
-    step = max(1, SCRATCH // stages)
-    return [slice(start, min(tokens, start + step)) for start in range(0, tokens, step)]

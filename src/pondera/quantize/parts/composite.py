@@ -43,7 +43,7 @@ class Lookup:
         index = index.where(codes != ABSENT, len(self.rows_nC) - 1)
         index = index.where(codes < self.codes, len(self.rows_nC))  # what is no code is no row of another table either
         bags = embedding_bag(index.flatten(0, -2), self.rows_nC, mode="sum")
-        return bags.view(*codes.shape[:-1], -1)
+        return bags.view(*codes.shape[:-1], self.rows_nC.shape[1])
 
 
 class Composite(Quantizer):
