@@ -6,6 +6,7 @@ Shapes: B batch, T tokens of a sample, G KV heads, D head width, N vectors, C wi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,9 +50,8 @@ def collect(
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
             model(input_ids=ids_BT, past_key_values=cache, logits_to_keep=1)
             for place, number in enumerate(layers):
-                held = cache.layers[number]
+                held: Any = cache.layers[number]  # an ordinary layer, as `compressible` says
                 for kept, rows_BGTD in ((keys, held.keys), (values, held.values)):
-                    assert rows_BGTD is not None
                     kept[place].append(rows_BGTD[:, :, skip:].transpose(0, 1).flatten(1, 2).float())
             B, T = ids_BT.shape
             positions.append(torch.arange(skip, T, device=model.device).repeat(B) if T > skip else ids_BT.new_empty(0))
@@ -62,8 +62,8 @@ def collect(
         model.train(training)
     if not positions:
         return [], [], torch.empty(0)
-    joined = ([torch.cat(parts, 1)[:, :most] for parts in kept] for kept in (keys, values))
-    return (*joined, torch.cat(positions)[:most])
+    joined = [[torch.cat(parts, 1)[:, :most] for parts in kept] for kept in (keys, values)]
+    return joined[0], joined[1], torch.cat(positions)[:most]
 
 
 def residual_tables(x_NC: Tensor, stages: int, stage: Stage, seed: int) -> Tensor:

@@ -271,7 +271,8 @@ class RegionLayer(MemoryLayer):
         """All that is kept, decoded, in no particular order: keys and values ``[B, G, S, D]``, and their token numbers
         ``[B, S]``, negative where a row holds nothing."""
         pieces = list(self.ring.pieces(self._exact_from(), self.ring.end))
-        call = Call(torch.nn.Module(), *3 * (self.ring.keys[:, :, :0],), None, 1.0, self.seen, {})
+        none_BG0D = self.ring.keys[:, :, :0]
+        call = Call(torch.nn.Module(), none_BG0D, none_BG0D, none_BG0D, None, 1.0, self.seen, {})
         dense = [part.dense() if isinstance(part, Coded) else part for part in self._segments(call, pieces, 0)]
         keys, values = (torch.cat([getattr(part, name) for part in dense], 2) for name in ("keys", "values"))
         numbers = [torch.where(part.within(keys.device), part.number(keys.device), -1) for part in dense]
