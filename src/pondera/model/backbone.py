@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,6 +25,7 @@ from pondera.model.hf import (
     create_sliding_window_causal_mask,
 )
 from pondera.model.log_weight import LOG_WEIGHT
+from pondera.model.rotation import Rotation
 from pondera.model.rows import PACKED, Rows, standing_in
 from pondera.model.top_logits import top_logits
 
@@ -166,10 +168,11 @@ class Backbone(nn.Module):
         self,
         h_BSD: Tensor,
         cache: Cache | None = None,
-        mask: Tensor | SlotMask | None = None,
+        mask: Tensor | SlotMask | Mapping[str, SlotMask] | None = None,
         position_ids: Tensor | None = None,
         rows: Rows | None = None,
         log_weight_BS: Tensor | None = None,
+        attention: tuple[str, dict[str, Any]] | None = None,
     ) -> Tensor:
         """One whole pass through the decoder by its public call; returns states after the final norm, ``[B, S, D]``.
 
@@ -177,11 +180,13 @@ class Backbone(nn.Module):
             h_BSD: one input vector per slot; packed into ``[1, N, D]`` if `rows` say so.
             cache: counts slots; new rows are appended to it.
             mask: none, a 2-D mask over all cached and new slots (1 = real, 0 = padding; without a cache also 1, 2, 3, ...
-                for documents that must not see each other), or a `SlotMask`.
+                for documents that must not see each other), a `SlotMask`, or one for each kind of layer.
             position_ids: ``[B, S]`` token positions; slots of one token share theirs. Packed as the inputs are.
             rows: which slots of which texts the rows of a packed call are; then `mask` must be a `SlotMask` of all texts.
             log_weight_BS: added to every attention score of that row, like `SlotMask.log_weight_BK` but as one more
                 coordinate of queries and keys, which fused kernels take and gradient can flow through. Without a cache.
+            attention: an attention function that stands in for the backbone's own, by its name in transformers' registry,
+                and what it is told beside ``inner``, the name of that own one.
         """
         call: dict[str, Any] = {
             "inputs_embeds": h_BSD,
@@ -193,6 +198,10 @@ class Backbone(nn.Module):
         if log_weight_BS is not None:
             with standing_in(self.config, LOG_WEIGHT) as how:
                 return self.decoder(**call, log_weight_BS=log_weight_BS, **how).last_hidden_state
+        if attention is not None:
+            name, told = attention
+            with standing_in(self.config, name) as how:
+                return self.decoder(**call, **told, **how).last_hidden_state
         if rows is None or rows.batch == 1:
             return self.decoder(**call).last_hidden_state
         with standing_in(self.config, PACKED) as how:
@@ -236,21 +245,36 @@ class Backbone(nn.Module):
         # Once for all layers of a kind: turning takes a dozen small operations to prepare, which decoding would feel.
         arguments = {
             kind: {"attention_mask": masks[kind], layout.cache_argument: cache, "use_cache": cache is not None}
-            | self._rotations(h_BSD, position_ids, kind)
+            | self._turned(kind, position_ids, h_BSD)
             for kind in {types[index] for index in layers}
         }
         for index in layers:
             h_BSD = getattr(decoder, layout.layers)[index](h_BSD, **arguments[types[index]])
         return getattr(decoder, layout.norm)(h_BSD) if layers.stop == count else h_BSD
 
-    def _rotations(self, h_BSD: Tensor, position_ids: Tensor, kind: str) -> dict[str, Any]:
+    def _turned(self, kind: str, position_ids: Tensor, h_BSD: Tensor) -> dict[str, Any]:
         """What layers of a kind take to turn queries and keys by; nothing where positions are learned vectors."""
+        rotation = self.rotation(kind, position_ids, h_BSD)
+        if rotation is None:
+            return {}
+        return {"position_embeddings": (rotation.cos_BSr, rotation.sin_BSr), "position_ids": position_ids}
+
+    def rotation(self, kind: str, position_ids: Tensor, h_BSD: Tensor) -> Rotation | None:
+        """What queries and keys at these positions are turned by; none where positions are learned vectors in the inputs.
+
+        Args:
+            kind: of layer, as in `layer_types`: some architectures turn them differently.
+            position_ids: ``[B or 1, S]``; may be negative.
+            h_BSD: inputs of the call, for their dtype and device.
+
+        Raises:
+            UserError: an architecture whose inside Pondera does not know.
+        """
         layout = self._layout()
         if layout.rotary is None:
-            return {}
-        per_kind = (kind,) if self.config.model_type == "gemma3_text" else ()
-        turns = getattr(self.decoder, layout.rotary)(h_BSD, position_ids, *per_kind)
-        return {"position_embeddings": turns, "position_ids": position_ids}
+            return None
+        per_type = (kind,) if self.config.model_type == "gemma3_text" else ()
+        return Rotation(*getattr(self.decoder, layout.rotary)(h_BSD, position_ids, *per_type))
 
     def more_layers(self, count: int) -> Backbone:
         """Further layers of the same architecture and a final norm, for vectors that are no tokens, newly drawn.
@@ -305,9 +329,13 @@ class Backbone(nn.Module):
         }
 
     def _attention_mask(
-        self, h_BSD: Tensor, cache: Cache | None, mask: Tensor | SlotMask | None, position_ids: Tensor | None
+        self,
+        h_BSD: Tensor,
+        cache: Cache | None,
+        mask: Tensor | SlotMask | Mapping[str, SlotMask] | None,
+        position_ids: Tensor | None,
     ) -> Any:
-        if isinstance(mask, SlotMask):
+        if isinstance(mask, (SlotMask, Mapping)):
             return self._dense_masks(h_BSD, mask)
         if mask is None and cache is None and position_ids is not None:
             # Without a mask transformers reads position ids that do not count 0, 1, 2, ... as packed documents, and
@@ -317,12 +345,14 @@ class Backbone(nn.Module):
             return self._dense_masks(h_BSD, _documents(mask))
         return mask
 
-    def _dense_masks(self, h_BSD: Tensor, mask: SlotMask) -> Any:
+    def _dense_masks(self, h_BSD: Tensor, mask: SlotMask | Mapping[str, SlotMask]) -> Any:
         """The 4-D masks that the decoder takes instead of building its own, one per kind of layer if it has several."""
         masks = self._masks_by_kind(h_BSD, mask)
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _masks_by_kind(self, h_BSD: Tensor, mask: SlotMask) -> dict[str, Tensor | None]:
+    def _masks_by_kind(
+        self, h_BSD: Tensor, mask: SlotMask | Mapping[str, SlotMask]
+    ) -> dict[str, Tensor | None]:
         kinds = set(self.layer_types)
         if "linear_attention" in kinds:
             raise UserError(
@@ -331,11 +361,12 @@ class Backbone(nn.Module):
             )
         masks: dict[str, Tensor | None] = {}
         for kind in kinds:
-            allowed_BSK = mask.allowed_BSK
+            own = mask[kind] if isinstance(mask, Mapping) else mask
+            allowed_BSK = own.allowed_BSK
             if kind == "sliding_attention":
-                distance_BSK = mask.query_positions_BS[:, :, None] - mask.key_positions_BK[:, None, :]
+                distance_BSK = own.query_positions_BS[:, :, None] - own.key_positions_BK[:, None, :]
                 allowed_BSK = allowed_BSK & (distance_BSK < self.config.sliding_window)
-            masks[kind] = self._as_attention_takes_it(allowed_BSK, mask.log_weight_BK, h_BSD.dtype)
+            masks[kind] = self._as_attention_takes_it(allowed_BSK, own.log_weight_BK, h_BSD.dtype)
         return masks
 
     def _as_attention_takes_it(self, allowed_BSK: Tensor, log_weight_BK: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -30,12 +30,12 @@ from pondera.model.hf import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from pondera.model.method import Method
 from pondera.model.terms import Term
 
 if TYPE_CHECKING:
     from pondera.head.contract import Head
     from pondera.memory.contract import Memory
-    from pondera.model.method import Method
     from pondera.segment.contract import Segment
     from pondera.think.contract import Think
 
@@ -101,7 +101,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.think: Think | None = spec.build(config.think, "think") if config.think else None
         self.segment: Segment | None = spec.build(config.segment, "segment") if config.segment else None
-        self.memory: Memory | None = spec.build(config.memory, "memory") if config.memory else None
+        self.memory: Memory | Method | None = spec.build(config.memory, "memory") if config.memory else None
         old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
         # Training moves weights away from the unit RMS that they were drawn at, so what a new method feeds back is matched
         # to trained embeddings as on any pretrained backbone; a scale that was trained with comes along with its method.
@@ -115,7 +115,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         if config.embed_scale is None:
             config.embed_scale = self._embed_scale(old)
         self.backbone.embed_scale = config.embed_scale
-        if self.memory is not None:
+        if self.memory is not None and not isinstance(self.memory, Method):
             self.memory.attach(self.backbone.config)
         if self.method is not None:
             self.method.attach(self.backbone)
@@ -166,7 +166,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     @property
     def method(self) -> Method | None:
         """What makes states of embeddings, on whichever seam; none: the backbone alone, in one pass."""
-        return self.think if self.think is not None else self.segment
+        memory = self.memory if isinstance(self.memory, Method) else None
+        return next((method for method in (self.think, self.segment, memory) if method is not None), None)
 
     @property
     def head(self) -> Head | None:
@@ -191,11 +192,11 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
 
     def new_cache(self) -> Cache:
         """An empty cache, of the method's own kind where there is one."""
-        if self.memory is not None:
-            return self.memory.cache(self.backbone.lm)
-        if self.method is None:
-            return DynamicCache(config=self.backbone.config)
-        return self.method.new_cache(self.backbone)
+        if self.method is not None:
+            return self.method.new_cache(self.backbone)
+        if isinstance(self.memory, nn.Module):
+            return cast("Memory", self.memory).cache(self.backbone.lm)
+        return DynamicCache(config=self.backbone.config)
 
     def begin_step(self, step: int, seed: int) -> None:
         """Tells the method which optimizer step comes, so that all ranks draw the same."""
