@@ -350,9 +350,7 @@ class Backbone(nn.Module):
         masks = self._masks_by_kind(h_BSD, mask)
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
-    def _masks_by_kind(
-        self, h_BSD: Tensor, mask: SlotMask | Mapping[str, SlotMask]
-    ) -> dict[str, Tensor | None]:
+    def _masks_by_kind(self, h_BSD: Tensor, mask: SlotMask | Mapping[str, SlotMask]) -> dict[str, Tensor | None]:
         kinds = set(self.layer_types)
         if "linear_attention" in kinds:
             raise UserError(

@@ -225,7 +225,9 @@ class BlockLayer(CacheLayerMixin):
 
     def select(self, rows: Tensor) -> None:
         """Keeps these texts of the batch, in this order."""
-        self.held, self.before = ({name: x[rows.to(x.device)] for name, x in d.items()} for d in (self.held, self.before))
+        self.held, self.before = (
+            {name: x[rows.to(x.device)] for name, x in d.items()} for d in (self.held, self.before)
+        )
 
     def get_seq_length(self) -> int:
         """Columns of the open blocks."""
@@ -365,7 +367,8 @@ class BlockCache(TokenCache):
     def mixed(self) -> bool:
         """Layers of one kind give different numbers of rows."""
         return any(
-            len({layer.remember is None for layer, its in zip(self._layers, self.kinds, strict=True) if its == kind}) > 1
+            len({layer.remember is None for layer, its in zip(self._layers, self.kinds, strict=True) if its == kind})
+            > 1
             for kind in set(self.kinds)
         )
 

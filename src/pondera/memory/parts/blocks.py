@@ -136,7 +136,9 @@ class BlockMemory(Method):
             )
         most = config.max_position_embeddings
         if LAYOUTS[config.model_type].positions and self.block > most:
-            raise UserError(f"block={self.block}: {config.model_type} has learned positions for {most} tokens; give {most}")
+            raise UserError(
+                f"block={self.block}: {config.model_type} has learned positions for {most} tokens; give {most}"
+            )
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         window = config.sliding_window if len(full) < len(kinds) else 1
