@@ -12,7 +12,8 @@ from __future__ import annotations
 import re
 import sys
 
-import models  # noqa: F401  (these files register what they can generate)
+import blocks  # noqa: F401  (these files register what they can generate)
+import models  # noqa: F401
 import past  # noqa: F401
 import study  # noqa: F401
 import times  # noqa: F401

@@ -104,8 +104,7 @@ def check_think_first(model: AdaptiveLM, settings: TrainConfig) -> None:
     if steps < 0:
         raise UserError(f"train.think_first: at least 0, got {steps}")
     if steps and not (model.method is not None and any(p.numel() for p in model.method.parameters())):
-        chosen = model.config.think or model.config.segment
-        what = f"{chosen} adds no parameters" if model.method is not None else "there is no think method"
+        what = f"{model.chosen} adds no parameters" if model.method is not None else "there is no think method"
         raise UserError(
             f"train.think_first: {what}, so nothing would learn in the first {steps} steps; use --train.think_first 0"
         )

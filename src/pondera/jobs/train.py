@@ -148,9 +148,8 @@ def _check_free(out: Path) -> None:
 def check_recomputable(model: AdaptiveLM, settings: TrainConfig) -> None:
     """Refuses gradient checkpointing for a method whose passes cannot be run a second time."""
     if settings.gradient_checkpointing and model.method is not None and not model.method.recomputable:
-        chosen = model.config.think or model.config.segment
         raise UserError(
-            f"train.gradient_checkpointing: {chosen} reads the rows of its earlier steps from a cache, which "
+            f"train.gradient_checkpointing: {model.chosen} reads the rows of its earlier steps from a cache, which "
             "cannot be recomputed; leave gradient_checkpointing out and use a smaller train.micro_batch_size instead"
         )
 

@@ -1,17 +1,16 @@
 """MeanPool: every few tokens of the past as one mean row.
 
-Shapes: B batch, H key and value heads, L tokens of a block, S rows, d head width.
+Shapes: B batch, H key and value heads, L tokens of a block, d head width.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pondera.ground.errors import UserError
-from pondera.memory.parts.block_cache import Held
+from pondera.memory.parts.block_cache import Held, newest
 from pondera.memory.parts.blocks import BlockMemory
 
 
@@ -36,6 +35,7 @@ class MeanPool(BlockMemory):
         layers: numbers of the layers that have memory; none: all without a sliding window.
 
     Example:
+        >>> import torch
         >>> signal = torch.arange(4.0).view(1, 1, 4, 1)
         >>> MeanPool(block=4, samples=3, pool=2).remember({}, signal, signal, [0])["rows_v"].flatten().tolist()
         [0.5, 2.5]
@@ -68,9 +68,5 @@ class MeanPool(BlockMemory):
 
     def remember(self, held: Held, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]) -> Held:
         """See `BlockMemory.remember`."""
-        new: Held = {}
-        for name, x_BHLd in (("rows_k", key_BHLd), ("rows_v", value_BHLd)):
-            mean_BHSd = x_BHLd.unflatten(-2, (-1, self.pool)).mean(-2)
-            old = [held[name]] if name in held else []
-            new[name] = torch.cat([*old, mean_BHSd], dim=-2)[:, :, -self.samples :].clone()
-        return new
+        pooled = (x_BHLd.unflatten(-2, (-1, self.pool)).mean(-2) for x_BHLd in (key_BHLd, value_BHLd))
+        return newest(held, *pooled, self.samples)

@@ -170,6 +170,12 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         return next((method for method in (self.think, self.segment, memory) if method is not None), None)
 
     @property
+    def chosen(self) -> str | None:
+        """What `method` was built from."""
+        named = {"think": self.think, "segment": self.segment, "memory": self.memory}
+        return next((getattr(self.config, seam) for seam, it in named.items() if it is self.method), None)
+
+    @property
     def head(self) -> Head | None:
         """What scores the vocabulary in place of the backbone's output matrix; none: that matrix."""
         return cast("Head", self.get_output_embeddings()) if self.config.head else None

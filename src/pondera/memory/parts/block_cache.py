@@ -141,6 +141,15 @@ def _put(old: Tensor | None, new: Tensor, texts: Tensor, batch: int, name: str) 
     return padded(old).index_copy(0, texts, padded(new))
 
 
+def newest(held: Held, key_AHWd: Tensor, value_AHWd: Tensor, most: int) -> Held:
+    """Memory rows with further ones behind them, the last `most` of them all."""
+    new: Held = {}
+    for name, x_AHWd in (("rows_k", key_AHWd), ("rows_v", value_AHWd)):
+        old = [held[name]] if name in held else []
+        new[name] = torch.cat([*old, x_AHWd], dim=-2)[:, :, -most:].clone()
+    return new
+
+
 class BlockLayer(CacheLayerMixin):
     """One decoder layer's open blocks and what it holds of closed ones.
 

@@ -33,6 +33,7 @@ class Shape:
 
     Args:
         kv_numbers: of one row's key, and as many of its value: heads times their width.
+        query_numbers: of one row's query.
         memory: layers that have memory.
         full: layers without windows.
         layers: all of them.
@@ -40,6 +41,7 @@ class Shape:
     """
 
     kv_numbers: int
+    query_numbers: int
     memory: int
     full: int
     layers: int
@@ -104,6 +106,21 @@ class BlockMemory(Method):
         backward pass does."""
         return []
 
+    def attended(self, blocks: int) -> int:
+        """Memory rows that the backbone's own attention is given in layers with memory."""
+        return self.rows(blocks)
+
+    def searches(self, rows: float, blocks: int, gradient: bool = False) -> list[Product]:
+        """What so many rows of a text multiply in one layer to read memory, beside the backbone's own attention; arguments
+        as for `products`."""
+        return []
+
+    def attention(
+        self, backbone: Backbone, held: BlockCache, h_ASD: Tensor, position_AS: Tensor
+    ) -> tuple[str, dict[str, Any]] | None:
+        """What stands in for the backbone's own attention in a call, as `Backbone.step` takes it; none: nothing."""
+        return (FEWER_ROWS, {}) if held.mixed else None
+
     # What the backbone has to be
 
     def attach(self, backbone: Backbone) -> None:
@@ -142,7 +159,7 @@ class BlockMemory(Method):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         window = config.sliding_window if len(full) < len(kinds) else 1
-        self.shape = Shape(heads * width, len(set(self.layers)), len(full), len(kinds), window)
+        self.shape = Shape(heads * width, config.num_attention_heads * width, len(set(self.layers)), len(full), len(kinds), window)
 
     def new_cache(self, backbone: Backbone) -> TokenCache:
         """An open block, what is held of closed ones, and the last closed block, so that tokens can be taken back."""
@@ -232,7 +249,7 @@ class BlockMemory(Method):
         turn = held.begin(backbone, counts, h_ASD)
         masks = held.masks(turn, h_ASD.device)
         positions_AS = turn.positions(h_ASD.device)
-        attention: tuple[str, dict[str, Any]] | None = (FEWER_ROWS, {}) if held.mixed else None
+        attention = self.attention(backbone, held, h_ASD, positions_AS)
         return backbone.step(h_ASD, held.slots, masks, positions_AS, attention=attention)
 
     # The price
@@ -248,11 +265,13 @@ class BlockMemory(Method):
             own = context + tokens if blocks == 0 else min(size, (size + tokens) / 2)
             if blocks:
                 found += _times(self.products(blocks - 1), memory * tokens / size)
+                found += _times(self.searches(tokens, blocks), memory)
             return [*found, Call(tokens, self._keys(blocks, own))]
         for blocks, first in enumerate(range(0, tokens, size)):
             rows = min(size, tokens - first)
             if blocks:
                 found += _times(self.products(blocks - 1, training), memory)
+                found += _times(self.searches(rows, blocks, training), memory)
             found.append(Call(rows, self._keys(blocks, rows)))
         return found
 
@@ -260,7 +279,7 @@ class BlockMemory(Method):
         """Rows that a query is scored against, `own` of them in its block: the mean over the layers."""
         shape, seen = cast(Shape, self.shape), blocks * self.block
         carried = shape.full * min(self.local_carry, seen) + (shape.layers - shape.full) * min(shape.window - 1, seen)
-        return own + (shape.memory * self.rows(blocks) + carried) / shape.layers
+        return own + (shape.memory * self.attended(blocks) + carried) / shape.layers
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
         """The open block's rows, and those of the block before it."""

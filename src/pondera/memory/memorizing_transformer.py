@@ -1,0 +1,170 @@
+"""MemorizingTransformer: closed blocks as they were, of which each query reads its nearest rows.
+
+Shapes: B batch, S rows of a call, M memory rows, K memory and other rows, L tokens of a block, H heads, G key and value
+heads, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from pondera.ground.cost import Product
+from pondera.ground.errors import UserError
+from pondera.memory.parts.block_cache import BlockCache, Held, newest
+from pondera.memory.parts.blocks import BlockMemory
+from pondera.model.backbone import Backbone
+from pondera.model.hf import AttentionInterface
+from pondera.model.rotation import Rotation
+from pondera.model.rows import attention
+
+NEAREST = "pondera_nearest"
+
+
+class MemorizingTransformer(BlockMemory):
+    """Reads block by block; in some layers each query also attends to its k nearest among the last M keys before the block.
+
+    What comes of these k and what comes of the block are mixed by a learned gate, one per head.
+
+    Source: Memorizing Transformers, arXiv 2203.08913. Cost: in layers with memory 2 M rows of d numbers per head, once more
+    as they were one block before, and scores of all of them for every query: the search is exact, by one product, so what
+    is saved by reading k rows alone is not saved here. The mix is taken over all M columns, too, most of them with weight 0.
+    When not to use it: with a memory so large that a search index would pay (some 10^5 rows).
+    Resolved: keys are kept without positions, and queries are compared without theirs, as the paper has positions in its
+    local attention only. No gradient goes into memory. The paper normalises queries and keys; here they are what the
+    architecture makes them. It has memory in one layer, near the top, of its twelve; `layers` says which, and without
+    it is the last one without a sliding window. Gates start at one half. Its Transformer-XL rows are `local_carry`.
+
+    Args:
+        block: L, tokens.
+        memory: M, the most rows that are kept.
+        top: k, rows that a query reads.
+        local_carry: rows of the last tokens before a block, beside it in its own softmax.
+        layers: numbers of the layers that have memory; none: the last one without a sliding window.
+
+    Example:
+        >>> MemorizingTransformer(block=64, memory=256).rows(blocks=3)
+        192
+    """
+
+    paper: ClassVar[str] = "Memorizing Transformers, arXiv 2203.08913"
+    price: ClassVar[str] = "1 pass; in one layer scores of M more rows; memory that does not grow"
+    reproduced: ClassVar[str] = "not measured yet"
+
+    def __init__(
+        self, block: int = 128, memory: int = 1024, top: int = 32, local_carry: int = 0, layers: list[int] | None = None
+    ) -> None:
+        super().__init__(block, local_carry, 1, layers)
+        for name, value in (("memory", memory), ("top", top)):
+            if value < 1:
+                raise UserError(f"{name}={value}: give 1 or more")
+        self.memory, self.top = memory, top
+
+    def attach(self, backbone: Backbone) -> None:
+        """Makes the gates."""
+        if self.layers is None:
+            full = [index for index, kind in enumerate(backbone.layer_types) if kind == "full_attention"]
+            self.layers = full[-1:] or None
+        super().attach(backbone)
+        first, heads = next(backbone.lm.parameters()), backbone.config.num_attention_heads
+        count = len(cast("list[int]", self.layers))
+        self.gates = nn.Parameter(torch.zeros(count, heads, dtype=first.dtype, device=first.device))
+
+    def rows(self, blocks: int) -> int:
+        """See `BlockMemory.rows`."""
+        return min(self.memory, blocks * self.block)
+
+    def remember(self, held: Held, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]) -> Held:
+        """See `BlockMemory.remember`."""
+        return newest(held, key_BHLd, value_BHLd, self.memory)
+
+    def attention(self, backbone: Backbone, held: BlockCache, h_ASD: Tensor, position_AS: Tensor) -> Any:
+        """See `BlockMemory.attention`."""
+        layers = cast("list[int]", self.layers)
+        width = held.layers[layers[0]].widths()[0]
+        gates = dict(zip(layers, self.gates, strict=True))
+        rotation = backbone.rotation("full_attention", position_AS, h_ASD)
+        return NEAREST, {"nearest": Nearest(gates, width, self.top, rotation)}
+
+    def attended(self, blocks: int) -> int:
+        """See `BlockMemory.attended`: memory is read beside the backbone's attention."""
+        return 0
+
+    def searches(self, rows: float, blocks: int, gradient: bool = False) -> list[Product]:
+        """See `BlockMemory.searches`: scores and their mix, and back to the queries alone."""
+        if self.shape is None or not blocks:
+            return []
+        products = 2 * (1 + gradient)
+        return [Product(products * rows, self.shape.query_numbers * self.rows(blocks), trained=False)]
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """What the attention of one call is told.
+
+    Args:
+        gates: of each layer that has memory, ``[H]`` each.
+        width: M, memory columns in these layers.
+        top: k.
+        rotation: what queries are turned by; none: nothing.
+    """
+
+    gates: dict[int, Tensor]
+    width: int
+    top: int
+    rotation: Rotation | None
+
+    def __call__(self, query_BHSd: Tensor, key_BGMd: Tensor, value_BGMd: Tensor, there_B1SM: Tensor, scale: float) -> Tensor:
+        """What each query reads of memory, ``[B, S, H, d]``."""
+        query = query_BHSd if self.rotation is None else self.rotation.undo(query_BHSd)
+        groups = query.shape[1] // key_BGMd.shape[1]
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key_BGMd, value_BGMd))
+        score_BHSM = (query @ key.transpose(-1, -2) * scale).masked_fill(~there_B1SM, -torch.inf)
+        if self.top < self.width:
+            least_BHS1 = score_BHSM.topk(self.top, dim=-1).values[..., -1:]
+            score_BHSM = score_BHSM.masked_fill(score_BHSM < least_BHS1, -torch.inf)
+        weight_BHSM = score_BHSM.float().softmax(-1).nan_to_num().to(value.dtype)  # nothing where there is nothing
+        return (weight_BHSM @ value).transpose(1, 2)
+
+
+def nearest_attention(
+    module: Any,
+    query_BHSd: Tensor,
+    key_BGKd: Tensor,
+    value_BGKd: Tensor,
+    attention_mask: Tensor,
+    inner: str,
+    nearest: Nearest,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The backbone's own attention to all rows but memory's, and the nearest of these, mixed by the layer's gates.
+
+    Args:
+        module: the attention layer.
+        query_BHSd, key_BGKd, value_BGKd: after rotation, but for memory rows, which come first.
+        attention_mask: ``[B, 1, S, K]`` for layers with memory, as the inner function takes it.
+        inner: the name of the attention function that does the work.
+        nearest: reads memory.
+        scaling: of the scores; none: one over the root of the width.
+        **kwargs: handed on.
+    """
+    gate_H = nearest.gates.get(module.layer_idx)
+    width = 0 if gate_H is None else nearest.width
+    local = attention_mask[..., attention_mask.shape[-1] - key_BGKd.shape[-2] + width :]
+    key, value = key_BGKd[:, :, width:], value_BGKd[:, :, width:]
+    out_BSHd, _ = attention(module, inner)(module, query_BHSd, key, value, local, scaling=scaling, **kwargs)
+    if gate_H is None or not width:
+        return out_BSHd, None
+    there = attention_mask[..., :width]
+    there = there if there.dtype == torch.bool else there == 0
+    scale = query_BHSd.shape[-1] ** -0.5 if scaling is None else scaling
+    read_BSHd = nearest(query_BHSd, key_BGKd[:, :, :width], value_BGKd[:, :, :width], there, scale)
+    gate = gate_H.sigmoid()[:, None] * there.any(-1).transpose(1, 2)[..., None]
+    return out_BSHd + gate * (read_BSHd - out_BSHd), None
+
+
+AttentionInterface.register(NEAREST, nearest_attention)
