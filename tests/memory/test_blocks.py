@@ -46,8 +46,14 @@ def build(memory: str | None, backbone: str = "llama") -> AdaptiveLM:
     return model
 
 
+_MADE: dict[tuple[str, str], AdaptiveLM] = {}
+
+
 def made(form: str, backbone: str = "llama") -> AdaptiveLM:
-    return build(FORMS[form], backbone)
+    """Built once, as it is mostly read; whoever changes a model builds one."""
+    if (form, backbone) not in _MADE:
+        _MADE[form, backbone] = build(FORMS[form], backbone)
+    return _MADE[form, backbone]
 
 
 @pytest.fixture(autouse=True)
@@ -84,15 +90,14 @@ def test_memory_does_something_and_needs_what_it_remembers(form: str, backbone: 
     if form != "xl":  # in three layers the second token's rows have been read by all that are carried
         assert gap[:, 4:].min() > 1e-5
     assert gap[:, 4].min() > 1e-4
-    alone = build("TransformerXL(block=4, carry=0)", backbone)(x).logits
-    assert (model(x).logits - alone)[:, 4:].abs().amax(-1).min() > 1e-4
+    agree(model(x).logits[:, :4], model(x[:, :4]).logits)
 
 
 @pytest.mark.parametrize(("form", "backbone"), PAIRS)
 def test_cached_equals_uncached(form: str, backbone: str):
     model, x = made(form, backbone), ids(2, 14)
     whole = model(x).logits
-    for prompt in range(4, 9):  # every length modulo the size of a block
+    for prompt in range(5, 9):  # every length modulo the size of a block
         agree(in_pieces(model, x, [prompt, *[1] * (14 - prompt)]), whole)
     for sizes in ([4, 4, 4, 2], [1, 6, 7], [9, 5]):
         agree(in_pieces(model, x, sizes), whole)
@@ -157,7 +162,7 @@ def test_windows_reach_across_borders_as_they_did(backbone: str):
 
 @pytest.mark.parametrize("form", ["elastic", "elastic-layers", "knn"])
 def test_eager_equals_sdpa(form: str):
-    model, x = made(form), ids(2, 11)
+    model, x = build(FORMS[form]), ids(2, 11)
     sdpa = model(x).logits
     model.set_attn_implementation("eager")
     agree(model(x).logits, sdpa)
@@ -177,7 +182,7 @@ def test_saved_equals_loaded(form: str, tmp_path):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_splitting_a_batch_changes_no_gradient(form: str):
-    model, x = made(form).train().double(), ids(4, 11)
+    model, x = build(FORMS[form]).train().double(), ids(4, 11)
 
     def gradients(parts: int) -> dict[str, torch.Tensor]:
         model.zero_grad()
@@ -328,7 +333,7 @@ class TestPrice:
 
     @pytest.mark.parametrize(("form", "backbone"), PAIRS)
     def test_forward_and_training(self, form: str, backbone: str):
-        model, x = made(form, backbone), ids(1, 26)
+        model, x = build(FORMS[form], backbone), ids(1, 26)
         prices = Prices(model.backbone.config)
         spent = measured_flops(lambda: model(x))
         calls = model.memory.calls(26)

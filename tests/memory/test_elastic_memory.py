@@ -207,8 +207,8 @@ def test_backbones_that_do_not_fit_are_refused_by_name(backbone: str, memory: st
 
 @pytest.mark.parametrize("other", [{"think": "PonderLM2(thoughts=1)"}, {"segment": "ConceptLM()"}])
 def test_two_methods_at_once_are_refused_by_name(other: dict[str, str]):
-    with pytest.raises(UserError, match=r"memory: ElasticMemory\(\) both decide.*leave one of them out"):
-        AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), memory="ElasticMemory()", **other))
+    with pytest.raises(UserError, match=r"memory: ElasticMemory\(\) and .*leave one of them out"):
+        AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), memory="ElasticMemory()", **other)
 
 
 @torch.no_grad()

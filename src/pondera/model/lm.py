@@ -166,8 +166,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     @property
     def method(self) -> Method | None:
         """What makes states of embeddings, on whichever seam; none: the backbone alone, in one pass."""
-        memory = self.memory if isinstance(self.memory, Method) else None
-        return next((method for method in (self.think, self.segment, memory) if method is not None), None)
+        return next((it for it in (self.think, self.segment, self.memory) if isinstance(it, Method)), None)
 
     @property
     def chosen(self) -> str | None:
@@ -200,7 +199,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         """An empty cache, of the method's own kind where there is one."""
         if self.method is not None:
             return self.method.new_cache(self.backbone)
-        if isinstance(self.memory, nn.Module):
+        if self.memory is not None:
             return cast("Memory", self.memory).cache(self.backbone.lm)
         return DynamicCache(config=self.backbone.config)
 
