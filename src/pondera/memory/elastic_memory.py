@@ -14,7 +14,7 @@ from torch import Tensor
 from pondera.ground.cost import Product
 from pondera.ground.errors import UserError, unknown
 from pondera.memory.parts import legendre
-from pondera.memory.parts.block_cache import Held
+from pondera.memory.parts.block_layer import Held
 from pondera.memory.parts.blocks import BlockMemory
 
 MEASURES = ("legs", "legt")
@@ -36,7 +36,8 @@ class ElasticMemory(BlockMemory):
     before, so that drafts can be taken back; nothing grows with the text. In training all blocks of a window are one graph,
     so `tbptt` bounds how far gradients reach, not what activations take; and memory begins anew with each window.
     When not to use it: for a single token of the past. N coefficients over T tokens keep N/T of a signal that is independent
-    from token to token; what the layers write must be smooth in time for it to be read again.
+    from token to token; what the layers write must be smooth in time for it to be read again. Nor with FSDP on isolated
+    documents (``data.isolate``), as processes would then call the decoder different numbers of times.
     Resolved: P and the other matrices are exact for signals that are constant over a token (the paper's discretisation is
     not known). Keys are compressed before rotation; memory rows are not rotated and queries are, counted from the block's
     first token, so all memory rows stand at the block's beginning (as Algorithm 1 has it; the origin is not said there).
@@ -96,6 +97,8 @@ class ElasticMemory(BlockMemory):
 
     def look(self, points: str | list[float], samples: int | None = None) -> None:
         """Changes where memory is sampled, from the next block that begins; coefficients stay as they are.
+
+        Within a text the points may move; their number may change only for texts that begin.
 
         Args:
             points: as the method's argument.

@@ -10,7 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from pondera.ground.errors import UserError
-from pondera.memory.parts.block_cache import Held, newest
+from pondera.memory.parts.block_layer import Held, newest
 from pondera.memory.parts.blocks import BlockMemory
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from pondera.ground.cost import Product
 from pondera.ground.errors import UserError
-from pondera.memory.parts.block_cache import BlockCache, Held, newest
+from pondera.memory.parts.block_cache import BlockCache
+from pondera.memory.parts.block_layer import Held, newest
 from pondera.memory.parts.blocks import BlockMemory
 from pondera.model.backbone import Backbone
 from pondera.model.hf import AttentionInterface
@@ -117,7 +118,9 @@ class Nearest:
     top: int
     rotation: Rotation | None
 
-    def __call__(self, query_BHSd: Tensor, key_BGMd: Tensor, value_BGMd: Tensor, there_B1SM: Tensor, scale: float) -> Tensor:
+    def __call__(
+        self, query_BHSd: Tensor, key_BGMd: Tensor, value_BGMd: Tensor, there_B1SM: Tensor, scale: float
+    ) -> Tensor:
         """What each query reads of memory, ``[B, S, H, d]``."""
         query = query_BHSd if self.rotation is None else self.rotation.undo(query_BHSd)
         groups = query.shape[1] // key_BGMd.shape[1]

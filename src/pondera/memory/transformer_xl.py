@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from pondera.memory.parts.block_cache import Held
+from pondera.memory.parts.block_layer import Held
 from pondera.memory.parts.blocks import BlockMemory
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from pondera.ground.cost import Call, Product
 from pondera.ground.errors import UserError
-from pondera.memory.parts.block_cache import FEWER_ROWS, BlockCache, BlockLayer, Held
+from pondera.memory.parts.block_cache import BlockCache
+from pondera.memory.parts.block_layer import FEWER_ROWS, BlockLayer, Held
 from pondera.model.backbone import LAYOUTS, Backbone
 from pondera.model.budget import FULL, Budget
 from pondera.model.cache import TokenCache
@@ -159,7 +160,9 @@ class BlockMemory(Method):
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         window = config.sliding_window if len(full) < len(kinds) else 1
-        self.shape = Shape(heads * width, config.num_attention_heads * width, len(set(self.layers)), len(full), len(kinds), window)
+        self.shape = Shape(
+            heads * width, config.num_attention_heads * width, len(set(self.layers)), len(full), len(kinds), window
+        )
 
     def new_cache(self, backbone: Backbone) -> TokenCache:
         """An open block, what is held of closed ones, and the last closed block, so that tokens can be taken back."""
