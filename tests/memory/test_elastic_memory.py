@@ -217,3 +217,12 @@ def test_one_block_is_the_backbone():
     for backbone in ("llama", "gpt_neox", "gpt2"):
         agree(build("ElasticMemory(block=12)", backbone)(x).logits, build(None, backbone)(x).logits)
     assert VOCAB == build(None)(x).logits.shape[-1]
+
+
+@torch.no_grad()
+def test_a_text_may_be_longer_than_there_are_positions():
+    model, x = build("ElasticMemory(block=32, order=6, samples=3)", "gpt2"), ids(1, 150)
+    cache = model.new_cache()
+    pieces = torch.cat([model(piece, past_key_values=cache).logits for piece in x.split(50, dim=1)], dim=1)
+    agree(pieces, model(x).logits)
+    assert model.positions is None and build(None, "gpt2").positions == 128

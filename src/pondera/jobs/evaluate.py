@@ -113,7 +113,7 @@ def given_settings(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def context_of(given: int | None, loaded: Loaded) -> int:
-    limit = getattr(loaded.model.backbone.config, "max_position_embeddings", None)
+    limit = loaded.model.positions
     own = loaded.run.config.data.context if loaded.run else min(DataConfig().context, limit or DataConfig().context)
     context = own if given is None else given
     least = 1 + (_first_token(loaded) is not None)

@@ -79,7 +79,7 @@ def generate(
     budget = budget_of(model, effort, max_passes)
     tokenizer = loaded.tokenizer
     ids = _prompt_ids(prompt, tokenizer)
-    _check_room(len(ids), max_new_tokens, model.backbone.config)
+    _check_room(len(ids), max_new_tokens, model.positions)
     ids_BT = torch.tensor([ids], device=model.device)
     cache = model.new_cache()
     stream = Stream(tokenizer, on_text)
@@ -206,8 +206,7 @@ def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     return tokenizer.encode(prompt) or [start_token(tokenizer)]
 
 
-def _check_room(prompt_tokens: int, max_new_tokens: int, config: Any) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
+def _check_room(prompt_tokens: int, max_new_tokens: int, limit: int | None) -> None:
     if limit is not None and prompt_tokens + max_new_tokens > limit:
         room = limit - prompt_tokens
         advice = f"use max_new_tokens={room} or less" if room > 0 else f"shorten the prompt below {limit} tokens"

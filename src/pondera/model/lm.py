@@ -169,6 +169,13 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         return next((it for it in (self.think, self.segment, self.memory) if isinstance(it, Method)), None)
 
     @property
+    def positions(self) -> int | None:
+        """How many tokens a text may have; none: any number."""
+        if self.method is not None and self.method.endless:
+            return None
+        return getattr(self.backbone.config, "max_position_embeddings", None)
+
+    @property
     def chosen(self) -> str | None:
         """What `method` was built from."""
         named = {"think": self.think, "segment": self.segment, "memory": self.memory}

@@ -62,6 +62,9 @@ class Method(nn.Module, ABC):
     recomputable: ClassVar[bool] = True
     """Gradient checkpointing may run its passes again; false where a pass reads rows that an earlier one left."""
 
+    endless: ClassVar[bool] = False
+    """It counts positions anew as it goes, so that a text may be longer than the backbone has positions for."""
+
     record: bool = False
     """Set it to have `Thought.trace` filled with what the method finds worth showing."""
 

@@ -68,6 +68,7 @@ class BlockMemory(Method):
 
     recomputable: ClassVar[bool] = False
     slides: ClassVar[bool] = False
+    endless: ClassVar[bool] = True
 
     def __init__(
         self, block: int = 128, local_carry: int = 0, tbptt: int | None = 2, layers: list[int] | None = None
