@@ -36,11 +36,23 @@ def slow_llama(model: AdaptiveLM, x_BT: Tensor) -> Tensor:
     points = torch.tensor(memory.points, dtype=torch.float64)
     h = model.backbone.embed(x_BT)
     place = torch.arange(h.shape[1]) % memory.block
-    cos, sin = (part[:, None] for part in decoder.rotary_emb(h, place[None]))
 
-    def turned(z: Tensor) -> Tensor:
+    def turned(z: Tensor, place: Tensor = place) -> Tensor:
+        cos, sin = (part[:, None] for part in decoder.rotary_emb(h, place[None]))
         first, second = z.chunk(2, dim=-1)
         return z * cos + torch.cat([-second, first], dim=-1) * sin
+
+    def read(z: Tensor) -> Tensor:
+        """Rows at the points of what was so far."""
+        seen = z.shape[-2]
+        if memory.theta is None:
+            c = legendre.entry(0, seen, memory.order).to(z) @ z
+            return legendre.basis(points, memory.order).to(z) @ c
+        step, entry = (part.to(z) for part in legendre.window(memory.theta, 1, memory.order))
+        c = z.new_zeros(*z.shape[:-2], memory.order, z.shape[-1])
+        for t in range(seen):
+            c = step @ c + entry @ z[..., t : t + 1, :]
+        return legendre.basis(1 - (1 - points) * min(1, seen / memory.theta), memory.order).to(z) @ c
 
     def split(z: Tensor, count: int) -> Tensor:
         return z.unflatten(-1, (count, -1)).transpose(1, 2)
@@ -53,12 +65,18 @@ def slow_llama(model: AdaptiveLM, x_BT: Tensor) -> Tensor:
         for first in range(0, h.shape[1], memory.block):
             stop = min(first + memory.block, h.shape[1])
             k, v = key[:, :, first:stop], value[:, :, first:stop]
-            seen = torch.ones(stop - first, stop - first, dtype=torch.bool).tril()
+            carry = min(first, memory.local_carry)
+            if carry:
+                before = slice(first - carry, first)
+                k = torch.cat([turned(raw[:, :, before], torch.arange(-carry, 0)), k], dim=-2)
+                v = torch.cat([value[:, :, before], v], dim=-2)
             if first and len(points):
-                read = legendre.basis(points, memory.order) @ legendre.entry(0, first, memory.order)
-                k = torch.cat([read.to(h.dtype) @ raw[:, :, :first], k], dim=-2)
-                v = torch.cat([read.to(h.dtype) @ value[:, :, :first], v], dim=-2)
-                seen = torch.cat([torch.ones(stop - first, len(points), dtype=torch.bool), seen], dim=-1)
+                k, v = (
+                    torch.cat([read(raw[:, :, :first]), k], dim=-2),
+                    torch.cat([read(value[:, :, :first]), v], dim=-2),
+                )
+            # A trapezoid: all of memory, and the block's own rows up to each.
+            seen = torch.ones(stop - first, k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - (stop - first))
             k, v = (part.repeat_interleave(heads // groups, dim=1) for part in (k, v))
             score = query[:, :, first:stop] @ k.transpose(-1, -2) * attention.scaling
             out.append(score.masked_fill(~seen, -torch.inf).softmax(-1) @ v)
@@ -73,6 +91,8 @@ def slow_llama(model: AdaptiveLM, x_BT: Tensor) -> Tensor:
         "ElasticMemory(block=4, order=6, samples=3)",
         "ElasticMemory(block=5, order=9, points=[0.0, 0.3, 1.0, 0.7])",
         "ElasticMemory(block=3, order=2, samples=5, points='recent', tbptt=None)",
+        "ElasticMemory(block=4, order=6, points=[0.1, 0.8], measure='legt', theta=11.5)",
+        "ElasticMemory(block=4, order=6, samples=3, local_carry=6)",
         "ElasticMemory(block=4, samples=0)",
     ],
 )

@@ -31,9 +31,12 @@ class MemorizingTransformer(BlockMemory):
     What comes of these k and what comes of the block are mixed by a learned gate, one per head.
 
     Source: Memorizing Transformers, arXiv 2203.08913. Cost: in layers with memory 2 M rows of d numbers per head, once more
-    as they were one block before, and scores of all of them for every query: the search is exact, by one product, so what
-    is saved by reading k rows alone is not saved here. The mix is taken over all M columns, too, most of them with weight 0.
-    When not to use it: with a memory so large that a search index would pay (some 10^5 rows).
+    as they were one block before. The search is exact, by one product of all queries and all M keys: H d M multiplications
+    per token, and as many again to mix all M columns, most of them with weight 0, so what reading k rows alone could
+    save is not saved. That is what attention to M further rows costs in one layer, and fine while full attention to as many
+    would be: with M = 1024 at width 512, a third of what the layer's matrices multiply. An index for approximate search pays
+    where M is some 10^5 and more; what it misses has to be measured then.
+    When not to use it: with a memory as large as that.
     Resolved: keys are kept without positions, and queries are compared without theirs, as the paper has positions in its
     local attention only. No gradient goes into memory. The paper normalises queries and keys; here they are what the
     architecture makes them. It has memory in one layer, near the top, of its twelve; `layers` says which, and without
@@ -127,8 +130,11 @@ class Nearest:
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key_BGMd, value_BGMd))
         score_BHSM = (query @ key.transpose(-1, -2) * scale).masked_fill(~there_B1SM, -torch.inf)
         if self.top < self.width:
-            least_BHS1 = score_BHSM.topk(self.top, dim=-1).values[..., -1:]
-            score_BHSM = score_BHSM.masked_fill(score_BHSM < least_BHS1, -torch.inf)
+            # By number, not by score: of rows that are equal, as the same token at the beginning of two blocks is, any may
+            # be the k-th, but there must be k, or rounding would say how often an equal row counts.
+            nearest_BHSk = score_BHSM.topk(self.top, dim=-1).indices
+            others_BHSM = torch.ones_like(score_BHSM, dtype=torch.bool).scatter(-1, nearest_BHSk, False)
+            score_BHSM = score_BHSM.masked_fill(others_BHSM, -torch.inf)
         weight_BHSM = score_BHSM.float().softmax(-1).nan_to_num().to(value.dtype)  # nothing where there is nothing
         return (weight_BHSM @ value).transpose(1, 2)
 
