@@ -238,9 +238,7 @@ def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
 
     shape, method = model.backbone.config, model.method
     count = sum(parameter.numel() for parameter in model.parameters())
-    chosen = (
-        f", {model.chosen} with {model.passes():g} passes per token" if method is not None else ""
-    )
+    chosen = f", {model.chosen} with {model.passes():g} passes per token" if method is not None else ""
     text = f"{shape.model_type}, {_count(count)} parameters, {shape.vocab_size} tokens in the vocabulary{chosen}"
     yield Finding("ok", "model", text)
     for check in (check_recomputable, check_think_first):
