@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pondera.ground.cost import Product
 from pondera.ground.errors import UserError
 from pondera.memory.parts.block_cache import BlockCache
-from pondera.memory.parts.block_layer import Held, newest
+from pondera.memory.parts.block_layer import BlockLayer, Held, newest
 from pondera.memory.parts.blocks import BlockMemory
 from pondera.model.backbone import Backbone
 from pondera.model.hf import AttentionInterface
@@ -88,7 +88,7 @@ class MemorizingTransformer(BlockMemory):
     def attention(self, backbone: Backbone, held: BlockCache, h_ASD: Tensor, position_AS: Tensor) -> Any:
         """See `BlockMemory.attention`."""
         layers = cast("list[int]", self.layers)
-        width = held.layers[layers[0]].widths()[0]
+        width = cast(BlockLayer, held.layers[layers[0]]).widths()[0]
         gates = dict(zip(layers, self.gates, strict=True))
         rotation = backbone.rotation("full_attention", position_AS, h_ASD)
         return NEAREST, {"nearest": Nearest(gates, width, self.top, rotation)}
