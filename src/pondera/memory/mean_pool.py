@@ -70,5 +70,5 @@ class MeanPool(BlockMemory):
 
     def remember(self, held: Held, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]) -> Held:
         """See `BlockMemory.remember`."""
-        pooled = (x_BHLd.unflatten(-2, (-1, self.pool)).mean(-2) for x_BHLd in (key_BHLd, value_BHLd))
-        return newest(held, *pooled, self.samples)
+        key_BHSd, value_BHSd = (x_BHLd.unflatten(-2, (-1, self.pool)).mean(-2) for x_BHLd in (key_BHLd, value_BHLd))
+        return newest(held, key_BHSd, value_BHSd, self.samples)
