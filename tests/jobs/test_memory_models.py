@@ -71,7 +71,7 @@ def test_memory_in_a_config_is_saved_loaded_and_used(tmp_path: Path):
     assert torch.equal(found, said.sequences)
     assert (
         price(again, 64)["kv_bytes_per_token"]
-        < 0.5 * price(AdaptiveLM(AdaptiveConfig(config.backbone)), 64)["kv_bytes_per_token"]
+        < 0.5 * price(AdaptiveLM(AdaptiveConfig(backbone=config.backbone)), 64)["kv_bytes_per_token"]
     )
 
 

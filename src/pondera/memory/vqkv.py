@@ -210,7 +210,7 @@ class VQKV(Regions):
     @property
     def fitted(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """See `Memory.fitted`."""
-        return bool(self.is_fitted)
+        return not self.is_fitted.is_meta and bool(self.is_fitted)
 
     def attach(self, config: PreTrainedConfig) -> None:
         """See `Memory.attach`: empty codebooks, of the shapes that this model needs."""

@@ -41,7 +41,7 @@ class Collapse(Probe):
 
     Example:
         >>> Collapse(rank=12.0)
-        Collapse(rank=12.0, max_tokens=65536)
+        Collapse(12.0)
     """
 
     def __init__(self, rank: float | None = None, max_tokens: int = 65536) -> None:

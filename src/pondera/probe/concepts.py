@@ -89,7 +89,7 @@ class Concepts(Probe):
 
     Example:
         >>> Concepts(top=5)
-        Concepts(top=5, codes=4, segments=4, max_tokens=16384)
+        Concepts(5)
     """
 
     def __init__(self, top: int = 6, codes: int = 4, segments: int = 4, max_tokens: int = 16384) -> None:

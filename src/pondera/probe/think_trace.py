@@ -41,7 +41,7 @@ class ThinkTrace(Probe):
 
     Example:
         >>> ThinkTrace(top=3)
-        ThinkTrace(top=3, max_tokens=32)
+        ThinkTrace(3)
     """
 
     def __init__(self, top: int = 5, max_tokens: int = 32) -> None:
