@@ -107,7 +107,7 @@ def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Exact rows at both ends, and random codes between, as finding them would take minutes."""
-    from pondera.memory.parts.ring import Ring  # pyright: ignore[reportMissingImports]
+    from pondera.memory.parts.ring import Ring
 
     batch, sinks, tokens = len(keys), layer.memory.sinks, keys.shape[2]
     layer.pads, layer.begins, layer.coded = [0] * batch, [0] * batch, [0] * batch
@@ -122,7 +122,7 @@ def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
 def code(layer: Any, tokens: int) -> None:
     """Random codes for so many tokens more."""
     batch, coded = layer.batch(), layer.coded[0]
-    for coder, codes in zip(layer.coders, (layer.key_codes, layer.value_codes), strict=True):
+    for coder, codes in zip(layer.coders, layer.codes, strict=True):
         like = coder.encode(layer.sink_keys[:, :, :1], None)
         new = {
             name: torch.randint(coder.codes, (*part.shape[:2], tokens, *part.shape[3:])).to(part.dtype)
@@ -275,7 +275,7 @@ class Worker:
 
         def read() -> None:
             if side == PRESS:
-                from kvpress import StreamingLLMPress  # pyright: ignore[reportMissingImports]
+                from kvpress import StreamingLLMPress
 
                 with StreamingLLMPress(compression_ratio=0.75)(self.model):
                     self.model(x_1T, past_key_values=cache, logits_to_keep=1)

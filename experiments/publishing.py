@@ -153,6 +153,7 @@ def portable(word: str) -> str:
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes indented JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(value, indent=1) + "\n")
 
 
