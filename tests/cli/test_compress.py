@@ -12,7 +12,7 @@ import torch
 
 from pondera.cli.main import main
 from pondera.ground import spec
-from pondera.jobs.compress import SWEEP, compress
+from pondera.jobs.compress import FITTED, SWEEP, compress
 from pondera.jobs.excerpts import Windows, held_out
 from pondera.jobs.load import load
 
@@ -57,6 +57,23 @@ def test_everything_at_once(said, model: Path, text: Path, tmp_path: Path):
     loaded = load(out)
     assert loaded.model.config.memory == "StreamingLLM(9)"
     assert main(["generate", str(out), "--prompt", "The", "--max-new-tokens", "4"]) == 0
+
+
+def test_codebooks_are_fitted_and_written_with_the_model(said, model: Path, text: Path, tmp_path: Path):
+    fast = "VQKV(4.0, window=8, codes=16, fitting='kmeans', vectors=256)"
+    words = ["--data.text", text, "--windows", 2, "--memory", fast, "--calibrate", text, "--out", tmp_path / "small"]
+    code, shown, progress = said(model, *words, "--keep", fast, "--json")
+    _, row = json.loads(shown)["rows"]
+    assert code == 0 and "fitting" in progress and row["table_bytes"] > 0 and row["of_full"] < 0.7
+    again = load(tmp_path / "small").model
+    assert again.memory is not None and again.memory.fitted
+
+
+def test_a_sweep_leaves_out_what_a_model_cannot_have(said, model: Path, text: Path):
+    code, shown, progress = said(model, "--data.text", text, "--windows", 2, "--calibrate", text, "--json")
+    rows = json.loads(shown)["rows"]
+    assert code == 0 and [row["memory"] for row in rows] == ["Full()", *SWEEP]
+    assert all(f"{text}: left out: calibration text too short" in progress for text in FITTED)
 
 
 def test_a_full_cache_scores_what_the_model_scores(model: Path, text: Path):
@@ -107,7 +124,7 @@ def test_recall_counts_what_comes_back(model: Path, text: Path, monkeypatch: pyt
     assert compress(loaded, ["Full()"], wrong)[0][0].recall == 0.0
 
 
-@pytest.mark.parametrize("sweep", SWEEP)
+@pytest.mark.parametrize("sweep", SWEEP + FITTED)
 def test_the_sweep_can_be_built(sweep: str):
     assert spec.format(spec.parse(sweep)) == sweep and spec.build(sweep, "memory")
 
@@ -118,13 +135,16 @@ def test_the_sweep_can_be_built(sweep: str):
         (["--memory", "StremingLLM(4)"], "did you mean 'StreamingLLM'"),
         (["--memory", "PonderLM2()"], "is a think method"),
         (["--memory", "StreamingLLM(0)"], "at least 5"),
+        (["--memory", "ElasticMemory(4)"], "is trained with its model"),
+        (["--memory", "VQKV(2)"], "give some with --calibrate"),
+        (["--memory", "VQKV(2)", "--calibrate", "TEXT"], "tokens after the first 4"),
         (["--memory", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),
         (["--data.context", "16"], "too few to forget"),
         (["--windows", "0"], "at least 1"),
     ],
 )
 def test_mistakes_are_told_in_words(said, model: Path, text: Path, words: list[str], says: str):
-    code, shown, error = said(model, "--data.text", text, *words)
+    code, shown, error = said(model, "--data.text", text, *(text if word == "TEXT" else word for word in words))
     assert (code, shown) == (2, "") and says in error and "Traceback" not in error
 
 

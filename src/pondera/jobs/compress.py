@@ -21,6 +21,7 @@ from pondera.ground.errors import UserError
 from pondera.jobs.excerpts import Windows
 from pondera.jobs.load import Loaded
 from pondera.jobs.reading import read
+from pondera.model.method import Method
 
 if TYPE_CHECKING:
     from pondera.memory.contract import Memory
@@ -31,8 +32,12 @@ SWEEP = (
     "StreamingLLM(0.25)",
     "H2O(0.5)",
     "H2O(0.25)",
+    "KIVI(4)",
+    "KIVI(2)",
 )
-"""What is tried where nothing is named."""
+"""What is tried where nothing is named ..."""
+FITTED = ("VQKV(4.0)", "VQKV(2.75)")
+"""... and where there is text to fit it to."""
 FULL = "Full()"
 
 
@@ -72,7 +77,7 @@ def compress(
 
     Args:
         loaded: a model that has no method of its own.
-        memories: spec strings; none: `SWEEP`.
+        memories: spec strings; none: those of `SWEEP` and `FITTED` that this model can have.
         windows: the text that they are measured on.
         calibration: token ids ``[B, T]`` for those that are fitted.
         say: is told what is going on.
@@ -85,24 +90,23 @@ def compress(
     """
     model = loaded.model
     if model.method is not None:
-        chosen = model.config.think or model.config.segment or model.config.memory
         raise UserError(
-            f"{loaded.name}: {chosen} keeps a cache of its own, which is not compressed yet; give a plain model"
+            f"{loaded.name}: {model.chosen} keeps a cache of its own, which is not compressed yet; give a plain model"
         )
-    texts = [spec.format(spec.parse(text)) for text in memories or SWEEP]
-    built = {text: spec.build(text, "memory") for text in dict.fromkeys([FULL, *texts])}
+    texts = [spec.format(spec.parse(text)) for text in memories or (*SWEEP, *(FITTED if calibration else ()))]
     rows: list[Measured] = []
+    built: dict[str, Memory] = {}
     said_BT: Tensor | None = None
-    for text, memory in built.items():
+    for text in dict.fromkeys([FULL, *texts]):
         began = time.perf_counter()
-        memory.attach(model.backbone.config)
-        memory.to(model.device)
-        if not memory.fitted:
-            if not calibration:
-                raise UserError(f"{text} is fitted to text: give some with --calibrate TEXT")
-            say(f"{text}: fitting")
-            memory.fit(model, calibration)
-        measured, said_NT = _measure(model, text, memory, windows, rows[0] if rows else None, said_BT)
+        try:
+            built[text] = _ready(model, text, calibration, say)
+            measured, said_NT = _measure(model, text, built[text], windows, rows[0] if rows else None, said_BT)
+        except UserError as error:
+            if memories or text == FULL:
+                raise
+            say(f"{text}: left out: {error}")  # of a sweep some may ask for more than this model has
+            continue
         said_BT = said_NT if said_BT is None else said_BT
         rows.append(measured)
         say(
@@ -110,6 +114,24 @@ def compress(
             f"({time.perf_counter() - began:.0f} s)"
         )
     return rows, built
+
+
+def _ready(model: AdaptiveLM, text: str, calibration: Sequence[Tensor], say: Callable[[str], None]) -> Memory:
+    """A memory for this model, fitted if it has to be."""
+    memory = spec.build(text, "memory")
+    if isinstance(memory, Method):
+        raise UserError(
+            f"{text} is trained with its model, not put on one that is there: pondera train RECIPE --memory {text!r}; "
+            f"for this model give one such as {SWEEP[1]}"
+        )
+    memory.attach(model.backbone.config)
+    memory.to(model.device)
+    if not memory.fitted:
+        if not calibration:
+            raise UserError(f"{text} is fitted to text: give some with --calibrate TEXT")
+        say(f"{text}: fitting")
+        memory.fit(model, calibration)
+    return memory
 
 
 @torch.no_grad()
