@@ -212,3 +212,19 @@ def _decoding(one: dict[str, Any]) -> tuple[str, ...]:
 
 def _mb(number: float) -> str:
     return f"{number / 1e6:.0f}"
+
+
+@generated
+def training_floor(path: str) -> str:
+    """What a training step's time goes into."""
+    found = read(path)
+    rows = [
+        (
+            name,
+            *(f"{100 * row['share'][kind]:.0f} %" for kind in ("products", "attention", "rest")),
+            f"{row['at_most_faster']:.1f} ×",
+        )
+        for name, row in found["rows"].items()
+    ]
+    head = ["pair", "matrix products", "fused attention", "all else", "faster at most, with the same arithmetic"]
+    return f"{table(head, rows)}\n\n`{found['command']}`, {found['threads']} threads."
