@@ -28,7 +28,7 @@ from publishing import portable, write_json
 from stories260k import START, check, stories260k
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from pondera.memory.contract import compressible, head_width
 from pondera.memory.kivi import KIVI
@@ -76,6 +76,11 @@ class Task:
     held_out: Tensor
     told: dict[str, Any]
 
+    @property
+    def config(self) -> PreTrainedConfig:
+        """That of the decoder."""
+        return self.model.config.get_text_config(decoder=True)
+
 
 def books(text: str, steps: int) -> Task:
     """Trains a model of the recipe ``plain`` with grouped heads, or finds it trained."""
@@ -98,7 +103,7 @@ def books(text: str, steps: int) -> Task:
     calibration = torch.stack([windows[n]["input_ids"] for n in range(size["calibration"])])
     found = run.result() or {}
     told = {"parameters": found.get("parameters"), "bits_per_byte": found.get("bits_per_byte"), "steps": steps}
-    return Task(load(out).model.backbone.lm.eval(), calibration, torch.stack(ids), told)
+    return Task(load(out).model.eval(), calibration, torch.stack(ids), told)
 
 
 def stories(folder: str, _: int) -> Task:
@@ -142,7 +147,7 @@ def loss(task: Task, new_cache: Callable[[], Any]) -> float:
 @torch.no_grad()
 def errors(task: Task, memory: Regions) -> dict[str, Any]:
     """What is left of held-out keys and values, as shares of their squares; of keys also by dimension; and code usage."""
-    config = task.model.config
+    config = task.config
     layers = compressible(config)
     keys, values, position_N = collect(task.model, [task.held_out[:, :-1]], layers, memory.sinks, 2**30)
     usable = len(position_N) // 32 * 32  # whole groups of rounded keys
@@ -185,7 +190,7 @@ def scalars() -> dict[str, KIVI]:
 def measured(task: Task, memory: Regions, exact: float) -> dict[str, Any]:
     """One row of the results."""
     found = loss(task, lambda: memory.cache(task.model))
-    row = {"bits": memory.rate(task.model.config), "loss": found, "more_than_exact": found - exact}
+    row = {"bits": memory.rate(task.config), "loss": found, "more_than_exact": found - exact}
     return row | errors(task, memory)
 
 
@@ -199,7 +204,7 @@ def run(task: Task, name: str, seed: int, exact: float, options: dict[str, Any])
     )
     seconds = time.perf_counter() - begun
     rows = [
-        {"name": name, "seed": seed, "asked": bits} | measured(task, memory.at(bits, task.model.config), exact)
+        {"name": name, "seed": seed, "asked": bits} | measured(task, memory.at(bits, task.config), exact)
         for bits in RATES
     ]
     return [row | {"seconds_to_fit": round(seconds, 1)} for row in rows]
@@ -218,7 +223,7 @@ def main() -> None:
     file = Path("results/vqkv") / f"{args.model}{'' if args.width == 'head' else '-layer'}.json"
     words = [f"--model {args.model} --text {portable(args.text)}", f"--steps {args.steps} --fit-steps {args.fit_steps}"]
     known = json.loads(file.read_text()) if file.is_file() else {"rows": []}
-    exact = loss(task, lambda: DynamicCache(config=task.model.config))
+    exact = loss(task, lambda: DynamicCache(config=task.config))
     known |= {
         "command": f"python experiments/vqkv.py {' '.join(words)} --seeds {args.seeds} --width {args.width}",
         "model": task.told,
