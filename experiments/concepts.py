@@ -5,7 +5,8 @@
 
 Arms: plain; plain with wider layers, as many training FLOPs as ConceptLM's; plain with still wider ones, as many parameters;
 ConceptLM; the same without its concept loss (what is left is a further layer at a quarter of the rate); with a softmax in
-its merge. Same data, same tokens, three seeds. Of the trained ConceptLM the score with its concepts zeroed is measured, too.
+its merge, and with the likeliest code alone. Same data, same tokens, three seeds. Of the trained ConceptLM the score with its
+concepts zeroed is measured, too.
 Everything is resumable; results go to ``results/concepts/``.
 """
 
@@ -27,7 +28,12 @@ from pondera.jobs.score import score
 
 CPU = {"train.steps": 300, "train.eval_tokens": 32768, "train.eval_every": 300, "train.save_every": 100}
 SCALES = {"cpu": CPU | {"backbone.num_hidden_layers": 4}, "gpu": GPU}
-FORMS = {"conceptlm": "", "conceptlm-no-loss": ", ncp_weight=0.0", "conceptlm-softmax": ", merge='softmax'"}
+FORMS = {
+    "conceptlm": "",
+    "conceptlm-no-loss": ", ncp_weight=0.0",
+    "conceptlm-softmax": ", merge='softmax'",
+    "conceptlm-hard": ", merge='hard'",
+}
 
 
 def concept_model(name: str, further: str, overrides: dict[str, Any]) -> RunConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -402,3 +403,48 @@ def test_models_without_a_growing_cache_are_refused():
 def test_budgets_that_do_not_fit_are_refused_in_words(text: str, says: str):
     with pytest.raises(UserError, match=says):
         memory(text).cache(model())
+
+
+@pytest.mark.parametrize(("name", "family"), [(name, "llama") for name in FORMS] + [("H2O", "gemma3")])
+def test_a_saved_cache_goes_on_as_if_it_had_never_left(name: str, family: str, tmp_path: Path):
+    lm, x = model(family), ids(2, 30)
+    memory = small(name, lm) if name in SMALL else large(name, lm)
+    cache, mask = memory.cache(lm), torch.ones(2, 30)
+    mask[0, :3] = 0
+    feed(lm, cache, x[:, :22], [18, 1, 1, 1, 1], mask[:, :22])
+    again = memory.load_cache(lm, cache.save(tmp_path / "read.safetensors"))
+    assert again.nbytes() <= cache.nbytes() and again.get_seq_length() == 22
+
+    def rest(of) -> torch.Tensor:
+        found = []
+        for number in range(22, 30):
+            position = (mask[:, : number + 1].sum(-1, keepdim=True) - 1).long()
+            step = lm(
+                x[:, number : number + 1],
+                past_key_values=of,
+                position_ids=position,
+                attention_mask=mask[:, : number + 1],
+            )
+            found.append(step.logits)
+        return torch.cat(found, 1)
+
+    assert torch.equal(rest(cache), rest(again))
+
+
+def test_what_is_no_cache_of_this_memory_and_model_is_refused(tmp_path: Path):
+    lm, memory = model(), small("H2O")
+    cache = memory.cache(lm)
+    feed(lm, cache, ids(1, 12), [12])
+    file = cache.save(tmp_path / "read.safetensors")
+    with pytest.raises(UserError, match="holds a cache of H2O"):
+        small("StreamingLLM").load_cache(lm, file)
+    with pytest.raises(UserError, match="no such file"):
+        memory.load_cache(lm, tmp_path / "none.safetensors")
+    (tmp_path / "text").write_text("not a cache")
+    with pytest.raises(UserError, match="no cache that was saved"):
+        memory.load_cache(lm, tmp_path / "text")
+    with pytest.raises(UserError, match="another kind of model"):
+        memory.load_cache(model("gemma3"), file)
+    cache.activate_past_recording()
+    with pytest.raises(UserError, match="holds drafts"):
+        cache.save(file)

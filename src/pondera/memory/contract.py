@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
@@ -53,6 +54,16 @@ class MemoryCache(Cache):
         from pondera.ground.cost import live_cache_bytes
 
         return live_cache_bytes(self)
+
+    def save(self, path: str | Path) -> Path:
+        """Writes all that is kept into a safetensors file, to be read on from later; `Memory.load_cache` reads it.
+
+        Raises:
+            UserError: some tokens are drafts still.
+        """
+        from pondera.memory.parts.saving import save
+
+        return save(self, path)
 
 
 class Memory(Described, nn.Module, ABC):
@@ -137,6 +148,22 @@ class Memory(Described, nn.Module, ABC):
         if config._attn_implementation != MEMORY:
             model.set_attn_implementation(MEMORY)
         return MemoryCache(layers, self)
+
+    def load_cache(self, model: PreTrainedModel, path: str | Path) -> MemoryCache:
+        """A cache that `MemoryCache.save` has written, on the model's device; `generate` goes on as if it had never left.
+
+        Args:
+            model: the one that it was read with.
+            path: the file.
+
+        Raises:
+            UserError: no such file, or another memory's or model's.
+        """
+        from pondera.memory.parts.saving import load
+
+        cache = self.cache(model)
+        load(cache, path)
+        return cache
 
 
 def compressible(config: PreTrainedConfig) -> list[int]:

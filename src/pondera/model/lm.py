@@ -194,6 +194,10 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         """Replaces the backbone's token embeddings."""
         self.backbone.lm.set_input_embeddings(value)
 
+    def get_decoder(self) -> nn.Module:
+        """The backbone's decoder, without its head."""
+        return self.backbone.decoder
+
     def get_output_embeddings(self) -> nn.Module:
         """The backbone's head."""
         return cast(nn.Module, self.backbone.lm.get_output_embeddings())

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import LongTensor, Tensor, nn
@@ -82,6 +82,9 @@ class MemoryLayer(CacheLayerMixin):
         seen: tokens that have been through, padding counted, forgotten or not.
         record_past: tokens may yet be taken back, so nothing is forgotten before `crop` says which stay.
     """
+
+    holds: ClassVar[tuple[str, ...]]
+    """The names of the attributes that are all it holds of a text, beside `seen`."""
 
     is_sliding = False
     is_croppable = True

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -89,6 +90,8 @@ class RegionLayer(MemoryLayer):
         codes: of keys and of values, by number of the token among the coded ones.
         ring: the exact rows of the latest tokens, and of all that were seen while nothing is coded.
     """
+
+    holds: ClassVar[tuple[str, ...]] = ("pads", "begins", "coded", "codes", "sink_keys", "sink_values", "ring")
 
     def __init__(self, memory: Regions, keys: Coder, values: Coder) -> None:
         super().__init__()

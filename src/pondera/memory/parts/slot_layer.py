@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class SlotLayer(MemoryLayer):
         state: whatever else the memory notes per row of the batch, ``[B, ...]`` each, by name.
         forgotten: tokens up to here may have been forgotten, so that they cannot be taken back.
     """
+
+    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "forgotten")
 
     def __init__(self, memory: Slots, index: int, among: int) -> None:
         super().__init__()
