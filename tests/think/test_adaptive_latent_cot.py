@@ -276,7 +276,7 @@ class TestControls:
         assert torch.equal(model.eval()(x).passes, fresh)
 
     def test_random_keeps_the_share_that_was_asked_for(self):
-        from pondera.think.parts.halting import chance
+        from pondera.model.chance import chance
 
         drawn = torch.stack([chance(torch.arange(4000), depth, draw) for depth in (1, 2) for draw in (0, 7)])
         assert all(abs(float((row < keep).double().mean()) - keep) < 0.03 for row in drawn for keep in (0.1, 0.5, 0.9))

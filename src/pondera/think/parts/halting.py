@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pondera.ground.errors import UserError, unknown
 from pondera.model.backbone import Backbone
+from pondera.model.chance import chance
 
 CONTROLS = ("fixed", "random", "oracle")
 
@@ -63,20 +64,6 @@ class Halting:
         if self.kind == "oracle" and labels_BT is not None:
             return (predict() != labels_BT) | (labels_BT < 0)
         return None
-
-
-def chance(position_ids: Tensor, depth: int, draw: int) -> Tensor:
-    """A number in [0, 1) for each position, as if drawn at random.
-
-    Example:
-        >>> chance(torch.tensor([[0, 1, 2]]), depth=1, draw=0).mul(100).long().tolist()
-        [[69, 84, 28]]
-    """
-    # Three rounds of multiply and shift spread neighbouring numbers over all bits.
-    x = position_ids.long() * 0x9E3779B1 + (depth * 0x85EBCA77 + draw * 0xC2B2AE3D) % 2**61
-    for factor in (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64):
-        x = (x ^ ((x >> 33) & 0x7FFFFFFF)) * factor
-    return ((x >> 11) & (2**52 - 1)).double() / 2**52
 
 
 def router(backbone: Backbone, start: float, outputs: int = 1, width: int | None = None) -> nn.Linear:
