@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pondera.memory.parts.slot_layer import SlotLayer
-from pondera.memory.parts.slot_table import SlotTable
 from pondera.memory.parts.slots import Slots
 
 
@@ -32,7 +30,3 @@ class Full(Slots):
     def __init__(self, exact: bool = True) -> None:
         super().__init__()
         self.exact = exact
-
-    def forget(self, layer: SlotLayer, table: SlotTable, heads: list[int]) -> bool:
-        """See `Slots.forget`: never."""
-        return False

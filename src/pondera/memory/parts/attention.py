@@ -25,6 +25,8 @@ class Seen:
         score_BGRTS: scaled products, ``-inf`` where a query may not look.
         number_T: the queries' token numbers.
         real_BT: false where a query is padding, which looks at nothing that counts.
+        scaling: of the products.
+        begins: these are the first queries that are shown of a call.
         out_BTHD: what attention gave, where it was found on the way.
     """
 
@@ -32,13 +34,18 @@ class Seen:
     score_BGRTS: Tensor
     number_T: Tensor
     real_BT: Tensor
+    scaling: float
+    begins: bool
     out_BTHD: Tensor | None = None
 
     @cached_property
     def weight_BGRTS(self) -> Tensor:
         """Attention weights in float32 at least: every row sums to 1, and is 0 of padding."""
-        score = self.score_BGRTS
-        weight = score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32))
+        return self.weights(self.score_BGRTS)
+
+    def weights(self, score_BGRTS: Tensor) -> Tensor:
+        """Such weights from other scores."""
+        weight = score_BGRTS.softmax(-1, dtype=torch.promote_types(score_BGRTS.dtype, torch.float32))
         # A query that may look nowhere has a softmax of NaN.
         return torch.where(self.real_BT[:, None, None, :, None], weight, 0)
 
@@ -49,6 +56,8 @@ class Seen:
             self.score_BGRTS[:, :, :, :queries, :slots],
             self.number_T[:queries],
             self.real_BT[:, :queries],
+            self.scaling,
+            self.begins,
         )
 
 

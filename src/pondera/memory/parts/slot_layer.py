@@ -17,7 +17,7 @@ from pondera.ground.errors import UserError
 from pondera.memory.parts.attention import BLOCK, Seen, attend, attend_seen, grouped, scores, slots_allowed
 from pondera.memory.parts.layer import Call, MemoryLayer
 from pondera.memory.parts.native_attention import FEW, attend_natively
-from pondera.memory.parts.slot_table import SlotTable
+from pondera.memory.parts.slot_table import EMPTY, SlotTable
 
 if TYPE_CHECKING:
     from pondera.memory.parts.slots import Slots
@@ -37,17 +37,19 @@ class SlotLayer(MemoryLayer):
     Attributes:
         tables: one for all KV heads, or one for each where their budgets differ.
         state: whatever else the memory notes per row of the batch, ``[B, ...]`` each, by name.
+        prompt: tokens up to the end of the latest prompt. The first call is one, and so is every later call of several
+            tokens that are no drafts; tokens that come one by one are generated.
         forgotten: tokens up to here may have been forgotten, so that they cannot be taken back.
     """
 
-    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "forgotten")
+    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "forgotten")
 
     def __init__(self, memory: Slots, index: int, among: int) -> None:
         super().__init__()
         self.memory, self.index, self.among = memory, index, among
         self.tables: list[SlotTable] = []
         self.state: dict[str, Tensor] = {}
-        self.forgotten = 0
+        self.prompt = self.forgotten = 0
         self._drafts: list[tuple[Seen, SlotTable]] = []
 
     def attend(self, call: Call) -> Tensor:
@@ -57,6 +59,8 @@ class SlotLayer(MemoryLayer):
             self.tables = [SlotTable.like(call.key_BGTD, call.value_BGTD, self.memory.fresh)]
             if self.memory.by_head:
                 self.tables = self.tables[0].split_heads()
+        if call.start == 0 or (call.tokens > 1 and not self.record_past):
+            self.prompt = self.seen
         position_BT = call.position_BT
         if first:
             self.state["padding"] = torch.zeros(len(position_BT), dtype=torch.int64, device=position_BT.device)
@@ -65,15 +69,22 @@ class SlotLayer(MemoryLayer):
         for heads, table in self.parts():
             rows = (call.key_BGTD[:, heads], call.value_BGTD[:, heads])
             table.append(*rows, position_BT, holes=not self.record_past)
-        exact = self.memory.exact or call.tokens > FEW
-        if exact and all(table.whole for table in self.tables) and not self.memory.selects:
+        query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
+        chosen = [self._choice(call, query_BGRTD[:, heads], table) for heads, table in self.parts()]
+        exact = (self.memory.exact or call.tokens > FEW) and all(slot_BGk is None for slot_BGk in chosen)
+        if exact and all(table.whole for table in self.tables):
             out_BTHD = call.stock(*self._joined())
-            self._watch(call, position_BT)
+            self._watch(call, query_BGRTD, position_BT)
         else:
-            out_BTHD = self._by_table(call, position_BT)
+            out_BTHD = self._by_table(call, query_BGRTD, position_BT, chosen)
         if not self.record_past:
             self._forget()
         return out_BTHD
+
+    @property
+    def at_prompt(self) -> bool:
+        """The latest token is the last of a prompt."""
+        return self.seen == self.prompt
 
     def parts(self) -> list[tuple[slice, SlotTable]]:
         """The tables and the KV heads that each is for."""
@@ -81,56 +92,66 @@ class SlotLayer(MemoryLayer):
             return [(slice(None), self.tables[0])]
         return [(slice(head, head + 1), table) for head, table in enumerate(self.tables)]
 
+    def heads(self, part: slice) -> list[int]:
+        """The numbers of the KV heads that a table is for."""
+        return list(range(sum(table.keys_BGSD.shape[1] for table in self.tables)))[part]
+
     def _joined(self) -> tuple[Tensor, Tensor]:
         if len(self.tables) == 1:
             return self.tables[0].keys, self.tables[0].values
         keys, values = zip(*((table.keys, table.values) for table in self.tables), strict=True)
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
-    def _by_table(self, call: Call, position_BT: Tensor) -> Tensor:
+    def _choice(self, call: Call, query_BGRTD: Tensor, table: SlotTable) -> Tensor | None:
+        return self.memory.select(self, table, query_BGRTD, call) if self.memory.selects else None
+
+    def _by_table(self, call: Call, query_BGRTD: Tensor, position_BT: Tensor, chosen: list[Tensor | None]) -> Tensor:
         """Attention where slots are not the tokens of the text in their order."""
-        query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
-        found = [self._of_table(call, query_BGRTD[:, heads], table, position_BT) for heads, table in self.parts()]
+        found = [
+            self._of_table(call, query_BGRTD[:, heads], table, position_BT, slot_BGk)
+            for (heads, table), slot_BGk in zip(self.parts(), chosen, strict=True)
+        ]
         return found[0] if len(found) == 1 else torch.cat(found, dim=2)
 
-    def _of_table(self, call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor) -> Tensor:
-        if not self.memory.selects and self.memory.watches >= call.tokens:
+    def _of_table(
+        self, call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor, slot_BGk: Tensor | None
+    ) -> Tensor:
+        if slot_BGk is None and self.memory.watched(self, call) >= call.tokens:
             observed = self._observe(call, query_BGRTD, table, position_BT)
             return torch.cat([attend_seen(seen, table.values) for seen in observed], dim=1)
         keys, values, position = table.keys, table.values, table.position
-        slot_BGk = self.memory.select(self, table, query_BGRTD, call) if self.memory.selects else None
         if slot_BGk is not None:
-            keys, values = (_chosen(rows, slot_BGk) for rows in (keys, values))
-            position = position.gather(2, slot_BGk)
+            there_BGk = slot_BGk.clamp(min=0)
+            keys, values = (_chosen(rows, there_BGk) for rows in (keys, values))
+            position = torch.where(slot_BGk < 0, EMPTY, position.gather(2, there_BGk))
         found = attend_natively(query_BGRTD, keys, values, position, call.mask_B1TK, call.start, call.scaling)
         if found is None:
             allowed = slots_allowed(_mask(call, slice(0, call.tokens)), position)
             out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling)
         else:
             out_BTHD = found.out_BTHD
-        if self.memory.watches:
-            for _ in self._observe(call, query_BGRTD, table, position_BT):
-                pass
+        for _ in self._observe(call, query_BGRTD, table, position_BT):
+            pass
         return out_BTHD
 
-    def _watch(self, call: Call, position_BT: Tensor) -> None:
+    def _watch(self, call: Call, query_BGRTD: Tensor, position_BT: Tensor) -> None:
         """Shows the memory what the queries looked at, where attention itself did not."""
-        if self.memory.watches:
-            query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
-            for heads, table in self.parts():
-                for _ in self._observe(call, query_BGRTD[:, heads], table, position_BT):
-                    pass
+        for heads, table in self.parts():
+            for _ in self._observe(call, query_BGRTD[:, heads], table, position_BT):
+                pass
 
     def _observe(self, call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor) -> Iterator[Seen]:
         """Shows the memory the last queries of a call, in blocks whose scores fit into memory."""
         T = query_BGRTD.shape[3]
-        begin = T - min(T, self.memory.watches)
+        begin = T - min(T, self.memory.watched(self, call))
+        if begin == T:
+            return
         block = max(1, BLOCK // max(1, math.prod(query_BGRTD.shape[:3]) * table.used))
         # What may be a draft is noted until it is settled, and stands in blocks of its own.
         drafts = max(begin, T - DRAFTS) if self.record_past else T
         edges = [*range(begin, drafts, block), *range(drafts, T, block), T]
         for first, last in itertools.pairwise(edges):
-            seen = self._seen(call, query_BGRTD, table, position_BT, slice(first, last))
+            seen = self._seen(call, query_BGRTD, table, position_BT, slice(first, last), first == begin)
             if first >= drafts:
                 self._drafts.append((seen, table))
             else:
@@ -138,7 +159,9 @@ class SlotLayer(MemoryLayer):
             yield seen
 
     @staticmethod
-    def _seen(call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor, part: slice) -> Seen:
+    def _seen(
+        call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor, part: slice, begins: bool
+    ) -> Seen:
         """What some queries look at."""
         query_BGRTD, number = query_BGRTD[:, :, :, part], call.start + part.start
         mask_B1TK = None if call.mask_B1TK is None else call.mask_B1TK[:, :, part]
@@ -149,14 +172,13 @@ class SlotLayer(MemoryLayer):
             allowed = slots_allowed(_mask(call, part), table.position)
             score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling)
         number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
-        return Seen(query_BGRTD, score_BGRTS, number_T, position_BT[:, part] >= 0, out_BTHD)
+        real_BT = position_BT[:, part] >= 0
+        return Seen(query_BGRTD, score_BGRTS, number_T, real_BT, call.scaling, begins, out_BTHD)
 
     def _forget(self) -> None:
         """Brings every table within its budget."""
-        heads = range(sum(table.keys_BGSD.shape[1] for table in self.tables))
-        for part, table in self.parts():
-            if self.memory.forget(self, table, list(heads[part])):
-                self.forgotten = self.seen
+        if self.memory.settle(self):
+            self.forgotten = self.seen
 
     def take_back(self, tokens: int) -> None:
         """See `MemoryLayer.take_back`."""
@@ -166,6 +188,7 @@ class SlotLayer(MemoryLayer):
                 "forgotten for their sake already; call cache.activate_past_recording() before tokens that may be drafts"
             )
         self.seen = tokens
+        self.prompt = min(self.prompt, tokens)
         for table in self.tables:
             table.crop(tokens)
         for seen, table in self._drafts:
@@ -174,9 +197,13 @@ class SlotLayer(MemoryLayer):
         self._drafts = []
         self._forget()
 
-    def real_tokens(self) -> list[int]:
-        """Tokens seen in each row of the batch, without padding."""
-        return (self.seen - self.state["padding"]).tolist()
+    def real_tokens(self, of_prompt: bool = False) -> list[int]:
+        """Tokens seen in each row of the batch, or those of its prompt, without padding."""
+        return ((self.prompt if of_prompt else self.seen) - self.state["padding"]).tolist()
+
+    def number(self, table: SlotTable) -> Tensor:
+        """``[B, G, S]``: where in its text each slot's token stands, padding not counted."""
+        return table.position - self.state["padding"][:, None, None]
 
     def nbytes(self) -> int:
         """See `MemoryLayer.nbytes`."""
@@ -190,7 +217,7 @@ class SlotLayer(MemoryLayer):
 
     def clear(self) -> None:
         """See `MemoryLayer.clear`."""
-        self.tables, self.state, self._drafts, self.forgotten = [], {}, [], 0
+        self.tables, self.state, self._drafts, self.prompt, self.forgotten = [], {}, [], 0, 0
 
     def batch(self) -> int:
         """See `MemoryLayer.batch`."""

@@ -35,6 +35,8 @@ class Slots(Memory):
     """Attends to a choice of slots."""
     exact: bool = True
     """While all tokens are there, attention is by the stock kernel, so that nothing differs in the last bit."""
+    prompt_only: bool = False
+    """Watches and forgets at the end of a prompt only; what is generated comes on top."""
 
     @property
     def fresh(self) -> dict[str, float]:
@@ -51,42 +53,54 @@ class Slots(Memory):
         return SlotLayer(self, index, among)
 
     def select(self, layer: SlotLayer, table: SlotTable, query_BGRTD: Tensor, call: Call) -> Tensor | None:
-        """``[B, G, k]``: the slots that these queries attend to; none: all. The new tokens are in the table already."""
+        """``[B, G, k]``: the slots that these queries attend to; none: all. The new tokens are in the table already.
+
+        A row that attends to fewer than k slots has -1 for the others.
+        """
         return None
+
+    def watched(self, layer: SlotLayer, call: Call) -> int:
+        """How many of the last queries of this call it wants to see; asked after `select`."""
+        return self.watches
 
     def observe(self, layer: SlotLayer, table: SlotTable, seen: Seen) -> None:  # noqa: B027 (optional)
         """Is shown what queries looked at, and may change the table's notes and the layer's state, but not its slots."""
 
-    @abstractmethod
     def forget(self, layer: SlotLayer, table: SlotTable, heads: list[int]) -> bool:
-        """Empties slots; tells whether anything was forgotten that could be missed when tokens are taken back."""
+        """Empties slots, none by default; tells whether any was that could be missed when tokens are taken back."""
+        return False
+
+    def settle(self, layer: SlotLayer) -> bool:
+        """Has every table of a layer forget; tells whether any did."""
+        return any([self.forget(layer, table, layer.heads(part)) for part, table in layer.parts()])
 
 
-class Eviction(Slots):
-    """Keeps the first tokens, the latest, and of the others those with the highest priority, within a budget.
-
-    Most papers need one function more: `priority`, and `observe` where it comes from attention. Of slots with the same
-    priority the older is forgotten.
+class Budgeted(Slots):
+    """Keeps the first tokens, the latest, and as many of the others as a budget allows; `lose` decides which.
 
     Args:
         budget: slots per layer and KV head: tokens (512), a share of the tokens seen (0.25), or bytes of a sequence
             ("64MiB"); a list for one per layer, of lists for one per head. Shares are rounded down, then to what is protected.
         sinks: first tokens that are never forgotten.
         recent: latest tokens that are never forgotten; a share of the budget if below 1.
+        least: the smallest budget that makes sense.
     """
 
     every: ClassVar[int] = 1
     """Slots by which the budget may be overrun before anything is forgotten."""
+    of_prompt: ClassVar[bool] = False
+    """Shares are of the prompt, so that the budget does not grow with what is generated."""
 
-    def __init__(self, budget: Budget | int | float | str | list, sinks: int, recent: int | float) -> None:
+    def __init__(
+        self, budget: Budget | int | float | str | list, sinks: int, recent: int | float, least: int = 1
+    ) -> None:
         super().__init__()
         if isinstance(recent, bool) or recent < 0 or (isinstance(recent, float) and recent > 1):
             raise UserError(f"recent={recent!r}: give a number of tokens, or a share of the budget from 0.0 to 1.0")
         if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
             raise UserError(f"sinks={sinks!r}: give a number of tokens, 0 or more")
         self.sinks, self.recent = sinks, recent
-        least = sinks + (recent if isinstance(recent, int) else 0)
-        self.budget = Budget(budget, max(1, least))
+        self.budget = Budget(budget, max(least, sinks + (recent if isinstance(recent, int) else 0)))
 
     @property
     def by_head(self) -> bool:
@@ -97,36 +111,35 @@ class Eviction(Slots):
         """See `Memory.check`."""
         self.budget.check(len(layers), kv_heads(config))
 
-    @abstractmethod
-    def priority(self, layer: SlotLayer, table: SlotTable) -> Tensor:
-        """``[B, G, S]``: how much each slot is worth keeping."""
+    def watched(self, layer: SlotLayer, call: Call) -> int:
+        """See `Slots.watched`."""
+        return self.watches if layer.at_prompt or not self.prompt_only else 0
 
     def slots(self, layer: SlotLayer, table: SlotTable, heads: list[int]) -> Tensor:
         """``[B, g]``: the slots that these heads may have now."""
         row_bytes = table.keys_BGSD.element_size() * (table.keys_BGSD.shape[-1] + table.values_BGSD.shape[-1])
         found = [
-            self.budget.slots(layer.index, heads, tokens, row_bytes, layer.among) for tokens in layer.real_tokens()
+            self.budget.slots(layer.index, heads, tokens, row_bytes, layer.among)
+            for tokens in layer.real_tokens(self.of_prompt)
         ]
         return torch.tensor(found, device=table.keys_BGSD.device)
 
     def forget(self, layer: SlotLayer, table: SlotTable, heads: list[int]) -> bool:
         """See `Slots.forget`."""
-        real_BGS, limit_BG = table.real, self.slots(layer, table, heads)
-        count_BG = real_BGS.sum(-1)
-        fewest, most = (int(number) for number in torch.aminmax(count_BG - limit_BG))
-        if most < self.every:
+        if self.prompt_only and not layer.at_prompt:
             return False
-        priority_BGS = self.priority(layer, table).masked_fill(self._protected(layer, table, limit_BG), torch.inf)
-        priority_BGS = priority_BGS.masked_fill(~real_BGS, -torch.inf)
-        if fewest == most <= FEW and not table.whole:
-            for _ in range(most):
-                slot_BG1 = _lowest(priority_BGS.masked_fill(~table.real, torch.inf), table.position)
-                table.forget(slot_BG1)
-        else:
-            table.keep(*_highest(priority_BGS, table.position, torch.minimum(count_BG, limit_BG)))
+        limit_BG = self.slots(layer, table, heads)
+        over_BG = table.real.sum(-1) - limit_BG
+        if int(over_BG.amax()) < self.every:
+            return False
+        self.lose(layer, table, heads, limit_BG, over_BG)
         return True
 
-    def _protected(self, layer: SlotLayer, table: SlotTable, limit_BG: Tensor) -> Tensor:
+    @abstractmethod
+    def lose(self, layer: SlotLayer, table: SlotTable, heads: list[int], limit_BG: Tensor, over_BG: Tensor) -> None:
+        """Forgets, until no head has more slots than its limit; `over_BG` are too many, or negative."""
+
+    def protected(self, layer: SlotLayer, table: SlotTable, limit_BG: Tensor) -> Tensor:
         """``[B, G, S]``: sinks and recent tokens."""
         position_BGS = table.position
         recent_BG = limit_BG.mul(self.recent).long() if isinstance(self.recent, float) else self.recent
@@ -137,6 +150,43 @@ class Eviction(Slots):
         return recent_BGS | (position_BGS < (layer.state["padding"] + self.sinks)[:, None, None])
 
 
+class Eviction(Budgeted):
+    """Keeps the first tokens, the latest, and of the others those with the highest priority, within a budget.
+
+    Most papers need one function more: `priority`, and `observe` where it comes from attention. Of slots with the same
+    priority the older is forgotten.
+    """
+
+    @abstractmethod
+    def priority(self, layer: SlotLayer, table: SlotTable) -> Tensor:
+        """``[B, G, S]``: how much each slot is worth keeping."""
+
+    def lose(self, layer: SlotLayer, table: SlotTable, heads: list[int], limit_BG: Tensor, over_BG: Tensor) -> None:
+        """See `Budgeted.lose`."""
+        keep_highest(table, self.worth(layer, table, limit_BG), over_BG)
+
+    def worth(self, layer: SlotLayer, table: SlotTable, limit_BG: Tensor) -> Tensor:
+        """``[B, G, S]``: `priority`; ``inf`` for what is protected, ``-inf`` for what is not there."""
+        priority_BGS = self.priority(layer, table).masked_fill(self.protected(layer, table, limit_BG), torch.inf)
+        return priority_BGS.masked_fill(~table.real, -torch.inf)
+
+
+def keep_highest(table: SlotTable, priority_BGS: Tensor, over_BG: Tensor) -> None:
+    """Forgets the slots of the lowest priority; of equals the older.
+
+    Args:
+        table: of slots.
+        priority_BGS: of each; ``-inf`` of those that hold nothing.
+        over_BG: how many each head has to forget; none where it is negative.
+    """
+    fewest, most = (int(number) for number in torch.aminmax(over_BG))
+    if fewest == most <= FEW and not table.whole:
+        for _ in range(most):
+            table.forget(_lowest(priority_BGS.masked_fill(~table.real, torch.inf), table.position))
+    elif most > 0:
+        table.keep(*highest(priority_BGS, table.position, table.real.sum(-1) - over_BG.clamp(min=0)))
+
+
 def _lowest(priority_BGS: Tensor, position_BGS: Tensor) -> Tensor:
     """``[B, G, 1]``: the slot of the lowest priority; of several the oldest."""
     lowest_BG1 = priority_BGS.amin(-1, keepdim=True)
@@ -144,7 +194,7 @@ def _lowest(priority_BGS: Tensor, position_BGS: Tensor) -> Tensor:
     return torch.where(priority_BGS == lowest_BG1, position_BGS, newest).argmin(-1, keepdim=True)
 
 
-def _highest(priority_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor) -> tuple[Tensor, Tensor]:
+def highest(priority_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor) -> tuple[Tensor, Tensor]:
     """The slots of the highest priorities in the order of the text, and which of them are within each row's count."""
     newest_BGS = position_BGS.argsort(dim=-1, descending=True)
     order_BGS = priority_BGS.gather(2, newest_BGS).argsort(dim=-1, descending=True, stable=True)
