@@ -31,6 +31,10 @@ FORMS = {
     "H2O": ("H2O(64)", "H2O(8)"),
     "H2O-share": ("H2O(1.0)", "H2O(0.5, recent=3, sinks=1)"),
     "H2O-heads": ("H2O([[64, 70], [64, 70], [64, 70]])", "H2O([[4, 8], [8, 8], [5, 6]])"),
+    "A2SF": ("A2SF(64)", "A2SF(8, alpha=0.5)"),
+    "Keyformer": ("Keyformer(64)", "Keyformer(8, tau_step=0.1)"),
+    "TreeKV": ("TreeKV(64)", "TreeKV(8, sinks=1, recent=2)"),
+    "RandomEviction": ("RandomEviction(64)", "RandomEviction(8, sinks=1)"),
     "KIVI": ("KIVI()", "KIVI(2, group=4, window=4, sinks=1)"),
     "VQKV": (f"VQKV(2, {FAST})", f"VQKV(2, window=5, sinks=1, every=2, {FAST})"),
 }

@@ -1,0 +1,75 @@
+"""What the tests of memories share: a small model, the weights that its layers gave, kept sets by plain loops."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from architectures import BACKBONES
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pondera.memory.contract import Memory, MemoryCache
+from pondera.memory.parts.attention import Seen
+from pondera.memory.parts.slot_layer import SlotLayer
+from pondera.memory.parts.slot_table import SlotTable
+from pondera.memory.parts.slots import ALL, Slots
+
+_MODELS: dict[int, Any] = {}
+
+
+def model(layers: int = 2) -> Any:
+    """A Llama with two KV heads for four query heads, whose weights are large enough to look at something."""
+    if layers not in _MODELS:
+        config = {**BACKBONES["llama"], "num_hidden_layers": layers}
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
+        for parameter in made.parameters():
+            parameter.requires_grad_(False).mul_(2)
+        _MODELS[layers] = made
+    return _MODELS[layers]
+
+
+class Watch(Slots):
+    """Forgets nothing and notes what it is shown: the weights that a policy sees at the first call of each layer."""
+
+    paper = price = reproduced = "a test's"
+    watches = ALL
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, Seen] = {}
+
+    def observe(self, layer: SlotLayer, table: SlotTable, seen: Seen) -> None:
+        self.seen.setdefault(layer.index, seen)
+
+
+def weights(x_BT: torch.Tensor, layers: int = 2) -> list[list[list[list[list[float]]]]]:
+    """By layer, KV head, query head in it, query and key: the weights of one text in one call."""
+    watch, lm = Watch(), model(layers)
+    lm(x_BT, past_key_values=watch.cache(lm))
+    return [watch.seen[layer].weight_BGRTS[0].tolist() for layer in range(layers)]
+
+
+def run(memory: Memory, x_BT: torch.Tensor, pieces: list[int], layers: int = 2) -> MemoryCache:
+    """Feeds the tokens of a text that these pieces take, piece by piece."""
+    lm = model(layers)
+    cache = memory.cache(lm)
+    for piece in x_BT[:, : sum(pieces)].split(pieces, dim=1):
+        lm(piece, past_key_values=cache)
+    return cache
+
+
+def kept(cache: MemoryCache) -> list[list[list[int]]]:
+    """By layer and head: the tokens of the first text that are kept."""
+    found = []
+    for layer in cache.kept:
+        assert isinstance(layer, SlotLayer)
+        heads = [head for table in layer.tables for head in table.position[0]]
+        found.append([sorted(head[head >= 0].tolist()) for head in heads])
+    return found
+
+
+def best(score: list[float], count: int, always: set[int]) -> list[int]:
+    """The tokens of the highest scores beside those that are kept in any case; of equals the newer."""
+    others = sorted((t for t in range(len(score)) if t not in always), key=lambda t: (score[t], t), reverse=True)
+    return sorted(always | set(others[: count - len(always)]))
