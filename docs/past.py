@@ -1,11 +1,11 @@
-"""Tables of what forgetting and rounding the past costs."""
+"""Tables of what forgetting and rounding the past costs, and of what is forgotten."""
 
 from __future__ import annotations
 
 import statistics
 from typing import Any
 
-from tables import generated, read, table, with_spread
+from tables import generated, over_seeds, read, table, with_spread
 
 
 @generated
@@ -42,3 +42,33 @@ def codes(path: str) -> str:
     ]
     size = f"{found['exact']['tokens']:,} held-out tokens, loss with the exact cache {found['exact']['loss']:.3f} nats"
     return f"{table(head, rows)}\n\n`{found['command']}`: {size}; mean ± standard deviation over fits."
+
+
+@generated
+def eviction(path: str) -> str:
+    """Recall and loss of every policy at every budget."""
+    found = read(path)
+    told: dict[tuple[str, float], dict[str, list[float]]] = {}
+    for row in found["rows"]:
+        value = row["loss"] if row["task"] == "text" else 100 * row["recall"]
+        told.setdefault((row["policy"], row["share"]), {}).setdefault(row["task"], []).append(value)
+    tasks = list(next(iter(told.values())))
+    rows = []
+    for (policy, share), by_task in sorted(told.items(), key=lambda item: -item[0][1]):
+        shows = ("{:.2f}" if task == "text" else "{:.0f}" for task in tasks)
+        cells = [over_seeds(by_task[task], show.format) for task, show in zip(tasks, shows, strict=True)]
+        rows.append((f"`{policy}`", f"{share:g}", *cells))
+    head = ["policy", "budget", *("loss on text" if task == "text" else f"{task}, %" for task in tasks)]
+    return f"{table(head, rows)}\n\n`{found['command']}`: mean ± standard deviation over models."
+
+
+@generated
+def kvpress(path: str) -> str:
+    """Kept sets beside a peer's."""
+    found = read(path)
+    rows = [
+        (f"`{row['policy']}`", f"{row['share']:g}", f"{row['same']} of {row['sets']}", f"{100 * row['overlap']:.2f} %")
+        for row in found["rows"]
+    ]
+    said = f"`{found['command']}`, beside {found['peer']}."
+    return f"{table(['policy', 'budget', 'kept sets the same', 'tokens kept by both'], rows)}\n\n{said}"

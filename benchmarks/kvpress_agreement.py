@@ -1,0 +1,176 @@
+"""Which tokens we keep and which kvpress keeps, of the same models and texts, where both define the same score.
+
+    python -m venv peers
+    peers/bin/pip install torch==2.13.0 kvpress==0.5.5
+    python benchmarks/kvpress_agreement.py --python peers/bin/python
+
+kvpress 0.5.5 needs a transformers before 5.3, hence an environment of its own; this file runs in both. Models are random
+Llamas in float64 with two query heads for each KV head. A kept set is one of a text, layer and KV head.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROMPT, SEEDS = 192, (0, 1, 2)
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+PAIRS = {
+    "StreamingLLM": ("StreamingLLM({n}, sinks=4)", "StreamingLLMPress({r}, n_sink=4)"),
+    "SnapKV": (
+        "SnapKV({n}, window=16, kernel=5, pool='mean')",
+        "SnapKVPress({r}, window_size=16, kernel_size=5)",
+    ),
+    "HeadBudgets(SnapKV)": (
+        "HeadBudgets(SnapKV({n}, window=16, kernel=5, pool='mean'), floor=0.25)",
+        "AdaKVPress(SnapKVPress({r}, window_size=16, kernel_size=5), alpha_safeguard=0.25)",
+    ),
+}
+"""By name: our spec with a number of slots, their expression with a share to be dropped."""
+SHARES = (0.5, 0.25, 0.125)
+
+Kept = list[list[list[int]]]
+"""By layer and KV head: token numbers in order."""
+
+
+def make(folder: Path, seed: int) -> None:
+    """A random model whose weights are large enough to look at something, and a text."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, initializer_range=0.1)).double()
+    torch.save(model.state_dict(), folder / f"{seed}.pt")
+    torch.save(torch.randint(SIZES["vocab_size"], (1, PROMPT)), folder / f"{seed}-ids.pt")
+
+
+def load(folder: Path, seed: int) -> tuple[Any, torch.Tensor]:
+    """The same on either side."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).double().eval()
+    model.load_state_dict(torch.load(folder / f"{seed}.pt"))
+    return model, torch.load(folder / f"{seed}-ids.pt")
+
+
+def ours(model: Any, ids_BT: torch.Tensor, memory: str) -> Kept:
+    """What a policy of ours keeps of the text."""
+    from pondera.ground import spec
+
+    cache = spec.build(memory, "memory").cache(model)
+    model(ids_BT, past_key_values=cache)
+    heads = [[head for table in layer.tables for head in table.position[0]] for layer in cache.kept]
+    return [[sorted(head[head >= 0].tolist()) for head in layer] for layer in heads]
+
+
+def theirs(model: Any, ids_BT: torch.Tensor, expression: str) -> Kept:
+    """What a press keeps of the text: which keys of an uncut cache it left, or did not mark as masked."""
+    import kvpress
+    from transformers import DynamicCache
+
+    whole, cut = DynamicCache(), DynamicCache()
+    model(ids_BT, past_key_values=whole)
+    press = eval(expression, vars(kvpress).copy())  # one of PAIRS above, nothing else
+    with press(model):
+        model(ids_BT, past_key_values=cut)
+        masked = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
+    found: Kept = []
+    for layer, before, after in zip(masked, whole.layers, cut.layers, strict=True):
+        gone = set() if layer is None else set(zip(layer[1].tolist(), layer[2].tolist(), strict=True))
+        heads = []
+        for head, (all_TD, left_SD) in enumerate(zip(before.keys[0], after.keys[0], strict=True)):
+            place = {tuple(row): number for number, row in enumerate(all_TD.tolist())}
+            numbers = sorted(place[tuple(row)] for row in left_SD.tolist())
+            heads.append([number for number in numbers if (head, number) not in gone])
+        found.append(heads)
+    return found
+
+
+def kept(side: str, folder: Path) -> dict[str, Kept]:
+    """Every kept set of one side, by name, share and seed."""
+    found = {}
+    with torch.no_grad():
+        for seed in SEEDS:
+            for name, (our_spec, press) in PAIRS.items():
+                for share in SHARES:
+                    model, ids_BT = load(folder, seed)
+                    if side == "ours":
+                        one = ours(model, ids_BT, our_spec.replace("{n}", str(int(share * PROMPT))))
+                    else:
+                        one = theirs(model, ids_BT, press.replace("{r}", f"compression_ratio={1 - share}"))
+                    found[f"{name} {share} {seed}"] = one
+    return found
+
+
+def compare(mine: dict[str, Kept], other: dict[str, Kept]) -> list[dict[str, Any]]:
+    """For each policy and share: how many kept sets are the same, and the share of tokens that both keep."""
+    rows = []
+    for name in PAIRS:
+        for share in SHARES:
+            pairs = [
+                (set(a), set(b))
+                for seed in SEEDS
+                for one, two in zip(mine[f"{name} {share} {seed}"], other[f"{name} {share} {seed}"], strict=True)
+                for a, b in zip(one, two, strict=True)
+            ]
+            both, kept_by_us = sum(len(a & b) for a, b in pairs), sum(len(a) for a, _ in pairs)
+            same = sum(a == b for a, b in pairs)
+            rows.append(
+                {"policy": name, "share": share, "sets": len(pairs), "same": same, "overlap": both / kept_by_us}
+            )
+    return rows
+
+
+def agreement(python: str) -> dict[str, Any]:
+    """Runs both sides; theirs in their Python."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for seed in SEEDS:
+            make(folder, seed)
+        command = [python, str(Path(__file__).resolve()), "--theirs", name]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        other = json.loads(answer.splitlines()[-1])
+        return {
+            "peer": other["peer"],
+            "prompt": PROMPT,
+            "model": SIZES,
+            "rows": compare(kept("ours", folder), other["kept"]),
+        }
+
+
+def main() -> None:
+    """Compares, or is the other side."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default=sys.executable, help="of an environment with kvpress")
+    parser.add_argument("--out", type=Path, default=Path("results/kvpress.json"))
+    parser.add_argument("--theirs", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.theirs:
+        from importlib.metadata import version
+
+        peer = " ".join(f"{name} {version(name)}" for name in ("kvpress", "transformers"))
+        print(json.dumps({"peer": peer, "kept": kept("theirs", args.theirs)}))
+        return
+    found = {"command": "python benchmarks/kvpress_agreement.py --python peers/bin/python", **agreement(args.python)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(found, indent=1) + "\n")
+    for row in found["rows"]:
+        print(f"{row['policy']} at {row['share']}: {row['same']} of {row['sets']} kept sets are the same")
+
+
+if __name__ == "__main__":
+    main()
