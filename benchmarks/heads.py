@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantize import resident
+from process import resident
 from torch import nn
 
 from pondera.ground.run import write_atomic

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process import Process
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 LAYERS, HEADS, KV_HEADS, WIDTH, VOCABULARY = 8, 8, 2, 128, 8192
@@ -311,34 +312,6 @@ def trim() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-class Process:
-    """A `Worker` in a process of its own."""
-
-    def __init__(self, python: str, threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if python != sys.executable:
-            environment.pop("PYTHONPATH", None)  # our packages are not theirs
-        command = [python, __file__, "--worker", "--threads", str(threads)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request and waits for its answer."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"a process ended early, asked for {request}; what it said stands above")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """Ends it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
-
-
 # how much fits
 
 
@@ -469,7 +442,7 @@ def main() -> None:
     wanted_first = {f"first {tokens}": tokens for tokens in args.first}
     if {*wanted, *wanted_first} - {*rows}:
         pythons = {"ours": sys.executable} | ({"kvpress": args.kvpress} if args.kvpress else {})
-        workers = {name: Process(python, args.threads) for name, python in pythons.items()}
+        workers = {name: Process(__file__, python, args.threads) for name, python in pythons.items()}
         machine = workers["ours"].ask(do="machine")
         about = {
             "machine": platform.machine(),

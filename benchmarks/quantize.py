@@ -21,7 +21,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from process import Process, resident
 from torch import Tensor
 
 LEVELS, ITERATIONS, BATCH = 8, 5, 65536
@@ -138,15 +138,6 @@ MAKERS = {"matmul": matmul, "loop": loop, "ours": ours, "theirs": theirs}
 # one process
 
 
-def resident(kind: str) -> int | None:
-    """``"VmRSS"`` now, ``"VmHWM"`` at most since the peak was forgotten; none where there is no such file."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(kind)), None)
-
-
 class Worker:
     """Prepares tasks and does them when told to."""
 
@@ -191,34 +182,6 @@ class Worker:
         for line in sys.stdin:
             request = json.loads(line)
             print(json.dumps(getattr(self, request.pop("do"))(**request)), file=answers, flush=True)
-
-
-class Process:
-    """A `Worker` in a process of its own."""
-
-    def __init__(self, python: str, threads: int) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        if python != sys.executable:
-            environment.pop("PYTHONPATH", None)  # our packages are not theirs
-        command = [python, __file__, "--worker", "--threads", str(threads)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request and waits for its answer."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        print(json.dumps(request), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
-        if not answer:
-            raise SystemExit(f"a process ended early, asked for {request}; what it said stands above")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """Ends it."""
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 # the whole
@@ -319,7 +282,9 @@ def main() -> None:
 
     pythons = {"ours": sys.executable} | ({"theirs": args.python} if args.python else {})
     for task in [(task, dim, codes) for task in args.tasks for dim in args.dims for codes in args.codes]:
-        sides = {name: Process(python, args.threads) for name, python in pythons.items()}  # memory starts anew
+        sides = {
+            name: Process(__file__, python, args.threads) for name, python in pythons.items()
+        }  # memory starts anew
         try:
             row = measure(*task, sides, args)
         finally:
