@@ -162,7 +162,7 @@ def memory(path: str) -> str:
     """Decoding over a long past, first tokens, and how much fits."""
     found = read(path)
     parts = []
-    for name, row in found["rows"].items():
+    for name, row in sorted(found["rows"].items(), key=_place):
         kind, number, *batch = name.split()
         if kind == "decode":
             title = f"{int(number):,} tokens, batch {batch[1]}"
@@ -193,6 +193,11 @@ def memory(path: str) -> str:
         f"{found['rounds']} interleaved rounds; memory is read at {max(rates['read'], rates['copy']) / 1e9:.0f} GB/s."
     )
     return "\n\n".join([*parts, about])
+
+
+def _place(item: tuple[str, Any]) -> tuple[int, ...]:
+    kind, *numbers = item[0].split(" x ")[0].split() + item[0].split(" x ")[1:]
+    return (("decode", "first", "capacity").index(kind), *map(int, reversed(numbers)))
 
 
 def _decoding(one: dict[str, Any]) -> tuple[str, ...]:

@@ -216,7 +216,7 @@ def _prices(model: AdaptiveLM, context: int, shares: list[float], budget: dict[s
 def _decoding_speed(model: Any, tokenizer: PreTrainedTokenizerFast, budget: dict[str, Any]) -> float:
     import torch
 
-    limit = getattr(model.backbone.config, "max_position_embeddings", None) or DECODED + 1
+    limit = model.positions or DECODED + 1
     count = min(DECODED, limit - 1)
     start_BT = torch.tensor([[start_token(tokenizer)]], device=model.device)
 

@@ -86,7 +86,7 @@ def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> Windows:
     """
     given = given_settings(dict(data))
     context = context_of(given.get("context"), loaded)
-    limit = getattr(loaded.model.backbone.config, "max_position_embeddings", None)
+    limit = loaded.model.positions
     if limit is not None:
         context = min(context, limit - ASKED)  # the repeated passage comes behind
     if "text" in given:

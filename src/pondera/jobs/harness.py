@@ -51,7 +51,7 @@ class PonderaLM(HFLM):
             "backend": "causal",
             "batch_size": batch_size,
             "max_batch_size": max_batch_size,
-            "max_length": max_length or getattr(loaded.model.backbone.config, "max_position_embeddings", None),
+            "max_length": max_length or loaded.model.positions,
             "add_bos_token": add_bos_token,
             "prefix_token_id": prefix_token_id,
             "truncation": truncation,

@@ -73,7 +73,7 @@ class Collapse(Probe):
             raise UserError("the text is empty; give one of a few thousand tokens")
         ids, _ = next(encode([text], tokenizer))
         ids_T = torch.from_numpy(ids[: self.max_tokens].astype("int64"))
-        context = min(getattr(model.backbone.config, "max_position_embeddings", None) or 256, 256)
+        context = min(model.positions or 256, 256)
         met: list[tuple[Tensor, Tensor]] = []
         with observed(model):
             for start in range(0, len(ids_T), context):

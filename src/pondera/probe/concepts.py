@@ -46,7 +46,7 @@ def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) 
     """
     import torch
 
-    window = min(WINDOW, getattr(model.backbone.config, "max_position_embeddings", None) or WINDOW)
+    window = min(WINDOW, model.positions or WINDOW)
     found = []
     with observed(model):
         for start in range(0, len(ids), window):

@@ -101,7 +101,7 @@ class ThinkTrace(Probe):
         if start is None:
             raise UserError("the tokenizer has neither BOS nor EOS, so nothing can start a text; set its eos_token")
         whole, _ = next(encode([text], tokenizer))
-        room = getattr(model.backbone.config, "max_position_embeddings", math.inf) - 1
+        room = (model.positions or math.inf) - 1
         ids = [cast(int, start), *whole[: int(min(self.max_tokens, room, len(whole)))].tolist()]
         if len(ids) == 1:
             raise UserError("the text is empty; give one with at least one token")
