@@ -10,6 +10,7 @@ import torch
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.jobs.evaluate import evaluate
+from pondera.jobs.excerpts import held_out
 from pondera.jobs.load import load
 from pondera.jobs.price import price
 from pondera.jobs.reading import read
@@ -88,3 +89,19 @@ def test_caches_of_other_kinds_are_refused_by_name():
     ).eval()
     with pytest.raises(UserError, match="brings its own cache"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, cache_implementation="static", pad_token_id=0)
+
+
+def test_texts_longer_than_the_positions_are_for_models_that_read_block_by_block(tmp_path: Path, text: Path):
+    given = {"text": str(text), "context": 150}
+    saved.save(tmp_path / "plain")
+    loaded = load(tmp_path / "plain")
+    with pytest.raises(UserError, match="150 exceeds the 96 positions"):
+        held_out(loaded, given, 1)
+    loaded.model.config.memory = "ElasticMemory(block=16, order=8, samples=4)"
+    endless = AdaptiveLM(loaded.model.config).eval()
+    endless.save_pretrained(tmp_path / "endless")
+    loaded.tokenizer.save_pretrained(tmp_path / "endless")
+    windows = held_out(load(tmp_path / "endless"), given, 1)
+    assert windows.ids_NT.shape == (1, 151) and windows.asked_NT.shape[1] > 151
+    found = evaluate(tmp_path / "endless", given)
+    assert found["loss"] > 0 and found["tokens"] > 150
