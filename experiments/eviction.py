@@ -108,9 +108,9 @@ def main() -> None:
     """Runs what is missing, seeds side by side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1500, help="of training")
+    parser.add_argument("--steps", type=int, default=1600, help="of training")
     parser.add_argument("--batch", type=int, default=8, help="texts of each kind in a step")
-    parser.add_argument("--texts", type=int, default=48, help="that are measured, of each kind")
+    parser.add_argument("--texts", type=int, default=32, help="that are measured, of each kind")
     parser.add_argument("--jobs", type=int, default=2, help="seeds side by side")
     parser.add_argument("--out", type=Path, default=Path("runs/eviction"), help="where weights and rows go")
     parser.add_argument("--results", type=Path, default=Path("results/eviction/recall.json"))

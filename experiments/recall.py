@@ -33,7 +33,7 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 
 
@@ -130,14 +130,17 @@ def trained(seed: int, steps: int, batch: int, folder: Path) -> LlamaForCausalLM
     if (folder / "model.safetensors").is_file():
         return LlamaForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.06, **SIZES)).train()
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=VOCAB, initializer_range=0.02, **SIZES)).train()
     draw = torch.Generator().manual_seed(1000 + seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
-        # Short copies come first: a copy is learnt sooner where much of it is near.
-        longest = min(PROMPT - 2, 16 + 220 * step // steps)
+        # Half of the time goes to copies alone, short ones first: heads that copy are learnt from nothing else as soon.
+        begun = 2 * step / steps
+        longest = int(12 + 40 * begun if begun < 1 else PROMPT - 2)
         length = int(torch.randint(8, longest + 1, (1,), generator=draw))
-        parts = [needle(batch, draw), list_(batch, draw), copy(batch, draw, length), text(batch, draw)]
+        parts = [copy(batch if begun > 1 else 4 * batch, draw, length)]
+        if begun > 1:
+            parts += [needle(batch, draw), list_(batch, draw), text(batch, draw)]
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, step / 50) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
         loss = torch.stack([_loss(model, part) for part in parts]).mean()
