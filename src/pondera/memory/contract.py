@@ -123,6 +123,14 @@ class Memory(Described, nn.Module, ABC):
             layers: numbers of the layers to be compressed.
         """
 
+    def prepare(self, model: PreTrainedModel, cache: MemoryCache) -> None:  # noqa: B027 (optional)
+        """Is shown the model and the layers of a new cache together, before anything is read.
+
+        Args:
+            model: that the cache is for.
+            cache: empty.
+        """
+
     def cache(self, model: PreTrainedModel) -> MemoryCache:
         """An empty cache for this model, whose attention is told to look for it.
 
@@ -147,7 +155,9 @@ class Memory(Described, nn.Module, ABC):
         ]
         if config._attn_implementation != MEMORY:
             model.set_attn_implementation(MEMORY)
-        return MemoryCache(layers, self)
+        cache = MemoryCache(layers, self)
+        self.prepare(model, cache)
+        return cache
 
     def load_cache(self, model: PreTrainedModel, path: str | Path) -> MemoryCache:
         """A cache that `MemoryCache.save` has written, on the model's device; `generate` goes on as if it had never left.

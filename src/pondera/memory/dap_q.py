@@ -62,8 +62,8 @@ class DapQ(Wrapper):
             raise UserError(f"ahead={ahead}: give a number of positions, 0 or more")
         self.frequency_F: Tensor | None = None
 
-    def cache(self, model: PreTrainedModel) -> MemoryCache:
-        """See `Memory.cache`."""
+    def prepare(self, model: PreTrainedModel, cache: MemoryCache) -> None:
+        """See `Memory.prepare`."""
         frequency_F = rotary_frequencies(model) if self.ahead else None
         if self.frequency_F is not None and not (
             frequency_F is not None and torch.equal(frequency_F, self.frequency_F)
@@ -72,7 +72,7 @@ class DapQ(Wrapper):
                 "this DapQ has made caches for a model with other rotary positions; build one for each model"
             )
         self.frequency_F = frequency_F
-        return super().cache(model)
+        super().prepare(model, cache)
 
     def observe(self, layer: SlotLayer, table: SlotTable, seen: Seen) -> None:
         """See `Slots.observe`."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -53,6 +54,11 @@ class Call:
         return self.query_BHTD.shape[2]
 
     @property
+    def in_order(self) -> bool:
+        """The new tokens are the next ones of the text, so that over all slots in their order `stock` serves it."""
+        return True
+
+    @cached_property
     def position_BT(self) -> Tensor:
         """The number of each new token in its text; ``-1 - number`` where it is padding."""
         B, T, device = len(self.query_BHTD), self.tokens, self.query_BHTD.device
@@ -62,6 +68,24 @@ class Call:
         # A token that does not even see itself is padding.
         real_BT = self.mask_B1TK[:, 0].diagonal(self.start, -2, -1)
         return torch.where(real_BT, number_BT, -1 - number_BT)
+
+    @property
+    def padding_B(self) -> Tensor | int:
+        """How many of the new tokens are padding."""
+        return 0 if self.mask_B1TK is None else (self.position_BT < 0).sum(-1)
+
+    def mask(self, part: slice) -> Tensor | None:
+        """``[B, 1, t, K]``: `mask_B1TK` for some of the queries; none: each of them looks at all up to itself."""
+        return None if self.mask_B1TK is None else self.mask_B1TK[:, :, part]
+
+    def written_mask(self, part: slice) -> Tensor | None:
+        """The same, written out where the fused kernel would only be told that it is causal."""
+        mask_B1tK = self.mask(part)
+        if mask_B1tK is not None or self.tokens == 1:
+            return mask_B1tK
+        number_t = torch.arange(self.start + part.start, self.start + part.stop, device=self.query_BHTD.device)
+        column_K = torch.arange(self.start + self.tokens, device=number_t.device)
+        return (column_K[None] <= number_t[:, None])[None, None].expand(len(self.query_BHTD), 1, -1, -1)
 
     def stock(self, keys: Tensor, values: Tensor) -> Tensor:
         """transformers' own attention over all tokens, ``[B, T, H, D]``.

@@ -64,15 +64,14 @@ class SlotLayer(MemoryLayer):
         position_BT = call.position_BT
         if first:
             self.state["padding"] = torch.zeros(len(position_BT), dtype=torch.int64, device=position_BT.device)
-        if call.mask_B1TK is not None:
-            self.state["padding"] = self.state["padding"] + (position_BT < 0).sum(-1)
+        self.state["padding"] = self.state["padding"] + call.padding_B
         for heads, table in self.parts():
             rows = (call.key_BGTD[:, heads], call.value_BGTD[:, heads])
             table.append(*rows, position_BT, holes=not self.record_past)
         query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
         chosen = [self._choice(call, query_BGRTD[:, heads], table) for heads, table in self.parts()]
         exact = (self.memory.exact or call.tokens > FEW) and all(slot_BGk is None for slot_BGk in chosen)
-        if exact and all(table.whole for table in self.tables):
+        if exact and call.in_order and all(table.whole for table in self.tables):
             out_BTHD = call.stock(*self._joined())
             self._watch(call, query_BGRTD, position_BT)
         else:
@@ -124,9 +123,10 @@ class SlotLayer(MemoryLayer):
             there_BGk = slot_BGk.clamp(min=0)
             keys, values = (_chosen(rows, there_BGk) for rows in (keys, values))
             position = torch.where(slot_BGk < 0, EMPTY, position.gather(2, there_BGk))
-        found = attend_natively(query_BGRTD, keys, values, position, call.mask_B1TK, call.start, call.scaling)
+        every = slice(0, call.tokens)
+        found = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
         if found is None:
-            allowed = slots_allowed(_mask(call, slice(0, call.tokens)), position)
+            allowed = slots_allowed(call.written_mask(every), position)
             out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling)
         else:
             out_BTHD = found.out_BTHD
@@ -164,12 +164,11 @@ class SlotLayer(MemoryLayer):
     ) -> Seen:
         """What some queries look at."""
         query_BGRTD, number = query_BGRTD[:, :, :, part], call.start + part.start
-        mask_B1TK = None if call.mask_B1TK is None else call.mask_B1TK[:, :, part]
         rows = (query_BGRTD, table.keys, table.values, table.position)
-        found = attend_natively(*rows, mask_B1TK, number, call.scaling, with_scores=True)
+        found = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
         out_BTHD, score_BGRTS = (None, None) if found is None else found
         if score_BGRTS is None:
-            allowed = slots_allowed(_mask(call, part), table.position)
+            allowed = slots_allowed(call.written_mask(part), table.position)
             score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling)
         number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
         real_BT = position_BT[:, part] >= 0
@@ -226,14 +225,3 @@ class SlotLayer(MemoryLayer):
 
 def _chosen(rows_BGSD: Tensor, slot_BGk: Tensor) -> Tensor:
     return rows_BGSD.gather(2, slot_BGk[..., None].expand(*slot_BGk.shape, rows_BGSD.shape[-1]))
-
-
-def _mask(call: Call, part: slice) -> Tensor | None:
-    """The call's mask for some of its queries, written out where the fused kernel would only be told that it is causal."""
-    if call.mask_B1TK is not None:
-        return call.mask_B1TK[:, :, part]
-    if call.tokens == 1:
-        return None
-    number_T = torch.arange(call.start + part.start, call.start + part.stop, device=call.query_BHTD.device)
-    column_K = torch.arange(call.start + call.tokens, device=number_T.device)
-    return (column_K[None] <= number_T[:, None])[None, None].expand(len(call.query_BHTD), 1, -1, -1)

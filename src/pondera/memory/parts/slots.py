@@ -15,7 +15,7 @@ from pondera.ground.errors import UserError
 from pondera.memory.contract import Memory, kv_heads
 from pondera.memory.parts.attention import Seen
 from pondera.memory.parts.budget import Budget
-from pondera.memory.parts.layer import Call, MemoryLayer
+from pondera.memory.parts.layer import Call
 from pondera.memory.parts.slot_layer import SlotLayer
 from pondera.memory.parts.slot_table import SlotTable
 from pondera.model.hf import PreTrainedConfig
@@ -48,7 +48,7 @@ class Slots(Memory):
         """KV heads of a layer keep different numbers of slots."""
         return False
 
-    def layer(self, config: PreTrainedConfig, index: int, among: int) -> MemoryLayer:
+    def layer(self, config: PreTrainedConfig, index: int, among: int) -> SlotLayer:
         """See `Memory.layer`."""
         return SlotLayer(self, index, among)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from pondera.memory.contract import MemoryCache
 from pondera.memory.parts.attention import Seen
 from pondera.memory.parts.layer import Call
 from pondera.memory.parts.slot_layer import SlotLayer
 from pondera.memory.parts.slot_table import SlotTable
 from pondera.memory.parts.slots import Slots
-from pondera.model.hf import PreTrainedConfig
+from pondera.model.hf import PreTrainedConfig, PreTrainedModel
 
 
 class Wrapper(Slots):
@@ -38,6 +39,16 @@ class Wrapper(Slots):
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
         """See `Memory.check`."""
         self.policy.check(config, layers)
+
+    def layer(self, config: PreTrainedConfig, index: int, among: int) -> SlotLayer:
+        """See `Memory.layer`: the policy's, which asks the wrapper."""
+        layer = self.policy.layer(config, index, among)
+        layer.memory = self
+        return layer
+
+    def prepare(self, model: PreTrainedModel, cache: MemoryCache) -> None:
+        """See `Memory.prepare`."""
+        self.policy.prepare(model, cache)
 
     def select(self, layer: SlotLayer, table: SlotTable, query_BGRTD: Tensor, call: Call) -> Tensor | None:
         """See `Slots.select`."""
