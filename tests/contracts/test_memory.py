@@ -40,6 +40,14 @@ FORMS = {
     "HeadBudgets-decoding": ("HeadBudgets(H2O(64))", "HeadBudgets(H2O(5, recent=2), floor=0.3)"),
     "RefreshKV": ("RefreshKV(64)", "RefreshKV(5, stride=2, kernel=3)"),
     "DapQ": ("DapQ(SnapKV(64, window=4))", "DapQ(SnapKV(8, window=3, kernel=3))"),
+    "FastKV": (
+        "FastKV(SnapKV(64, window=4), tsp=64)",
+        "FastKV(SnapKV(6, window=3, kernel=3, pool='mean'), tsp=0.8, tsp_layer=0)",
+    ),
+    "HeadBudgets-FastKV": (
+        "FastKV(HeadBudgets(SnapKV(64, window=4)), tsp=64)",
+        "FastKV(HeadBudgets(SnapKV(6, window=3, kernel=3), floor=0.3), tsp=8)",
+    ),
     "RandomEviction": ("RandomEviction(64)", "RandomEviction(8, sinks=1)"),
     "KIVI": ("KIVI()", "KIVI(2, group=4, window=4, sinks=1)"),
     "VQKV": (f"VQKV(2, {FAST})", f"VQKV(2, window=5, sinks=1, every=2, {FAST})"),

@@ -1,0 +1,136 @@
+"""FastKV: later layers see of a prompt what goes on, exactly as if the other hidden states had been dropped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import ids
+from policies import best, kept, model, run, weights
+
+from pondera import UserError
+from pondera.memory.contract import MemoryCache
+from pondera.memory.dap_q import DapQ
+from pondera.memory.fast_kv import FastKV
+from pondera.memory.h2o import H2O
+from pondera.memory.head_budgets import HeadBudgets
+from pondera.memory.parts.passing import ChoosingLayer, PassedLayer
+from pondera.memory.snap_kv import SnapKV
+
+LAYERS = 4
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def snap(budget: int | float = 10, window: int = 4) -> SnapKV:
+    return SnapKV(budget, window=window, kernel=3, pool="mean")
+
+
+def chosen(cache: MemoryCache) -> list[list[int]]:
+    """By row: the tokens that went on in the latest call."""
+    chooser = next(layer for layer in cache.kept if isinstance(layer, ChoosingLayer))
+    assert chooser.choice is not None
+    return [row[row >= 0].tolist() for row in chooser.choice.position_Bk]
+
+
+def test_the_tokens_that_go_on_are_those_of_plain_loops():
+    x = ids(1, 40)
+    cache = run(FastKV(snap(), tsp=15, tsp_layer=1), x, [40], LAYERS)
+    heads = [head for group in weights(x, LAYERS)[1] for head in group]
+    score = [sum(head[query][key] for head in heads for query in range(36, 40)) for key in range(36)] + [0.0] * 4
+    smooth = [sum(score[max(0, key - 1) : key + 2]) / 3 for key in range(40)]
+    assert chosen(cache) == [best(smooth, 15, {36, 37, 38, 39})]
+    assert all(set(head) <= set(chosen(cache)[0]) for layer in kept(cache)[2:] for head in layer)
+
+
+def test_it_is_what_dropping_hidden_states_gives():
+    lm, x, at = model(LAYERS), ids(1, 40), 1
+    memory = FastKV(snap(), tsp=15, tsp_layer=at)
+    cache = memory.cache(lm)
+    found = lm(x, past_key_values=cache).logits[0, -4:]
+    # Slow and obvious: the first layers on everything, then the gathered states alone through the others.
+    lm.set_attn_implementation("sdpa")
+    h = lm(x, output_hidden_states=True, use_cache=False).hidden_states[at + 1]
+    place = torch.tensor(chosen(cache))
+    h = h[:, place[0]]
+    rotary = lm.model.rotary_emb(h, position_ids=place)
+    for layer in lm.model.layers[at + 1 :]:
+        h = layer(h, attention_mask=None, position_embeddings=rotary, position_ids=place)
+    torch.testing.assert_close(found, lm.lm_head(lm.model.norm(h))[0, -4:], atol=1e-5, rtol=1e-5)
+
+
+def test_layers_are_as_long_as_both_budgets_say():
+    x = ids(1, 40)
+    for tsp, budget, lengths in [
+        (15, 10, [10, 10, 10, 10]),
+        (8, 10, [10, 10, 8, 8]),  # no more than went on
+        (0.5, 0.25, [10, 10, 10, 10]),  # the share is of the prompt, so that the counts match
+        (0.5, 1.0, [40, 40, 20, 20]),
+        (1.0, 0.25, [10, 10, 10, 10]),
+    ]:
+        found = kept(run(FastKV(snap(budget), tsp, 1), x, [40], LAYERS))
+        assert [{len(head) for head in layer} for layer in found] == [{length} for length in lengths]
+    later = kept(run(FastKV(snap(), 8, 1), x, [30, *[1] * 10], LAYERS))
+    assert [len(layer[0]) for layer in later] == [20, 20, 18, 18]
+    assert all(head[-10:] == list(range(30, 40)) for layer in later for head in layer)
+
+
+@pytest.mark.parametrize("memory", [FastKV(snap(), 8, LAYERS - 1), FastKV(snap(), tsp=1.0)])
+def test_where_everything_goes_on_it_is_the_policy(memory: FastKV):
+    x, lm = ids(2, 50), model(LAYERS)
+    a, b = (run(each, x, [30, *[1] * 5], LAYERS) for each in (memory, snap()))
+    assert kept(a) == kept(b)
+    assert torch.equal(lm(x[:, 35:], past_key_values=a).logits, lm(x[:, 35:], past_key_values=b).logits)
+
+
+def test_drafts_all_go_on():
+    lm, x = model(LAYERS), ids(1, 40)
+    held = []
+    for memory in (FastKV(snap(), tsp=8, tsp_layer=1), snap()):
+        cache = memory.cache(lm)
+        cache.activate_past_recording()
+        lm(x, past_key_values=cache)
+        cache.crop(-3)
+        lm(x[:, :1], past_key_values=cache)
+        cache.crop(0)
+        held.append(kept(cache))
+    assert held[0] == held[1]
+
+
+def test_tokens_behind_the_choice_cannot_be_taken_back():
+    lm, x = model(LAYERS), ids(1, 40)
+    cache = FastKV(snap(1.0), tsp=8, tsp_layer=1).cache(lm)
+    lm(x, past_key_values=cache)
+    with pytest.raises(UserError, match="activate_past_recording"):
+        cache.crop(-3)
+
+
+def test_wrappers_go_around_it_and_inside():
+    x = ids(1, 40)
+    outside = run(DapQ(FastKV(snap(), tsp=12, tsp_layer=1), ahead=0), x, [40], LAYERS)
+    inside = run(FastKV(DapQ(snap(), ahead=0), tsp=12, tsp_layer=1), x, [40], LAYERS)
+    plain = run(FastKV(snap(), tsp=12, tsp_layer=1), x, [40], LAYERS)
+    assert kept(outside) == kept(inside) == kept(plain) and any(isinstance(one, PassedLayer) for one in plain.kept)
+    shared = run(FastKV(HeadBudgets(snap(), floor=0.5), tsp=12, tsp_layer=1), x, [40], LAYERS)
+    assert all(sum(map(len, layer)) == 20 for layer in kept(shared)) and len(chosen(shared)[0]) == 12
+    moved = [run(each, x, [40], LAYERS) for each in (DapQ(FastKV(snap(), 12, 1)), FastKV(DapQ(snap()), 12, 1))]
+    assert kept(moved[0]) == kept(moved[1]) != kept(plain)
+
+
+def test_what_does_not_fit_is_refused_in_words():
+    with pytest.raises(UserError, match="4 layers of this model are compressed; give a number from 0 to 3"):
+        FastKV(snap(), tsp_layer=4).cache(model(LAYERS))
+    with pytest.raises(UserError, match="give SnapKV"):
+        FastKV(H2O(8))
+    with pytest.raises(UserError, match="give SnapKV"):
+        FastKV(FastKV(snap()))
+    with pytest.raises(UserError, match="FastKV"):
+        HeadBudgets(FastKV(snap()))
+    for wrong in (7, 1.5, True, "64MiB"):
+        with pytest.raises(UserError, match="at least 8"):
+            FastKV(snap(), tsp=wrong)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="tsp_layer=-1"):
+        FastKV(snap(), tsp_layer=-1)
