@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from architectures import ids
+from architectures import BACKBONES, ids
 from policies import best, kept, model, run, weights
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pondera import UserError
-from pondera.memory.contract import MemoryCache
+from pondera.memory.contract import Memory, MemoryCache
 from pondera.memory.dap_q import DapQ
 from pondera.memory.fast_kv import FastKV
 from pondera.memory.h2o import H2O
@@ -17,6 +21,7 @@ from pondera.memory.parts.passing import ChoosingLayer, PassedLayer
 from pondera.memory.snap_kv import SnapKV
 
 LAYERS = 4
+_MODELS: dict[str, Any] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +30,27 @@ def no_grad():
         yield
 
 
+def of_family(family: str) -> Any:
+    if family not in _MODELS:
+        config = {**BACKBONES[family], "num_hidden_layers": LAYERS}
+        if "layer_types" in config:
+            config["layer_types"] = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
+        torch.manual_seed(0)
+        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
+        for parameter in made.parameters():
+            parameter.mul_(1.5)
+        _MODELS[family] = made
+    return _MODELS[family]
+
+
 def snap(budget: int | float = 10, window: int = 4) -> SnapKV:
     return SnapKV(budget, window=window, kernel=3, pool="mean")
+
+
+def masked(memory: FastKV) -> FastKV:
+    """The slow twin: every decoder layer runs all tokens, and only the cache leaves some out."""
+    memory.packed = False
+    return memory
 
 
 def chosen(cache: MemoryCache) -> list[list[int]]:
@@ -46,9 +70,11 @@ def test_the_tokens_that_go_on_are_those_of_plain_loops():
     assert all(set(head) <= set(chosen(cache)[0]) for layer in kept(cache)[2:] for head in layer)
 
 
-def test_it_is_what_dropping_hidden_states_gives():
+@pytest.mark.parametrize("packed", [True, False])
+def test_it_is_what_dropping_hidden_states_gives(packed: bool):
     lm, x, at = model(LAYERS), ids(1, 40), 1
     memory = FastKV(snap(), tsp=15, tsp_layer=at)
+    memory.packed = packed
     cache = memory.cache(lm)
     found = lm(x, past_key_values=cache).logits[0, -4:]
     # Slow and obvious: the first layers on everything, then the gathered states alone through the others.
@@ -84,6 +110,58 @@ def test_where_everything_goes_on_it_is_the_policy(memory: FastKV):
     a, b = (run(each, x, [30, *[1] * 5], LAYERS) for each in (memory, snap()))
     assert kept(a) == kept(b)
     assert torch.equal(lm(x[:, 35:], past_key_values=a).logits, lm(x[:, 35:], past_key_values=b).logits)
+
+
+def read(lm: Any, memory: Memory, x: torch.Tensor, mask: torch.Tensor, pieces: list[int]) -> tuple[list, list]:
+    """Logits of the last token of each piece, and what is kept after it."""
+    cache, seen, logits, held = memory.cache(lm), 0, [], []
+    position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+    for piece in x.split(pieces, dim=1):
+        begin, seen = seen, seen + piece.shape[1]
+        kwargs = {"attention_mask": mask[:, :seen], "position_ids": position_ids[:, begin:seen]}
+        logits.append(lm(piece, past_key_values=cache, **kwargs).logits[:, -1])
+        held.append([[head[head >= 0].sort().values.tolist() for table in layer.tables for row in table.position
+                      for head in row] for layer in cache.kept])  # fmt: skip
+    return logits, held
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "gpt2", "qwen3_mixed"])
+@pytest.mark.parametrize("pads", [(0, 0, 0), (0, 9, 25)])
+def test_leaving_tokens_out_is_hiding_them(family: str, pads: tuple[int, ...]):
+    lm, x = of_family(family), ids(3, 60)
+    mask = (torch.arange(60) >= torch.tensor(pads)[:, None]).long()
+    pieces = [32, 1, 1, 20, 1, 1, 4]
+    for policy in (snap, lambda: HeadBudgets(snap(), floor=0.5)):
+        found = read(lm, FastKV(policy(), tsp=0.4, tsp_layer=0), x, mask, pieces)
+        expected = read(lm, masked(FastKV(policy(), tsp=0.4, tsp_layer=0)), x, mask, pieces)
+        assert found[1] == expected[1]
+        torch.testing.assert_close(found[0], expected[0], atol=1e-4, rtol=1e-4)
+
+
+def rows_of(lm: Any, cache: Any, x: torch.Tensor) -> list[int]:
+    """How many tokens each decoder layer's MLP runs in a call."""
+    found: list[int] = []
+    layers = lm.get_decoder().layers
+    handles = [layer.mlp.register_forward_hook(lambda _, args, __: found.append(args[0].shape[1])) for layer in layers]
+    lm(x, past_key_values=cache)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def test_what_does_not_go_on_is_not_run_and_other_caches_are_left_alone():
+    lm, x = copy.deepcopy(of_family("llama")), ids(2, 40)
+    lm.set_attn_implementation("sdpa")
+    stock = lm(x).logits
+    cache = FastKV(snap(), tsp=10, tsp_layer=1).cache(lm)
+    assert rows_of(lm, cache, x) == [40, 40, 10, 10] and rows_of(lm, cache, x[:, :1]) == [1] * 4
+    again = copy.deepcopy(lm)
+    for each in (lm, again):  # hooks are copied with a model, and act once
+        assert rows_of(each, FastKV(snap(), tsp=10, tsp_layer=0).cache(each), x) == [40, 10, 10, 10]
+        assert rows_of(each, masked(FastKV(snap(), tsp=10)).cache(each), x) == [40] * 4
+        assert rows_of(each, snap().cache(each), x) == rows_of(each, DynamicCache(config=each.config), x) == [40] * 4
+        assert torch.equal(each(x).logits, stock)
+        assert len(each.model.layers[0]._forward_pre_hooks) == 1
 
 
 def test_drafts_all_go_on():

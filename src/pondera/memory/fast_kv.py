@@ -13,6 +13,7 @@ from torch import Tensor
 from pondera.ground.errors import UserError
 from pondera.memory.contract import Memory, MemoryCache
 from pondera.memory.parts.budget import Budget
+from pondera.memory.parts.leaving_out import pack
 from pondera.memory.parts.passing import Choice, ChoosingLayer, PassedLayer, link
 from pondera.memory.parts.slot_layer import SlotLayer
 from pondera.memory.parts.slot_table import EMPTY
@@ -34,8 +35,9 @@ class FastKV(Wrapper):
     positions; for all later layers there is nothing else. Every layer then cuts what it has seen, as the policy does.
 
     Source: Jo et al., FastKV, arXiv 2502.01068.
-    Cost: in the prompt, later layers are spared the attention of tokens that did not go on, and nothing else; decoding is as
-    the policy's.
+    Cost: in the prompt, later layers run `tsp` tokens instead of all; decoding is as the policy's. That holds for the
+    architectures of `pondera.model.backbone.LAYOUTS` whose layers are given their cache by name (not GPT-2), where every later
+    layer is compressed; in other models later layers are spared the attention of the other tokens, and nothing else.
     When not to use it: where the logits or hidden states of a prompt's tokens are wanted: those of the window count, and of
     tokens that did not go on they mean nothing, or are not there. For prompts in pieces of up to 8 tokens, which go on whole.
     Beside sliding layers, which still see everything.
@@ -60,6 +62,8 @@ class FastKV(Wrapper):
     paper: ClassVar[str] = "FastKV, arXiv 2502.01068"
     price: ClassVar[str] = "the policy's rows; later layers read a part of the prompt's tokens"
     reproduced: ClassVar[str] = "not measured yet"
+    packed: bool = True
+    """Decoder layers leave out what does not go on; false: they run it, and only the layers of the cache leave it out."""
 
     def __init__(self, policy: Memory | None = None, tsp: int | float = 0.2, tsp_layer: int | None = None) -> None:
         policy = SnapKV(0.1, window=8, kernel=7, pool="mean") if policy is None else policy
@@ -108,7 +112,9 @@ class FastKV(Wrapper):
     def prepare(self, model: PreTrainedModel, cache: MemoryCache) -> None:
         """See `Memory.prepare`."""
         super().prepare(model, cache)
-        link(cache)
+        chooser = link(cache)
+        if chooser is not None and self.packed:
+            pack(model, cache, chooser)
 
     def settle(self, layer: SlotLayer) -> bool:
         """See `Slots.settle`: before the policy forgets, the tokens that go on are chosen by what it has noted."""

@@ -1,7 +1,8 @@
 """Prompts of which only some tokens go on: one layer of a cache chooses them, and the layers behind it see no others.
 
 A layer of a cache can do that by itself: it takes in, attends with and shows to the memory the tokens that go on, and gives
-zeros for the rest, which nobody looks at.
+zeros for the rest, which nobody looks at. `leaving_out.py` keeps decoder layers from running the rest at all; what the
+layers of the cache do is the same.
 
 Shapes: B batch, H query heads, G KV heads, T new tokens, k those that go on, K tokens seen and new, D width.
 """
@@ -119,10 +120,12 @@ class ChoosingLayer(SlotLayer):
     Attributes:
         choice: those of the call that is running; none: all.
         new_BT: while it takes a call in: the positions of the call's tokens.
+        packs: the decoder layers behind it leave the other tokens out.
     """
 
     choice: Choice | None = None
     new_BT: Tensor | None = None
+    packs: bool = False
 
     def attend(self, call: Call) -> Tensor:
         """See `MemoryLayer.attend`."""
