@@ -42,6 +42,8 @@ STOCK = ("DynamicCache", "StaticCache", "QuantizedCache")
 """Sides that are transformers' own; `PRESS` is kvpress's; every other one is a memory of Pondera."""
 PRESS = "StreamingLLMPress(0.75)"
 MEMORIES = ("Full()", "Full(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)", "VQKV()")
+READERS = ("SnapKV(0.25)", "FastKV(SnapKV(0.25), tsp=0.2)")
+"""Further memories for reading a prompt: behind it they decode as the others."""
 SPARE = 64
 """Tokens that a cache of fixed size has room for beyond the context."""
 
@@ -456,7 +458,7 @@ def main() -> None:
                 keep(name, measure(tokens, batch, workers, machine, args.rounds))
         for name, tokens in wanted_first.items():
             if name not in rows:
-                sides = [*STOCK, *MEMORIES, *([PRESS] if "kvpress" in workers else [])]
+                sides = [*STOCK, *MEMORIES, *READERS, *([PRESS] if "kvpress" in workers else [])]
                 asked = {
                     side: workers["kvpress" if side == PRESS else "ours"].ask(do="first", side=side, tokens=tokens)
                     for side in sides

@@ -41,6 +41,7 @@ POLICIES = {
     "SnapKV": "SnapKV({n}, window=8, kernel=5)",
     "DapQ": "DapQ(SnapKV({n}, window=8, kernel=5))",
     "HeadBudgets": "HeadBudgets(SnapKV({n}, window=8, kernel=5), floor=0.2)",
+    "FastKV": "FastKV(SnapKV({n}, window=8, kernel=5), tsp=0.5)",
     "TokenSelect": "TokenSelect({n} - 8, sinks=4, recent=4)",
     "RefreshKV": "RefreshKV({n}, stride=5, similarity=0.85, kernel=5)",
 }

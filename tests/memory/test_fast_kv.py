@@ -60,13 +60,18 @@ def chosen(cache: MemoryCache) -> list[list[int]]:
     return [row[row >= 0].tolist() for row in chooser.choice.position_Bk]
 
 
+def smoothed(heads: list[list[list[float]]]) -> list[float]:
+    """What the last 4 queries of these heads give to each token before them, and the mean of 3 neighbours."""
+    tokens = len(heads[0])
+    score = [sum(head[-query][key] for head in heads for query in range(1, 5)) for key in range(tokens - 4)] + [0.0] * 4
+    return [sum(score[max(0, key - 1) : key + 2]) / 3 for key in range(tokens)]
+
+
 def test_the_tokens_that_go_on_are_those_of_plain_loops():
     x = ids(1, 40)
     cache = run(FastKV(snap(), tsp=15, tsp_layer=1), x, [40], LAYERS)
     heads = [head for group in weights(x, LAYERS)[1] for head in group]
-    score = [sum(head[query][key] for head in heads for query in range(36, 40)) for key in range(36)] + [0.0] * 4
-    smooth = [sum(score[max(0, key - 1) : key + 2]) / 3 for key in range(40)]
-    assert chosen(cache) == [best(smooth, 15, {36, 37, 38, 39})]
+    assert chosen(cache) == [best(smoothed(heads), 15, {36, 37, 38, 39})]
     assert all(set(head) <= set(chosen(cache)[0]) for layer in kept(cache)[2:] for head in layer)
 
 
@@ -80,11 +85,18 @@ def test_it_is_what_dropping_hidden_states_gives(packed: bool):
     # Slow and obvious: the first layers on everything, then the gathered states alone through the others.
     lm.set_attn_implementation("sdpa")
     h = lm(x, output_hidden_states=True, use_cache=False).hidden_states[at + 1]
+    lm.set_attn_implementation("eager")
     place = torch.tensor(chosen(cache))
-    h = h[:, place[0]]
+    h, later = h[:, place[0]], torch.full((15, 15), -torch.inf).triu(1)[None, None]
     rotary = lm.model.rotary_emb(h, position_ids=place)
-    for layer in lm.model.layers[at + 1 :]:
-        h = layer(h, attention_mask=None, position_embeddings=rotary, position_ids=place)
+    for number, layer in enumerate(lm.model.layers[at + 1 :], start=at + 1):
+        gave = []
+        handle = layer.self_attn.register_forward_hook(lambda _, __, out, gave=gave: gave.append(out[1][0].tolist()))
+        h = layer(h, attention_mask=later, position_embeddings=rotary, position_ids=place)
+        handle.remove()
+        for group in range(2):
+            smooth = smoothed(gave[0][2 * group : 2 * group + 2])
+            assert kept(cache)[number][group] == [chosen(cache)[0][t] for t in best(smooth, 10, {11, 12, 13, 14})]
     torch.testing.assert_close(found, lm.lm_head(lm.model.norm(h))[0, -4:], atol=1e-5, rtol=1e-5)
 
 
