@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +18,7 @@ from pondera.memory.fast_kv import FastKV
 from pondera.memory.h2o import H2O
 from pondera.memory.head_budgets import HeadBudgets
 from pondera.memory.parts.passing import ChoosingLayer, PassedLayer
+from pondera.memory.parts.slot_layer import SlotLayer
 from pondera.memory.snap_kv import SnapKV
 
 LAYERS = 4
@@ -95,8 +96,12 @@ def test_it_is_what_dropping_hidden_states_gives(packed: bool):
         h = layer(h, attention_mask=later, position_embeddings=rotary, position_ids=place)
         handle.remove()
         for group in range(2):
-            smooth = smoothed(gave[0][2 * group : 2 * group + 2])
-            assert kept(cache)[number][group] == [chosen(cache)[0][t] for t in best(smooth, 10, {11, 12, 13, 14})]
+            heads = gave[0][2 * group : 2 * group + 2]
+            stay = best(smoothed(heads), 10, {11, 12, 13, 14})
+            assert kept(cache)[number][group] == [chosen(cache)[0][t] for t in stay]
+            received = torch.tensor([sum(head[query][t] for head in heads for query in range(11, 15)) for t in stay])
+            table = cast(SlotLayer, cache.kept[number]).tables[0]
+            torch.testing.assert_close(table.note("received")[0, group], received, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found, lm.lm_head(lm.model.norm(h))[0, -4:], atol=1e-5, rtol=1e-5)
 
 
