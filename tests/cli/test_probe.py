@@ -65,6 +65,8 @@ def test_it_lists_the_probes(said):
         ),
         (["think_trace", "./no", "--data.text", "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
         (["think_trace", "./no", "--text", "a\udcff"], "--text: this is not UTF-8 text"),
+        (["think_trace", "./no", "--text", __file__], "there is a file of that name, and --text is what"),
+        (["think_trace", "./no", "--text", "é" * 300 + "\0"], "no such folder: './no'"),
         (["think_trace", "./no", "--text", "a"], "no such folder: './no'"),
         (["think_trace(tpo=3)", "./no", "--text", "a"], "unknown argument of ThinkTrace 'tpo'; did you mean 'top'"),
         (["think_trace", "./no", "--text", "a", "--top", "0"], "--top: expected a whole number of at least 1"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,6 +156,11 @@ def _text(args: argparse.Namespace) -> str | None:
         args.text.encode()
     except UnicodeEncodeError:
         raise UserError("--text: this is not UTF-8 text; convert it first, e.g. with iconv") from None
+    if os.path.isfile(args.text):  # unlike a Path, it takes a text that no file could be named
+        raise UserError(
+            f"--text {args.text}: there is a file of that name, and --text is what the model reads itself; use --data.text "
+            f"{args.text}"
+        )
     return args.text
 
 
