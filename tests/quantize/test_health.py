@@ -151,7 +151,9 @@ def test_crowding_is_the_share_of_rows_with_another_close_by(monkeypatch: pytest
 
 def test_sizes_of_codebooks_that_differ():
     table = torch.zeros(2, 1, 8, 2)
-    table[0, 0], table[1, 0, :4] = torch.randn(8, 2), torch.randn(4, 2)
+    angle_K = torch.arange(8) * torch.pi / 4  # as far from each other as rows can be: none is crowded
+    table[0, 0] = torch.stack([angle_K.cos(), angle_K.sin()], dim=1)
+    table[1, 0, :4] = table[0, 0, ::2]
     codes_NGR = torch.arange(4).view(4, 1, 1).expand(4, 2, 1)
     x_ND = torch.randn(4, 4)
     found = health(x_ND, x_ND, codes_NGR, table, torch.tensor([[8], [4]]))
