@@ -190,14 +190,15 @@ def memory(path: str) -> str:
     rates = found["rates"]
     about = (
         f"`{found['command']}`: {rates['parameters'] / 1e6:.0f} M parameters, float32, {found['threads']} threads, medians of "
-        f"{found['rounds']} interleaved rounds; memory is read at {max(rates['read'], rates['copy']) / 1e9:.0f} GB/s."
+        f"{found['rounds']} interleaved rounds; each call measures for its floors how fast memory is read."
     )
     return "\n\n".join([*parts, about])
 
 
 def _place(item: tuple[str, Any]) -> tuple[int, ...]:
-    kind, *numbers = item[0].split(" x ")[0].split() + item[0].split(" x ")[1:]
-    return (("decode", "first", "capacity").index(kind), *map(int, reversed(numbers)))
+    """Decoding first, by batch and tokens."""
+    kind, number, *batch = item[0].split()
+    return (("decode", "first", "capacity").index(kind), int(batch[-1]) if batch else 0, int(number))
 
 
 def _decoding(one: dict[str, Any]) -> tuple[str, ...]:
