@@ -25,6 +25,19 @@ def fit(*tensors: Tensor) -> bool:
     )
 
 
+def fit_rows(*tensors: Tensor) -> bool:
+    """Whether a kernel that takes strides can read them: a CPU's float32, numbers of a row side by side, no gradient wanted.
+
+    Example:
+        >>> fit_rows(torch.ones(3, 4)[:, 1:]), fit_rows(torch.ones(3, 4).T)
+        (True, False)
+    """
+    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return not (wanted or torch.compiler.is_compiling()) and all(
+        type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1 for x in tensors
+    )
+
+
 def run(name: str, *arguments: Tensor | int | float | None) -> bool:
     """Calls the function ``name`` of ``name.c``, which may take long and lets other Python threads run meanwhile.
 

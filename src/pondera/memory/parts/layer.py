@@ -18,11 +18,14 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from pondera.ground.errors import UserError
+from pondera.memory.parts.stock_attention import stock_attention
 from pondera.model.hf import AttentionInterface, AttentionMaskInterface, CacheLayerMixin, sdpa_attention, sdpa_mask
 
 MEMORY = "pondera_memory"
 """The attention implementation that knows memories."""
 _MARK = "pondera_layer"
+FURTHER = ("dropout", "softcap")
+"""What an attention function may be given that makes it another one."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +91,15 @@ class Call:
         return (column_K[None] <= number_t[:, None])[None, None].expand(len(self.query_BHTD), 1, -1, -1)
 
     def stock(self, keys: Tensor, values: Tensor) -> Tensor:
-        """transformers' own attention over all tokens, ``[B, T, H, D]``.
+        """transformers' own attention over all tokens, ``[B, T, H, D]``, or the same bits sooner.
 
         Args:
             keys, values: ``[B, G, K, D]``, in the order of the text.
         """
+        if self.mask_B1TK is None and not any(self.further.get(name) for name in FURTHER):
+            out_B1HD = stock_attention(self.query_BHTD, keys, values, self.scaling)
+            if out_B1HD is not None:
+                return out_B1HD
         out, _ = sdpa_attention(
             self.module, self.query_BHTD, keys, values, self.mask_B1TK, scaling=self.scaling, **self.further
         )

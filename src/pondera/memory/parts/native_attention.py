@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pondera.native.build import library
+from pondera.native.call import fit_rows
 
 FEW = 8
 """Queries of a call up to which memory, and not arithmetic, is what attention waits for."""
@@ -97,15 +98,11 @@ def attend_natively(
     return Attended(out_BTHE, score_BGRTS)
 
 
-def _fit(*tensors: Tensor) -> bool:
-    """Whether the kernel can read them: a CPU's float32, numbers of a row side by side, and no gradient wanted."""
-    if torch.compiler.is_compiling():
-        return False
-    *floats, position_BGS = tensors
-    wanted = torch.is_grad_enabled() and any(x.requires_grad for x in floats)
+def _fit(query_BGRTD: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, position_BGS: Tensor) -> bool:
+    """Whether the kernel can read them."""
     return (
-        not wanted
-        and all(x.dtype == torch.float32 for x in floats)
+        fit_rows(query_BGRTD, keys_BGSD, values_BGSD)
         and position_BGS.dtype == torch.int32
-        and all(type(x) is Tensor and x.device.type == "cpu" and x.stride(-1) == 1 for x in tensors)
+        and position_BGS.device.type == "cpu"
+        and position_BGS.stride(-1) == 1
     )
