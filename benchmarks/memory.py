@@ -13,7 +13,8 @@ take turns, in rounds; seconds are medians, ratios medians of the rounds' ratios
 holds would take at the machine's rate: the better of a sum and a copy of 512 MiB. Peak memory is how far the process's
 resident set rises over what it was before the cache was filled, while it decodes (Linux). ``first`` reads a prompt and makes
 one token. ``capacity`` gives a process so much memory beside model and libraries, and fills the cache and decodes until there
-is no more. Rows that are in the file already are not measured again.
+is no more. Rows that are in the file already are not measured again. With ``--model`` a trained Llama takes the place of the
+random one (``pondera train`` makes one), its cache is filled as the other's, and what needs that one's sizes is left out.
 """
 
 from __future__ import annotations
@@ -79,11 +80,12 @@ def new_cache(side: str, model: LlamaForCausalLM, tokens: int) -> Any:
     return memory.cache(model)
 
 
-def fill(side: str, cache: Any, tokens: int, batch: int) -> None:
+def fill(side: str, cache: Any, config: LlamaConfig, tokens: int, batch: int) -> None:
     """Puts random keys and values in, and lets a memory forget what it would have forgotten."""
-    for number in range(LAYERS):
+    shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
+    for number in range(config.num_hidden_layers):
         generator = torch.Generator().manual_seed(number)
-        keys, values = (torch.randn(batch, KV_HEADS, tokens, WIDTH, generator=generator) for _ in range(2))
+        keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
         if side in (*STOCK, PRESS):
             cache.update(keys, values, number)
         else:
@@ -180,7 +182,13 @@ def resident(kind: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
-def build_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def build_model(dtype: torch.dtype = torch.float32, trained: str | None = None) -> LlamaForCausalLM:
+    if trained:
+        from pondera.jobs.load import load
+
+        lm = load(trained).model.backbone.lm.eval().to(dtype)
+        assert isinstance(lm, LlamaForCausalLM), "the bytes that are counted, and how a cache is filled, are a Llama's"
+        return lm
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=HEADS * WIDTH,
@@ -198,10 +206,10 @@ def build_model(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 class Worker:
     """Fills caches and decodes when told to."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, trained: str | None = None) -> None:
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
-        self.clock, self.model = Clock(), build_model()
+        self.clock, self.model = Clock(), build_model(trained=trained)
         self.sides: dict[str, tuple[str, Any, torch.Tensor]] = {}
         self._time("sdpa")
 
@@ -228,7 +236,7 @@ class Worker:
         trim()
         before = resident("VmRSS")
         cache = new_cache(side, self.model, tokens)
-        fill(side, cache, tokens // 4 if side == PRESS else tokens, batch)
+        fill(side, cache, self.model.config, tokens // 4 if side == PRESS else tokens, batch)
         implementation = self.model.config._attn_implementation
         if implementation != "sdpa" and not any(kept[0] != "sdpa" for kept in self.sides.values()):
             self._time(implementation)
@@ -270,7 +278,7 @@ class Worker:
 
     def first(self, side: str, tokens: int) -> dict[str, Any]:
         """Reads a prompt and makes a token."""
-        x_1T = torch.randint(VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(0))
+        x_1T = torch.randint(self.model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
         cache = new_cache(side, self.model, tokens)
         trim()
         before = resident("VmRSS")
@@ -410,6 +418,7 @@ def show(name: str, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kvpress", help="python of an environment that has kvpress; left out: not measured")
+    parser.add_argument("--model", help="run or folder of a trained Llama to take instead; what fills its cache is random too")
     parser.add_argument("--out", type=Path, default=Path("results/memory.json"))
     parser.add_argument("--contexts", type=int, nargs="*", default=[4096, 16384, 32768, 65536])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
@@ -422,7 +431,7 @@ def main() -> None:
     parser.add_argument("--capacity", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        Worker(args.threads).serve()
+        Worker(args.threads, args.model).serve()
         return
     if args.capacity:
         print(json.dumps(capacity(args.capacity[0], args.room, args.capacity[1])))
@@ -443,8 +452,9 @@ def main() -> None:
     wanted = {f"decode {tokens} x {batch}": (tokens, batch) for tokens, batch in lengths}
     wanted_first = {f"first {tokens}": tokens for tokens in args.first}
     if {*wanted, *wanted_first} - {*rows}:
-        pythons = {"ours": sys.executable} | ({"kvpress": args.kvpress} if args.kvpress else {})
-        workers = {name: Process(__file__, python, args.threads) for name, python in pythons.items()}
+        pythons = {"ours": sys.executable} | ({"kvpress": args.kvpress} if args.kvpress and not args.model else {})
+        words = ("--model", args.model) if args.model else ()
+        workers = {name: Process(__file__, python, args.threads, *words) for name, python in pythons.items()}
         machine = workers["ours"].ask(do="machine")
         about = {
             "machine": platform.machine(),
@@ -452,7 +462,8 @@ def main() -> None:
             "threads": args.threads,
             "rounds": args.rounds,
         }
-        result |= {"command": "python benchmarks/memory.py", "rates": machine, **about}
+        said = f" --model {Path(args.model).name}" if args.model else ""
+        result |= {"command": f"python benchmarks/memory.py{said}", "rates": machine, **about}
         for name, (tokens, batch) in wanted.items():
             if name not in rows:
                 keep(name, measure(tokens, batch, workers, machine, args.rounds))
@@ -467,7 +478,7 @@ def main() -> None:
         for worker in workers.values():
             worker.close()
     name = f"capacity {args.room}"
-    if args.room and name not in rows:
+    if args.room and not args.model and name not in rows:
         found = {}
         for dtype in ("float32", "bfloat16"):
             for side in ("DynamicCache", "Full()", *MEMORIES[2:]):  # Full(exact=False) holds what Full() does

@@ -17,13 +17,14 @@ class Process:
         script: answers each line of JSON with one, given ``--worker``.
         python: that runs it.
         threads: of torch.
+        words: further ones of its command.
     """
 
-    def __init__(self, script: str, python: str, threads: int) -> None:
+    def __init__(self, script: str, python: str, threads: int, *words: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if python != sys.executable:
             environment.pop("PYTHONPATH", None)  # our packages are not theirs
-        command = [python, script, "--worker", "--threads", str(threads)]
+        command = [python, script, "--worker", "--threads", str(threads), *words]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

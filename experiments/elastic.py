@@ -5,9 +5,10 @@
 
 Language models that read windows of eight blocks: without memory (``blocks``), with the last rows before each block
 (``transformer-xl``), with means of every few tokens (``mean-pool``), with 16 samples of 16 or of 64 Legendre coefficients
-(``elastic-16``, ``elastic-64``); and the backbone that sees the whole window (``plain``). Same text, same tokens, as many
-memory rows. Of the trained models the loss is measured by the place of the block in its text, also in texts of four times
-the length that they learnt on, and with the samples of Elastic Memory moved to the recent past.
+(``elastic-16``, ``elastic-64``), with all rows before the block, of which each query reads its nearest 16 in the last layer
+(``memorizing``); and the backbone that sees the whole window (``plain``). Same text, same tokens, as many memory rows to read.
+Of the trained models the loss is measured by the place of the block in its text, also in texts of four times the length
+that they learnt on, and with the samples of Elastic Memory moved to the recent past.
 
 Then two tasks on tokens that are drawn here, with small models. *Slow signal*: the mean of all bits so far, whose rate
 changes with every block. *Needle*: 16 keys were each given a value once, somewhere in the past, and are asked for in the last
@@ -68,6 +69,7 @@ def memories(block: int, blocks: int, rows: int = ROWS) -> dict[str, str | None]
         "blocks": f"TransformerXL(block={block}, carry=0)",
         "transformer-xl": f"TransformerXL(block={block}, carry={rows}, tbptt=2)",
         "mean-pool": f"MeanPool(block={block}, samples={rows}, pool={pool})",
+        "memorizing": f"MemorizingTransformer(block={block}, memory={block * (blocks - 1)}, top={rows})",
         "elastic-16": f"ElasticMemory(block={block}, order=16, samples={rows})",
         "elastic-64": f"ElasticMemory(block={block}, order=64, samples={rows})",
     }

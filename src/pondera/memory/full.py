@@ -11,12 +11,13 @@ class Full(Slots):
     """Keeps everything, in storage that is allocated ahead, so that no step copies the past.
 
     Cost: transformers' own cache joins old and new rows in every step, which copies all of them; here a new row is
-    written behind the others. An eighth of the storage is spare.
+    written behind the others. An eighth of the storage is spare. While decoding on a CPU in float32, query heads that share
+    a KV head take turns while its rows are in the core's cache, and bits stay torch's (`parts.stock_attention`).
     When not to use it: compiled decoding, for which transformers has a static cache.
 
     Args:
-        exact: by the stock attention kernel, the same to the last bit; false: by one that reads each KV head once for all
-            of its query heads, which is faster and rounds differently.
+        exact: the same as with the stock cache, to the last bit; false: by a kernel that rounds differently, which is
+            somewhat faster with one text and more so with several.
 
     Example:
         >>> Full().exact
