@@ -35,127 +35,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from memory_caches import PRESS, STOCK, build_model, fill, grow, held_bytes, new_cache
 from process import Process
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-LAYERS, HEADS, KV_HEADS, WIDTH, VOCABULARY = 8, 8, 2, 128, 8192
-STOCK = ("DynamicCache", "StaticCache", "QuantizedCache")
-"""Sides that are transformers' own; `PRESS` is kvpress's; every other one is a memory of Pondera."""
-PRESS = "StreamingLLMPress(0.75)"
 MEMORIES = ("Full()", "Full(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)", "VQKV()")
 READERS = ("SnapKV(0.25)", "FastKV(SnapKV(0.25), tsp=0.2)")
 """Further memories for reading a prompt: behind it they decode as the others."""
-SPARE = 64
-"""Tokens that a cache of fixed size has room for beyond the context."""
-
-
-# caches
-
-
-def stock_cache(side: str, config: LlamaConfig, tokens: int) -> Any:
-    """A cache of transformers for so many tokens."""
-    from transformers import QuantizedCache, StaticCache
-
-    if side == "StaticCache":
-        return StaticCache(config=config, max_cache_len=tokens + SPARE)
-    if side == "QuantizedCache":
-        return QuantizedCache("quanto", config, nbits=4)
-    return DynamicCache(config=config)
-
-
-def new_cache(side: str, model: LlamaForCausalLM, tokens: int) -> Any:
-    """An empty cache, whose attention the model is told of."""
-    if side in (*STOCK, PRESS):
-        model.set_attn_implementation("sdpa")
-        return stock_cache(side, model.config, tokens)
-    from pondera.ground import spec
-
-    memory: Any = spec.build(side, "memory")
-    if not memory.fitted:  # what stands in its tables changes no time
-        memory.attach(model.config)
-        for table in memory.buffers():
-            if table.is_floating_point():
-                table.normal_(std=0.1)
-        memory.is_fitted.fill_(True)
-    return memory.cache(model)
-
-
-def fill(side: str, cache: Any, config: LlamaConfig, tokens: int, batch: int) -> None:
-    """Puts random keys and values in, and lets a memory forget what it would have forgotten."""
-    shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
-    for number in range(config.num_hidden_layers):
-        generator = torch.Generator().manual_seed(number)
-        keys, values = (torch.randn(shape, generator=generator) for _ in range(2))
-        if side in (*STOCK, PRESS):
-            cache.update(keys, values, number)
-        else:
-            remember(cache.layers[number], keys, values)
-
-
-def remember(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Puts keys and values into an empty layer of a memory."""
-    layer.update(keys, values)
-    (fill_slots if hasattr(layer, "tables") else fill_regions)(layer, keys, values)
-
-
-def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """What `SlotLayer.attend` does, less the attention."""
-    from pondera.memory.parts.slot_table import SlotTable
-
-    table = SlotTable.like(keys, values, layer.memory.fresh)
-    table.append(keys, values, torch.arange(keys.shape[2]).expand(len(keys), -1))
-    for name in table.notes:
-        table.note(name).uniform_(generator=torch.Generator().manual_seed(0))
-    layer.tables, layer.state = [table], {"padding": torch.zeros(len(keys), dtype=torch.int64)}
-    layer._forget()
-
-
-def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Exact rows at both ends, and random codes between, as finding them would take minutes."""
-    from pondera.memory.parts.ring import Ring
-
-    batch, sinks, tokens = len(keys), layer.memory.sinks, keys.shape[2]
-    layer.pads, layer.begins, layer.coded = [0] * batch, [0] * batch, [0] * batch
-    layer.sink_keys, layer.sink_values = (rows[:, :, :sinks].clone() for rows in (keys, values))
-    layer.ring = Ring(keys[:, :, sinks:], values[:, :, sinks:], sinks, tokens, sinks, True)
-    exact = layer.memory.window
-    code(layer, max(0, tokens - sinks - exact) // layer.memory.every * layer.memory.every)
-    layer.ring.drop(layer._exact_from())
-    layer.ring.resize(layer._room)
-
-
-def code(layer: Any, tokens: int) -> None:
-    """Random codes for so many tokens more."""
-    batch, coded = layer.batch(), layer.coded[0]
-    for coder, codes in zip(layer.coders, layer.codes, strict=True):
-        like = coder.encode(layer.sink_keys[:, :, :1], None)
-        new = {
-            name: torch.randint(coder.codes, (*part.shape[:2], tokens, *part.shape[3:])).to(part.dtype)
-            for name, part in like.items()
-        }
-        codes.write(coder, new, slice(None), coded, tokens, batch)
-    layer.coded = [coded + tokens] * batch
-
-
-def held_bytes(cache: Any) -> int:
-    """Bytes of the keys, values, codes and tables of codes in use: what a step has to read."""
-    total = 0
-    for layer in cache.layers:
-        if hasattr(layer, "coders"):
-            parts = [layer.sink_keys, layer.sink_values, *layer.ring.read(layer.ring.first, layer.ring.end)]
-            parts += [table for coder in layer.coders for table in coder.tables]
-            total += layer.code_bytes()
-        elif hasattr(layer, "tables"):
-            parts = [rows for table in layer.tables for rows in (table.keys, table.values)]
-        else:
-            names = ("keys", "values", "_quantized_keys", "_quantized_values")
-            parts = [part for part in (getattr(layer, name, None) for name in names) if part is not None]
-        for part in parts:
-            inner = [getattr(part, name) for name in ("_data", "_scale", "_shift") if hasattr(part, name)] or [part]
-            total += sum(x.nbytes if type(x) is torch.Tensor else x._data.nbytes for x in inner)
-    return total
-
-
 # one process
 
 
@@ -182,27 +67,6 @@ def resident(kind: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
-def build_model(dtype: torch.dtype = torch.float32, trained: str | None = None) -> LlamaForCausalLM:
-    if trained:
-        from pondera.jobs.load import load
-
-        lm = load(trained).model.backbone.lm.eval().to(dtype)
-        assert isinstance(lm, LlamaForCausalLM), "the bytes that are counted, and how a cache is filled, are a Llama's"
-        return lm
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=HEADS * WIDTH,
-        intermediate_size=2816,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        head_dim=WIDTH,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=2**20,
-    )
-    return LlamaForCausalLM(config).eval().to(dtype)
-
-
 class Worker:
     """Fills caches and decodes when told to."""
 
@@ -211,9 +75,13 @@ class Worker:
         torch.set_grad_enabled(False)
         self.clock, self.model = Clock(), build_model(trained=trained)
         self.sides: dict[str, tuple[str, Any, torch.Tensor]] = {}
+        self.timed: set[str] = set()
         self._time("sdpa")
 
     def _time(self, name: str) -> None:
+        if name in self.timed:
+            return
+        self.timed.add(name)
         from transformers import AttentionInterface
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -238,8 +106,7 @@ class Worker:
         cache = new_cache(side, self.model, tokens)
         fill(side, cache, self.model.config, tokens // 4 if side == PRESS else tokens, batch)
         implementation = self.model.config._attn_implementation
-        if implementation != "sdpa" and not any(kept[0] != "sdpa" for kept in self.sides.values()):
-            self._time(implementation)
+        self._time(implementation)
         cache.update = self.clock.timed(cache.update)
         self.sides[side] = (implementation, cache, torch.full((batch, 1), tokens))
         trim()
@@ -344,26 +211,6 @@ def capacity(side: str, room: int, dtype: str, step: int = 1024) -> dict[str, An
         return {"tokens": tokens, "ended": str(error).splitlines()[0][:120]}
 
 
-def grow(side: str, cache: Any, tokens: int, dtype: torch.dtype) -> None:
-    """More random keys and values."""
-    keys, values = (torch.randn(1, KV_HEADS, tokens, WIDTH).to(dtype) for _ in range(2))
-    for number, layer in enumerate(cache.layers):
-        if side in STOCK:
-            cache.update(keys, values, number)
-        elif not layer.batch():
-            remember(layer, keys, values)
-        elif hasattr(layer, "coders"):
-            code(layer, tokens)
-            layer.seen += tokens
-            for name in ("first", "end", "origin"):
-                setattr(layer.ring, name, getattr(layer.ring, name) + tokens)
-        else:
-            start = layer.seen
-            layer.update(keys, values)
-            layer.tables[0].append(keys, values, torch.arange(start, start + tokens)[None])
-            layer._forget()
-
-
 # the whole
 
 
@@ -379,7 +226,10 @@ def measure(
     new = 8 if tokens * batch <= 2**15 else 3
     for number in range(rounds):
         for side in able if number % 2 else reversed(able):
-            each[side].append(ask[side](do="go", side=side, tokens=new))
+            told = ask[side](do="go", side=side, tokens=new)
+            if "unable" in told:
+                raise SystemExit(f"{side} stopped in the middle: {told['unable']}")
+            each[side].append(told)
     for worker in workers.values():
         worker.ask(do="forget")
     base = each["DynamicCache"]
@@ -418,7 +268,9 @@ def show(name: str, row: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kvpress", help="python of an environment that has kvpress; left out: not measured")
-    parser.add_argument("--model", help="run or folder of a trained Llama to take instead; what fills its cache is random too")
+    parser.add_argument(
+        "--model", help="run or folder of a trained Llama to take instead; what fills its cache is random too"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/memory.json"))
     parser.add_argument("--contexts", type=int, nargs="*", default=[4096, 16384, 32768, 65536])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])

@@ -189,7 +189,7 @@ def memory(path: str) -> str:
         parts.append(f"**{title[0].upper()}{title[1:]}**\n\n{table(head, lines)}")
     rates = found["rates"]
     about = (
-        f"`{found['command']}`: {rates['parameters'] / 1e6:.0f} M parameters, float32, {found['threads']} threads, medians of "
+        f"`{found['command']}`: {rates['parameters'] / 1e6:.3g} M parameters, float32, {found['threads']} threads, medians of "
         f"{found['rounds']} interleaved rounds; each call measures for its floors how fast memory is read."
     )
     return "\n\n".join([*parts, about])
