@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pondera.ground.described import Described
 from pondera.ground.errors import UserError
 from pondera.memory.parts.layer import MEMORY, MemoryLayer
+from pondera.memory.parts.saving import load, save
 from pondera.model.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
@@ -61,9 +62,7 @@ class MemoryCache(Cache):
         Raises:
             UserError: some tokens are drafts still.
         """
-        from pondera.memory.parts.saving import save
-
-        return save(self, path)
+        return save(self.layers, repr(self.memory), path)
 
 
 class Memory(Described, nn.Module, ABC):
@@ -169,10 +168,8 @@ class Memory(Described, nn.Module, ABC):
         Raises:
             UserError: no such file, or another memory's or model's.
         """
-        from pondera.memory.parts.saving import load
-
         cache = self.cache(model)
-        load(cache, path)
+        load(cache.layers, repr(self), path)
         return cache
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 from torch import Tensor
 
@@ -20,42 +20,45 @@ from pondera.memory.parts.layer import MemoryLayer
 from pondera.memory.parts.ring import Ring
 from pondera.memory.parts.slot_table import SlotTable
 
-if TYPE_CHECKING:
-    from pondera.memory.contract import MemoryCache
-
 HOLDERS = {holder.__name__: holder for holder in (SlotTable, Ring, Codes)}
 STOCK = ("keys", "values", "cumulative_length")
 """What layers of transformers hold: those that a memory leaves as they are."""
 _TENSOR, _HOLDER, _TUPLE = "tensor", "holder", "tuple"
 
 
-def save(cache: MemoryCache, path: str | Path) -> Path:
+def save(layers: list[Any], memory: str, path: str | Path) -> Path:
     """Writes a cache into a file.
+
+    Args:
+        layers: of the cache.
+        memory: describes what made them.
+        path: the file.
 
     Raises:
         UserError: tokens are being recorded as drafts, and nobody knows yet which of them stay.
     """
     from safetensors.torch import save as to_bytes
 
-    if any(layer.record_past for layer in cache.kept):
+    if any(layer.record_past for layer in layers if isinstance(layer, MemoryLayer)):
         raise UserError("a cache that holds drafts is not saved: crop(0) keeps them, crop(-n) takes the last n back")
     tensors: dict[str, Tensor] = {}
-    layers = [
+    held = [
         {name: _plain(getattr(layer, name), tensors) for name in _names(layer) if hasattr(layer, name)}
-        for layer in cache.layers
+        for layer in layers
     ]
-    told = {"memory": repr(cache.memory), "layers": json.dumps(layers)}
+    told = {"memory": memory, "layers": json.dumps(held)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, to_bytes(tensors, told))
     return path
 
 
-def load(cache: MemoryCache, path: str | Path) -> None:
-    """Fills an empty cache with what `save` wrote.
+def load(layers: list[Any], memory: str, path: str | Path) -> None:
+    """Fills the layers of an empty cache with what `save` wrote.
 
     Args:
-        cache: of the same memory and model.
+        layers: of the same model.
+        memory: describes what made them, as it did when they were saved.
         path: the file.
 
     Raises:
@@ -67,18 +70,18 @@ def load(cache: MemoryCache, path: str | Path) -> None:
         with safe_open(path, "pt") as file:
             told = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        described, layers = told["memory"], json.loads(told["layers"])
-        found = [{name: _built(value, tensors) for name, value in layer.items()} for layer in layers]
+        described = told["memory"]
+        found = [{name: _built(value, tensors) for name, value in one.items()} for one in json.loads(told["layers"])]
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; write it with cache.save({str(path)!r})") from None
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: this is no cache that was saved ({error})") from None
-    if described != repr(cache.memory):
-        raise UserError(f"{path}: holds a cache of {described}, and this is one of {cache.memory!r}; use that memory")
-    names = [[name for name in _names(layer) if name in held] for layer, held in zip(cache.layers, found, strict=False)]
-    if len(found) != len(cache.layers) or any(list(held) != own for held, own in zip(found, names, strict=True)):
+    if described != memory:
+        raise UserError(f"{path}: holds a cache of {described}, and this is one of {memory}; use that memory")
+    names = [[name for name in _names(layer) if name in held] for layer, held in zip(layers, found, strict=False)]
+    if len(found) != len(layers) or any(list(held) != own for held, own in zip(found, names, strict=True)):
         raise UserError(f"{path}: holds {len(found)} layers of another kind of model; load it for the model it is of")
-    for layer, held in zip(cast(list[Any], cache.layers), found, strict=True):
+    for layer, held in zip(layers, found, strict=True):
         for name, value in held.items():
             setattr(layer, name, value)
         rows = next((value for value in _tensors(held) if value.is_floating_point()), None)
