@@ -39,7 +39,7 @@ from memory_caches import PRESS, STOCK, build_model, fill, grow, held_bytes, new
 from process import Process
 
 MEMORIES = ("Full()", "Full(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)", "VQKV()")
-READERS = ("SnapKV(0.25)", "FastKV(SnapKV(0.25), tsp=0.2)")
+READERS = ("SnapKV(0.25)", "FastKV(SnapKV(0.25), tsp=0.2)", "LazyLLM()")
 """Further memories for reading a prompt: behind it they decode as the others."""
 # one process
 

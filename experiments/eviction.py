@@ -7,8 +7,8 @@ A Llama of 3 layers is trained for each seed on texts of `recall.py`, in which s
 that it has learnt to. Every policy reads the prompt in one call, with the question as its last token, and is then given what
 was asked for token by token: the share of these tokens that it puts first counts, and the loss for texts without a question.
 ``later`` gives the question after the prompt, so that no policy knows it when it cuts. Budgets are slots per layer and KV
-head, as shares of the prompt; for policies that keep everything and attend to some, the slots that they attend to. Each
-row is written as it ends, and what is there is not run again.
+head, as shares of the prompt; for policies that keep everything and attend to some, the slots that they attend to (of
+`LazyLLM` behind its first layer, which attends to all). Each row is written as it ends, and what is there is not run again.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ POLICIES = {
     "FastKV": "FastKV(SnapKV({n}, window=8, kernel=5), tsp=0.5)",
     "TokenSelect": "TokenSelect({n} - 8, sinks=4, recent=4)",
     "RefreshKV": "RefreshKV({n}, stride=5, similarity=0.85, kernel=5)",
+    "LazyLLM": "LazyLLM({share}, layers=[0])",
 }
-"""By name, as specs; n is the budget."""
+"""By name, as specs; n is the budget, share that of the prompt."""
 
 
 def policy(name: str, slots: int) -> str:
     """The spec of a policy with a budget of so many slots."""
-    return POLICIES[name].replace("{n} - 8", str(slots - 8)).replace("{n}", str(slots))
+    spec_text = POLICIES[name].replace("{share}", str(slots / PROMPT))
+    return spec_text.replace("{n} - 8", str(slots - 8)).replace("{n}", str(slots))
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from pondera import UserError
 from pondera.ground import spec
 from pondera.memory.contract import Memory, MemoryCache
 from pondera.memory.parts.regions import RegionLayer
+from pondera.memory.parts.saving import _tensors
 from pondera.memory.parts.slot_layer import SlotLayer
 from pondera.model.method import Method
 
@@ -48,18 +49,19 @@ FORMS = {
         "FastKV(HeadBudgets(SnapKV(64, window=4)), tsp=64)",
         "FastKV(HeadBudgets(SnapKV(6, window=3, kernel=3), floor=0.3), tsp=8)",
     ),
+    "LazyLLM": ("LazyLLM(1.0)", "LazyLLM([0.7, 0.5], layers=[0, 1])"),
     "RandomEviction": ("RandomEviction(64)", "RandomEviction(8, sinks=1)"),
     "KIVI": ("KIVI()", "KIVI(2, group=4, window=4, sinks=1)"),
     "VQKV": (f"VQKV(2, {FAST})", f"VQKV(2, window=5, sinks=1, every=2, {FAST})"),
 }
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
 ONE_BY_ONE = {name: forms for name, forms in FORMS.items() if "heads" not in name}  # of any number of layers and heads
+REFUSED = {("LazyLLM", "gemma3"): "windows or recurrent states"}  # by name and family: what it says
 LARGE = [(name, family) for name in FORMS for family in FAMILIES if name in ONE_BY_ONE or family in ("llama", "qwen3")]
+LARGE = [pair for pair in LARGE if pair not in REFUSED]
 SMALL = sorted(name for name, (_, small) in FORMS.items() if small)
 CODED = ("KIVI", "VQKV")  # which forget no token, but keep most of them as codes
-SELECTING = ("TokenSelect", "RefreshKV")  # which keep all, and attend to some
 SLOTS = [name for name in SMALL if name not in CODED]
-FORGETTING = [name for name in SMALL if name not in SELECTING]
 _MODELS: dict[str, torch.nn.Module] = {}
 
 
@@ -104,6 +106,10 @@ def small(name: str, lm=None) -> Memory:
     text = FORMS[name][1]
     assert text is not None
     return memory(text, lm)
+
+
+FORGETTING = [name for name in SMALL if small(name).spares == "bytes"]
+COMPUTING_LESS = [name for name in SMALL if small(name).spares == "compute"]
 
 
 def feed(lm, cache, x: torch.Tensor, pieces: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -186,7 +192,7 @@ def test_a_budget_that_nothing_exceeds_changes_no_bit(name: str, family: str):
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_other_caches_work_as_before_once_a_model_knows_memories(name: str, family: str):
-    if name not in ONE_BY_ONE and family != "llama":
+    if family != "llama" and (name not in ONE_BY_ONE or (name, family) in REFUSED):
         name = "Full"
     lm, x = model(family), ids(2, 9)
     lm.set_attn_implementation("sdpa")
@@ -334,6 +340,38 @@ def test_storage_really_falls(name: str):
     # A slot also holds its position and notes, and room for 16 more is spare.
     assert cache.nbytes() < (0.75 if "share" in name else 0.5) * full.nbytes()
     assert cache.get_seq_length() == 60
+
+
+@pytest.mark.parametrize("name", COMPUTING_LESS)
+def test_work_really_falls(name: str):
+    """What keeps everything for the sake of compute runs less of a prompt in its layers; all that it holds is counted."""
+    lm, x, rows = model(), ids(2, 60), 0
+
+    def count(_, args: tuple, __) -> None:
+        nonlocal rows
+        rows += args[0].shape[:2].numel()
+
+    layers = lm.get_decoder().layers
+    cache = small(name, lm).cache(lm)
+    handles = [layer.mlp.register_forward_hook(count) for layer in layers]
+    feed(lm, cache, x[:, :50], [50])
+    for handle in handles:
+        handle.remove()
+    assert rows < 0.8 * 2 * 50 * len(layers)
+    feed(lm, cache, x[:, 50:], [1] * 10)
+    held = {part.untyped_storage().data_ptr(): part.untyped_storage().nbytes() for part in state_storage(cache)}
+    assert cache.nbytes() >= sum(held.values()) and cache.get_seq_length() == 60
+
+
+def state_storage(cache: MemoryCache) -> list[torch.Tensor]:
+    """Every tensor in what the layers say they hold."""
+    return [part for layer in cache.kept for name in layer.holds for part in _tensors(getattr(layer, name))]
+
+
+@pytest.mark.parametrize(("name", "family"), REFUSED)
+def test_models_that_a_memory_does_not_fit_are_refused_in_words(name: str, family: str):
+    with pytest.raises(UserError, match=REFUSED[name, family]):
+        small(name).cache(model(family))
 
 
 @pytest.mark.parametrize("name", SLOTS)

@@ -85,6 +85,9 @@ class Memory(Described, nn.Module, ABC):
     price: ClassVar[str]
     reproduced: ClassVar[str]
 
+    spares: ClassVar[str] = "bytes"
+    """What it makes less of: the ``"bytes"`` that are kept; or it keeps everything, and makes less of ``"reading"`` it in
+    attention, or of ``"compute"`` in all of a layer; or of ``"nothing"``."""
     fitted: bool = True
     """False where `fit` has to come first."""
 

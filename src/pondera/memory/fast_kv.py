@@ -14,16 +14,13 @@ from pondera.ground.errors import UserError
 from pondera.memory.contract import Memory, MemoryCache
 from pondera.memory.parts.budget import Budget
 from pondera.memory.parts.leaving_out import pack
-from pondera.memory.parts.passing import Choice, ChoosingLayer, PassedLayer, link
+from pondera.memory.parts.passing import LEAST, Choice, ChoosingLayer, PassedLayer, link
 from pondera.memory.parts.slot_layer import SlotLayer
 from pondera.memory.parts.slot_table import EMPTY
 from pondera.memory.parts.slots import Slots, highest
 from pondera.memory.parts.wrapper import Wrapper
 from pondera.memory.snap_kv import SnapKV
 from pondera.model.hf import PreTrainedConfig, PreTrainedModel
-
-LEAST = 8
-"""Tokens of a call that always go on: less would spare nothing, and a text is scored in pieces of so many."""
 
 
 class FastKV(Wrapper):
@@ -115,9 +112,9 @@ class FastKV(Wrapper):
     def prepare(self, model: PreTrainedModel, cache: MemoryCache) -> None:
         """See `Memory.prepare`."""
         super().prepare(model, cache)
-        chooser = link(cache)
-        if chooser is not None and self.packed:
-            pack(model, cache, chooser)
+        link(cache)
+        if self.packed:
+            pack(model, cache)
 
     def settle(self, layer: SlotLayer) -> bool:
         """See `Slots.settle`: before the policy forgets, the tokens that go on are chosen by what it has noted."""
@@ -125,7 +122,7 @@ class FastKV(Wrapper):
             layer.choice = self.choose(layer, layer.new_BT)
         return super().settle(layer)
 
-    def choose(self, layer: SlotLayer, new_BT: Tensor) -> Choice | None:
+    def choose(self, layer: ChoosingLayer, new_BT: Tensor) -> Choice | None:
         """The tokens of a call that go on; none: all of them.
 
         Args:
@@ -149,4 +146,4 @@ class FastKV(Wrapper):
         count_B1 = torch.tensor(count, device=new_BT.device)[:, None]
         place_B1k, kept_B1k = highest(score_BT[:, None], new_BT[:, None], count_B1)
         position_Bk = new_BT.gather(1, place_B1k[:, 0]).masked_fill(~kept_B1k[:, 0], EMPTY).sort(-1).values
-        return Choice(position_Bk, begin, T, (~real_BT).sum(-1))
+        return Choice(position_Bk, begin, T, (~real_BT).sum(-1), layer.packs)

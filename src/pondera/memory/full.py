@@ -27,6 +27,7 @@ class Full(Slots):
     paper: ClassVar[str] = "none: the stock cache, without its copies"
     price: ClassVar[str] = "one row per token, an eighth spare"
     reproduced: ClassVar[str] = "control"
+    spares: ClassVar[str] = "nothing"
 
     def __init__(self, exact: bool = True) -> None:
         super().__init__()

@@ -54,6 +54,7 @@ class RefreshKV(Slots):
         "recall with a quarter of the slots: needle 58 %, list 85 %, copy 92 %; "
         "random slots 30, 27, 37 (3 models of 0.1 M)"
     )
+    spares: ClassVar[str] = "reading"
     selects: bool = True
     watches: int = 1
 

@@ -52,6 +52,7 @@ class TokenSelect(Slots):
         "recall with a quarter of the slots: needle 78 %, list 99 %, copy 99 %; "
         "random slots 30, 27, 37 (3 models of 0.1 M)"
     )
+    spares: ClassVar[str] = "reading"
     selects: bool = True
 
     def __init__(self, chosen: int = 2048, sinks: int = 128, recent: int = 512, reuse: float = 0.9) -> None:

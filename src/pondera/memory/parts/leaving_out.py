@@ -1,7 +1,7 @@
-"""Decoder layers that do not run the tokens of a prompt that do not go on: hooks on a model.
+"""Decoder layers that run the tokens that go on, and no others: hooks on a model.
 
-A cache sees keys and values only. What goes on is chosen by one of its layers (`passing.py`); hooks before the decoder layers
-behind it take the hidden states of the other tokens away, and one after the last puts zeros in their place.
+A cache sees keys and values only. What goes on is chosen by its layers (`passing.py`); hooks before the decoder layers
+behind them take the hidden states of the other tokens away, and one after the last puts zeros in their place.
 
 Shapes: B batch, T tokens of a call, k those that go on, D width.
 """
@@ -13,21 +13,26 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pondera.memory.parts.passing import Choice, ChoosingLayer, PassedLayer
+from pondera.memory.parts.passing import ChoosingLayer, PassedLayer
 from pondera.model.backbone import LAYOUTS
 from pondera.model.hf import Cache, PreTrainedModel
 
+SERVED = {name: layout for name, layout in LAYOUTS.items() if layout.rotary is not None}
+"""Architectures whose layers can do so, by name; those of GPT-2 are not told by name which cache is theirs."""
 
-def pack(model: PreTrainedModel, cache: Cache, chooser: ChoosingLayer) -> None:
-    """Has the decoder layers behind a chooser run the tokens that go on, and no others, if all of them can.
+
+def pack(model: PreTrainedModel, cache: Cache) -> None:
+    """Has the decoder layers behind those that choose run the tokens that go on, and no others, if all of them can.
 
     The hooks are set once for a model, and do nothing for calls with other caches.
     """
-    layout = LAYOUTS.get(model.config.get_text_config(decoder=True).model_type)
-    behind = cache.layers[cache.layers.index(chooser) + 1 :]
-    if layout is None or not all(isinstance(layer, PassedLayer) for layer in behind):
+    layout = SERVED.get(model.config.get_text_config(decoder=True).model_type)
+    choosers = [layer for layer in cache.layers if isinstance(layer, ChoosingLayer)]
+    behind = cache.layers[cache.layers.index(choosers[0]) + 1 :] if choosers else []
+    if layout is None or not behind or not all(isinstance(layer, PassedLayer) for layer in behind):
         return
-    chooser.packs = True
+    for chooser in choosers:
+        chooser.packs = True
     layers: nn.ModuleList = getattr(model.get_decoder(), layout.layers)
     if any(isinstance(hook, _LeaveOut) for hook in layers[0]._forward_pre_hooks.values()):
         return
@@ -48,37 +53,38 @@ class _Hook:
     number: int
     cache_argument: str
 
-    def choice(self, kwargs: dict[str, Any]) -> Choice | None:
-        """Which tokens of this call go on, where that is for the decoder layer to see to."""
+    def chooser(self, kwargs: dict[str, Any]) -> ChoosingLayer | None:
+        """The layer that chose what goes on in this call, where that is for the decoder layer to see to."""
         cache = kwargs.get(self.cache_argument)
         layer = cache.layers[self.number] if isinstance(cache, Cache) and self.number < len(cache.layers) else None
-        return layer.chooser.choice if isinstance(layer, PassedLayer) and layer.chooser.packs else None
+        chooser = layer.chooser if isinstance(layer, PassedLayer) else None
+        return chooser if chooser is not None and chooser.choice is not None and chooser.choice.packed else None
 
 
 class _LeaveOut(_Hook):
-    """Before a layer: its states and their rotary positions without the tokens that do not go on.
+    """Before a layer: the states and rotary rows of the tokens that go on, in place of all of the call's.
 
-    The mask stays as it is: it is read by the layer of the cache, which knows of the choice.
+    The mask stays as it is: it is read by the layer of the cache, which knows of the choice. Positions are in the rotary rows.
     """
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        choice = self.choice(kwargs)
-        if choice is None or not args:
+        chooser = self.chooser(kwargs)
+        if chooser is None:
             return None
         h_BTD, *others = args
-        kwargs = dict(kwargs)
-        if kwargs.get("position_ids") is not None:
-            kwargs["position_ids"] = choice.rows(kwargs["position_ids"], 1)
-        if kwargs.get("position_embeddings") is not None:
-            kwargs["position_embeddings"] = tuple(choice.rows(part, 1) for part in kwargs["position_embeddings"])
-        return (choice.rows(h_BTD, 1), *others), kwargs
+        if kwargs[self.cache_argument].layers[self.number - 1] is chooser:
+            h_BTD = chooser.lead(h_BTD, kwargs["position_embeddings"])
+        return (h_BTD, *others), kwargs | {"position_ids": None, "position_embeddings": chooser.rotary}
 
 
 class _PutBack(_Hook):
-    """After the last layer: states of all tokens again, those left out as zeros."""
+    """After the last layer: states of the call's tokens again, those left out as zeros."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out_BkD: Tensor) -> Tensor:
-        choice = self.choice(kwargs)
-        return out_BkD if choice is None or out_BkD.shape[1] == choice.tokens else choice.put_back(out_BkD)
+        chooser = self.chooser(kwargs)
+        for layer in kwargs[self.cache_argument].layers if chooser is not None else ():
+            if isinstance(layer, ChoosingLayer):
+                layer.rotary = ()
+        return out_BkD if chooser is None or chooser.choice is None else chooser.choice.put_back(out_BkD)

@@ -1,4 +1,4 @@
-"""Prompts of which only some tokens go on: one layer of a cache chooses them, and the layers behind it see no others.
+"""Calls of which only some tokens go on: a layer of a cache chooses them, and the layers behind it see no others.
 
 A layer of a cache can do that by itself: it takes in, attends with and shows to the memory the tokens that go on, and gives
 zeros for the rest, which nobody looks at. `leaving_out.py` keeps decoder layers from running the rest at all; what the
@@ -15,42 +15,70 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pondera.ground.errors import UserError
 from pondera.memory.parts.layer import Call
 from pondera.memory.parts.slot_layer import SlotLayer
+from pondera.memory.parts.slot_table import EMPTY
 from pondera.model.hf import Cache
+
+LEAST = 8
+"""Tokens of a call that always go on: less would spare nothing, and a text is scored in pieces of so many."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The tokens of one call that go on, in the order of the text.
+    """The tokens that go on in one call, in the order of the text.
 
     Args:
         position_Bk: their numbers. Rows with fewer than k begin with `slot_table.EMPTY`, so that all end with the last tokens.
         begin: tokens seen before the call.
         tokens: T, of the call.
         padding_B: how many of them are padding.
+        packed: decoder layers run those that go on, and no others.
+        present_BK: of all tokens seen, those that may be looked at; none: all that a layer holds. Where there is one, tokens
+            of earlier calls may be among those that go on.
     """
 
     position_Bk: Tensor
     begin: int
     tokens: int
     padding_B: Tensor
+    packed: bool = False
+    present_BK: Tensor | None = None
+
+    @classmethod
+    def all_of(cls, call: Call) -> Choice:
+        """Every token of a call that is no padding."""
+        position_BT = call.position_BT
+        padding_BT = position_BT < 0
+        return cls(position_BT.masked_fill(padding_BT, EMPTY), call.start, call.tokens, padding_BT.sum(-1), packed=True)
 
     def rows(self, given: Tensor, dim: int) -> Tensor:
         """What belongs to the tokens that go on.
 
         Args:
-            given: with one row per token of the call; or with those that go on only, which is returned as it is.
+            given: with one row per token of the call.
             dim: of the tokens; the first is the batch, or 1.
         """
-        if given.shape[dim] != self.tokens:
-            return given
         wide = given.expand(len(self.position_Bk), *given.shape[1:])
         return wide.gather(dim, self._index(wide, dim))
 
+    def mask(self, given_B1TK: Tensor | None) -> Tensor | None:
+        """``[B, 1, k, K]``: what they may look at; none: all that came before, as far as a layer holds it.
+
+        Args:
+            given_B1TK: the mask of the call.
+        """
+        if self.present_BK is None:
+            return None if given_B1TK is None else self.rows(given_B1TK, 2)
+        if self.begin == 0 and given_B1TK is None:
+            return None  # the layers hold what is present, and nothing else
+        column_K = torch.arange(self.present_BK.shape[1], device=self.position_Bk.device)
+        return ((column_K <= self.position_Bk[..., None]) & self.present_BK[:, None])[:, None]
+
     def put_back(self, rows_Bk: Tensor) -> Tensor:
         """``[B, T, ...]``: their rows at their places in the call, and zeros at all others."""
-        nothing_Bk = (self.position_Bk < 0).view(*self.position_Bk.shape, *[1] * (rows_Bk.ndim - 2))
+        nothing_Bk = (self.position_Bk < self.begin).view(*self.position_Bk.shape, *[1] * (rows_Bk.ndim - 2))
         rows_Bk = rows_Bk.masked_fill(nothing_Bk.to(rows_Bk.device), 0)
         rows_BT = rows_Bk.new_zeros(len(rows_Bk), self.tokens, *rows_Bk.shape[2:])
         return rows_BT.scatter_add(1, self._index(rows_Bk, 1), rows_Bk)
@@ -77,14 +105,17 @@ class Passed(Call):
 
     @classmethod
     def of(cls, call: Call, choice: Choice) -> Passed:
-        """What goes on of a call, whose queries, keys and values may be of those tokens only already."""
-        mask_B1TK = call.mask_B1TK
+        """What goes on of a call, whose queries, keys and values are of those tokens only where they are packed."""
+        query, key, value = (
+            rows if choice.packed else choice.rows(rows, 2)
+            for rows in (call.query_BHTD, call.key_BGTD, call.value_BGTD)
+        )
         return cls(
             call.module,
-            choice.rows(call.query_BHTD, 2),
-            choice.rows(call.key_BGTD, 2),
-            choice.rows(call.value_BGTD, 2),
-            None if mask_B1TK is None else choice.rows(mask_B1TK, 2),
+            query,
+            key,
+            value,
+            choice.mask(call.mask_B1TK),
             call.scaling,
             choice.begin + choice.tokens - choice.position_Bk.shape[1],
             call.further,
@@ -115,17 +146,19 @@ class Passed(Call):
 
 
 class ChoosingLayer(SlotLayer):
-    """The layer whose memory chooses, in `Slots.settle`, which tokens of a prompt go on.
+    """The layer that chooses which tokens go on; a memory may have it do so in `Slots.settle`.
 
     Attributes:
         choice: those of the call that is running; none: all.
         new_BT: while it takes a call in: the positions of the call's tokens.
         packs: the decoder layers behind it leave the other tokens out.
+        rotary: while decoder layers behind it run: what they turn the queries and keys of those that go on by.
     """
 
     choice: Choice | None = None
     new_BT: Tensor | None = None
     packs: bool = False
+    rotary: tuple[Tensor, ...] = ()
 
     def attend(self, call: Call) -> Tensor:
         """See `MemoryLayer.attend`."""
@@ -134,44 +167,66 @@ class ChoosingLayer(SlotLayer):
         self.new_BT = None
         return out_BTHD
 
+    def lead(self, h_BTD: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
+        """Hidden states of the tokens that go on, between the decoder layer of this one and the next.
+
+        Args:
+            h_BTD: what the decoder layer gave.
+            rotary: of the call's tokens, ``[B or 1, T, r]`` each.
+        """
+        assert self.choice is not None
+        self.rotary = tuple(self.choice.rows(part_BTr, 1) for part_BTr in rotary)
+        return self.choice.rows(h_BTD, 1)
+
     def clear(self) -> None:
         """See `MemoryLayer.clear`."""
         super().clear()
         self.choice = self.new_BT = None
+        self.rotary = ()
 
 
 class PassedLayer(SlotLayer):
-    """A layer behind the one that chooses: of a prompt it takes in what went on, as if there were nothing else.
+    """A layer behind one that chooses: it takes in what went on, as if there were nothing else.
 
     Attributes:
-        chooser: the layer of the same cache that chooses.
+        chooser: the layer of the same cache that chooses; none: nothing before this layer does.
     """
 
-    chooser: ChoosingLayer
+    chooser: ChoosingLayer | None = None
+
+    @property
+    def led(self) -> Choice | None:
+        """Which tokens of the call that is running come here; none: all."""
+        return None if self.chooser is None else self.chooser.choice
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """See `MemoryLayer.update`: all tokens of the call have been seen, whichever come here."""
         found = super().update(key_states, value_states, *args, **kwargs)
-        self.seen = self.chooser.seen
+        if self.chooser is not None:
+            self.seen = self.chooser.seen
         return found
 
     def attend(self, call: Call) -> Tensor:
         """See `MemoryLayer.attend`; tokens that do not go on look at nothing, and get zeros."""
-        choice = self.chooser.choice
+        choice = self.led
         if choice is None:
             return super().attend(call)
+        if choice.packed and call.tokens != choice.position_Bk.shape[1]:
+            raise UserError("this cache was made for another model; make one for this model: memory.cache(model)")
         self.prompt = self.seen
         out_BkHD = super().attend(Passed.of(call, choice))
-        self.forgotten = self.seen
+        if not self.record_past:
+            self.forgotten = self.seen
         for table in self.tables:
             table.whole = False
-        return out_BkHD if call.tokens != choice.tokens else choice.put_back(out_BkHD)
+        return out_BkHD if choice.packed else choice.put_back(out_BkHD)
 
 
-def link(cache: Cache) -> ChoosingLayer | None:
-    """Shows the layers of a cache that stand behind one that chooses which one that is; returns it, if there is one."""
-    chooser = next((layer for layer in cache.layers if isinstance(layer, ChoosingLayer)), None)
+def link(cache: Cache) -> None:
+    """Shows the layers of a cache that stand behind one that chooses which one that is: of several the nearest."""
+    chooser = None
     for layer in cache.layers:
-        if isinstance(layer, PassedLayer) and chooser is not None:
+        if isinstance(layer, PassedLayer):
             layer.chooser = chooser
-    return chooser
+        if isinstance(layer, ChoosingLayer):
+            chooser = layer
