@@ -148,6 +148,12 @@ def test_mistakes_are_told_in_words(said, model: Path, text: Path, words: list[s
     assert (code, shown) == (2, "") and says in error and "Traceback" not in error
 
 
+@pytest.mark.parametrize("wrong", ["StremingLLM(4)", "StreamingLLM(0)", "LazyLLM(layers=[9])", "VQKV(2)"])
+def test_what_cannot_be_had_is_told_before_anything_is_measured(said, model: Path, text: Path, wrong: str):
+    code, _, error = said(model, "--data.text", text, "--memory", "H2O(0.5)", "--memory", wrong)
+    assert code == 2 and "bits per byte" not in error
+
+
 def test_a_text_is_needed_and_must_be_long_enough(said, model: Path, tmp_path: Path):
     assert "say what to measure it on" in said(model)[2]
     short = tmp_path / "short.txt"

@@ -21,10 +21,10 @@ from pondera.ground.errors import UserError
 from pondera.jobs.excerpts import Windows
 from pondera.jobs.load import Loaded
 from pondera.jobs.reading import read
+from pondera.memory.contract import Memory, compressible
 from pondera.model.method import Method
 
 if TYPE_CHECKING:
-    from pondera.memory.contract import Memory
     from pondera.model.lm import AdaptiveLM
 
 SWEEP = (
@@ -94,6 +94,8 @@ def compress(
             f"{loaded.name}: {model.chosen} keeps a cache of its own, which is not compressed yet; give a plain model"
         )
     texts = [spec.format(spec.parse(text)) for text in memories or (*SWEEP, *(FITTED if calibration else ()))]
+    for text in memories:  # what cannot be had is told before anything is measured
+        _made(model, text, bool(calibration))
     rows: list[Measured] = []
     built: dict[str, Memory] = {}
     said_BT: Tensor | None = None
@@ -118,19 +120,34 @@ def compress(
 
 def _ready(model: AdaptiveLM, text: str, calibration: Sequence[Tensor], say: Callable[[str], None]) -> Memory:
     """A memory for this model, fitted if it has to be."""
+    memory = _made(model, text, bool(calibration))
+    memory.to(model.device)
+    if not memory.fitted:
+        say(f"{text}: fitting")
+        memory.fit(model, calibration)
+    return memory
+
+
+def _made(model: AdaptiveLM, text: str, fits: bool) -> Memory:
+    """A memory for this model, not fitted yet.
+
+    Args:
+        model: that it is for.
+        text: its spec string.
+        fits: there is text to fit it to.
+    """
     memory = spec.build(text, "memory")
     if isinstance(memory, Method):
         raise UserError(
             f"{text} is trained with its model, not put on one that is there: pondera train RECIPE --memory {text!r}; "
             f"for this model give one such as {SWEEP[1]}"
         )
-    memory.attach(model.backbone.config)
-    memory.to(model.device)
-    if not memory.fitted:
-        if not calibration:
-            raise UserError(f"{text} is fitted to text: give some with --calibrate TEXT")
-        say(f"{text}: fitting")
-        memory.fit(model, calibration)
+    config = model.backbone.config
+    memory.attach(config)
+    if memory.fitted:
+        memory.check(config, compressible(config))
+    elif not fits:
+        raise UserError(f"{text} is fitted to text: give some with --calibrate TEXT")
     return memory
 
 
