@@ -49,6 +49,15 @@ def test_bits_are_torchs(threads: int, D: int):
         assert torch.equal(found, torchs(*given, 0.3)), (B, G, R, S)
 
 
+def test_rows_that_do_not_lie_side_by_side(threads: int):
+    """Heads of a token beside each other, and storage that is wider than a row."""
+    query, keys, values = rows(2, 3, 4, 530, 64)
+    keys = keys.transpose(1, 2).contiguous().transpose(1, 2)
+    values = torch.randn(2, 3, 530, 70)[..., 3:67]
+    found = stock_attention(query, keys, values, 0.2)
+    assert found is not None and torch.equal(found, torchs(query, keys, values, 0.2))
+
+
 def test_scores_that_are_far_apart():
     """Some weights are 0, some keys win by far; one of them comes after the first block."""
     query, keys, values = rows(1, 2, 4, 1200, 64)
@@ -66,6 +75,7 @@ def test_left_to_torch_where_it_is_another_kernel():
     assert stock_attention(query.bfloat16(), keys.bfloat16(), values.bfloat16(), 0.1) is None
     assert stock_attention(query, keys, values[..., :32], 0.1) is None
     assert stock_attention(query.clone().requires_grad_(), keys, values, 0.1) is None
+    assert stock_attention(query, keys[:, :, :1].expand_as(keys), values, 0.1) is None  # no matrix has such steps
     wide = rows(1, 2, 4, 40, 264)
     assert stock_attention(*wide, 0.1) is None
     before = torch.get_float32_matmul_precision()

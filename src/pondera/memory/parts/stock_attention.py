@@ -92,6 +92,7 @@ def _fits(*tensors: Tensor) -> bool:
         and torch.backends.cuda.flash_sdp_enabled()
         and fit_rows(*tensors)
         and tensors[1].shape == tensors[2].shape
+        and all(rows.stride(2) >= rows.shape[-1] for rows in tensors[1:])
         and tensors[0].shape[-1] <= WIDEST
     )
 
