@@ -60,3 +60,10 @@ LINEAR = {"qwen3_next"}
 def ids(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
     """Random token ids ``[batch, tokens]``, the same every time."""
     return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Texts of several lengths as a batch, padded on the left; tokens and mask, ``[batch, tokens]`` each."""
+    width = max(len(row) for row in rows)
+    tokens = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
+    return tokens, torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()

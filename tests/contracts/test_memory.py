@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BACKBONES, ids
+from architectures import BACKBONES, ids, left_padded
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pondera import UserError
@@ -123,12 +123,6 @@ def feed(lm, cache, x: torch.Tensor, pieces: list[int], mask: torch.Tensor | Non
             kwargs = {"attention_mask": mask[:, :seen], "position_ids": position_ids}
         found.append(lm(piece, **kwargs, past_key_values=cache).logits)
     return torch.cat(found, dim=1)
-
-
-def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(row) for row in rows)
-    x = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
-    return x, torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
 
 
 def state(cache: MemoryCache) -> list[torch.Tensor]:

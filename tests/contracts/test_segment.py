@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from architectures import BACKBONES, LINEAR, VOCAB, ids
+from architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
 from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
@@ -63,13 +63,6 @@ def no_grad() -> Iterator[None]:
 
 def agree(a: torch.Tensor, b: torch.Tensor, **options) -> None:
     torch.testing.assert_close(a, b, **({"atol": 1e-5, "rtol": 1e-5} | options))
-
-
-def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(row) for row in rows)
-    tokens = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
-    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
-    return tokens, mask
 
 
 def in_pieces(model: AdaptiveLM, x: torch.Tensor, sizes: list[int], **options) -> torch.Tensor:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from architectures import BACKBONES, LINEAR, VOCAB, ids
+from architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
 from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
@@ -116,13 +116,6 @@ def agree(a: torch.Tensor, b: torch.Tensor, **options) -> None:
 def shares(passes_BT: torch.Tensor, most: int) -> list[float]:
     """The share of tokens that took each pass."""
     return [float((passes_BT >= number).double().mean()) for number in range(1, most + 1)]
-
-
-def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    width = max(len(row) for row in rows)
-    tokens = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
-    mask = torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()
-    return tokens, mask
 
 
 def test_every_method_is_tested():

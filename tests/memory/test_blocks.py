@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from architectures import BACKBONES, LINEAR, VOCAB, ids
+from architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.ground.cost import Prices, Schedule, live_cache_bytes, measured_flops
@@ -66,12 +66,6 @@ def agree(a: torch.Tensor, b: torch.Tensor, **options) -> None:
     torch.testing.assert_close(a, b, **({"atol": 1e-5, "rtol": 1e-5} | options))
 
 
-def left_padded(lengths: tuple[int, ...]) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    rows, width = [ids(1, n, seed=n)[0] for n in lengths], max(lengths)
-    tokens = torch.stack([torch.cat([torch.zeros(width - len(row), dtype=torch.long), row]) for row in rows])
-    return rows, tokens, torch.stack([torch.arange(width) >= width - n for n in lengths]).long()
-
-
 def in_pieces(model: AdaptiveLM, x: torch.Tensor, sizes: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
     cache, seen, pieces = model.new_cache(), 0, []
     for piece in x.split(sizes, dim=1):
@@ -106,7 +100,8 @@ def test_cached_equals_uncached(form: str, backbone: str):
 @pytest.mark.parametrize(("form", "backbone"), PAIRS)
 def test_padded_batches_equal_each_row_alone(form: str, backbone: str):
     model = made(form, backbone)
-    rows, x, mask = left_padded((13, 8, 1, 11, 8))
+    rows = [ids(1, n, seed=n)[0] for n in (13, 8, 1, 11, 8)]
+    x, mask = left_padded(rows)
     pieces = in_pieces(model, x, [6, 1, 1, 1, 3, 1], mask)  # texts close their blocks at different times
     for row, whole, cached in zip(rows, model(x, attention_mask=mask).logits, pieces, strict=True):
         alone = model(row[None]).logits[0]
@@ -211,7 +206,8 @@ class TestGenerate:
 
     def test_padded_batch_generates_what_each_row_does(self, form: str):
         model = made(form)
-        rows, x, mask = left_padded((7, 3, 2))
+        rows = [ids(1, n, seed=n)[0] for n in (7, 3, 2)]
+        x, mask = left_padded(rows)
         for row, out in zip(rows, model.generate(x, attention_mask=mask, **self.OPTIONS), strict=True):
             alone = model.generate(row[None], attention_mask=torch.ones_like(row[None]), **self.OPTIONS)
             assert torch.equal(out[-7:], alone[0, -7:])
@@ -257,7 +253,8 @@ class TestCache:
     @pytest.mark.parametrize("count", [1, 3, 5])
     def test_cropping_a_padded_batch(self, form: str, count: int):
         model = made(form)
-        rows, x, mask = left_padded((16, 12, 9, 8))
+        rows = [ids(1, n, seed=n)[0] for n in (16, 12, 9, 8)]
+        x, mask = left_padded(rows)
         cache, first, pieces = model.new_cache(), 12, []
         for start, stop in ((0, 9), (9, first)):
             model(x[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache)
@@ -269,7 +266,7 @@ class TestCache:
 
     def test_rows_are_chosen_and_repeated(self, form: str):
         model, more = made(form), ids(6, 7, seed=2)
-        _, x, mask = left_padded((9, 6, 9))
+        x, mask = left_padded([ids(1, n, seed=n)[0] for n in (9, 6, 9)])
         for change, order in [
             (lambda cache: cache.reorder_cache(torch.tensor([2, 0, 0])), [2, 0, 0]),
             (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
