@@ -14,19 +14,24 @@ from pondera.memory.parts.slot_layer import SlotLayer
 from pondera.memory.parts.slot_table import SlotTable
 from pondera.memory.parts.slots import ALL, Slots
 
-_MODELS: dict[int, Any] = {}
+_MODELS: dict[tuple[int, str, float], Any] = {}
 
 
-def model(layers: int = 2) -> Any:
-    """A Llama with two KV heads for four query heads, whose weights are large enough to look at something."""
-    if layers not in _MODELS:
-        config = {**BACKBONES["llama"], "num_hidden_layers": layers}
+def model(layers: int = 2, family: str = "llama", larger: float = 2) -> Any:
+    """A model, by default with two KV heads for four query heads, whose weights are large enough to look at something.
+
+    Where its family has sliding windows, the second layer has one.
+    """
+    if (layers, family, larger) not in _MODELS:
+        config = {**BACKBONES[family], "num_hidden_layers": layers}
+        if "layer_types" in config:
+            config["layer_types"] = ["sliding_attention" if n == 1 else "full_attention" for n in range(layers)]
         torch.manual_seed(0)
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
         for parameter in made.parameters():
-            parameter.requires_grad_(False).mul_(2)
-        _MODELS[layers] = made
-    return _MODELS[layers]
+            parameter.requires_grad_(False).mul_(larger)
+        _MODELS[layers, family, larger] = made
+    return _MODELS[layers, family, larger]
 
 
 class Watch(Slots):

@@ -7,9 +7,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from architectures import BACKBONES, ids
+from architectures import ids
 from policies import best, kept, model, run, weights
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 from pondera import UserError
 from pondera.memory.contract import Memory, MemoryCache
@@ -22,7 +22,6 @@ from pondera.memory.parts.slot_layer import SlotLayer
 from pondera.memory.snap_kv import SnapKV
 
 LAYERS = 4
-_MODELS: dict[str, Any] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -32,16 +31,7 @@ def no_grad():
 
 
 def of_family(family: str) -> Any:
-    if family not in _MODELS:
-        config = {**BACKBONES[family], "num_hidden_layers": LAYERS}
-        if "layer_types" in config:
-            config["layer_types"] = ["full_attention", "sliding_attention", "full_attention", "full_attention"]
-        torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
-        for parameter in made.parameters():
-            parameter.mul_(1.5)
-        _MODELS[family] = made
-    return _MODELS[family]
+    return model(LAYERS, family, larger=1.5)
 
 
 def snap(budget: int | float = 10, window: int = 4) -> SnapKV:

@@ -25,7 +25,6 @@ from pondera.memory.parts.slot_table import EMPTY, SlotTable
 from pondera.memory.parts.taking_up import StoppingLayer
 
 LAYERS = 4
-_MODELS: dict[str, Any] = {}
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +34,7 @@ def no_grad():
 
 
 def of_family(family: str) -> Any:
-    if family not in _MODELS:
-        config = {**BACKBONES[family], "num_hidden_layers": LAYERS}
-        torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
-        for parameter in made.parameters():
-            parameter.mul_(1.5)
-        _MODELS[family] = made
-    return _MODELS[family]
+    return model(LAYERS, family, larger=1.5)
 
 
 def lazy() -> LazyLLM:

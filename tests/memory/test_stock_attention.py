@@ -8,10 +8,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+from pondera.memory.parts import layer
 from pondera.memory.parts import stock_attention as under_test
+from pondera.memory.parts.layer import Call
 from pondera.memory.parts.stock_attention import stock_attention
+from pondera.model.hf import sdpa_attention
 from pondera.native.build import why_not
 
 WHY = why_not("stock") or ("" if under_test._gemm() else "torch brings no matrix product along that could be called")
@@ -84,6 +88,22 @@ def test_left_to_torch_where_it_is_another_kernel():
         assert stock_attention(query, keys, values, 0.1) is None
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("further", [{"position_bias": torch.randn(1, 8, 1, 40)}, {"dropout": 0.5}, {}])
+def test_another_attention_is_transformers_own(monkeypatch: pytest.MonkeyPatch, further: dict):
+    """A bias on positions or dropout is no plain softmax; without either, the kernel has the call."""
+    query, keys, values = rows(1, 2, 4, 40, 64)
+    module = nn.Module()
+    module.num_key_value_groups = 4
+    asked = []
+    monkeypatch.setattr(layer, "stock_attention", lambda *given: asked.append(given))
+    call = Call(module, query, keys[:, :, -1:], values[:, :, -1:], None, 0.125, 39, further)
+    torch.manual_seed(0)
+    found = call.stock(keys, values)
+    torch.manual_seed(0)
+    assert torch.equal(found, sdpa_attention(module, query, keys, values, None, scaling=0.125, **further)[0])
+    assert bool(asked) == (not further)
 
 
 def test_other_bits_are_never_handed_out(monkeypatch: pytest.MonkeyPatch):

@@ -11,7 +11,7 @@
 #include "parallel.h"
 
 enum {
-    BLOCK = 512, /* keys at a time; torch's own number for less than 768 queries */
+    BLOCK = 512, /* keys at a time, as in torch */
     LINE = 16    /* numbers of a cache line, at which torch's buffers begin */
 };
 

@@ -24,8 +24,8 @@ from pondera.model.hf import AttentionInterface, AttentionMaskInterface, CacheLa
 MEMORY = "pondera_memory"
 """The attention implementation that knows memories."""
 _MARK = "pondera_layer"
-FURTHER = ("dropout", "softcap")
-"""What an attention function may be given that makes it another one."""
+FURTHER = ("softcap", "position_bias")
+"""What an attention function may be given that makes it another one, where it is not none."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Call:
         Args:
             keys, values: ``[B, G, K, D]``, in the order of the text.
         """
-        if self.mask_B1TK is None and not any(self.further.get(name) for name in FURTHER):
+        others = [name for name in FURTHER if self.further.get(name) is not None]
+        if self.mask_B1TK is None and not others and not self.further.get("dropout"):
             out_B1HD = stock_attention(self.query_BHTD, keys, values, self.scaling)
             if out_B1HD is not None:
                 return out_B1HD
