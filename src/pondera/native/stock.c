@@ -35,8 +35,9 @@ typedef struct {
     int failed;
 } Work;
 
-/* Where torch would have the scores of a head, in numbers from the start of a cache line; the bits of its products hang on it.
- * Its threads take heads in equal runs, and each has its scores, a maximum, a sum and weighted values behind those of the one before. */
+/* Where torch would have the scores of a head, in numbers from the start of a cache line, on which the bits of its products
+ * hang. Its threads take heads in equal runs, and each has its scores, a maximum, a sum and weighted values behind those of
+ * the one before. */
 static long offset(const Stock *a, long head)
 {
     const long heads = a->B * a->G * a->R, threads = a->threads < heads ? a->threads : heads;
