@@ -22,6 +22,7 @@ import yaml
 from pondera.cli.main import main
 from pondera.cli.parser import Parser
 from pondera.ground.errors import Failure, Interrupted, UserError
+from pondera.ground.packed import ARCHIVE, unpack
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig, TrainConfig, from_dict
 from pondera.ground.spec import build
@@ -286,19 +287,35 @@ def test_the_demo_lets_the_thinking_model_write(out, monkeypatch):
 
 @pytest.fixture(scope="module")
 def experiment() -> ModuleType:
-    return scripts.load("experiments", "publishing")
+    return scripts.load("experiments.common.publishing")
 
 
 def test_what_is_published_names_no_path_of_this_machine(experiment, out, tmp_path):
-    command = "python experiments/thinking.py --scale cpu --text text.jsonl --name books"
+    command = "python -m experiments.thinking.run --scale cpu --text text.jsonl --name books"
     experiment.publish(out, tmp_path / "results", "tokens", command)
-    published = [path for path in (tmp_path / "results").rglob("*") if path.is_file()]
-    assert len(published) == 1 + 5 * len(list((out / "runs").iterdir()))
+    unpack(tmp_path / "results" / ARCHIVE, tmp_path / "unpacked")
+    published = [
+        path for folder in ("results", "unpacked") for path in (tmp_path / folder).rglob("*") if path.is_file()
+    ]
+    assert len(published) == 3 + 5 * len(list((out / "runs").iterdir()))
     for path in published:
-        assert str(tmp_path.parent) not in path.read_text() and "/tmp" not in path.read_text()
+        if path.name != ARCHIVE:
+            assert str(tmp_path.parent) not in path.read_text() and "/tmp" not in path.read_text()
     assert json.loads((tmp_path / "results" / "tokens.json").read_text())["command"] == command
-    run = Run.open(tmp_path / "results" / "runs" / "plain-4steps-seed0")
+    run = Run.open(tmp_path / "unpacked" / "plain-4steps-seed0")
     assert run.config.data.text == "text" and run.result() and run.env["command"] == command
+    assert f"`plain-4steps-seed0` | {run.config.train.seed} | 4 |" in (tmp_path / "results" / "runs.md").read_text()
+
+
+def test_publishing_again_keeps_runs_that_are_gone(experiment, out, tmp_path):
+    """A run whose folder was deleted since stays in the archive; the same runs give the same bytes."""
+    kept, results = tmp_path / "kept", tmp_path / "results"
+    shutil.copytree(out, kept)
+    experiment.publish(kept, results, "tokens", "python it.py")
+    first = (results / ARCHIVE).read_bytes()
+    shutil.rmtree(kept / "runs" / "plain-4steps-seed0")
+    experiment.publish(kept, results, "tokens", "python it.py")
+    assert (results / ARCHIVE).read_bytes() == first
 
 
 def test_equal_inference_is_said(tmp_path: Path):
@@ -316,7 +333,7 @@ def test_equal_inference_is_said(tmp_path: Path):
 
 def test_a_random_control_spends_what_its_method_was_measured_to():
     """Of the experiment with adaptive arms: sum of keep**k over the extra steps is the measured mean of extra passes."""
-    adaptive = scripts.load("experiments", "adaptive")
+    adaptive = scripts.load("experiments.adaptive.run")
     made = adaptive.control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
     assert made == "AdaptiveLatentCoT(steps=2, halting='random', keep=0.5)"
     assert adaptive.control("ThinkAtHard(steps=1)", 1.3) == "ThinkAtHard(steps=1, halting='random', keep=0.3)"
@@ -324,7 +341,9 @@ def test_a_random_control_spends_what_its_method_was_measured_to():
 
 def test_every_arm_of_an_experiment_is_a_model():
     """What a long experiment is made of is found to fit before it starts."""
-    adaptive, concepts, retrofit = (scripts.load("experiments", name) for name in ("adaptive", "concepts", "retrofit"))
+    adaptive, concepts, retrofit = (
+        scripts.load(f"experiments.{name}.run") for name in ("adaptive", "concepts", "retrofit")
+    )
     overrides = {"data.text": "stdlib"}
     arms = [recipe for group in adaptive.groups(2, 200).values() for recipe in group.values() if recipe]
     for think in [*arms, *filter(None, retrofit.ARMS.values())]:

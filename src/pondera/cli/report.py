@@ -3,52 +3,73 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 from pathlib import Path
 
 from pondera.cli.parser import Parser
 from pondera.ground.errors import UserError
+from pondera.ground.packed import ARCHIVE, unpack
 from pondera.ground.run import is_run
 
 SUMMARY = "makes one HTML page from run folders"
 EXAMPLES = """
 pondera report runs/plain-seed0 runs/ponderlm2-seed0
 pondera report runs/ --out all.html
+pondera report results/heads/books-cpu
 """
 
 
 def parser() -> Parser:
     """What ``pondera report`` takes."""
     found = Parser("report", "Makes one self-contained HTML page: curves, scores beside prices, samples.", EXAMPLES)
-    found.add_argument("runs", nargs="+", metavar="RUN", help="run folders, or folders that contain some at any depth")
+    found.add_argument(
+        "runs", nargs="+", metavar="RUN", help=f"run folders, folders that contain some at any depth, or a {ARCHIVE}"
+    )
     found.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default: report.html)")
     return found
 
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page and says where it is."""
-    runs = find_runs([Path(given) for given in args.runs])
-
     from pondera.jobs.report import write_report
 
-    write_report(runs, args.out)
+    with tempfile.TemporaryDirectory() as scratch:
+        runs = find_runs([Path(given) for given in args.runs], Path(scratch))
+        write_report(list(runs), args.out, names=runs)
     print(f"{args.out}: {len(runs)} run{'s' * (len(runs) > 1)}; open it in a browser")
     return 0
 
 
-def find_runs(given: list[Path]) -> list[Path]:
-    """Each run once: the folders that are runs, and the runs inside those that are not.
+def find_runs(given: list[Path], scratch: Path) -> dict[Path, str]:
+    """Each run once, with the path to show for it: run folders, the runs inside other folders, and packed runs.
+
+    Args:
+        given: run folders, folders that contain runs or archives of runs at any depth, or archives.
+        scratch: an empty folder; archives are unpacked into it.
 
     Raises:
-        UserError: a folder does not exist, or there is no run in it.
+        UserError: a path does not exist, or there is no run in it.
     """
     found: dict[Path, Path] = {}
-    for folder in given:
-        if not folder.is_dir():
-            raise UserError(f"no such folder: {str(folder)!r}; give run folders, or a folder that contains some")
-        inside = [folder] if is_run(folder) else [file.parent for file in sorted(folder.rglob("config.yaml"))]
-        inside = [path for path in inside if is_run(path)]
+    for path in given:
+        if path.is_file() and path.name == ARCHIVE:
+            inside = _packed(path, scratch)
+        elif not path.is_dir():
+            raise UserError(f"no such folder: {str(path)!r}; give run folders, or a folder that contains some")
+        else:
+            loose = [path] if is_run(path) else [file.parent for file in sorted(path.rglob("config.yaml"))]
+            inside = {run: run for run in loose}
+            for archive in sorted(path.rglob(ARCHIVE)):
+                inside |= _packed(archive, scratch)
+        inside = {run: shown for run, shown in inside.items() if is_run(run)}
         if not inside:
-            raise UserError(f"no run in {str(folder)!r}: a run folder holds config.yaml and env.json")
-        for path in inside:
-            found.setdefault(path.resolve(), path)
-    return list(found.values())
+            raise UserError(f"no run in {str(path)!r}: a run folder holds config.yaml and env.json")
+        known = {shown.resolve() for shown in found.values()}
+        found |= {run: shown for run, shown in inside.items() if shown.resolve() not in known}
+    return {run: str(shown) for run, shown in found.items()}
+
+
+def _packed(archive: Path, scratch: Path) -> dict[Path, Path]:
+    """The runs of an archive, unpacked, each with its path inside the archive."""
+    folder = scratch / str(len(list(scratch.iterdir())))
+    return {run: archive / run.name for run in unpack(archive, folder)}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
@@ -43,6 +43,7 @@ class Seen:
     """What one run folder holds, and what is wrong with it."""
 
     run: Run
+    where: str
     config: RunConfig
     env: dict[str, Any]
     metrics: list[dict[str, Any]]
@@ -106,13 +107,19 @@ LOSS = Measure("validation loss", lambda line: (line.get("validation") or {}).ge
 TRAINING_LOSS = Measure("training loss", lambda line: line.get("loss"))
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path, title: str = "Pondera report") -> Path:
+def write_report(
+    runs: Sequence[str | Path],
+    out: str | Path,
+    title: str = "Pondera report",
+    names: Mapping[Path, str] | None = None,
+) -> Path:
     """Writes one self-contained HTML page about some runs; it needs no network and no script.
 
     Args:
         runs: run folders; those with the same `name` in their config are seeds of one arm.
         out: the file to write.
         title: the page's title.
+        names: what the page shows instead of a run's path, for runs that were unpacked elsewhere.
 
     Returns:
         `out`.
@@ -129,7 +136,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path, title: str = "Pond
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file, e.g. {out / 'report.html'}")
-    arms = gather(see(path) for path in runs)
+    arms = gather(see(path, (names or {}).get(Path(path))) for path in runs)
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         headline=_headline(arms),
@@ -144,8 +151,13 @@ def write_report(runs: Sequence[str | Path], out: str | Path, title: str = "Pond
     return out
 
 
-def see(path: str | Path) -> Seen:
-    """Reads a run folder; what is missing or damaged becomes a problem, not an error."""
+def see(path: str | Path, name: str | None = None) -> Seen:
+    """Reads a run folder; what is missing or damaged becomes a problem, not an error.
+
+    Args:
+        path: the run folder.
+        name: what to show as its path (default: the path).
+    """
     run = Run.open(path)
     problems: list[str] = []
 
@@ -166,7 +178,9 @@ def see(path: str | Path) -> Seen:
         problems.append(f"not finished: no result yet, last logged step {last} of {config.train.steps}")
     traces = attempt(run.traces, {})
     depths = traces.pop(DEPTHS, {})
-    return Seen(run, config, attempt(lambda: run.env, {}), metrics, result, traces, depths, problems)
+    return Seen(
+        run, name or str(run.path), config, attempt(lambda: run.env, {}), metrics, result, traces, depths, problems
+    )
 
 
 def gather(runs: Iterable[Seen]) -> list[Arm]:
@@ -213,7 +227,7 @@ def _headline(arms: list[Arm]) -> str:
 
 
 def _warnings(arms: list[Arm]) -> str:
-    found = [f"{run.run.path}: {problem}." for arm in arms for run in arm.runs for problem in run.problems]
+    found = [f"{run.where}: {problem}." for arm in arms for run in arm.runs for problem in run.problems]
     for arm in arms:
         first, *others = (set(_flat(run.config.to_dict()).items()) for run in arm.runs)
         differ = sorted({name for other in others for name, _ in first ^ other} - {"train.seed", "about"})
@@ -366,7 +380,7 @@ def _made(run: Seen) -> str:
     }
     listing = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
     config = yaml.safe_dump(run.config.to_dict(), sort_keys=False, allow_unicode=True)
-    where = escape(str(run.run.path)) + ("" if run.result else ", incomplete")
+    where = escape(run.where) + ("" if run.result else ", incomplete")
     command = escape(str(env.get("command", "command unknown")))
     return (
         f"<details><summary>{escape(run.config.name)}, seed {run.config.train.seed} <small>{where}</small></summary>"

@@ -1,0 +1,189 @@
+"""What the experiments have in common: arguments, the larger scale, recipes as files, results without weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pondera.ground.errors import Interrupted
+from pondera.ground.run import Run, write_atomic
+from pondera.ground.settings import RunConfig
+from tools.results import add_runs
+
+GPU = {
+    "backbone.hidden_size": 512,
+    "backbone.intermediate_size": 1408,
+    "backbone.num_hidden_layers": 8,
+    "backbone.num_attention_heads": 8,
+    "backbone.num_key_value_heads": 8,
+    "data.tokenizer": "bpe-8192",
+    "data.context": 512,
+    "train.steps": 3200,
+    "train.batch_size": 64,
+    "train.lr": 1e-3,
+    "train.dtype": "bfloat16",
+    "train.eval_tokens": 524288,
+    "train.eval_every": 400,
+    "train.save_every": 200,
+}
+"""34M parameters, 105M tokens."""
+SMOKE = {
+    "backbone.hidden_size": 32,
+    "backbone.intermediate_size": 64,
+    "data.max_bytes": 400_000,
+    "data.tokenizer": "bpe-300",
+    "train.steps": 4,
+    "train.batch_size": 2,
+    "train.eval_tokens": 512,
+    "train.eval_every": 4,
+    "train.save_every": 4,
+}
+"""Added to any scale: enough to see that every line of an experiment runs. Its numbers mean nothing."""
+COPIED = ("metrics.jsonl", "result.json", "traces/depths.json")
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What was asked for, and where it goes.
+
+    Args:
+        out: the folder of the runs.
+        results: the folder that is committed.
+        overrides: dotted settings of every arm.
+        seeds: how many of each arm.
+        jobs: runs side by side.
+        command: what to type to do all this again, wherever the text lies.
+    """
+
+    out: Path
+    results: Path
+    overrides: dict[str, Any]
+    seeds: int
+    jobs: int
+    command: str
+
+
+def arguments(doc: str | None, scales: list[str]) -> argparse.ArgumentParser:
+    """The arguments that every experiment takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", choices=sorted(scales), required=True)
+    parser.add_argument("--text", default="stdlib", help="as data.text (default: stdlib)")
+    parser.add_argument("--name", help="of the folder of results (default: the text's)")
+    parser.add_argument("--steps", type=int, help="another length")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (gpu: 1)")
+    parser.add_argument("--smoke", action="store_true", help="4 tiny steps and one seed, to runs/smoke/ only")
+    parser.add_argument("--minutes", type=float, help="stop and save after so long; call again to go on")
+    return parser
+
+
+def plan(args: argparse.Namespace, kind: str, settings: dict[str, Any], further: tuple[str, ...] = ()) -> Experiment:
+    """Reads the common arguments.
+
+    Args:
+        args: as parsed.
+        kind: the question: the name of the experiment's folder, and of the folders of its runs and results.
+        settings: dotted, of the scale.
+        further: words of the command that only this experiment has.
+    """
+    name = args.name or Path(args.text).name.split(".")[0]
+    words = ["python", "-m", f"experiments.{kind}.run", "--scale", args.scale]
+    words += ["--text", Path(args.text).name, "--name", name]
+    words += ["--steps", str(args.steps)] if args.steps else []
+    words += ["--seeds", str(args.seeds)] if args.seeds != SEEDS else []
+    overrides = {**settings, "data.text": args.text} | ({"train.steps": args.steps} if args.steps else {})
+    if args.smoke:
+        words.append("--smoke")
+        overrides |= SMOKE
+    root = Path("runs/smoke") if args.smoke else Path()
+    return Experiment(
+        out=root / "runs" / kind / f"{name}-{args.scale}",
+        results=root / "results" / kind / f"{name}-{args.scale}",
+        overrides=overrides,
+        seeds=1 if args.smoke else args.seeds,
+        jobs=1 if args.scale == "gpu" else args.jobs,
+        command=shlex.join([*words, *further]),
+    )
+
+
+@contextmanager
+def in_pieces(minutes: float | None) -> Iterator[None]:
+    """Stops in time, or when asked to, with everything saved; says "done" at the end."""
+    if minutes:
+        stop_after(minutes)
+    try:
+        yield
+    except (Interrupted, KeyboardInterrupt):
+        print("stopped in time; call it again to go on", file=sys.stderr)
+        sys.exit(130)
+    print("done")
+
+
+def write_recipe(config: RunConfig, folder: Path) -> str:
+    """An arm's settings as a file named after it, for `compare` to train."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{config.name}.yaml"
+    write_atomic(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
+    return str(path)
+
+
+def publish(out: Path, results: Path, equal: str, command: str) -> None:
+    """Packs what the runs recorded, without weights and without this machine's paths.
+
+    Args:
+        out: the folder of the comparison.
+        results: the folder to write to; runs that were published there before are kept.
+        equal: the name of the file of the comparison's numbers.
+        command: the command that produces them.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    write_json(results / f"{equal}.json", json.loads((out / "results.json").read_text()) | {"command": command})
+    with tempfile.TemporaryDirectory() as scratch:
+        for run in map(Run, sorted((out / "runs").iterdir())):
+            if run.result_file.is_file():
+                _copy(run, Path(scratch) / run.path.name, command)
+        add_runs(Path(scratch), results)
+
+
+def _copy(run: Run, target: Path, command: str) -> None:
+    target.mkdir()
+    for name in filter(lambda name: (run.path / name).is_file(), COPIED):
+        shutil.copy(run.path / name, target / Path(name).name)
+    config = run.config.to_dict()
+    config["data"]["text"] = portable(config["data"]["text"])
+    write_atomic(target / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+    # A run that was trained in a process of its own has a command of its own.
+    typed = run.env["command"] if run.env["command"].startswith("pondera ") else command
+    write_json(target / "env.json", run.env | {"command": shlex.join(map(portable, shlex.split(typed)))})
+
+
+def portable(word: str) -> str:
+    """An absolute path's last part; everything else as it is."""
+    return Path(word).name if Path(word).is_absolute() else word
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes indented JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps(value, indent=1) + "\n")
+
+
+def stop_after(minutes: float) -> None:
+    """Has this process interrupt itself in time, which finishes and saves the steps that are being trained."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script's background jobs ignore it
+    signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
