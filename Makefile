@@ -21,7 +21,7 @@ lint: $(VENV)/.development
 	$(BIN)/pyright
 
 docs: $(VENV)/.runtime
-	$(BIN)/python docs/build.py
+	$(BIN)/python -m tools.docs.build
 
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Pondera needs Python 3.11 or newer; try make PYTHON=python3.11")'

@@ -10,8 +10,13 @@ from types import ModuleType
 ROOT = Path(__file__).parent.parent
 
 
-def load(folder: str, name: str) -> ModuleType:
-    """One of `folder`'s, whose scripts import each other by their names."""
+def load(name: str, folder: str = ".") -> ModuleType:
+    """A module of the repository that is not part of the package.
+
+    Args:
+        name: as it is imported, e.g. ``experiments.heads.run``.
+        folder: what names start from; `benchmarks` holds scripts that import each other by their bare names.
+    """
     path = str(ROOT / folder)
     sys.path.insert(0, path)
     try:

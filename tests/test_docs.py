@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import scripts
 
-build, models, study = (scripts.load("docs", name) for name in ("build", "models", "study"))
+build, models, study = (scripts.load(f"tools.docs.{name}") for name in ("build", "models", "study"))
 
 HEALTHY = {"split_error": 0.1, "reachable_error": 0.09, "perplexity": 60.0, "reachable_perplexity": 64.0, "width": 16}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import scripts
 
-PEER: Any = scripts.load("benchmarks", "kvpress_agreement")
+PEER: Any = scripts.load("kvpress_agreement", "benchmarks")
 
 
 def test_kept_sets_are_compared_one_by_one():

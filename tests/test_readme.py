@@ -83,7 +83,9 @@ def test_make_targets_exist():
 
 
 def test_generated_parts_say_what_the_results_say():
-    done = subprocess.run([sys.executable, "docs/build.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.docs.build", "--check"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout
 
 

@@ -11,7 +11,7 @@ from pondera.ground import spec
 from pondera.quantize.parts.diagnosis import KINDS, judge
 
 autoencoders, collapse, quantizers = (
-    scripts.load("experiments", name) for name in ("autoencoders", "collapse", "quantizers")
+    scripts.load(f"experiments.{name}") for name in ("common.autoencoders", "collapse.run", "quantizers.run")
 )
 
 

@@ -1,6 +1,6 @@
 """How many Jacobi rounds does evaluation need? Loss of one trained PonderLM-2 against R, and the exact rollout.
 
-    python experiments/rounds.py RUN --out results/thinking/rounds.json
+    python -m experiments.thinking.rounds RUN --out results/thinking/rounds.json      --tokens 512: a check
 
 Writes for R = 0..6 the validation loss and bits per byte, the largest change of any latent in the last round, and the
 loss of the exact token-by-token rollout, all on the same windows.
@@ -42,7 +42,7 @@ def main() -> None:
             think.record = False
         rows.append(row)
         print(rounds, f"{row['bits_per_byte']:.4f} bits per byte", flush=True)
-    result = {"command": f"python experiments/rounds.py {args.run} --tokens {args.tokens}", "rows": rows}
+    result = {"command": f"python -m experiments.thinking.rounds {args.run} --tokens {args.tokens}", "rows": rows}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out, json.dumps(result, indent=1) + "\n")
 

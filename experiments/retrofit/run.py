@@ -1,7 +1,8 @@
 """Does a model that was trained plain learn to think afterwards? Continued training from one checkpoint into each method.
 
-    python experiments/retrofit.py --scale cpu --text books.jsonl.xz      after about a quarter of an hour on two cores
-    python experiments/retrofit.py --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.retrofit.run --scale cpu --text books.jsonl.xz      after about a quarter of an hour on two cores
+    python -m experiments.retrofit.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.retrofit.run --scale cpu --smoke      a check that it runs
 
 First one plain model is trained. From its checkpoint every arm goes on for as many tokens: the plain model itself, which is
 what the others have to beat, and each method, which first learns alone what it adds (a quarter of the steps, where there is
@@ -14,8 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-
+from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
 from pondera.ground.settings import RunConfig, load
 from pondera.jobs.compare import compare, folder_of
 

@@ -1,15 +1,16 @@
 """When do codebooks collapse? Initialisation x encoder width x time of quantisation, on clusters, images and text states.
 
-    python experiments/collapse.py                                  all of it, about half an hour on two cores
-    python experiments/collapse.py --data clusters --seeds 1        a first look
+    python -m experiments.collapse.run                                  all of it, about half an hour on two cores
+    python -m experiments.collapse.run --data clusters --seeds 1        a first look
+    python -m experiments.collapse.run --smoke      a check that it runs
 
 An autoencoder of two small networks with a codebook of 256 between them learns to give back vectors; see
-``autoencoders.py`` for the vectors and for what is measured.
+``common/autoencoders.py`` for the vectors and for what is measured.
 """
 
 from __future__ import annotations
 
-from autoencoders import Setting, sweep
+from experiments.common.autoencoders import Setting, sweep
 
 
 def settings(steps: int) -> dict[str, Setting]:

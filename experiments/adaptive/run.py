@@ -1,7 +1,8 @@
 """Does it pay to choose who thinks? Loss against the passes that tokens really take.
 
-    python experiments/adaptive.py --scale cpu --text books.jsonl.xz      on two cores, in pieces if need be
-    python experiments/adaptive.py --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.adaptive.run --scale cpu --text books.jsonl.xz      on two cores, in pieces if need be
+    python -m experiments.adaptive.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.adaptive.run --scale cpu --smoke      a check that it runs
 
 First the arms that learn who goes on, between the ends that fixed depth marks; then for each of them a control that lets
 as many tokens go on at random: its probability is solved from the mean passes that the learned arm was measured to take, over
@@ -15,8 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-
+from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
 from pondera.ground.settings import load
 from pondera.jobs.compare import compare
 

@@ -1,7 +1,8 @@
 """What codes of the past cost in quality: VQKV's codebooks beside scalar rounding, at equal bits.
 
-    python experiments/vqkv.py --model books --text books.jsonl.xz      trains a Llama of 2.4 M parameters first
-    python experiments/vqkv.py --model stories --text FOLDER            stories260K.bin and tok512.bin lie there
+    python -m experiments.vqkv.run --model books --text books.jsonl.xz      trains a Llama of 2.4 M parameters first
+    python -m experiments.vqkv.run --model stories --text FOLDER            stories260K.bin and tok512.bin lie there
+    python -m experiments.vqkv.run --model books --text stdlib --smoke      a check that it runs
 
 Two models: one that is trained here, on the text that is given; and stories260K, whose text is what it says itself,
 sampled at temperature 1, so that its held-out text is sampled with another seed. A window of text is fed in pieces: its
@@ -24,12 +25,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import portable, write_json
-from stories260k import START, check, stories260k
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from experiments.common.publishing import portable, write_json
+from experiments.vqkv.stories260k import START, check, stories260k
 from pondera.memory.contract import compressible, head_width
 from pondera.memory.kivi import KIVI
 from pondera.memory.parts.fitting import collect
@@ -218,14 +219,18 @@ def main() -> None:
     parser.add_argument("--fit-steps", type=int, default=100, help="of fitting, per stage (default: 100)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", choices=["head", "layer"], default="head")
+    parser.add_argument("--smoke", action="store_true", help="4 steps and one fit, to runs/smoke/ only")
     args = parser.parse_args()
+    root = Path("runs/smoke") if args.smoke else Path()
+    if args.smoke:
+        args.steps, args.fit_steps, args.seeds = 4, 2, 1
     task = {"books": books, "stories": stories}[args.model](args.text, args.steps)
-    file = Path("results/vqkv") / f"{args.model}{'' if args.width == 'head' else '-layer'}.json"
+    file = root / "results/vqkv" / f"{args.model}{'' if args.width == 'head' else '-layer'}.json"
     words = [f"--model {args.model} --text {portable(args.text)}", f"--steps {args.steps} --fit-steps {args.fit_steps}"]
     known = json.loads(file.read_text()) if file.is_file() else {"rows": []}
     exact = loss(task, lambda: DynamicCache(config=task.config))
     known |= {
-        "command": f"python experiments/vqkv.py {' '.join(words)} --seeds {args.seeds} --width {args.width}",
+        "command": f"python -m experiments.vqkv.run {' '.join(words)} --seeds {args.seeds} --width {args.width}",
         "model": task.told,
         "exact": {"loss": exact, "tokens": task.held_out[:, 1:].numel() * 3 // 4},
         "regions": REGIONS,

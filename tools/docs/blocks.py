@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tables import generated, read, table, with_spread
+from tools.docs.tables import generated, read, table, with_spread
 
 
 @generated

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tables import generated, read, table
+from tools.docs.tables import generated, read, table
 
 
 @generated

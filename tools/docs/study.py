@@ -8,11 +8,10 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from tables import ROOT, generated, over_seeds, read, table
-
 from pondera.jobs.chart import Bars, bar_chart
 from pondera.jobs.figure import figure
 from pondera.quantize.parts.diagnosis import judge
+from tools.docs.tables import ROOT, generated, over_seeds, read, table
 
 COLLAPSE = "results/collapse.json"
 FIGURES = ROOT / "docs" / "figures"

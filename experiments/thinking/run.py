@@ -1,7 +1,8 @@
 """Does thinking pay at equal cost? The experiment behind the tables of the README.
 
-    python experiments/thinking.py --scale cpu --text books.jsonl.xz     about an hour on two cores
-    python experiments/thinking.py --scale gpu --text books.jsonl.xz     one GPU; call it again until it says "done"
+    python -m experiments.thinking.run --scale cpu --text books.jsonl.xz     about an hour on two cores
+    python -m experiments.thinking.run --scale gpu --text books.jsonl.xz     one GPU; call it again until it says "done"
+    python -m experiments.thinking.run --scale cpu --smoke      a check that it runs
 
 Arms: plain; twice the depth (as many inference FLOPs as one thought per token); adaptive latent CoT with one step;
 pause tokens (as many slots, constant input); PonderLM-2 with one thought. Each with three seeds, first at equal tokens,
@@ -16,8 +17,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-
+from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
 from pondera.ground.settings import load
 from pondera.jobs.compare import compare
 from pondera.jobs.demo import SETTINGS

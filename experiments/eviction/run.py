@@ -1,10 +1,11 @@
 """What is lost when the past is cut: recall and loss of every eviction and retrieval policy at equal budgets.
 
-    python experiments/eviction.py                            all of it, half an hour of two free cores
-    python experiments/eviction.py --seeds 1 --texts 8        a first look
+    python -m experiments.eviction.run                            all of it, half an hour of two free cores
+    python -m experiments.eviction.run --seeds 1 --texts 8        a first look
+    python -m experiments.eviction.run --smoke      a check that it runs
 
-A Llama of 3 layers is trained for each seed on texts of `recall.py`, in which something has to be recalled; `Full` shows
-that it has learnt to. Every policy reads the prompt in one call, with the question as its last token, and is then given what
+A Llama of 3 layers is trained for each seed on the sequences of `sequences.py`, in which something has to be recalled;
+`Full` shows that it has learnt to. Every policy reads the prompt in one call, with the question as its last token, and is then given what
 was asked for token by token: the share of these tokens that it puts first counts, and the loss for texts without a question.
 ``later`` gives the question after the prompt, so that no policy knows it when it cuts. Budgets are slots per layer and KV
 head, as shares of the prompt; for policies that keep everything and attend to some, the slots that they attend to (of
@@ -22,9 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import write_json
-from recall import KINDS, PROMPT, SIZES, Texts, trained
 
+from experiments.common.publishing import write_json
+from experiments.eviction.sequences import KINDS, PROMPT, SIZES, Texts, trained
 from pondera.ground import spec
 from pondera.memory.parts.slot_layer import SlotLayer
 
@@ -117,12 +118,16 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="seeds side by side")
     parser.add_argument("--out", type=Path, default=Path("runs/eviction"), help="where weights and rows go")
     parser.add_argument("--results", type=Path, default=Path("results/eviction/recall.json"))
+    parser.add_argument("--smoke", action="store_true", help="4 steps, one seed, 2 sequences, to runs/smoke/ only")
     args = parser.parse_args()
+    if args.smoke:
+        args.seeds, args.steps, args.texts = 1, 4, 2
+        args.out, args.results = Path("runs/smoke/runs/eviction"), Path("runs/smoke/results/eviction/recall.json")
     args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = [row for found in pool.map(run_seed, range(args.seeds), itertools.repeat(args)) for row in found]
     told = {name: getattr(args, name) for name in ("seeds", "steps", "batch", "texts")}
-    command = " ".join(["python experiments/eviction.py", *(f"--{name} {value}" for name, value in told.items())])
+    command = " ".join(["python -m experiments.eviction.run", *(f"--{name} {value}" for name, value in told.items())])
     write_json(args.results, {"command": command, "prompt": PROMPT, "model": SIZES, "rows": rows})
     print("done")
 

@@ -1,7 +1,8 @@
 """What does a head of codes cost in quality? VQ-Logits beside the full output matrix: same backbone, data and tokens.
 
-    python experiments/heads.py --scale cpu --text books.jsonl.xz      about a quarter of an hour on two cores
-    python experiments/heads.py --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.heads.run --scale cpu --text books.jsonl.xz      about a quarter of an hour on two cores
+    python -m experiments.heads.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.heads.run --scale cpu --smoke      a check that it runs
 
 Arms: the full matrix; a quarter as many codes as tokens, one for each token and shared ones for the rest; as few codes, two
 and four for each token. Results go to ``results/heads/``; what the heads take in time is in ``benchmarks/heads.py``.
@@ -9,8 +10,7 @@ and four for each token. Results go to ``results/heads/``; what the heads take i
 
 from __future__ import annotations
 
-from publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-
+from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
 from pondera.ground.settings import load
 from pondera.jobs.compare import compare
 

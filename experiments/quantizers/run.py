@@ -1,16 +1,17 @@
 """What do quantizers lose at equal bits? Each of them between encoder and decoder, at 8 and at 12 bits per vector.
 
-    python experiments/quantizers.py                                all of it, about a quarter of an hour on two cores
-    python experiments/quantizers.py --data clusters --seeds 1      a first look
+    python -m experiments.quantizers.run                                all of it, about a quarter of an hour on two cores
+    python -m experiments.quantizers.run --data clusters --seeds 1      a first look
+    python -m experiments.quantizers.run --smoke      a check that it runs
 
-Vectors, networks and what is measured are those of ``collapse.py``, at half as many steps. Every quantizer begins as its
-docstring says it is used best: codebooks by k-means after a warm-up, SimVQ with the authors' straight-through gradient
+Vectors, networks and what is measured are those of ``experiments/collapse``, at half as many steps. Every quantizer begins
+as its docstring says it is used best: codebooks by k-means after a warm-up, SimVQ with the authors' straight-through gradient
 from the first step, and what has fixed values without a warm-up, as it has nothing to start. The control codes nothing.
 """
 
 from __future__ import annotations
 
-from autoencoders import WIDTH, Setting, sweep
+from experiments.common.autoencoders import WIDTH, Setting, sweep
 
 
 def settings(steps: int) -> dict[str, Setting]:

@@ -1,7 +1,8 @@
 """Does predicting concepts make a better language model? ConceptLM beside plain models of equal size and of equal cost.
 
-    python experiments/concepts.py --scale cpu --text books.jsonl.xz      about half an hour on two cores
-    python experiments/concepts.py --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.concepts.run --scale cpu --text books.jsonl.xz      about half an hour on two cores
+    python -m experiments.concepts.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.concepts.run --scale cpu --smoke      a check that it runs
 
 Arms: plain; plain with wider layers, as many training FLOPs as ConceptLM's; plain with still wider ones, as many parameters;
 ConceptLM; the same without its concept loss (what is left is a further layer at a quarter of the rate); with a softmax in
@@ -16,8 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from publishing import GPU, arguments, in_pieces, plan, publish, write_json, write_recipe
-
+from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_json, write_recipe
 from pondera.ground.data import prepare
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig, load

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from tables import generated, read, table, with_spread
-
 from pondera.jobs.verdict import gap
+from tools.docs.tables import generated, read, table, with_spread
 
 
 @generated

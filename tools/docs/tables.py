@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 MAKERS: dict[str, Callable[[str], str]] = {}
 """What can be generated, by the name that a page calls it by."""
 

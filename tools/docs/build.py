@@ -1,7 +1,7 @@
-"""Writes figures and the generated parts of README.md and docs/*.md from the index of methods and the files under results/.
+"""Writes figures and the generated parts of README.md and docs/ from the index of methods and the files under results/.
 
-    python docs/build.py            rewrites them
-    python docs/build.py --check    exits 1 if one of them is not what it would write
+    python -m tools.docs.build            rewrites them
+    python -m tools.docs.build --check    exits 1 if one of them is not what it would write
 
 A generated part stands between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``. Figures are files of their own
 beside the pages that show them.
@@ -12,14 +12,9 @@ from __future__ import annotations
 import re
 import sys
 
-import blocks  # noqa: F401  (these files register what they can generate)
-import models  # noqa: F401
-import past  # noqa: F401
-import study  # noqa: F401
-import times  # noqa: F401
-from tables import MAKERS, ROOT, generated, table
-
 from pondera.ground import spec
+from tools.docs import blocks, models, past, study, times  # noqa: F401  (these files register what they can generate)
+from tools.docs.tables import MAKERS, ROOT, generated, table
 
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -49,7 +44,7 @@ def built(text: str) -> str:
 
 
 def main() -> None:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     wanted = {page: built(page.read_text()) for page in pages} | study.figures()
     stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
     if "--check" not in sys.argv:
@@ -57,7 +52,8 @@ def main() -> None:
             path.parent.mkdir(exist_ok=True)
             path.write_text(wanted[path])
     if stale:
-        print("not what the results say:" if "--check" in sys.argv else "rewrote:", *(path.name for path in stale))
+        names = (str(path.relative_to(ROOT)) for path in stale)
+        print("not what the results say:" if "--check" in sys.argv else "rewrote:", *names)
     sys.exit(bool(stale) and "--check" in sys.argv)
 
 

@@ -1,6 +1,7 @@
-"""What does thinking less cost? Score and mean passes of trained models against the effort that they are asked for.
+r"""What does thinking less cost? Score and mean passes of trained models against the effort that they are asked for.
 
-    python experiments/effort.py runs/adaptive/books-cpu --arms ponderlm ponderlm3 --out results/adaptive/books-cpu/effort.json
+    python -m experiments.adaptive.effort runs/adaptive/books-cpu --arms ponderlm ponderlm3 \
+        --out results/adaptive/books-cpu/effort.json      add --tokens 512 for a check that it runs
 
 Every run of an arm in that folder, all its seeds, on the held-out text that its table was scored on.
 """
@@ -11,8 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
-from publishing import write_json
-
+from experiments.common.publishing import write_json
 from pondera.ground.data import prepare
 from pondera.ground.run import Run
 from pondera.jobs.compare import spread
@@ -48,7 +48,7 @@ def main() -> None:
         for at in zip(*seeds, strict=True):
             measured = {key: spread([one[key] for one in at]) for key in ("passes_per_token", "bits_per_byte")}
             rows.append({"arm": arm, "effort": at[0]["effort"], **measured})
-    command = f"python experiments/effort.py {args.folder} --arms {' '.join(args.arms)} --tokens {args.tokens}"
+    command = f"python -m experiments.adaptive.effort {args.folder} --arms {' '.join(args.arms)} --tokens {args.tokens}"
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, {"command": command, "rows": rows})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from tables import generated, over_seeds, read, table, with_spread
+from tools.docs.tables import generated, over_seeds, read, table, with_spread
 
 
 @generated

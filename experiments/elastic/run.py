@@ -1,7 +1,8 @@
 """Does memory of closed blocks help, and which? Elastic Memory beside simpler memories of as many rows, and beside none.
 
-    python experiments/elastic.py --scale cpu --text books.long.jsonl.xz      about half an hour on two cores
-    python experiments/elastic.py --scale gpu --text books.long.jsonl.xz --minutes 8.5      call it again until it says "done"
+    python -m experiments.elastic.run --scale cpu --text books.long.jsonl.xz      about half an hour on two cores
+    python -m experiments.elastic.run --scale gpu --text books.long.jsonl.xz --minutes 8.5   call it again until it says "done"
+    python -m experiments.elastic.run --scale cpu --smoke      a check that it runs
 
 Language models that read windows of eight blocks: without memory (``blocks``), with the last rows before each block
 (``transformer-xl``), with means of every few tokens (``mean-pool``), with 16 samples of 16 or of 64 Legendre coefficients
@@ -24,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from publishing import GPU, Experiment, arguments, in_pieces, plan, publish, write_json, write_recipe
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from experiments.common.publishing import GPU, Experiment, arguments, in_pieces, plan, publish, write_json, write_recipe
 from pondera.ground.data import prepare
 from pondera.ground.run import Run
 from pondera.ground.settings import RunConfig, load
@@ -237,6 +238,8 @@ def main() -> None:
     parser = arguments(__doc__, list(SCALES))
     parser.add_argument("--task-steps", type=int, default=400, help="of each model of the two tasks")
     args = parser.parse_args()
+    if args.smoke:
+        args.task_steps = 2
     further = ("--task-steps", str(args.task_steps)) if args.task_steps != 400 else ()
     it, block = plan(args, "elastic", SCALES[args.scale], further), BLOCK[args.scale]
     it.results.mkdir(parents=True, exist_ok=True)
@@ -250,7 +253,7 @@ def main() -> None:
         recipes = [write_recipe(config, it.out / "recipes") for config in arms]
         found = compare(recipes, it.seeds, "tokens", None, it.out, jobs=it.jobs)
         publish(it.out, it.results, "tokens", it.command)
-        places(arms, it, block, HELD_OUT[args.scale], it.results / "places.json")
+        places(arms, it, block, 4096 if args.smoke else HELD_OUT[args.scale], it.results / "places.json")
         by_place(it.results / "places.json")
         tasks(it, args.task_steps, it.results / "tasks.json")
         print(*found["verdict"], sep="\n  ")
