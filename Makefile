@@ -21,6 +21,7 @@ lint: $(VENV)/.development
 	$(BIN)/pyright
 
 docs: $(VENV)/.runtime
+	$(BIN)/python -m tools.cards
 	$(BIN)/python -m tools.docs.build
 
 $(VENV)/.runtime: pyproject.toml constraints.txt

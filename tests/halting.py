@@ -15,7 +15,7 @@ from pondera.think.parts.slots import interleaved_cache
 class Halting(Think):
     """Feeds the state back once, except at every third token, which halts after its first pass."""
 
-    paper, price, reproduced = "none: for tests", "5/3 passes", "no"
+    paper, price = "none: for tests", "5/3 passes"
 
     def new_cache(self, backbone):
         return interleaved_cache(backbone, 1)

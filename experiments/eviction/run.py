@@ -4,12 +4,13 @@
     python -m experiments.eviction.run --seeds 1 --texts 8        a first look
     python -m experiments.eviction.run --smoke      a check that it runs
 
-A Llama of 3 layers is trained for each seed on the sequences of `sequences.py`, in which something has to be recalled;
-`Full` shows that it has learnt to. Every policy reads the prompt in one call, with the question as its last token, and is then given what
-was asked for token by token: the share of these tokens that it puts first counts, and the loss for texts without a question.
-``later`` gives the question after the prompt, so that no policy knows it when it cuts. Budgets are slots per layer and KV
-head, as shares of the prompt; for policies that keep everything and attend to some, the slots that they attend to (of
-`LazyLLM` behind its first layer, which attends to all). Each row is written as it ends, and what is there is not run again.
+For each seed a Llama of 3 layers is trained on the sequences of `sequences.py`, in which something has to be recalled; `Full`
+shows that it has learnt to. Every policy prefills the prompt in one call, with the question as its last token, and then gets
+the answer token by token. Measured are the share of these tokens that are ranked first and the loss; for sequences without a
+question the loss alone. ``later`` gives the question after the prompt, so that no policy knows it when it evicts. Budgets are
+KV slots per layer and KV head, as shares of the prompt; for policies that keep everything and attend to a part, the slots
+that they attend to (for `LazyLLM` after its first layer, which attends to all). Each row is written when it is done, and
+finished rows are not run again.
 """
 
 from __future__ import annotations

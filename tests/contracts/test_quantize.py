@@ -479,4 +479,4 @@ class TestDescription:
     @pytest.mark.parametrize("case", CASES)
     def test_what_it_says_of_itself(self, case: str):
         quantizer = described(case)
-        assert quantizer.paper and quantizer.price and quantizer.reproduced
+        assert quantizer.paper and quantizer.price

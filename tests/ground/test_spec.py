@@ -44,7 +44,7 @@ raise_on_import = RAISE
 @dataclass
 class Keeper:
     """Keeps."""
-    reproduced: ClassVar[str] = "not yet"
+    price: ClassVar[str] = "not yet known"
     bits: float
     flag: bool = False
     inner: object = None
@@ -192,13 +192,13 @@ def test_index_reads_files_without_importing(methods):
     assert list(found) == ["Hintless", "MyIdea", "Keeper"]
     idea = found["MyIdea"]
     assert (idea.seam, idea.file, idea.summary) == ("think", methods / "think/my_idea.py", "Thinks twice.")
-    assert (idea.paper, idea.price, idea.reproduced) == ("A paper, arXiv 1234.5678", "two passes", "")
+    assert (idea.paper, idea.price) == ("A paper, arXiv 1234.5678", "two passes")
     assert idea.signature == (
         "MyIdea(depth: int, rate: float = 0.5, sizes: tuple[int, ...] | None = None, "
         "mode: str | int = 'fast', inner = None)"
     )
     assert found["Keeper"].signature == "Keeper(bits: float, flag: bool = False, inner: object = None)"
-    assert (found["Keeper"].seam, found["Keeper"].reproduced) == ("memory", "not yet")
+    assert (found["Keeper"].seam, found["Keeper"].paper, found["Keeper"].price) == ("memory", "", "not yet known")
     assert found["Hintless"].summary == ""
     with pytest.raises(ZeroDivisionError):
         spec.build("Keeper(bits=1)", "memory")
@@ -208,7 +208,7 @@ def test_shipped_methods_say_what_they_are(monkeypatch):
     monkeypatch.delenv("PONDERA_METHODS", raising=False)
     for name, method in spec.index().items():
         assert method.module == f"pondera.{method.seam}.{method.file.stem}"
-        assert all((method.summary, method.paper, method.price, method.reproduced)), name
+        assert all((method.summary, method.paper, method.price)), name
 
 
 def test_a_missing_seam_is_empty(tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ import re
 import sys
 
 from pondera.ground import spec
+from pondera.ground.cards import cards
 from tools.docs import blocks, models, past, study, times  # noqa: F401  (these files register what they can generate)
 from tools.docs.tables import MAKERS, ROOT, generated, table
 
@@ -22,7 +23,10 @@ PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.D
 @generated
 def methods(_: str) -> str:
     """The index of methods."""
-    rows = [(f"`{m.name}`", m.seam, m.paper, m.price, m.reproduced) for m in spec.index().values()]
+    rows = [
+        (f"`{m.name}`", m.seam, m.paper, m.price, f"[{cards()[m.name].verdict}](results/cards/{m.name}.json)")
+        for m in spec.index().values()
+    ]
     return table(["method", "seam", "source", "price", "claim at our scale"], rows)
 
 

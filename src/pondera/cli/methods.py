@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import ast
 import inspect
+from dataclasses import asdict
 from typing import Any
 
 from pondera.cli.output import print_json
 from pondera.cli.parser import Parser
 from pondera.ground import spec
+from pondera.ground.cards import Card, cards
 from pondera.ground.spec import Method
 
 SUMMARY = "lists the methods, or explains one"
@@ -22,7 +24,7 @@ PONDERA_METHODS=my_methods pondera methods --json
 
 def parser() -> Parser:
     """What ``pondera methods`` takes."""
-    found = Parser("methods", "Lists the methods: where each is from, its price, whether it reproduced here.", EXAMPLES)
+    found = Parser("methods", "Lists the methods: where each is from, its price, what was measured of it.", EXAMPLES)
     found.add_argument("name", nargs="?", metavar="NAME", help="explain this one")
     found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     return found
@@ -54,16 +56,24 @@ def documentation(method: Method) -> str:
     return inspect.cleandoc(ast.get_docstring(cls) or "(no docstring)")
 
 
+def card_of(method: Method) -> Card | None:
+    """What was measured of a method that ships with the package; `None` for one of the user's own."""
+    return cards().get(method.name) if method.file.is_relative_to(spec.PACKAGE) else None
+
+
 def _entry(method: Method) -> str:
+    card = card_of(method)
+    results = (("claim", card.claim), ("verdict", card.verdict), ("measured", card.measured)) if card else ()
     rows = (
         ("write", f"{method.seam}: {method.signature}"),
         ("paper", method.paper),
         ("price", method.price),
-        ("reproduced", method.reproduced),
+        *results,
     )
     return "\n".join([f"{method.name}: {method.summary}", *(f"  {name:12}{text}" for name, text in rows if text)])
 
 
 def _plain(method: Method) -> dict[str, Any]:
-    keys = ("name", "seam", "signature", "summary", "paper", "price", "reproduced")
-    return {key: getattr(method, key) for key in keys} | {"file": str(method.file)}
+    keys = ("name", "seam", "signature", "summary", "paper", "price")
+    card = card_of(method)
+    return {key: getattr(method, key) for key in keys} | {"file": str(method.file), "results": card and asdict(card)}

@@ -68,7 +68,7 @@ class Method:
         file: the file.
         module: what it is imported as.
         summary: first line of the class's docstring.
-        paper, price, reproduced: the class attributes of these names; empty if absent.
+        paper, price: the class attributes of these names; empty if absent.
         signature: how it is written, e.g. ``PonderLM2(thoughts: int = 1)``.
     """
 
@@ -79,7 +79,6 @@ class Method:
     summary: str
     paper: str
     price: str
-    reproduced: str
     signature: str
 
 
@@ -278,7 +277,6 @@ def _read_method(file: Path, seam: str, source: bytes) -> Method:
         summary=(ast.get_docstring(cls) or "").partition("\n")[0],
         paper=texts.get("paper", ""),
         price=texts.get("price", ""),
-        reproduced=texts.get("reproduced", ""),
         signature=f"{cls.name}({', '.join(_parameters(cls))})",
     )
 

@@ -23,13 +23,12 @@ class Head(Described, nn.Module, ABC):
     A head is described by its constructor and made by `attach`. It must give the same logits to a state whatever else is
     in the batch, and `term` must equal the cross-entropy of those logits.
 
-    Class attributes `paper`, `price` and `reproduced` say where it is from, what it costs in plain words, and whether its
-    claim showed here.
+    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
+    them).
     """
 
     paper: ClassVar[str]
     price: ClassVar[str]
-    reproduced: ClassVar[str]
 
     @abstractmethod
     def attach(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:

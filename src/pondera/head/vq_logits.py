@@ -48,10 +48,6 @@ class VQLogits(Head):
 
     paper = "VQ-Logits (arXiv 2505.10202)"
     price = "K/V of the output matrix and of its products, and reading G scores per token of the vocabulary"
-    reproduced = (
-        "in part: saves parameters and FLOPs as claimed, at a cost of 0.19 to 0.45 bits per byte from scratch (0.41 M tokens, "
-        "3 seeds)"
-    )
 
     code_VG: Tensor
 

@@ -38,10 +38,6 @@ class A2SF(Eviction):
 
     paper: ClassVar[str] = "A2SF, arXiv 2407.20485"
     price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots: needle 35 %, list 33 %, copy 11 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
     watches: int = ALL
 
     def __init__(

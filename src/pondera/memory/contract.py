@@ -77,13 +77,12 @@ class Memory(Described, nn.Module, ABC):
     bit, while nothing has to be forgotten; what it computes padded or in a batch must equal what it computes alone. The
     contract tests check every file of this folder.
 
-    Class attributes `paper`, `price` and `reproduced` say where it is from, what it costs in plain words, and whether its
-    claim showed here.
+    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
+    them).
     """
 
     paper: ClassVar[str]
     price: ClassVar[str]
-    reproduced: ClassVar[str]
 
     spares: ClassVar[str] = "bytes"
     """What it makes less of: the ``"bytes"`` that are kept; or it keeps everything, and makes less of ``"reading"`` it in

@@ -48,10 +48,6 @@ class DapQ(Wrapper):
 
     paper: ClassVar[str] = "DapQ, arXiv 2603.11564"
     price: ClassVar[str] = "the policy's; a few more rows of scores at the end of the prompt"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots around SnapKV: needle 54 %, list 47 %, copy 28 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
 
     def __init__(self, policy: Memory | None = None, ahead: int | None = None) -> None:
         policy = SnapKV() if policy is None else policy

@@ -67,10 +67,6 @@ class ElasticMemory(BlockMemory):
 
     paper: ClassVar[str] = "Elastic Memory, arXiv 2602.11212"
     price: ClassVar[str] = "1 pass; S more rows in attention; memory that does not grow"
-    reproduced: ClassVar[str] = (
-        "not shown: on books level with blocks without memory (1.1 M parameters, 0.4 M tokens), where a full window gains "
-        "hardly anything; of a slow signal an error of 0.21, mean pooling 0.06, no memory 1.23"
-    )
 
     def __init__(
         self,

@@ -58,10 +58,6 @@ class FastKV(Wrapper):
 
     paper: ClassVar[str] = "FastKV, arXiv 2502.01068"
     price: ClassVar[str] = "the policy's rows; later layers read a part of the prompt's tokens"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots around SnapKV: needle 36 %, list 35 %, copy 27 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M); the first token of 4k 1.7 × as soon (107 M)"
-    )
     packed: bool = True
     """Decoder layers leave out what does not go on; false: they run it, and only the layers of the cache leave it out."""
 

@@ -26,7 +26,6 @@ class Full(Slots):
 
     paper: ClassVar[str] = "none: the stock cache, without its copies"
     price: ClassVar[str] = "one row per token, an eighth spare"
-    reproduced: ClassVar[str] = "control; decoding 2.0 to 5.3 × as fast as the stock cache at 16k to 64k, the same bits"
     spares: ClassVar[str] = "nothing"
 
     def __init__(self, exact: bool = True) -> None:

@@ -29,10 +29,6 @@ class H2O(Eviction):
 
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
     price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots: needle 32 %, list 34 %, copy 39 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
     watches: int = ALL
 
     def __init__(self, budget: int | float | str | list = 0.2, recent: int | float = 0.5, sinks: int = 0) -> None:

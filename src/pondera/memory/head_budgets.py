@@ -45,10 +45,6 @@ class HeadBudgets(Wrapper):
 
     paper: ClassVar[str] = "Ada-KV, arXiv 2407.11550"
     price: ClassVar[str] = "the policy's rows, shared among heads; attention head by head"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots around SnapKV: needle 53 %, list 46 %, copy 26 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
     policy: Eviction
 
     def __init__(self, policy: Memory | None = None, floor: float = 0.2) -> None:

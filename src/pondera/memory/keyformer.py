@@ -46,10 +46,6 @@ class Keyformer(Eviction):
 
     paper: ClassVar[str] = "Keyformer, arXiv 2403.09054"
     price: ClassVar[str] = "budget rows and one float each; a second, noisy product of queries and keys in the prompt"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots: needle 30 %, list 37 %, copy 57 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
     watches: int = ALL
     of_prompt: ClassVar[bool] = True
 

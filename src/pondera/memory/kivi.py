@@ -47,9 +47,6 @@ class KIVI(Regions):
 
     paper: ClassVar[str] = "KIVI, arXiv 2402.02750"
     price: ClassVar[str] = "bits + 32 / group per number, window beside; all of the past is decoded in every step"
-    reproduced: ClassVar[str] = (
-        "that keys want rounding by channel: 2 bits cost 0.06 nats so, and 2.3 by token (a model of 0.26 M)"
-    )
 
     def __init__(
         self, bits: int = 2, group: int = 32, window: int = 128, sinks: int = 0, keys: str = "channel"

@@ -61,10 +61,6 @@ class LazyLLM(Stops):
     price: ClassVar[str] = (
         "deeper layers run a part of the tokens; a hidden state for each that stopped, beside the rows of what was run"
     )
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the tokens behind the first layer: needle 21 %, list 8 %, copy 46 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M, of 3 layers); the first token of 4k 1.7 × as soon (107 M)"
-    )
     spares: ClassVar[str] = "compute"
 
     def __init__(self, keep: float | list[float] = 0.6, layers: list[int] | None = None) -> None:

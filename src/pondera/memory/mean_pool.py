@@ -43,9 +43,6 @@ class MeanPool(BlockMemory):
 
     paper: ClassVar[str] = "control (pooling of the Compressive Transformer, arXiv 1911.05507)"
     price: ClassVar[str] = "1 pass; S more rows in attention; memory that does not grow"
-    reproduced: ClassVar[str] = (
-        "control; level with no memory on books (1.1 M parameters, 0.4 M tokens), best of the memories on a slow signal"
-    )
 
     def __init__(
         self,

@@ -56,10 +56,6 @@ class MemorizingTransformer(BlockMemory):
 
     paper: ClassVar[str] = "Memorizing Transformers, arXiv 2203.08913"
     price: ClassVar[str] = "1 pass; in one layer scores of M more rows; memory that does not grow"
-    reproduced: ClassVar[str] = (
-        "not shown: on books 0.003 bits per byte above no memory (1.1 M parameters, 0.4 M tokens); of a slow signal an error "
-        "of 0.67, mean pooling 0.06, no memory 1.23"
-    )
 
     def __init__(
         self, block: int = 128, memory: int = 1024, top: int = 32, local_carry: int = 0, layers: list[int] | None = None

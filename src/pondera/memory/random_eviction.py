@@ -34,7 +34,6 @@ class RandomEviction(Eviction):
 
     paper: ClassVar[str] = "none: a control"
     price: ClassVar[str] = "budget rows per layer and head; no scores"
-    reproduced: ClassVar[str] = "control"
 
     def __init__(
         self, budget: int | float | str | list = 0.2, recent: int | float = 0.5, sinks: int = 0, seed: int = 0

@@ -50,10 +50,6 @@ class RefreshKV(Slots):
 
     paper: ClassVar[str] = "RefreshKV, arXiv 2411.05787"
     price: ClassVar[str] = "one row per token and a float; attention over part of them in most steps"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots: needle 58 %, list 85 %, copy 92 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
     spares: ClassVar[str] = "reading"
     selects: bool = True
     watches: int = 1

@@ -44,10 +44,6 @@ class SnapKV(Eviction):
     price: ClassVar[str] = (
         "budget rows of the prompt and all that is generated; a few rows of scores at the end of the prompt"
     )
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots: needle 54 %, list 45 %, copy 26 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
     prompt_only: bool = True
 
     def __init__(

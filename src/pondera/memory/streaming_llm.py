@@ -29,10 +29,6 @@ class StreamingLLM(Eviction):
 
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
     price: ClassVar[str] = "budget rows per layer and head; no scores"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots: needle 32 %, list 24 %, copy 26 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
 
     def __init__(self, budget: int | float | str | list = 1024, sinks: int = 4) -> None:
         super().__init__(budget, sinks, recent=1)

@@ -48,10 +48,6 @@ class TokenSelect(Slots):
 
     paper: ClassVar[str] = "TokenSelect, arXiv 2411.02886"
     price: ClassVar[str] = "one row per token; attention over sinks + chosen + recent of them"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots: needle 78 %, list 99 %, copy 99 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
     spares: ClassVar[str] = "reading"
     selects: bool = True
 

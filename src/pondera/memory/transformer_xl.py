@@ -32,7 +32,6 @@ class TransformerXL(BlockMemory):
 
     paper: ClassVar[str] = "Transformer-XL, arXiv 1901.02860"
     price: ClassVar[str] = "1 pass; the carried rows more in attention; memory that does not grow"
-    reproduced: ClassVar[str] = "control; level with no memory on books (1.1 M parameters, 0.4 M tokens)"
 
     def __init__(self, block: int = 128, carry: int = 128, tbptt: int | None = 1) -> None:
         super().__init__(block, carry, tbptt)

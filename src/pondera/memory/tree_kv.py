@@ -47,10 +47,6 @@ class TreeKV(Budgeted):
 
     paper: ClassVar[str] = "TreeKV, arXiv 2501.04987"
     price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
-    reproduced: ClassVar[str] = (
-        "recall with a quarter of the slots: needle 32 %, list 28 %, copy 33 %; "
-        "random slots 30, 27, 37 (3 models of 0.1 M)"
-    )
     watches: int = ALL
 
     def __init__(self, budget: int | float | str | list = 1024, sinks: int = 4, recent: int = 1) -> None:

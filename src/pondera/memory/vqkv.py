@@ -87,10 +87,6 @@ class VQKV(Regions):
 
     paper: ClassVar[str] = "VQKV, arXiv 2603.16435"
     price: ClassVar[str] = "bits / 16 of the past's bytes, window and tables beside; codebooks are fitted once"
-    reproduced: ClassVar[str] = (
-        "82.8 % at 2.75 bits to the byte, decoding 2.0 to 9.3 × as fast at 16k to 64k; 4 bits cost 0.004 to 0.05 nats on a "
-        "model of 0.26 M, better than rounding, and k-means better than SimVQ (3 fits)"
-    )
 
     is_fitted: Tensor
 

@@ -48,13 +48,12 @@ class Method(nn.Module, ABC):
     with a cache, with padding or in a batch must equal what it computes without; the contract tests check every file of
     its folder.
 
-    Class attributes `paper`, `price` and `reproduced` say where it is from, what it costs in plain words and whether
-    its claim showed here (``pondera methods`` prints them).
+    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
+    them).
     """
 
     paper: ClassVar[str]
     price: ClassVar[str]
-    reproduced: ClassVar[str]
 
     slides: ClassVar[bool] = True
     """Its cache drops rows that have left a sliding window; false where they are kept and masked."""

@@ -68,13 +68,12 @@ class Quantizer(Described, nn.Module, ABC):
     part of a product and every level of a residual. D is split over G groups, each coded by R levels in turn, each level
     one of K codes; so a vector's codes have the shape ``[G, R]`` and its rate is the sum of their bits.
 
-    Class attributes `paper`, `price` and `reproduced` say where it is from, what it costs in plain words, and whether its
-    claim showed here.
+    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
+    them).
     """
 
     paper: ClassVar[str]
     price: ClassVar[str]
-    reproduced: ClassVar[str]
     discrete: ClassVar[bool] = True
     """False where nothing is coded, so that there are neither codes nor a table."""
 

@@ -43,10 +43,6 @@ class FSQ(Lattice):
 
     paper: ClassVar[str] = "FSQ, arXiv 2309.15505"
     price: ClassVar[str] = "no codebook, no search; two linear maps where coordinates are fewer than dimensions"
-    reproduced: ClassVar[str] = (
-        "in part: nothing collapses, but at 8 and 12 bits per vector it loses 1.5 to 11 times what VQ does after a warm-up and "
-        "k-means"
-    )
 
     def __init__(self, levels: list[int]) -> None:
         if not levels or any(isinstance(count, bool) or not isinstance(count, int) or count < 2 for count in levels):

@@ -29,7 +29,6 @@ class Identity(Quantizer):
 
     paper: ClassVar[str] = "none: continuous units, as in xAR, arXiv 2502.20388"
     price: ClassVar[str] = "nothing"
-    reproduced: ClassVar[str] = "control"
     discrete: ClassVar[bool] = False
     groups: int = 0
     levels: int = 0

@@ -47,9 +47,6 @@ class LFQ(Lattice):
 
     paper: ClassVar[str] = "LFQ (MAGVIT-v2), arXiv 2310.05737"
     price: ClassVar[str] = "no codebook, no search; two linear maps where bits are fewer than dimensions"
-    reproduced: ClassVar[str] = (
-        "in part: level with VQ on clusters, 1.7 and 2 times its loss on images, and on states it collapses"
-    )
 
     ones_C: Tensor
     new_ones_C: Tensor

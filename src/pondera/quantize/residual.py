@@ -55,9 +55,6 @@ class Residual(Composite):
 
     paper: ClassVar[str] = "residual VQ (SoundStream), arXiv 2107.03312"
     price: ClassVar[str] = "bits of all levels; R times the encoding and the decoding of one"
-    reproduced: ClassVar[str] = (
-        "at 8 and 12 bits per vector it loses 1.0 to 2.1 times what one table of as many bits does, with a fraction of its rows"
-    )
     axis: ClassVar[int] = 1
 
     def __init__(self, of: Quantizer, levels: int, dropout: float = 0.0) -> None:

@@ -45,9 +45,6 @@ class Scalar(Quantizer):
 
     paper: ClassVar[str] = "per-dimension levels (CubiD), arXiv 2603.19232"
     price: ClassVar[str] = "D codes per vector, rounding only; two numbers per dimension"
-    reproduced: ClassVar[str] = (
-        "at 8 and 12 bits per vector of 16 numbers it loses nearly all: it has bits for a few of them only"
-    )
 
     counts_D: Tensor
     low_D: Tensor

@@ -51,10 +51,6 @@ class SimVQ(Codebook):
 
     paper: ClassVar[str] = "SimVQ, arXiv 2411.02038"
     price: ClassVar[str] = "log2 K bits per vector; as VQ once folded; a map of all K rows per call until then"
-    reproduced: ClassVar[str] = (
-        "in part, with 256 codes: all in use from the first step where the data needs them, but it loses 1.0 to 1.4 times "
-        "what VQ does after a warm-up and k-means; with the rotation trick it collapses"
-    )
 
     base_KC: Tensor
 

@@ -57,10 +57,6 @@ class VQ(Codebook):
 
     paper: ClassVar[str] = "VQ-VAE, arXiv 1711.00937"
     price: ClassVar[str] = "log2 K bits per vector; K distances of width C to encode, a look-up to decode"
-    reproduced: ClassVar[str] = (
-        "with 256 codes: after a warm-up and k-means it loses no more than k-means; from the first step it collapses unless "
-        "its rows happen to fit the vectors"
-    )
 
     rows_KC: Tensor
 

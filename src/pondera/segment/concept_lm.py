@@ -75,10 +75,6 @@ class ConceptLM(Segment):
 
     paper: ClassVar[str] = "ConceptLM, arXiv 2602.08984"
     price: ClassVar[str] = "1 pass per token, and concept layers, heads and KV rows at 1/k of the rate"
-    reproduced: ClassVar[str] = (
-        "not shown: 0.010 bits per byte worse than plain on books at 1.06 × its FLOPs (0.41 M tokens, 3 seeds); without its "
-        "concept loss 0.040 worse still"
-    )
 
     def __init__(
         self,

@@ -69,10 +69,6 @@ class AdaPonderLM(PonderLM):
 
     paper: ClassVar[str] = "AdaPonderLM, arXiv 2603.01914"
     price: ClassVar[str] = "mean passes taken, s+1 KV rows per token; training the same passes"
-    reproduced: ClassVar[str] = (
-        "in part: 5 % fewer passes than PonderLM at the same score, 0.005 bits per byte below random halting; "
-        "neither beats plain at 1.1 M parameters and 0.4 M tokens"
-    )
     recomputable: ClassVar[bool] = False
 
     def __init__(

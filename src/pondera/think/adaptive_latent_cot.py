@@ -63,10 +63,6 @@ class AdaptiveLatentCoT(Think):
 
     paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220"
     price: ClassVar[str] = "1 + mean steps taken passes and KV rows per token; training the same passes"
-    reproduced: ClassVar[str] = (
-        "at 1.1 M parameters: fixed depth level with PonderLM-2 at a quarter of its training FLOPs; "
-        "the router saves 9 % of the steps and is level with random halting"
-    )
     slides: ClassVar[bool] = False
     recomputable: ClassVar[bool] = False
 

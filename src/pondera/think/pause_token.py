@@ -40,7 +40,6 @@ class PauseToken(Think):
 
     paper: ClassVar[str] = "Pause tokens, arXiv 2310.02226"
     price: ClassVar[str] = "P+1 passes and KV rows per token; training the same"
-    reproduced: ClassVar[str] = "control: worse than plain at 1.1 M parameters and 0.8 M tokens"
     interleaved: ClassVar[bool] = True
 
     def __init__(self, pauses: int = 1) -> None:

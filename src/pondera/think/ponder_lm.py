@@ -57,9 +57,6 @@ class PonderLM(Think):
 
     paper: ClassVar[str] = "PonderLM, arXiv 2505.20674"
     price: ClassVar[str] = "s+1 passes and KV rows, and s+1 heads, per token; training the same"
-    reproduced: ClassVar[str] = (
-        "no: level with plain at 1.1 M parameters and 0.4 M tokens, for 2.7 times the training FLOPs"
-    )
     slides: ClassVar[bool] = False
 
     def __init__(self, steps: int = 3, top: int | None = 100, start: str = "once") -> None:

@@ -54,9 +54,6 @@ class PonderLM2(Think):
 
     paper: ClassVar[str] = "PonderLM-2, arXiv 2509.23184"
     price: ClassVar[str] = "K+1 passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
-    reproduced: ClassVar[str] = (
-        "not at 1.1 M parameters and 0.8 M tokens: level with twice the depth, at 4.4 times its training FLOPs"
-    )
     interleaved: ClassVar[bool] = True
 
     def __init__(

@@ -136,10 +136,6 @@ class PonderLM3(Think):
 
     paper: ClassVar[str] = "PonderLM-3, arXiv 2603.02023"
     price: ClassVar[str] = "1 + mean thoughts kept passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
-    reproduced: ClassVar[str] = (
-        "in part: at effort 0.25, 1.22 of 2 passes keep the full score; level with plain at 1.1 M parameters and 0.4 M "
-        "tokens, for 8.5 times its training FLOPs"
-    )
     slides: ClassVar[bool] = False
     recomputable: ClassVar[bool] = False
 

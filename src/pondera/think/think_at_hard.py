@@ -72,10 +72,6 @@ class ThinkAtHard(Think):
 
     paper: ClassVar[str] = "Think-at-Hard, arXiv 2511.08577"
     price: ClassVar[str] = "1 + share of hard tokens passes and KV rows per token, decider, head per mixture"
-    reproduced: ClassVar[str] = (
-        "no: trained from scratch 0.126 bits per byte above plain, where all tokens twice are 0.019 below "
-        "(1.1 M parameters, 0.4 M tokens)"
-    )
     slides: ClassVar[bool] = False
     recomputable: ClassVar[bool] = False
 

@@ -67,9 +67,6 @@ class UniversalTransformer(Think):
 
     paper: ClassVar[str] = "Universal Transformers, arXiv 1807.03819"
     price: ClassVar[str] = "1 + mean extra passes, R KV rows per token; training the same passes"
-    reproduced: ClassVar[str] = (
-        "level with plain at 1.1 M parameters and 0.4 M tokens; learns two passes for every token, not which"
-    )
     slides: ClassVar[bool] = False
     recomputable: ClassVar[bool] = False
 

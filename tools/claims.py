@@ -1,0 +1,340 @@
+"""For every method: the claim of its paper, our verdict, and the measurements that the verdict rests on.
+
+Claims and verdicts are judgements and are written here. Numbers are not: each is read from a results file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from tools.measured import (
+    CODEBOOKS,
+    QUANTIZERS,
+    Measure,
+    absolute,
+    capacity,
+    codes,
+    decoding,
+    difference,
+    effort,
+    first_token,
+    passes,
+    ratio,
+    recall,
+    reconstruction,
+    slow_signal,
+)
+
+VERDICTS = ("reproduced", "partly", "not reproduced", "not tried", "control")
+"""Whether the claim of the paper showed here; a control has no claim."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed of a method, and what we found.
+
+    Args:
+        claim: the paper's claim in one line; of a control, what it is for.
+        verdict: one of `VERDICTS`.
+        measured: reads the measurements.
+        note: what the numbers do not say.
+    """
+
+    claim: str
+    verdict: str
+    measured: Callable[[], list[Measure]] = list
+    note: str = ""
+
+
+THINKING = "results/thinking/books-cpu/tokens.json"
+LATENT, PONDER, RELATIVES, PONDER3 = (
+    f"results/adaptive/books-cpu/{name}.json" for name in ("latentcot", "ponderlm", "relatives", "ponderlm3")
+)
+CONCEPTS, HEADS, ELASTIC, RETROFIT = (
+    f"results/{name}/books-cpu/tokens.json" for name in ("concepts", "heads", "elastic", "retrofit")
+)
+COST = "training FLOPs against plain"
+SMALL = "The paper's claim concerns large models on natural text; recall was measured with small models on synthetic sequences."
+PROMPT = "The policy inside is SnapKV. " + SMALL
+
+
+def policy(name: str, claim: str, note: str = SMALL, more: Callable[[], list[Measure]] = list) -> Claim:
+    """An eviction or selection policy: its recall with a quarter of the KV slots, next to random eviction."""
+    return Claim(claim, "not tried", lambda: recall(name) + more(), note)
+
+
+THINK = {
+    "AdaPonderLM": Claim(
+        "Halting per token saves passes at PonderLM's quality (3.8 of 4 passes, perplexity 14.32 against 14.40).",
+        "partly",
+        lambda: [
+            ratio(PONDER, "adaponderlm", "ponderlm", "passes_per_token", "passes against PonderLM"),
+            difference(PONDER, "adaponderlm", "ponderlm", "against PonderLM"),
+            difference(PONDER, "adaponderlm", "adaponderlm-random", "against random halting"),
+            difference(PONDER, "adaponderlm", "plain", "against plain"),
+        ],
+    ),
+    "AdaptiveLatentCoT": Claim(
+        "A router saves 15 to 17 % of the latent steps at a better score (410 M parameters and more).",
+        "partly",
+        lambda: [
+            difference(THINKING, "adaptivelatentcot", "ponderlm2", "one step against PonderLM-2"),
+            ratio(THINKING, "adaptivelatentcot", "ponderlm2", "train_flops", "training FLOPs against PonderLM-2"),
+            passes(LATENT, "latentcot-router", "router, of 3"),
+            difference(LATENT, "latentcot-router", "latentcot-router-random", "router against random halting"),
+        ],
+    ),
+    "PauseToken": Claim(
+        "A control: the slots of latent thoughts, with a constant input.",
+        "control",
+        lambda: [difference(THINKING, "pausetoken", "plain", "against plain")],
+    ),
+    "PonderLM": Claim(
+        "Feeding back the likeliest tokens lowers perplexity (16.95 to 14.16 at 70 M parameters and 30 billion tokens).",
+        "not reproduced",
+        lambda: [
+            difference(PONDER, "ponderlm", "plain", "against plain"),
+            ratio(PONDER, "ponderlm", "plain", "train_flops", COST),
+        ],
+    ),
+    "PonderLM2": Claim(
+        "One latent thought per token beats twice the parameters (410 M to 1.4 B parameters, 26 to 300 billion tokens).",
+        "not reproduced",
+        lambda: [
+            difference(THINKING, "ponderlm2", "doubledepth", "against twice the depth"),
+            ratio(THINKING, "ponderlm2", "doubledepth", "train_flops", "training FLOPs against twice the depth"),
+        ],
+    ),
+    "PonderLM3": Claim(
+        "A router gives each token only the latent thoughts that it needs.",
+        "partly",
+        lambda: [
+            *effort("ponderlm3", 0.25),
+            difference(PONDER3, "ponderlm3", "plain", "against plain"),
+            ratio(PONDER3, "ponderlm3", "plain", "train_flops", COST),
+        ],
+        "No control with as few thoughts at random was trained.",
+    ),
+    "ThinkAtHard": Claim(
+        "A second pass for the tokens that a decider finds hard improves a trained model.",
+        "not reproduced",
+        lambda: [
+            difference(RELATIVES, "thinkathard", "plain", "from scratch, against plain"),
+            difference(RELATIVES, "thinkathard-random", "plain", "tokens chosen at random, against plain"),
+            difference(RETROFIT, "thinkathard", "plain-on", "continued training, against plain"),
+        ],
+    ),
+    "UniversalTransformer": Claim(
+        "Adaptive computation time learns how many passes each token needs.",
+        "not reproduced",
+        lambda: [
+            difference(RELATIVES, "universaltransformer", "plain", "against plain"),
+            passes(RELATIVES, "universaltransformer", "mean, of 3"),
+            difference(RELATIVES, "universaltransformer", "universaltransformer-random", "against random halting"),
+        ],
+    ),
+}
+
+EVICTION = {
+    "A2SF": policy("A2SF", "Accumulated attention with a forgetting factor keeps quality with a part of the KV cache."),
+    "DapQ": policy("DapQ", "Queries rotated to decoding positions pick the prompt tokens to keep.", PROMPT),
+    "FastKV": policy(
+        "FastKV",
+        "From one layer on, prefill propagates only the most attended tokens: prefill is 1.8 times as fast.",
+        PROMPT,
+        lambda: [first_token("FastKV(SnapKV(0.25), tsp=0.2)")],
+    ),
+    "H2O": policy("H2O", "Tokens with the largest accumulated attention keep quality with a fifth of the KV cache."),
+    "HeadBudgets": policy("HeadBudgets", "A layer's budget, shared among its heads by score, loses less.", PROMPT),
+    "Keyformer": policy("Keyformer", "Gumbel noise and temperature in H2O's score keep more of the quality."),
+    "LazyLLM": policy(
+        "LazyLLM",
+        "Progressive pruning of prompt tokens brings the first token 2.3 times as soon at the same accuracy.",
+        "Pruned after the first of 3 layers. " + SMALL,
+        lambda: [first_token("LazyLLM()")],
+    ),
+    "RandomEviction": Claim("A control: keeps random tokens.", "control", lambda: recall("RandomEviction")[:3]),
+    "RefreshKV": policy("RefreshKV", "Attention to a part of the cache, refreshed when queries drift, keeps quality."),
+    "SnapKV": policy("SnapKV", "The prompt's last queries tell which of its tokens to keep."),
+    "StreamingLLM": policy("StreamingLLM", "First and latest tokens suffice for stable decoding of endless text."),
+    "TokenSelect": policy("TokenSelect", "Attention to the tokens that heads vote for keeps quality."),
+    "TreeKV": policy("TreeKV", "Eviction that thins old regions like levels of a tree keeps quality."),
+}
+
+CACHES = {
+    "Full": Claim(
+        "A control: transformers' cache without its copies.", "control", lambda: [decoding("Full()", (16384, 65536))]
+    ),
+    "KIVI": Claim(
+        "Keys want rounding per channel and values per token, at 2 bits.",
+        "partly",
+        lambda: [
+            codes(
+                "stories",
+                ["2 bits, keys by channel, groups of 32"],
+                4.5,
+                "loss against exact, 2 bits, keys per channel",
+            ),
+            codes(
+                "stories", ["2 bits, keys by token, groups of 32"], 6.0, "loss against exact, 2 bits, keys per token"
+            ),
+        ],
+        "One model; that large models keep their quality at 2 bits was not tried.",
+    ),
+    "VQKV": Claim(
+        "Codebooks cut the KV cache by 82.8 % at 2.75 bits per number, nearly without loss.",
+        "partly",
+        lambda: [
+            decoding("VQKV()", (16384, 65536)),
+            capacity("VQKV()"),
+            codes(
+                "stories",
+                ["one branch", "two branches", "one branch, k-means", "two branches, k-means"],
+                4.0,
+                "loss against exact, 4 bits, SimVQ and k-means",
+            ),
+            codes(
+                "stories", ["2 bits, keys by channel, groups of 32"], 4.5, "loss against exact, rounding at 4.5 bits"
+            ),
+        ],
+        "The 82.8 % is arithmetic (2.75 of 16 bits); no results file holds it. Quality was measured on a tiny model only.",
+    ),
+    "ElasticMemory": Claim(
+        "Legendre coefficients of past keys and values are a memory for very long texts.",
+        "not reproduced",
+        lambda: [
+            difference(ELASTIC, "elastic-16", "blocks", "books, against no memory"),
+            difference(ELASTIC, "plain", "blocks", "books, full attention against no memory"),
+            *slow_signal("elastic-16", "mean-pool", "blocks"),
+        ],
+        "The paper's claims are about texts of 32 thousand tokens and more, which were not tried.",
+    ),
+    "MeanPool": Claim(
+        "A control: means of past keys and values.",
+        "control",
+        lambda: [
+            difference(ELASTIC, "mean-pool", "blocks", "books, against no memory"),
+            *slow_signal("mean-pool", "blocks"),
+        ],
+    ),
+    "MemorizingTransformer": Claim(
+        "Attention to the nearest of many past keys in one layer improves language modelling.",
+        "not reproduced",
+        lambda: [
+            difference(ELASTIC, "memorizing", "blocks", "books, against no memory"),
+            *slow_signal("memorizing", "mean-pool", "blocks"),
+        ],
+    ),
+    "TransformerXL": Claim(
+        "A control: the last rows of the previous segment.",
+        "control",
+        lambda: [difference(ELASTIC, "transformer-xl", "blocks", "books, against no memory")],
+    ),
+}
+
+MODULES = {
+    "ConceptLM": Claim(
+        "Predicting the next concept besides the next token makes a better model of the same backbone.",
+        "not reproduced",
+        lambda: [
+            difference(CONCEPTS, "conceptlm", "plain", "against plain"),
+            ratio(CONCEPTS, "conceptlm", "plain", "train_flops", COST),
+            difference(CONCEPTS, "conceptlm", "conceptlm-no-loss", "against itself without the concept loss"),
+        ],
+    ),
+    "VQLogits": Claim(
+        "Up to 99 % of the output parameters and five sixths of the time for logits are saved at 4 % in perplexity.",
+        "partly",
+        lambda: [
+            difference(HEADS, "vqlogits-1", "plain", "one code per token, against plain"),
+            difference(HEADS, "vqlogits-2", "plain", "two codes per token, against plain"),
+            ratio(HEADS, "vqlogits-1", "plain", "inference_flops_per_token", "inference FLOPs against plain"),
+        ],
+        "Saves parameters and FLOPs as claimed; quality is not kept from scratch. Clustering a trained matrix was not tried.",
+    ),
+}
+
+
+def over_vq(name: str, what: str, kinds: tuple[str, ...] = ()) -> Measure:
+    """A quantizer against VQ at 8 and 12 bits."""
+    pairs = [(f"{name}, {bits} bits", f"VQ, {bits} bits") for bits in (8, 12)]
+    return reconstruction(QUANTIZERS, pairs, what, kinds)
+
+
+LOST = "reconstruction error against VQ, 8 and 12 bits"
+QUANTIZE = {
+    "FSQ": Claim(
+        "A fixed lattice needs no codebook, wastes no codes and competes with VQ.",
+        "partly",
+        lambda: [over_vq("FSQ", LOST)],
+    ),
+    "Identity": Claim(
+        "A control: continuous vectors.",
+        "control",
+        lambda: [absolute(QUANTIZERS, ["Identity"], "reconstruction error, share of the variance")],
+    ),
+    "LFQ": Claim(
+        "Signs of the coordinates are codes without a codebook.",
+        "partly",
+        lambda: [over_vq("LFQ", f"{LOST}, {kind}", (kind,)) for kind in ("clusters", "images", "states")],
+        "On states, whose vectors start far smaller than its corners, it collapses.",
+    ),
+    "Product": Claim(
+        "Several small tables side by side replace a large one.", "partly", lambda: [over_vq("Product", LOST)]
+    ),
+    "Residual": Claim(
+        "Several small tables, each coding what the last left, replace a large one.",
+        "partly",
+        lambda: [over_vq("Residual", LOST)],
+    ),
+    "Scalar": Claim(
+        "Rounding every dimension codes wide features of frozen encoders.",
+        "not tried",
+        lambda: [
+            absolute(
+                QUANTIZERS,
+                ["Scalar, 8 bits", "Scalar, 12 bits"],
+                "reconstruction error, share of the variance, 8 and 12 bits",
+            )
+        ],
+        "Measured on vectors of 16 numbers, of which it has bits for a few only.",
+    ),
+    "SimVQ": Claim(
+        "One learned map of a fixed table keeps all codes in use and reconstructs better than VQ.",
+        "partly",
+        lambda: [
+            reconstruction(
+                CODEBOOKS,
+                [("SimVQ", "warm-up, then k-means")],
+                "reconstruction error against VQ after a warm-up and k-means",
+            ),
+            absolute(CODEBOOKS, ["SimVQ"], "share of codes in use", "usage"),
+            reconstruction(
+                CODEBOOKS,
+                [("SimVQ, rotation", "warm-up, then k-means")],
+                "the same with the rotation trick, which collapses",
+            ),
+        ],
+        "On clusters a quarter of the codes is all that the data needs.",
+    ),
+    "VQ": Claim(
+        "A learned codebook with straight-through gradients codes what an encoder makes.",
+        "partly",
+        lambda: [
+            absolute(
+                CODEBOOKS,
+                ["warm-up, then k-means"],
+                "reconstruction error after a warm-up and k-means, share of the variance",
+            ),
+            reconstruction(
+                CODEBOOKS,
+                [("k-means at step 0", "warm-up, then k-means")],
+                "reconstruction error when quantized from the first step, against that",
+            ),
+        ],
+        "From the first step it collapses unless its rows happen to fit the vectors.",
+    ),
+}
+
+CLAIMS = THINK | EVICTION | CACHES | MODULES | QUANTIZE
