@@ -1,8 +1,9 @@
-"""What docs/build.py makes of results, on made-up ones that can be worked out by hand."""
+"""What tools/docs makes of results, on made-up ones that can be worked out by hand; and the shape of the pages."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,8 @@ def test_one_arm_against_every_other_is_paired_by_seed(tmp_path: Path):
 
     rows = [arm("plain", [2.0, 2.1, 2.2], 5.0), arm("mine", [1.9, 2.0, 2.1], 10.0), arm("noisy", [1.5, 2.4, 2.1], 10.0)]
     said = models.versus(f"{written(tmp_path, rows)}#mine")
-    assert cells(said, "`plain`") == ["0.50 ×", "0.50 ×", "-0.100 ± 0.000", "more than seeds explain"]
-    assert cells(said, "`noisy`")[2:] == ["+0.000 ± 0.993", "could be noise"]
+    assert cells(said, "`plain`") == ["0.50 ×", "0.50 ×", "-0.100 ± 0.000", "significant"]
+    assert cells(said, "`noisy`")[2:] == ["+0.000 ± 0.993", "not significant"]
     assert "`mine` |" not in said.partition("\n")[2]
 
 
@@ -93,3 +94,54 @@ def test_concepts_zeroed(tmp_path: Path):
 def test_a_result_that_is_not_there_is_not_made_up():
     part = "<!-- generated: versus results/nothing.json#mine -->\nold\n<!-- end -->"
     assert "*not run yet*" in build.built(part) and "old" not in build.built(part)
+
+
+def test_a_comparison_says_the_difference_to_the_first_and_at_equal_cost():
+    def arm(name: str, values: list[float], cost: float) -> dict[str, Any]:
+        return {
+            "name": name,
+            "seeds": [0, 1, 2],
+            "bits_per_byte": {"values": values},
+            "inference_flops_per_token": {"mean": cost},
+        }
+
+    rows = [arm("plain", [2.0, 2.1, 2.2], 1.0), arm("deep", [1.9, 2.0, 2.1], 2.0), arm("mine", [1.5, 2.4, 2.1], 2.2)]
+    assert models.verdicts(rows) == [
+        "deep against plain: -0.100 bits per byte (95 % CI ± 0.000, paired, 3 seeds: significant).",
+        "mine against plain: -0.100 bits per byte (95 % CI ± 0.993, paired, 3 seeds: not significant).",
+        "At about equal inference FLOPs, mine against deep: "
+        "+0.000 bits per byte (95 % CI ± 0.993, paired, 3 seeds: not significant).",
+    ]
+
+
+@pytest.mark.parametrize("file", sorted(scripts.ROOT.glob("results/*/*/tokens.json")), ids=str)
+def test_sentences_of_committed_comparisons_are_those_that_were_recorded(file: Path):
+    """The same pairs, differences and intervals as the comparison wrote, in other words."""
+    found = json.loads(file.read_text())
+    sentences = models.verdicts(found["rows"])
+    assert len(sentences) == len(found["verdict"])
+    for sentence, recorded in zip(sentences, found["verdict"], strict=True):
+        number, margin = re.findall(r"\d\.\d{3}", recorded)
+        sign = "-" if "below" in recorded else "+"
+        assert f"{sign}{number} bits per byte (95 % CI ± {margin}," in sentence
+        assert ("not significant" in sentence) == ("cannot tell from noise" in recorded)
+
+
+PAGES = sorted((scripts.ROOT / "docs/results").glob("*.md"))
+
+
+def test_the_index_lists_every_page():
+    index = next(page for page in PAGES if page.stem == "index").read_text()
+    assert set(re.findall(r"\]\((\S+)\)", index)) == {page.name for page in PAGES if page.stem != "index"}
+    for title, name in re.findall(r"\[(.*)\]\((\S+)\)", index):
+        assert (scripts.ROOT / "docs/results" / name).read_text().startswith(f"# {title}\n")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "index"], ids=lambda page: page.stem)
+def test_a_page_begins_with_the_answer_and_ends_with_the_command(page: Path):
+    title, answer, *_, last = page.read_text().strip().split("\n\n")
+    assert title.endswith("?") and answer[0] not in "#|<-" and len(answer) > 60
+    assert "\n## Command and files\n" in page.read_text() and "`results/" in last
+    for module in re.findall(r"`python -m (\S+)|`python (benchmarks/\S+?)[ `]", last):
+        path = module[1] or f"{module[0].strip('`.').replace('.', '/')}.py"
+        assert (scripts.ROOT / path).is_file(), path

@@ -24,4 +24,4 @@ def test_kept_sets_are_compared_one_by_one():
 def test_the_published_comparison_is_of_these_policies_and_says_that_they_agree():
     rows = json.loads((scripts.ROOT / "results/kvpress.json").read_text())["rows"]
     assert [(row["policy"], row["share"]) for row in rows] == [(name, s) for name in PEER.PAIRS for s in PEER.SHARES]
-    assert all(row["same"] == row["sets"] for row in rows), "docs/results.md has to say which, and why"
+    assert all(row["same"] == row["sets"] for row in rows), "docs/results/eviction.md has to say which, and why"

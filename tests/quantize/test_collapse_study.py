@@ -1,7 +1,7 @@
 """What results/collapse.json shows of the papers' claims, and whether the probe's verdicts are what a reader would say.
 
 The claims are those of arXiv 2411.16550 and 2603.17052, as orderings of every seed against every other. Where one does not
-show, what is asserted is what docs/results.md says instead.
+show, what is asserted is what docs/results/collapse.md says instead.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ READ: dict[str, tuple[str, str, str]] = {
     "warm-up, then SimVQ, rotation": ("token collapse", "both", "embedding collapse"),
     "encoder of width 4": ("embedding collapse", "embedding collapse", "embedding collapse"),
 }
-"""What the numbers in docs/results.md read like, on clusters, images and states."""
+"""What the numbers in docs/results/collapse.md read like, on clusters, images and states."""
 MISSED = {("warm-up, then SimVQ", "clusters", 2), ("warm-up, then SimVQ, rotation", "states", 2)}
 """What a reader would see and the verdict lets pass as healthy: four of 64 clusters share codes; a few clumps are told apart
 without error, as the codebook's ruin has left nothing else of the vectors, but they lie in 6 of 16 directions."""

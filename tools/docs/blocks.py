@@ -20,10 +20,8 @@ def places(path: str) -> str:
             which, sign = ("bits_per_byte", "") if arm == "blocks" else ("against_blocks", "+")
             rows.append((name, *(with_spread(cells[stretch][which], sign) for stretch in stretches)))
         named = [f"block {a + 1}" if b == a + 1 else f"blocks {a + 1} to {b}" for a, b in stretches]
-        parts.append(f"Texts of {context} tokens, blocks of {found['block']}:\n\n{table(['arm', *named], rows)}")
-    said = (
-        f"`{found['command']}`: bits per byte of `blocks`, and the differences of the others to it, same seed; mean ± "
-    )
+        parts.append(f"Sequences of {context} tokens, blocks of {found['block']}:\n\n{table(['model', *named], rows)}")
+    said = f"`{found['command']}`: bits per byte of `blocks`, and the differences of the others to it, paired by seed; mean ± "
     return "\n\n".join([*parts, said + "standard deviation."])
 
 
@@ -35,6 +33,6 @@ def tasks(path: str) -> str:
     for row in found["table"]:
         arms.setdefault(row["arm"], {})[row["task"]] = with_spread(row.get("error", row.get("accuracy")))
     rows = [(f"`{arm}`", *(said.get(task, "") for task in ("slow-signal", "needle"))) for arm, said in arms.items()]
-    head = ["arm", "slow signal: error over variance", "needle: share found (chance 0.06)"]
+    head = ["model", "slow signal: error over variance", "needle: accuracy (chance 0.06)"]
     steps = found["rows"][0]["steps"]
     return f"{table(head, rows)}\n\n`{found['command']}`: {steps} steps, {found['seeds']} seeds, mean ± standard deviation."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pondera.jobs.verdict import gap
+from typing import Any
+
+from pondera.jobs.verdict import Gap, gap
 from tools.docs.tables import generated, read, table, with_spread
 
 
@@ -13,7 +15,6 @@ def comparison(path: str) -> str:
     first = found["rows"][0]
     rows = []
     for row in found["rows"]:
-        gap = row["bits_per_byte_against_baseline"]
         rows.append(
             (
                 f"`{row['name']}`",
@@ -22,7 +23,7 @@ def comparison(path: str) -> str:
                 f"{row['inference_flops_per_token']['mean'] / first['inference_flops_per_token']['mean']:.2f} ×",
                 f"{row['kv_bytes_per_token']['mean'] / first['kv_bytes_per_token']['mean']:.2f} ×",
                 with_spread(row["bits_per_byte"]),
-                "" if row is first else with_spread(gap, sign="+"),
+                "" if row is first else with_spread(row["bits_per_byte_against_baseline"], sign="+"),
             )
         )
     head = [
@@ -32,18 +33,54 @@ def comparison(path: str) -> str:
         "inference FLOPs",
         "KV bytes",
         "bits per byte",
-        f"against {found['baseline']}, same seed",
+        f"difference to {found['baseline']}",
     ]
-    said = "\n".join(f"- {sentence}" for sentence in found["verdict"])
+    said = "\n".join(f"- {sentence}" for sentence in verdicts(found["rows"]))
     return f"{table(head, rows)}\n\n{said}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
+
+
+def verdicts(rows: list[dict[str, Any]]) -> list[str]:
+    """The difference of each row to the first, then of rows to the first other row of about the same inference FLOPs."""
+    sentences = [_sentence(row, rows[0]) for row in rows[1:]]
+    leaders = rows[:1]
+    for row in rows[1:]:
+        leader = next((one for one in leaders if _about_equal(one, row)), None)
+        if leader is None:
+            leaders.append(row)
+        elif leader is not rows[0]:
+            sentences.append(f"At about equal inference FLOPs, {_sentence(row, leader)}")
+    return sentences
+
+
+def _about_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    costs = [row["inference_flops_per_token"]["mean"] for row in (one, other)]
+    return max(costs) <= 1.15 * min(costs)
+
+
+def _sentence(row: dict[str, Any], other: dict[str, Any]) -> str:
+    found = gap(_scores(row), _scores(other))
+    about = f"{_interval(found)}, {found.how}, {found.seeds}: {_significance(found)}"
+    return f"{row['name']} against {other['name']}: {found.mean:+.3f} bits per byte ({about})."
+
+
+def _scores(row: dict[str, Any]) -> dict[int, float]:
+    return dict(zip(row["seeds"], row["bits_per_byte"]["values"], strict=True))
+
+
+def _interval(found: Gap) -> str:
+    return "no interval" if found.margin is None else f"95 % CI ± {found.margin:.3f}"
+
+
+def _significance(found: Gap) -> str:
+    return "significant" if found.clear else "not significant"
 
 
 @generated
 def versus(path: str) -> str:
-    """One arm of a comparison, named after a ``#``, against every other: the difference seed by seed, and whether it counts."""
+    """One arm of a comparison, named after a ``#``, against every other: the difference, paired by seed."""
     file, _, name = path.partition("#")
     arms = {row["name"]: row for row in read(file)["rows"]}
-    scores = {arm: dict(zip(row["seeds"], row["bits_per_byte"]["values"], strict=True)) for arm, row in arms.items()}
+    scores = {arm: _scores(row) for arm, row in arms.items()}
     first, rows = arms[name], []
     for arm, row in arms.items():
         if arm != name:
@@ -54,10 +91,16 @@ def versus(path: str) -> str:
                     f"{row['parameters']['mean'] / first['parameters']['mean']:.2f} ×",
                     f"{row['train_flops']['mean'] / first['train_flops']['mean']:.2f} ×",
                     f"{found.mean:+.3f} ± {found.margin:.3f}",
-                    "more than seeds explain" if found.clear else "could be noise",
+                    _significance(found),
                 )
             )
-    head = [f"`{name}` against", "its parameters", "its training FLOPs", "bits per byte, 95 %, paired", "which is"]
+    head = [
+        f"`{name}` against",
+        "other's parameters",
+        "other's training FLOPs",
+        "difference in bits per byte (95 % CI)",
+        "significance",
+    ]
     return table(head, rows)
 
 
@@ -84,7 +127,7 @@ def depth(path: str) -> str:
         )
         for row in found["rows"]
     ]
-    head = ["arm", "passes per token", "inference FLOPs", "training FLOPs", "bits per byte", "against plain, same seed"]
+    head = ["model", "passes per token", "inference FLOPs", "training FLOPs", "bits per byte", "difference to plain"]
     return f"{table(head, rows)}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
 
 
@@ -98,5 +141,5 @@ def effort(path: str) -> str:
         arms.setdefault(row["arm"], {})[row["effort"]] = said
     efforts = list(next(iter(arms.values())))
     rows = [(f"`{arm}`", *(at[each] for each in efforts)) for arm, at in arms.items()]
-    head = ["arm", *(f"effort {each:g}" for each in efforts)]
+    head = ["model", *(f"effort {each:g}" for each in efforts)]
     return f"{table(head, rows)}\n\n`{found['command']}`: bits per byte at mean passes per token."

@@ -32,12 +32,12 @@ def codes(path: str) -> str:
             )
         )
     head = [
-        "codes of the past",
+        "codes",
         "bits per number",
         "fits",
-        "loss against exact",
-        "error of keys",
-        "of values",
+        "loss above exact, nats",
+        "key error",
+        "value error",
         "codes used",
     ]
     size = f"{found['exact']['tokens']:,} held-out tokens, loss with the exact cache {found['exact']['loss']:.3f} nats"
@@ -70,5 +70,5 @@ def kvpress(path: str) -> str:
         (f"`{row['policy']}`", f"{row['share']:g}", f"{row['same']} of {row['sets']}", f"{100 * row['overlap']:.2f} %")
         for row in found["rows"]
     ]
-    said = f"`{found['command']}`, beside {found['peer']}."
-    return f"{table(['policy', 'budget', 'kept sets the same', 'tokens kept by both'], rows)}\n\n{said}"
+    said = f"`{found['command']}`, compared with {found['peer']}."
+    return f"{table(['policy', 'budget', 'identical kept sets', 'overlap of kept tokens'], rows)}\n\n{said}"

@@ -17,9 +17,9 @@ COLLAPSE = "results/collapse.json"
 FIGURES = ROOT / "docs" / "figures"
 TIMES = ("quantized from the first step", "after a warm-up")
 DRAWN: dict[str, tuple[str, str, Callable[[float], str]]] = {
-    "error_coded": ("Lost in reconstruction", "squared error as a share of the variance, held-out", "{:.3f}".format),
+    "error_coded": ("Reconstruction error", "squared error as a share of the variance, held-out", "{:.3f}".format),
     "effective_rank_input": (
-        "Directions",
+        "Effective rank",
         "effective rank of the vectors to quantize, of 16, held-out",
         "{:.1f}".format,
     ),
@@ -80,7 +80,16 @@ def verdicts(path: str) -> str:
                     ", ".join(dict.fromkeys(verdict(row) for row in judged)),
                 )
             )
-    head = ["setting", "error, of the best", "perplexity", "k-means", "lost", "k-means", "directions", "verdict"]
+    head = [
+        "setting",
+        "error relative to best",
+        "perplexity",
+        "of k-means",
+        "split error",
+        "of k-means",
+        "rank, vectors",
+    ]
+    head.append("verdict")
     return table(head, lines)
 
 

@@ -19,11 +19,11 @@ def authors(path: str) -> str:
             f"{row['tokens_per_second']['ours']:.0f}",
             f"{row['ratio']:.2f} ({row['ratio_lowest']:.2f} to {row['ratio_highest']:.2f})",
             f"{row['ratio_by_arithmetic']:.2f}",
-            f"{row['gradient_difference']:.0e}" if not row["note"] else "another mixture",
+            f"{row['gradient_difference']:.0e}" if not row["note"] else "different mixture",
         )
         for name, row in found["rows"].items()
     ]
-    head = ["model", "vocabulary", "theirs, tokens/s", "ours, tokens/s", "ratio", "by FLOPs", "gradients apart"]
+    head = ["model", "vocabulary", "theirs, tokens/s", "ours, tokens/s", "ratio", "by FLOPs", "gradient difference"]
     size = f"batch {found['batch']} of {found['context']} tokens, {found['threads']} threads, float32"
     return f"{table(head, rows)}\n\n`{found['command']}`: {size}, medians of {found['rounds']} interleaved rounds."
 
@@ -43,7 +43,7 @@ def packing(path: str) -> str:
         )
         for row in found["rows"]
     ]
-    head = ["method", "task", "passes", "faster than dense", "by arithmetic", "time over arithmetic"]
+    head = ["method", "task", "passes", "speed-up over dense", "by FLOPs", "time over FLOPs"]
     return f"{table(head, rows)}\n\n`{found['command']}`: {found['machine']}; medians of interleaved rounds."
 
 
@@ -63,10 +63,11 @@ def quantizing(path: str) -> str:
         )
         for row in found["rows"]
     ]
-    head = ["task", "d", "K", "ns per vector", "of matrix products", "as fast as theirs", "MiB", "theirs"]
+    head = ["task", "d", "K", "ns per vector", "share of matmul rate", "speed-up over theirs"]
+    head += ["MiB, ours", "MiB, theirs"]
     said = "\n".join(f"- {sentence}" for sentence in map(aimed, found["rows"]) if sentence)
-    size = f"{found['threads']} threads, float32, the least of {found['rounds']} rounds in turn"
-    return f"{table(head, rows)}\n\n{said or '- Every aim was reached.'}\n\n`{found['command']}`: {size}."
+    size = f"{found['threads']} threads, float32, minimum of {found['rounds']} interleaved rounds"
+    return f"{table(head, rows)}\n\n{said or '- Every target was reached.'}\n\n`{found['command']}`: {size}."
 
 
 TASKS = {"assign": "nearest code", "train": "training step", "residual": "8 levels", "kmeans": "k-means"}
@@ -78,10 +79,10 @@ def aimed(row: dict[str, Any]) -> str:
     """Which aim a row misses; empty where it misses none."""
     share, times = AIMS.get(row["task"], (0, 0))
     found = row["share_of_matmul_rate"], row["times_as_fast_as"]["theirs"]
-    missed = [f"{100 * found[0]:.0f} % of matrix products, aim {100 * share:.0f} %"] if found[0] < share else []
-    missed += [f"{found[1]:.1f} times as fast as theirs, aim {times}"] if found[1] < times else []
+    missed = [f"{100 * found[0]:.0f} % of the matmul rate, target {100 * share:.0f} %"] if found[0] < share else []
+    missed += [f"{found[1]:.1f} times as fast as theirs, target {times}"] if found[1] < times else []
     where = f"{TASKS[row['task']]}, d = {row['dim']}, K = {row['codes']:,}"
-    return f"Missed at {where}: {'; '.join(missed)}." if missed else ""
+    return f"Target missed at {where}: {'; '.join(missed)}." if missed else ""
 
 
 @generated
@@ -109,7 +110,14 @@ def speed(path: str) -> str:
         )
         for name, row in found["rows"].items()
     ]
-    head = ["model", "decoding, tokens/s", "speed against bare", "by FLOPs", "training cost against bare", "by FLOPs"]
+    head = [
+        "model",
+        "decoding, tokens/s",
+        "speed relative to bare",
+        "by FLOPs",
+        "training cost relative to bare",
+        "by FLOPs",
+    ]
     size = f"{found['parameters'] / 1e6:.1f} M parameters, {found['threads']} threads, batch 1, float32"
     return f"{table(head, rows)}\n\n`{found['command']}`: {size}, medians of {found['rounds']} interleaved rounds."
 
@@ -129,7 +137,14 @@ def concept_speed(path: str) -> str:
         )
         for row in found["rows"]
     ]
-    head = ["batch", "plain, tokens/s", "ConceptLM, tokens/s", "speed against plain", "by FLOPs", "speed over FLOPs"]
+    head = [
+        "batch",
+        "plain, tokens/s",
+        "ConceptLM, tokens/s",
+        "speed relative to plain",
+        "by FLOPs",
+        "speed over FLOPs",
+    ]
     size = " and ".join(f"{count / 1e6:.1f}" for count in found["parameters"].values())
     size += f" M parameters, {found['new_tokens']} tokens after {found['prompt']}, {found['threads']} threads, float32"
     said = f"`{found['command']}`: `{found['segment']}`; {size}, medians of {found['rounds']} interleaved rounds."
@@ -151,10 +166,10 @@ def head_speed(path: str) -> str:
         )
         for row in found["rows"]
     ]
-    head = ["head", "parameters", "held", *full["seconds"], "training rises by"]
+    head = ["head", "parameters", "memory", *full["seconds"], "peak rise in training"]
     size = f"V = {found['vocabulary']:,}, D = {found['width']}, {found['threads']} threads, float32"
     said = f"`{found['command']}`: {size}, training on {found['tokens']} tokens; medians of {found['rounds']} rounds."
-    return f"{table(head, rows)}\n\n{said} In brackets, how many times as fast as the matrix."
+    return f"{table(head, rows)}\n\n{said} Speed-ups over the matrix in brackets."
 
 
 @generated
@@ -166,8 +181,8 @@ def memory(path: str) -> str:
         kind, number, *batch = name.split()
         if kind == "decode":
             title = f"{int(number):,} tokens, batch {batch[1]}"
-            head = ["cache", "ms per token", "tokens/s", "against DynamicCache", "attention alone", "of the floor"]
-            head += ["MB read", "peak MB", "same bits"]
+            head = ["cache", "ms per token", "tokens/s", "speed-up", "attention speed-up", "of bandwidth bound"]
+            head += ["MB read", "peak MB", "bit-identical"]
             lines = [(f"`{side}`", *_decoding(one)) for side, one in row.items()]
         elif kind == "first":
             title = f"a prompt of {int(number):,} tokens"
@@ -179,8 +194,8 @@ def memory(path: str) -> str:
                 for side, one in row.items()
             ]
         else:
-            title = f"how many tokens fit into {int(number) / 2**20:.0f} MiB beside the model"
-            head = ["cache, numbers", "tokens", "against DynamicCache"]
+            title = f"tokens that fit into {int(number) / 2**20:.0f} MiB in addition to the model"
+            head = ["cache, numbers", "tokens", "relative to DynamicCache"]
             base = {side.split()[-1]: one["tokens"] for side, one in row.items() if side.startswith("DynamicCache")}
             lines = [
                 (f"`{side}`", f"{one['tokens']:,}", f"{one['tokens'] / base[side.split()[-1]]:.1f} ×")
@@ -190,7 +205,7 @@ def memory(path: str) -> str:
     rates = found["rates"]
     about = (
         f"`{found['command']}`: {rates['parameters'] / 1e6:.3g} M parameters, float32, {found['threads']} threads, medians of "
-        f"{found['rounds']} interleaved rounds; each call measures for its floors how fast memory is read."
+        f"{found['rounds']} interleaved rounds; each call measures the memory bandwidth for its bounds."
     )
     return "\n\n".join([*parts, about])
 
@@ -232,5 +247,5 @@ def training_floor(path: str) -> str:
         )
         for name, row in found["rows"].items()
     ]
-    head = ["pair", "matrix products", "fused attention", "all else", "faster at most, with the same arithmetic"]
+    head = ["pair", "matrix products", "fused attention", "everything else", "largest possible speed-up at equal FLOPs"]
     return f"{table(head, rows)}\n\n`{found['command']}`, {found['threads']} threads."

@@ -17,8 +17,8 @@ from pondera.quantize.parts.health import effective_rank, perplexity, usage
 from pondera.quantize.parts.kmeans import kmeans
 from pondera.quantize.parts.nearest import nearest
 
-# Set by the collapse study (docs/results.md), between what a reader would call collapsed there and what not; the values on both
-# sides stand beside each. tests/quantize/test_collapse_study.py holds the verdicts to the reader's.
+# Set by the collapse study (docs/results/collapse.md), between what a reader would call collapsed there and what not; the
+# values on both sides stand beside each. tests/quantize/test_collapse_study.py holds the verdicts to the reader's.
 WORSE = 1.5
 """Codes are wasted where the error is so many times that of k-means with as many codes (in the study 1.9 or more) ..."""
 MATTERS = 0.05
