@@ -1,9 +1,9 @@
-r"""What does thinking less cost? Score and mean passes of trained models against the effort that they are asked for.
+r"""What does less effort cost? Score and mean passes of trained models against the requested effort.
 
     python -m experiments.adaptive.effort runs/adaptive/books-cpu --arms ponderlm ponderlm3 \
         --out results/adaptive/books-cpu/effort.json      add --tokens 512 for a check that it runs
 
-Every run of an arm in that folder, all its seeds, on the held-out text that its table was scored on.
+Every run of a model in that folder, all its seeds, on the held-out text of its table.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Does it pay to choose who thinks? Loss against the passes that tokens really take.
+"""Does it pay to choose which tokens think? Loss against the passes that tokens really take.
 
     python -m experiments.adaptive.run --scale cpu --text books.jsonl.xz      on two cores, in pieces if need be
     python -m experiments.adaptive.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.adaptive.run --scale cpu --smoke      a check that it runs
 
-First the arms that learn who goes on, between the ends that fixed depth marks; then for each of them a control that lets
-as many tokens go on at random: its probability is solved from the mean passes that the learned arm was measured to take, over
-its seeds. Same data, same tokens, three seeds. Everything is resumable, and what has been finished is published after each
-group, to ``results/adaptive/``.
+First the models that learn which tokens continue, next to models of fixed depth; then for each of them a control in which
+as many tokens continue at random: its probability is solved from the mean passes that the learned model was measured to
+take, over its seeds. Same data, same tokens, three seeds. Everything is resumable, and finished runs are published after
+each group, to ``results/adaptive/``.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""When do codebooks collapse? Initialisation x encoder width x time of quantisation, on clusters, images and text states.
+"""When do codebooks collapse? Initialisation x encoder width x start of quantization, on clusters, images and text states.
 
     python -m experiments.collapse.run                                  all of it, about half an hour on two cores
     python -m experiments.collapse.run --data clusters --seeds 1        a first look
     python -m experiments.collapse.run --smoke      a check that it runs
 
-An autoencoder of two small networks with a codebook of 256 between them learns to give back vectors; see
-``common/autoencoders.py`` for the vectors and for what is measured.
+An autoencoder of two small networks with a codebook of 256 between them learns to reconstruct vectors; see
+``common/autoencoders.py`` for the data and for what is measured. Results go to ``results/collapse.json``.
 """
 
 from __future__ import annotations

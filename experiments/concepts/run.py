@@ -1,14 +1,13 @@
-"""Does predicting concepts make a better language model? ConceptLM beside plain models of equal size and of equal cost.
+"""Does predicting concepts make a better language model? ConceptLM against plain models of equal size and of equal cost.
 
     python -m experiments.concepts.run --scale cpu --text books.jsonl.xz      about half an hour on two cores
     python -m experiments.concepts.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.concepts.run --scale cpu --smoke      a check that it runs
 
-Arms: plain; plain with wider layers, as many training FLOPs as ConceptLM's; plain with still wider ones, as many parameters;
-ConceptLM; the same without its concept loss (what is left is a further layer at a quarter of the rate); with a softmax in
-its merge, and with the likeliest code alone. Same data, same tokens, three seeds. Of the trained ConceptLM the score with its
-concepts zeroed is measured, too.
-Everything is resumable; results go to ``results/concepts/``.
+Models: plain; plain with wider layers, as many training FLOPs as ConceptLM; plain with still wider layers, as many parameters;
+ConceptLM; ConceptLM without its concept loss (an additional layer at a quarter of the rate remains), with a softmax in its
+merge, and with the likeliest code alone. Same data, same tokens, three seeds. The trained ConceptLM is also scored with its
+concepts set to zero. Everything is resumable; results go to ``results/concepts/``.
 """
 
 from __future__ import annotations

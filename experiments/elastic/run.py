@@ -1,4 +1,4 @@
-"""Does memory of closed blocks help, and which? Elastic Memory beside simpler memories of as many rows, and beside none.
+"""Does a memory of earlier blocks help, and which? Elastic Memory against simpler memories of equal size, and against none.
 
     python -m experiments.elastic.run --scale cpu --text books.long.jsonl.xz      about half an hour on two cores
     python -m experiments.elastic.run --scale gpu --text books.long.jsonl.xz --minutes 8.5   call it again until it says "done"
@@ -7,13 +7,13 @@
 Language models that read windows of eight blocks: without memory (``blocks``), with the last rows before each block
 (``transformer-xl``), with means of every few tokens (``mean-pool``), with 16 samples of 16 or of 64 Legendre coefficients
 (``elastic-16``, ``elastic-64``), with all rows before the block, of which each query reads its nearest 16 in the last layer
-(``memorizing``); and the backbone that sees the whole window (``plain``). Same text, same tokens, as many memory rows to read.
-Of the trained models the loss is measured by the place of the block in its text, also in texts of four times the length
-that they learnt on, and with the samples of Elastic Memory moved to the recent past.
+(``memorizing``); and the backbone that attends to the whole window (``plain``). Same text, same tokens, equally many memory
+rows. For the trained models the loss is measured by the position of the block in its sequence, also in sequences of four
+times the training length, and with the samples of Elastic Memory moved to the recent past.
 
-Then two tasks on tokens that are drawn here, with small models. *Slow signal*: the mean of all bits so far, whose rate
-changes with every block. *Needle*: 16 keys were each given a value once, somewhere in the past, and are asked for in the last
-block; Elastic Memory is not made for this. Everything is resumable; results go to ``results/elastic/``.
+Then two tasks on random tokens, with small models. *Slow signal*: the mean of all bits so far, whose rate changes with
+every block. *Needle*: 16 keys were each given a value once, somewhere in the past, and are asked for in the last block;
+Elastic Memory is not made for this. Everything is resumable; results go to ``results/elastic/``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is lost when the past is cut: recall and loss of every eviction and retrieval policy at equal budgets.
+"""What is lost when the KV cache is cut? Recall and loss of every eviction and selection policy at equal budgets.
 
     python -m experiments.eviction.run                            all of it, half an hour of two free cores
     python -m experiments.eviction.run --seeds 1 --texts 8        a first look

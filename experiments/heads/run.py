@@ -1,11 +1,11 @@
-"""What does a head of codes cost in quality? VQ-Logits beside the full output matrix: same backbone, data and tokens.
+"""What does an output head of codes cost in quality? VQ-Logits against the full output matrix: same backbone, data and tokens.
 
     python -m experiments.heads.run --scale cpu --text books.jsonl.xz      about a quarter of an hour on two cores
     python -m experiments.heads.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.heads.run --scale cpu --smoke      a check that it runs
 
-Arms: the full matrix; a quarter as many codes as tokens, one for each token and shared ones for the rest; as few codes, two
-and four for each token. Results go to ``results/heads/``; what the heads take in time is in ``benchmarks/heads.py``.
+Models: the full matrix; a quarter as many codes as tokens, with one, two or four codes for each token; one code without the
+bias per token. Results go to ``results/heads/``; what the heads cost in time is measured by ``benchmarks/heads.py``.
 """
 
 from __future__ import annotations

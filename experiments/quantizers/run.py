@@ -4,9 +4,10 @@
     python -m experiments.quantizers.run --data clusters --seeds 1      a first look
     python -m experiments.quantizers.run --smoke      a check that it runs
 
-Vectors, networks and what is measured are those of ``experiments/collapse``, at half as many steps. Every quantizer begins
-as its docstring says it is used best: codebooks by k-means after a warm-up, SimVQ with the authors' straight-through gradient
-from the first step, and what has fixed values without a warm-up, as it has nothing to start. The control codes nothing.
+Data, networks and measurements are those of ``experiments/collapse``, at half as many steps. Every quantizer is initialised
+as its docstring recommends: codebooks by k-means after a warm-up, SimVQ with the authors' straight-through gradient from
+the first step, and quantizers with fixed values without a warm-up, as there is nothing to initialise. The control codes
+nothing. Results go to ``results/quantizers.json``.
 """
 
 from __future__ import annotations

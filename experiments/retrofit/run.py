@@ -1,13 +1,13 @@
-"""Does a model that was trained plain learn to think afterwards? Continued training from one checkpoint into each method.
+"""Does a model that was trained without thinking learn it afterwards? Continued training from one checkpoint into each method.
 
     python -m experiments.retrofit.run --scale cpu --text books.jsonl.xz      after about a quarter of an hour on two cores
     python -m experiments.retrofit.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.retrofit.run --scale cpu --smoke      a check that it runs
 
-First one plain model is trained. From its checkpoint every arm goes on for as many tokens: the plain model itself, which is
-what the others have to beat, and each method, which first learns alone what it adds (a quarter of the steps, where there is
-anything to learn alone) and then together with the backbone. At the start each of them can be asked for one pass, and is
-then the old model bit for bit. Everything is resumable; results go to ``results/retrofit/``.
+First one plain model is trained. Every model continues from its checkpoint for the same number of tokens: the plain model
+itself, which is the baseline, and each method, which first trains only its own parameters (a quarter of the steps, where it
+has any that can learn alone) and then all of them. At the start each of them can be asked for one pass and is then
+bit-identical to the old model. Everything is resumable; results go to ``results/retrofit/``.
 """
 
 from __future__ import annotations

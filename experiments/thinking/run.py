@@ -4,12 +4,12 @@
     python -m experiments.thinking.run --scale gpu --text books.jsonl.xz     one GPU; call it again until it says "done"
     python -m experiments.thinking.run --scale cpu --smoke      a check that it runs
 
-Arms: plain; twice the depth (as many inference FLOPs as one thought per token); adaptive latent CoT with one step;
-pause tokens (as many slots, constant input); PonderLM-2 with one thought. Each with three seeds, first at equal tokens,
-then at equal training FLOPs (the budget is what twice the depth spends). Everything is resumable: what is finished is
-reused, what was interrupted goes on from its checkpoint, and with ``--minutes`` a call stops by itself in time.
-What it learned is copied to ``results/thinking/``: settings, metrics and results of every run, without weights and
-without the paths of the machine that it ran on.
+Models: plain; twice the depth (as many inference FLOPs as one thought per token); adaptive latent CoT with one step; pause
+tokens (as many slots, constant input); PonderLM-2 with one thought. Each is trained with three seeds, first at equal
+tokens, then at equal training FLOPs (the budget is what twice the depth spends). Everything is resumable: finished runs are
+reused, interrupted runs continue from their checkpoint, and with ``--minutes`` a call stops by itself in time. Results go
+to ``results/thinking/``: settings, metrics and results of every run, without weights and without paths of the machine that
+it ran on.
 """
 
 from __future__ import annotations

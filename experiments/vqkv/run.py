@@ -1,17 +1,17 @@
-"""What codes of the past cost in quality: VQKV's codebooks beside scalar rounding, at equal bits.
+"""What do codes for the KV cache cost in quality? VQKV's codebooks against scalar rounding, at equal bits.
 
     python -m experiments.vqkv.run --model books --text books.jsonl.xz      trains a Llama of 2.4 M parameters first
     python -m experiments.vqkv.run --model stories --text FOLDER            stories260K.bin and tok512.bin lie there
     python -m experiments.vqkv.run --model books --text stdlib --smoke      a check that it runs
 
-Two models: one that is trained here, on the text that is given; and stories260K, whose text is what it says itself,
-sampled at temperature 1, so that its held-out text is sampled with another seed. A window of text is fed in pieces: its
-first quarter at once, the rest 16 tokens at a time, each attending to what the memory has kept. What is reported is the loss
-of these tokens, beside that with an ordinary cache on the same tokens. The exact window is short (16 tokens, and 4 first
-ones), so that nearly all of the past is codes: a long text in small.
+Two models: one that is trained here, on the given text; and stories260K, evaluated on text that it generates itself, sampled at
+temperature 1, with another seed for the held-out text. A window is read in pieces: its first quarter at once, the rest 16
+tokens at a time, each attending to what the memory has kept. Reported is the loss on these tokens, relative to that with an
+ordinary cache on the same tokens. The exact window is short (16 tokens, and 4 first ones), so that nearly the whole context is
+coded: a long context in small.
 
-Codebooks are fitted at 4 bits and cut to 3 and 2, which is what fitting at 3 and 2 gives. Each setting is written as it
-ends, and what is there is not run again. Results go to ``results/vqkv/MODEL.json``.
+Codebooks are fitted at 4 bits and cut to 3 and 2, which equals fitting at 3 and 2. Each setting is written when it is done, and
+finished settings are not run again. Results go to ``results/vqkv/MODEL.json``.
 """
 
 from __future__ import annotations
