@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,12 +82,42 @@ def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
     return hashlib.sha256(f"{tokenizer.eos_token}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
-def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def check_ids(ids: Sequence[int] | np.ndarray, tokenizer: PreTrainedTokenizerFast, embedded: int) -> None:
+    """Refuses token ids that a model has no embedding for.
+
+    Args:
+        ids: token ids of a text.
+        tokenizer: that gave them.
+        embedded: how many tokens the model embeds.
+
+    Raises:
+        UserError: an id is too large; the message names the token.
+    """
+    largest = int(np.max(ids, initial=0))
+    if largest >= embedded:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"the text has the token {token!r} (id {largest}), and the model embeds {embedded:,} tokens (ids 0 to "
+            f"{embedded - 1}); take it out of the text, or give the tokenizer that the model was trained with"
+        )
+
+
+def encode(
+    texts: list[str], tokenizer: PreTrainedTokenizerFast, embedded: int | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Token ids of each text without special tokens, and how many UTF-8 bytes of it each token brings us to.
 
     Tokenizers drop characters, and spell one character with several tokens; so what counts is where a token's text
     ends, never going back, and the last token ends the text. Differences then add up whatever the tokenizer does.
     A text that yields no token yields two empty arrays.
+
+    Args:
+        texts: the texts.
+        tokenizer: of the model.
+        embedded: how many tokens the model embeds; `None`: no limit.
+
+    Raises:
+        UserError: a text has a token that the model does not embed.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
@@ -95,6 +125,8 @@ def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast) -> Iterator[tup
     backend.encode_special_tokens = True  # a text that spells the EOS token must not end a document
     for text, encoding in zip(texts, backend.encode_batch(texts, add_special_tokens=False), strict=True):
         ids = np.array(encoding.ids, np.int64)
+        if embedded is not None:
+            check_ids(ids, tokenizer, embedded)
         ends = np.fromiter((stop for _, stop in encoding.offsets), np.int64, len(ids))
         if len(ids):
             ends = np.maximum.accumulate(ends)

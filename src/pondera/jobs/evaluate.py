@@ -85,7 +85,7 @@ def evaluate(
     elif source is not None:
         if run is not None:
             _warn_of_overlap(run, given["text"])
-        text = WholeText.read(source, given["text"], loaded.tokenizer, max_tokens)
+        text = WholeText.read(source, given["text"], loaded.tokenizer, max_tokens, loaded.model.embedded)
         found = _score_whole(loaded, text, context, budget)
     else:
         raise UserError("data.text: this model is not from a run; say what to score it on, e.g. --data.text book.txt")

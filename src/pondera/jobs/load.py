@@ -57,8 +57,10 @@ def load(path: str | Path, device: str | None = None) -> Loaded:
             or hub name of any causal LM of transformers, which comes wrapped as an `AdaptiveLM` that chose nothing.
         device: where the model goes; none: the accelerator if there is one, else the CPU.
 
+    A tokenizer may have more tokens than the model embeds. Text that gives one of them is refused where it is read.
+
     Raises:
-        UserError: there is no model, it is damaged, or its tokenizer does not fit it.
+        UserError: there is no model, it is damaged, or it has no tokenizer.
 
     Example::
 
@@ -66,16 +68,16 @@ def load(path: str | Path, device: str | None = None) -> Loaded:
         loaded.model(**loaded.tokenizer("Once upon", return_tensors="pt").to(loaded.model.device)).passes
     """
     source, run = _find(Path(path).expanduser(), str(path))
+
+    from pondera.model.generation import storable
+
     if source.is_dir():
         _check_files(source)
     lm = _weights(source, str(path))
     tokenizer = _tokenizer(source, str(path))
-    _check_vocabulary(lm, tokenizer, str(path))
     own = lm.config.model_type == "pondera"
-    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        # An architecture's default ids mean nothing to a tokenizer trained here; a foreign checkpoint's are its own.
-        if getattr(tokenizer, role) is not None and (own or getattr(lm.generation_config, role) is None):
-            setattr(lm.generation_config, role, getattr(tokenizer, role))
+    lm.generation_config = storable(lm.generation_config)
+    _set_special_tokens(lm, tokenizer, own)
     name = run.config.name if run else source.resolve().name if source.is_dir() else str(path)
     return Loaded(_placed(lm if own else _wrapped(lm), device), tokenizer, name, run, foreign=not own)
 
@@ -224,14 +226,20 @@ def _tokenizer(source: Path, given: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, given: str) -> None:
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    rows = cast(Any, lm.get_input_embeddings()).weight.shape[0]
-    if not 0 < size <= rows:
-        raise UserError(
-            f"{given!r}: its tokenizer has {size} tokens and the model embeds {rows}, so they do not belong together; "
-            "save the tokenizer that the model was trained with in its folder: tokenizer.save_pretrained(FOLDER)"
-        )
+def _set_special_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, own: bool) -> None:
+    """Completes the generation config with the tokenizer's special tokens.
+
+    Ids of a ``generation_config.json`` stay as they are: a chat model has several end tokens. Ids that an architecture
+    has by default mean nothing to a tokenizer that Pondera trained, so for a Pondera model (`own`) the tokenizer's replace
+    them.
+    """
+    config, rows = lm.generation_config, cast(Any, lm.get_input_embeddings()).weight.shape[0]
+    by_default = own and bool(getattr(config, "_from_model_config", False))
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token, known = getattr(tokenizer, role), getattr(config, role)
+        ids = known if isinstance(known, list) else [known]
+        if token is not None and token < rows and (known is None or (by_default and token not in ids)):
+            setattr(config, role, token)
 
 
 def _placed(model: Any, device: str | None) -> AdaptiveLM:

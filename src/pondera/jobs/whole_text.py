@@ -33,11 +33,18 @@ class WholeText(Split):
         return WholeText(self.ids[token:], self._bytes[token + 1 :], starts_D)
 
     @classmethod
-    def read(cls, source: Source, name: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None) -> WholeText:
-        """As many tokens as it takes to predict `max_tokens`."""
+    def read(
+        cls,
+        source: Source,
+        name: str,
+        tokenizer: PreTrainedTokenizerFast,
+        max_tokens: int | None,
+        embedded: int | None = None,
+    ) -> WholeText:
+        """As many tokens as it takes to predict `max_tokens`; refuses those beyond the `embedded` ones of a model."""
         ids, ends, starts, tokens = [], [], [], 0
         for text in documents(source, name):
-            (text_ids, text_ends), seen = next(encode([text], tokenizer)), ends[-1][-1] if ends else 0
+            (text_ids, text_ends), seen = next(encode([text], tokenizer, embedded)), ends[-1][-1] if ends else 0
             if tokens and tokenizer.eos_token_id is not None:
                 ids.append(np.array([tokenizer.eos_token_id]))  # the end of the document before
                 ends.append(np.array([seen]))
