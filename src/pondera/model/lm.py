@@ -71,7 +71,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     """A causal LM that weighs each token: any transformers backbone plus at most one method per seam.
 
     Everything that transformers does with a causal LM works: `generate` with greedy, sampling, beams, streamers and
-    left-padded batches, `save_pretrained`, and `AutoModelForCausalLM.from_pretrained` after ``import pondera``.
+    left-padded batches, `save_pretrained`, and `AutoModelForCausalLM.from_pretrained` once this class is imported.
     With nothing chosen it equals its backbone bit for bit.
 
     Args:
