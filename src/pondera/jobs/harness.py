@@ -83,7 +83,7 @@ class PonderaLM(HFLM):
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-        self.adaptive = loaded.model
+        self.loaded, self.adaptive = loaded, loaded.model
         self.budget = budget_of(loaded.model, effort, max_passes)
         _pad_with_a_known_token(loaded.tokenizer, loaded.model.embedded)
         arguments: dict[str, Any] = {
@@ -101,14 +101,14 @@ class PonderaLM(HFLM):
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
         """Token ids of a text; refuses a token that the model does not embed."""
-        ids = super().tok_encode(*args, **kwargs)
-        check_ids(ids, cast(Any, self.tokenizer), self.adaptive.embedded)
+        ids = cast(Any, super()).tok_encode(*args, **kwargs)
+        check_ids(ids, self.loaded.tokenizer, self.adaptive.embedded)
         return ids
 
     def tok_batch_encode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Token ids ``[B, T]`` of texts, padded, and their mask; refuses a token that the model does not embed."""
-        ids_BT, mask_BT = super().tok_batch_encode(*args, **kwargs)
-        check_ids(ids_BT.numpy(), cast(Any, self.tokenizer), self.adaptive.embedded)
+        ids_BT, mask_BT = cast(Any, super()).tok_batch_encode(*args, **kwargs)
+        check_ids(ids_BT.numpy(), self.loaded.tokenizer, self.adaptive.embedded)
         return ids_BT, mask_BT
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
@@ -120,7 +120,8 @@ class PonderaLM(HFLM):
         return torch.cat([logits_BTV for _, logits_BTV in parts], dim=1)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        return super()._model_generate(context, max_length, stop, **generation_kwargs, **self.budget)
+        given = {**generation_kwargs, **self.budget}
+        return cast(Any, super())._model_generate(context, max_length, stop, **given)
 
 
 def _arguments() -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pondera.ground.data import Split
 from pondera.ground.errors import UserError
+from pondera.ground.row_files import reader
 from pondera.ground.text import Source
 from pondera.ground.tokens import encode
 
@@ -66,7 +67,7 @@ def documents(source: Source, name: str) -> Iterator[str]:
     """The texts of a source; a lone file of plain text is one, though training cuts it to hold some of it out."""
     found = (document.text for document in source.read())
     path = Path(name).expanduser()
-    if path.is_file() and ".jsonl" not in path.suffixes:
+    if path.is_file() and reader(path) is None:
         yield "".join(found)
     else:
         yield from found

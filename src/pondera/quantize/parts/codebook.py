@@ -126,8 +126,8 @@ class Codebook(Quantizer):
         else:
             found_N = nearest(vectors_NC, table_KC)
             if self.training and self.statistics is not None:
-                usable = (chosen(each, usable_N) for each in (vectors_NC.detach(), found_N))
-                self.statistics.gather(*usable, self._generator())
+                usable_NC, their_codes_N = chosen(vectors_NC.detach(), usable_N), chosen(found_N, usable_N)
+                self.statistics.gather(usable_NC, their_codes_N, self._generator())
             q_NC = F.embedding(found_N, table_KC.to(vectors_NC.dtype))
             terms = losses(
                 vectors_NC,
