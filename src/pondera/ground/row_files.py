@@ -129,15 +129,14 @@ def _parquet(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[
         table = ParquetFile(file)
         if columns[0] not in table.schema_arrow.names:
             raise unknown(f"data.column (the text field of {place})", columns[0], table.schema_arrow.names)
-        number = 0
         wanted = [name for name in columns if name in table.schema_arrow.names]
-        for batch in table.iter_batches(batch_size=1000, columns=wanted):
-            for number, row in enumerate(batch.to_pylist(), number + 1):
-                if row[columns[0]] is not None:  # as in datasets, nothing at all is no text
-                    yield f"{place}:{number}", row
+        batches = table.iter_batches(batch_size=1000, columns=wanted)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            if row[columns[0]] is not None:  # as in datasets, nothing at all is no text
+                yield f"{place}:{number}", row
     except ArrowException as error:
         raise NoRows(f"damaged or no Parquet file: {str(error).splitlines()[0]}") from None
-    if not number:
+    if not table.metadata.num_rows:
         raise NoRows("empty")
 
 

@@ -45,7 +45,7 @@ def evaluate(
     """Scores a model on a text.
 
     A run is scored on what was held out of its own text, in whole windows, as at the end of its training. Any other
-    text is scored whole: tokenised as it stands (documents of a folder, of a file with rows or of a dataset one after another, with EOS
+    text is scored whole: tokenised as it stands (documents of a folder, file of rows or dataset in a row, with EOS
     between them), in windows that do not overlap, so that every token but the very first is predicted exactly once.
     A foreign model whose tokenizer begins texts with BOS reads it first in every window. A run with ``data.isolate``
     reads the documents of other texts apart, too.
