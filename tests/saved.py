@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -45,4 +46,21 @@ def save(folder: Path, name: str = "plain") -> Path:
         model.train()(ids, labels=ids)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return folder
+
+
+def checkpoint(folder: Path, config: dict[str, Any] | None = None, generation: dict[str, Any] | None = None) -> Path:
+    """Writes a model as transformers does, with more fields in its two config files."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    words = {"vocab_size": 280, "max_position_embeddings": POSITIONS, "initializer_range": 0.3}
+    LlamaForCausalLM(LlamaConfig(**sizes, **words, bos_token_id=0, eos_token_id=0)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **(config or {})}))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
     return folder

@@ -1,15 +1,14 @@
 """Pondera: language models that weigh every token.
 
-Heavy names load on first use, so that ``import pondera`` and the command line answer at once. Importing the package is
-enough for `transformers.AutoModelForCausalLM.from_pretrained` to know Pondera's checkpoints.
+Names load on first use, so that ``import pondera`` and the command line answer at once. Using `AdaptiveLM` or
+`AdaptiveConfig` registers both with transformers: from then on ``AutoConfig`` and ``AutoModelForCausalLM`` know
+``model_type: pondera``. ``import pondera`` alone does not, as that would load torch and transformers.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
-
-from pondera.model import auto
 
 __version__ = "0.1.0"
 
@@ -23,8 +22,6 @@ _HOMES = {
     "UserError": "pondera.ground.errors",
 }
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
-
-auto.announce()
 
 
 def __getattr__(name: str) -> Any:

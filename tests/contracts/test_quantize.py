@@ -480,3 +480,70 @@ class TestDescription:
     def test_what_it_says_of_itself(self, case: str):
         quantizer = described(case)
         assert quantizer.paper and quantizer.price
+
+
+# Vectors that hold inf or nan
+
+BROKEN = [float("nan"), float("inf"), -float("inf")]
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["begin_step", "alone"])
+@pytest.mark.parametrize("broken", BROKEN, ids=str)
+@pytest.mark.parametrize("case", CODED)
+def test_a_broken_vector_is_left_out_of_all_statistics(case: str, broken: float, told: bool):
+    """The state after a batch with such a vector is the state after the same batch without it, from the first batch on."""
+    x = vectors(2, 40)
+    x[0, 3, 2], x[1, 5, 0] = broken, broken
+    states = []
+    for given in (x[0], x[0][x[0].isfinite().all(-1)]):
+        torch.manual_seed(0)
+        quantizer = described(case).build(WIDTH).train()
+        for step, batch in enumerate((given, vectors(40, seed=1), vectors(40, seed=2))):
+            if told:
+                quantizer.begin_step(step, 7)
+            quantizer(batch)
+        states.append(state(quantizer))
+    same(*states, atol=1e-6, rtol=1e-5)
+    assert all(value.isfinite().all() for value in states[0].values() if value.is_floating_point())
+
+
+@pytest.mark.parametrize("broken", BROKEN, ids=str)
+@pytest.mark.parametrize("case", CODED)
+def test_a_broken_vector_gets_codes_that_exist_and_spoils_no_other(case: str, broken: float):
+    quantizer, x = built(case).eval(), vectors(12)
+    bad = x.clone()
+    bad[3, 2] = broken
+    codes, others = quantizer(bad).codes, torch.arange(12) != 3
+    assert ((codes >= 0) & (codes < quantizer.sizes)).all()
+    assert torch.equal(codes[others], quantizer(x).codes[others])
+    assert torch.equal(quantizer.encode(bad), codes)
+    assert quantizer.decode(codes).isfinite().all()
+    assert quantizer(bad).health.vectors == 11
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_it_is_said_once(masked: bool, caplog: pytest.LogCaptureFixture):
+    quantizer = (
+        spec.build("Residual(Product(VQ(4, update='ema'), groups=2), levels=2)", "quantize").build(WIDTH).train()
+    )
+    x = vectors(20)
+    x[3] = float("nan")
+    mask = torch.arange(20) != 3 if masked else None
+    for _ in range(3):
+        quantizer(x, mask)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == (0 if masked else 1)
+    assert masked or "1 of 20 vectors hold inf or nan" in said[0]
+
+
+def test_a_batch_of_nothing_else_is_no_batch():
+    for case in ("VQ(4, update='ema', start='kmeans', respawn=0.5)", "Scalar(4)", "LFQ()", "SimVQ(4, start='match')"):
+        torch.manual_seed(0)
+        quantizer = described(case).build(WIDTH).train()
+        before = state(quantizer)
+        quantizer(vectors(20) * float("nan"))
+        after = state(quantizer)
+        same(
+            {name: after[name] for name in after if name != "step"},
+            {name: before[name] for name in before if name != "step"},
+        )

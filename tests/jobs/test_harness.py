@@ -11,9 +11,13 @@ import saved
 import torch
 import yaml
 
+from pondera.cli.main import main
 from pondera.ground.errors import UserError
 from pondera.jobs.generate import generate
 from pondera.jobs.load import load
+from pondera.jobs.score import tally
+from pondera.model.config import AdaptiveConfig
+from pondera.model.lm import AdaptiveLM
 
 pytest.importorskip("lm_eval", reason="pip install pondera[eval]")
 
@@ -143,17 +147,155 @@ def test_limits_come_from_the_model(models: dict[str, Path]):
     lm = harness.PonderaLM(pretrained=str(models["cot"]), device="cuda:0" if not torch.cuda.is_available() else "cpu")
     assert lm.max_length == 96 and lm.device.type == "cpu"
     assert harness.PonderaLM(pretrained=str(models["cot"]), device="cpu", max_length=20).max_length == 20
-    with pytest.raises(TypeError, match="dtype"):  # not ignored in silence
-        harness.PonderaLM(pretrained=str(models["cot"]), dtype="float16")  # pyright: ignore[reportCallIssue]
     with pytest.raises(UserError, match="no such folder"):
         harness.PonderaLM(pretrained="no/such/run")
 
 
-def test_the_harness_own_command_knows_pondera(models: dict[str, Path], task: dict, tmp_path: Path):
-    """`lm_eval --model pondera` as a user types it, in a program that never imported us."""
+def test_command(models: dict[str, Path], task: dict, tmp_path: Path):
+    """`pondera lm-eval` as a user types it."""
     path = tmp_path / "local_choice.yaml"
     path.write_text(yaml.safe_dump(task))
-    command = [str(Path(sys.executable).with_name("lm_eval")), "--model", "pondera", "--tasks", str(path)]
-    command += ["--model_args", f"pretrained={models['ponderlm2']}", "--device", "cpu", "--batch_size", "2"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pondera",
+        "lm-eval",
+        "--model",
+        "pondera",
+        "--tasks",
+        str(path),
+        "--device",
+        "cpu",
+    ]
+    command += ["--batch_size", "2", "--trust_remote_code", "--model_args", f"pretrained={models['ponderlm2']}"]
+    done = subprocess.run([*command[:-1], f"{command[-1]},dtype=float32,effort=0"], capture_output=True, text=True)
     assert "|local_choice|" in done.stdout.replace(" ", ""), done.stderr
+    assert "effort=0" in done.stdout.replace("'", "").replace(": ", "="), done.stdout
+
+
+def test_mistakes_on_the_command_line(models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture):
+    task = str(EXAMPLES / "lambada_local.yaml")
+    given = f"pretrained={models['plain']},efort=1"
+    assert main(["lm-eval", "--model", "pondera", "--model_args", given, "--tasks", task]) == 2
+    assert "unknown model argument 'efort'; did you mean 'effort'?" in capsys.readouterr().err
+    assert main(["lm-eval", "--model", "pondera", "--tasks", str(tmp_path / "none.yaml")]) == 1
+    assert "lm-eval failed" in capsys.readouterr().err
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setitem(sys.modules, "lm_eval.models", None)
+    assert main(["lm-eval", "ls", "tasks"]) == 2
+    assert 'pip install "pondera[eval]"' in capsys.readouterr().err
+
+
+# Arguments of the model
+
+
+def test_arguments_reach_the_model(models: dict[str, Path], tmp_path: Path):
+    saved.tokenizer().save_pretrained(tmp_path / "tokenizer")
+    lm = harness.PonderaLM(
+        str(models["cot"]),
+        device="cpu",
+        dtype="bfloat16",
+        trust_remote_code=True,
+        tokenizer=str(tmp_path / "tokenizer"),
+        revision="main",
+    )
+    assert lm.model.dtype == torch.bfloat16
+    assert lm.tokenizer.name_or_path == str(tmp_path / "tokenizer")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({"dtpye": "float16"}, "unknown model argument 'dtpye'; did you mean 'dtype'"),
+        ({"parallelize": True}, "unknown model argument 'parallelize'"),
+        ({"dtype": "flaot16"}, "unknown dtype 'flaot16'; did you mean 'float16'"),
+        ({"revision": "v2"}, "is a folder and has no revisions"),
+        ({"tokenizer": "./nowhere"}, "tokenizer: no such folder"),
+        ({"effort": "lots"}, "effort"),
+        ({"max_passes": 0}, "max_passes"),
+    ],
+)
+def test_arguments_that_do_not_fit(arguments: dict, complaint: str, models: dict[str, Path]):
+    with pytest.raises(UserError, match=complaint):
+        harness.PonderaLM(str(models["cot"]), device="cpu", **arguments)
+
+
+def test_effort_of_a_model_that_cannot_think(models: dict[str, Path]):
+    with pytest.raises(UserError, match="cannot think"):
+        harness.PonderaLM(str(models["plain"]), device="cpu", effort=0.5)
+
+
+@pytest.mark.parametrize("budget", [{"effort": 0.0}, {"max_passes": 1}])
+def test_effort_is_that_of_the_model(budget: dict, models: dict[str, Path]):
+    lm, full = (harness.PonderaLM(str(models["cot"]), device="cpu", **given) for given in (budget, {}))
+    ids = torch.tensor([lm.tok_encode("The quick brown fox")])
+    with torch.no_grad():
+        expected = lm.adaptive(ids, **budget).logits
+    assert torch.equal(lm._model_call(ids), expected)
+    assert not torch.allclose(full._model_call(ids), expected)
+    settings = {"until": ["\0never"], "max_gen_toks": 8, "do_sample": False}
+    request = Instance("generate_until", {}, ("The quick", settings), 0)
+    alone = generate(str(models["cot"]), "The quick", 8, temperature=0, **budget).text
+    assert lm.generate_until([request], disable_tqdm=True) == [alone]
+
+
+# Models with a cache method
+
+MEMORIES = (
+    "StreamingLLM(12)",
+    "H2O(0.25)",
+    "SnapKV(36)",
+    "KIVI(2, window=8, group=8)",
+    "TransformerXL(block=8, carry=8)",
+)
+
+
+@pytest.fixture(scope="module")
+def with_memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    found = {}
+    for memory in MEMORIES:
+        folder = tmp_path_factory.mktemp("memory") / "model"
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+        words = {"vocab_size": 280, "max_position_embeddings": 96, "initializer_range": 0.3}
+        backbone = {"model_type": "llama", **sizes, **words}
+        AdaptiveLM(AdaptiveConfig(backbone=backbone, memory=memory)).save_pretrained(folder)
+        saved.tokenizer().save_pretrained(folder)
+        found[memory] = folder
+    return found
+
+
+TEXT = "The quick brown fox jumps over the lazy dog; a naïve zebra vexes it. " * 2
+
+
+def rolling(lm: harness.PonderaLM, text: str) -> float:
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    return float(lm.loglikelihood_rolling([request], disable_tqdm=True)[0])
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_scores_are_those_of_eval(memory: str, with_memory: dict[str, Path]):
+    lm = harness.PonderaLM(str(with_memory[memory]), device="cpu")
+    ids = torch.tensor([[lm.prefix_token_id, *lm.tok_encode(TEXT)]])[:, :60]
+    text = lm.tokenizer.decode(ids[0, 1:])
+    window = {"input_ids": ids[0, :-1], "targets": ids[0, 1:], "index": torch.tensor(0)}
+    assert -rolling(lm, text) == pytest.approx(tally(lm.adaptive, [window]).nats, rel=1e-5)
+    with torch.no_grad():
+        at_once = lm.adaptive(ids[:, :-1]).logits[0].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
+    if memory != "TransformerXL(block=8, carry=8)":  # it reads block by block in one call, too
+        assert rolling(lm, text) != pytest.approx(float(at_once), rel=1e-4), "nothing was evicted"
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_padding_changes_no_score(memory: str, with_memory: dict[str, Path]):
+    texts = [("The quick brown fox jumps over the", " lazy dog"), ("", "fox"), ("A fox", " " + "jumps over " * 8)]
+    requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(texts)]
+    together, alone = (
+        harness.PonderaLM(str(with_memory[memory]), device="cpu", batch_size=size).loglikelihood(
+            requests, disable_tqdm=True
+        )
+        for size in (3, 1)
+    )
+    assert [score for score, _ in together] == pytest.approx([score for score, _ in alone], rel=1e-4)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -205,18 +210,31 @@ class TestBadInput:
             AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think="PonderLM9()")
 
 
-def test_importing_pondera_registers_whatever_the_order():
-    import subprocess
-    import sys
+PIPES: Any = {"capture_output": True, "text": True}
+NAMES = "from pondera import AdaptiveLM"
+AUTO = "from transformers import AutoConfig, AutoModelForCausalLM"
+USE = "print(type(AutoModelForCausalLM.from_config(AutoConfig.for_model('pondera', backbone=SIZES))).__name__)"
 
-    made = "print({}(backbone={{'model_type': 'gpt2'}}).model_type)"
-    programs = [
-        f"import pondera; from transformers import AutoConfig; {made.format('AutoConfig.for_model')}".replace(
-            "for_model(", "for_model('pondera', "
-        ),
-        f"from transformers import AutoModelForCausalLM; import pondera; {made.format('pondera.AdaptiveConfig')}",
-        "import pondera, sys; assert 'torch' not in sys.modules and 'transformers' not in sys.modules; print('pondera')",
-    ]
-    for program in programs:
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert done.stdout.strip() == "pondera", done.stderr
+
+@pytest.mark.parametrize(
+    "imports", [f"{NAMES}; {AUTO}", f"{AUTO}; {NAMES}", f"{AUTO}; import pondera; pondera.AdaptiveConfig"]
+)
+def test_using_a_name_registers_whatever_the_order(imports: str):
+    sizes = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 97}
+    done = subprocess.run([sys.executable, "-c", f"{imports}; {USE.replace('SIZES', repr(sizes))}"], **PIPES)
+    assert done.stdout.strip() == "AdaptiveLM", done.stderr
+
+
+def test_importing_pondera_loads_nothing_and_leaves_no_hook():
+    program = (
+        "import sys; before = list(sys.meta_path); import pondera; "
+        "print(before == sys.meta_path, {'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], **PIPES)
+    assert done.stdout.strip() == "True set()", done.stderr
+
+
+def test_no_entry_point_is_called_by_other_packages():
+    """Only lm-eval's list of models and the command name us: nobody else's import may load Pondera."""
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert project["entry-points"] == {"lm_eval.models": {"pondera": "pondera.jobs.harness:PonderaLM"}}

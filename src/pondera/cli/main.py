@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from pondera.cli import compare, compress, demo, doctor, evaluate, generate, methods, probe, report, train
+from pondera.cli import compare, compress, demo, doctor, evaluate, generate, lm_eval, methods, probe, report, train
 from pondera.ground.errors import Failure, Interrupted, UserError, unknown
 from pondera.ground.visible import visible_lines
 
@@ -26,6 +26,7 @@ VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "probe": probe,
     "compress": compress,
+    "lm-eval": lm_eval,
     "report": report,
     "methods": methods,
     "doctor": doctor,

@@ -29,6 +29,7 @@ import numpy as np
 from pondera.ground.cache import cache_folder
 from pondera.ground.errors import UserError
 from pondera.ground.settings import DataConfig
+from pondera.ground.split import divide
 from pondera.ground.text import Document, Source, open_text
 from pondera.ground.tokens import bpe_size, encode, fingerprint, load_tokenizer, train_tokenizer
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from torch import LongTensor
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # raise it whenever the bins of the same text would differ
+FORMAT = 2  # raise it whenever the bins of the same text would differ
 TOKENIZER_BYTES = 20_000_000  # of training text are plenty to learn a BPE from
 BATCH_BYTES = 4_000_000  # of text tokenised at once
 SPLITS = ("train", "validation")
@@ -47,7 +48,7 @@ log = logging.getLogger(__name__)
 def prepare(config: DataConfig, cache_dir: Path | None = None) -> Corpus:
     """Reads, splits and tokenises the text of `config`, or finds it done.
 
-    Documents are held out by the sha256 of their names, so that the same ones are held out everywhere. What was
+    Documents are held out by the sha256 of their names (see `divide`), the same ones everywhere. What was
     prepared is found again by content (text, tokenizer, share, limit), not by path or date. Processes that prepare
     the same corpus at once wait for the first.
 
@@ -280,30 +281,27 @@ def _divide(source: Source, config: DataConfig) -> tuple[list[int], list[int], n
 
     Each side has at least one document, whatever the hashes say.
     """
-    hashes, sizes = [], []
+    names, sizes = [], []
     for document in source.read():
-        hashes.append(int.from_bytes(hashlib.sha256(document.name.encode()).digest()[:8], "big"))
+        names.append(document.name)
         sizes.append(len(document.text.encode()))
-    if len(hashes) < 2:
+    if len(names) < 2:
         left_out = ", ".join(f"{count} {reason}" for reason, count in source.skips().items())
         found = f"one document of {sizes[0]:,} bytes" if sizes else "no text"
         raise UserError(
             f"data.text: {source.name!r} holds {found}{f' (files left out: {left_out})' if left_out else ''}; "
             "give at least two documents, one of them to hold out, or name one long text file"
         )
-    order = np.argsort(np.array(hashes, np.uint64), kind="stable").tolist()
-    held_out = sum(value < config.validation * 2.0**64 for value in hashes)
-    held_out = min(max(held_out, 1), len(order) - 1)
-    train = order[held_out:]
+    train, held_out = divide(names, sizes, config.validation)
     if config.max_bytes is not None:
+        smallest = min(sizes[row] for row in train)
         train = _within(config.max_bytes, train, sizes)
         if not train:
-            smallest = min(sizes[row] for row in order[held_out:])
             raise UserError(
                 f"data.max_bytes: no training document is as short as {config.max_bytes:,} bytes; "
                 f"give at least {smallest:,}"
             )
-    return train, order[:held_out], np.array(sizes, np.int64)
+    return train, held_out, np.array(sizes, np.int64)
 
 
 def _within(limit: int, rows: list[int], sizes: list[int]) -> list[int]:

@@ -40,7 +40,7 @@ class DataConfig:
         "bpe-2048", "'bpe-N' trains a byte-level BPE of N pieces on the text; or a tokenizer folder or hub name"
     )
     context: int = option(256, "tokens per training window")
-    column: str = option("text", "the text column of a JSONL file or HF dataset")
+    column: str = option("text", "the text column of a JSON, CSV or Parquet file or HF dataset")
     validation: float = option(0.05, "share of documents held out, chosen by the hash of their name")
     isolate: bool = option(False, "tokens of a window attend within their own document only (slower: masks are dense)")
     max_bytes: int | None = option(

@@ -11,7 +11,6 @@ import ast
 import difflib
 import gzip
 import hashlib
-import json
 import lzma
 import os
 import re
@@ -28,7 +27,9 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from pondera.ground.errors import UserError, unknown
+from pondera.ground.row_files import PACKED, READERS, NoRows, Row, reader
 
+ADVICE = f"give UTF-8 text or rows ({', '.join(READERS)}), packed as .xz or .gz or not"
 PIECE = 16_384  # characters of a lone plain-text file that make one document
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -66,7 +67,7 @@ class Source:
 class NotText(UserError):
     """A file that cannot be read as text: an error when it was named, left out when it merely lies in a folder."""
 
-    def __init__(self, path: Path, reason: str, advice: str = "give UTF-8 text, .jsonl, or either as .xz or .gz"):
+    def __init__(self, path: Path, reason: str, advice: str = ADVICE):
         super().__init__(f"data.text: {str(path)!r} cannot be read as text ({reason}); {advice}")
         self.reason = reason
 
@@ -76,7 +77,7 @@ def open_text(text: str, column: str = "text") -> Source:
 
     Args:
         text: ``"stdlib"``, a file, a folder, or the name of a Hugging Face dataset.
-        column: the field of a JSONL file or dataset that holds the text.
+        column: the field of a JSON, CSV, TSV or Parquet file, or of a dataset, that holds the text.
 
     Raises:
         UserError: it is none of these, or cannot be read.
@@ -96,7 +97,7 @@ def open_text(text: str, column: str = "text") -> Source:
         return _files(text, [(path.name, path)], column)
     if path.exists():
         raise UserError(f"data.text: {text!r} is neither a regular file nor a folder; save it to a file first")
-    if not HUB_NAME.fullmatch(text) or path.suffix in (".txt", ".md", ".jsonl", ".xz", ".gz"):
+    if not HUB_NAME.fullmatch(text) or path.suffix.lower() in (".txt", ".md", *READERS, *PACKED):
         raise UserError(f"data.text: no such file or folder: {text!r}{_near(path)}")
     return _dataset(text, column)
 
@@ -189,7 +190,8 @@ def _files(name: str, files: list[tuple[str, Path]], column: str, whole: bool = 
     def read() -> Iterator[Document]:
         for relative, path in files:
             try:
-                documents = _jsonl(relative, path, column) if _is_jsonl(path) else _plain(relative, path, whole)
+                rows = reader(path)
+                documents = _rows(relative, path, column, rows) if rows else _plain(relative, path, whole)
                 yield from (Document(_unicode(title), _unicode(text)) for title, text in documents if text.strip())
             except NotText as error:
                 if not whole:
@@ -215,12 +217,8 @@ def _digest(kind: str, files: Iterable[tuple[str, Path]]) -> str:
 
 
 def _unpacked(path: Path) -> IO[bytes]:
-    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
+    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
     return opener(path, "rb")
-
-
-def _is_jsonl(path: Path) -> bool:
-    return (path.with_suffix("") if path.suffix in (".xz", ".gz") else path).suffix == ".jsonl"
 
 
 @contextmanager
@@ -230,6 +228,8 @@ def _as_text(path: Path) -> Iterator[None]:
         yield
     except UnicodeDecodeError:
         raise NotText(path, "binary, or not UTF-8") from None
+    except NoRows as error:
+        raise NotText(path, str(error)) from None
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError):
         raise NotText(path, "damaged archive", "download or pack it again") from None
     except OSError as error:
@@ -250,33 +250,17 @@ def _plain(relative: str, path: Path, whole: bool) -> Iterator[Document]:
         yield from (Document(f"{relative}#{number}", piece) for number, piece in enumerate(cut(text, size), 1))
 
 
-def _jsonl(relative: str, path: Path, column: str) -> Iterator[Document]:
+def _rows(relative: str, path: Path, column: str, rows: Callable[..., Iterator[Row]]) -> Iterator[Document]:
     with _as_text(path), _unpacked(path) as file:
-        number = 0
-        for number, line in enumerate(file, 1):
-            text = line.decode("utf-8-sig")
-            if text.strip():
-                yield _row(f"{relative}:{number}", text, column)
-    if not number:
-        raise NotText(path, "empty")
-
-
-def _row(place: str, line: str, column: str) -> Document:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise UserError(
-            f"data.text: {place}: not valid JSON ({error}); a .jsonl file has one object per line"
-        ) from None
-    if not isinstance(row, dict):
-        example = json.dumps({column: "..."})
-        raise UserError(f"data.text: {place}: expected an object such as {example}, found {line[:40]!r}")
-    if column not in row:
-        raise unknown(f"data.column (the text field of {place})", column, row)
-    if not isinstance(row[column], str):
-        raise UserError(f"data.column: field {column!r} of {place} holds {type(row[column]).__name__}, not text")
-    title = row.get("title")
-    return Document(title if isinstance(title, str) and title else place, row[column])
+        for place, row in rows(file, relative, (column, "title")):
+            if column not in row:
+                raise unknown(f"data.column (the text field of {place})", column, row)
+            if not isinstance(row[column], str):
+                raise UserError(
+                    f"data.column: field {column!r} of {place} holds {type(row[column]).__name__}, not text"
+                )
+            title = row.get("title")
+            yield Document(title if isinstance(title, str) and title else place, row[column])
 
 
 def _unicode(text: str) -> str:

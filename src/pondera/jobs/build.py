@@ -110,12 +110,30 @@ def check_think_first(model: AdaptiveLM, settings: TrainConfig) -> None:
         )
 
 
+def reads_as_before(config: RunConfig) -> bool:
+    """Whether a checkpoint is read with the tokenizer in its own folder."""
+    if not isinstance(config.backbone, str):
+        return False
+    if config.backbone == config.data.tokenizer:
+        return True
+    folders = [Path(name).expanduser() for name in (config.backbone, config.data.tokenizer)]
+    return all(folder.is_dir() for folder in folders) and folders[0].samefile(folders[1])
+
+
 def adopt(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast) -> None:
     """Tells a new model the ids of its tokenizer's special tokens, so that `generate` knows where a text ends."""
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for place in (model.backbone.config, model.backbone.lm.generation_config, model.generation_config):
         place.bos_token_id, place.eos_token_id, place.pad_token_id = tokenizer.bos_token_id, end, pad
+
+
+def add_end_token(model: AdaptiveLM, end: int) -> None:
+    """Adds a tokenizer's EOS, which ends every document in training, to the end tokens of a checkpoint."""
+    known = model.generation_config.eos_token_id
+    ends = [] if known is None else known if isinstance(known, list) else [known]
+    if end not in ends:
+        model.generation_config.eos_token_id = [*ends, end] if ends else end
 
 
 def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
@@ -151,10 +169,11 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
 
 
 def _check_vocabulary(config: RunConfig, model_size: int, tokenizer_size: int) -> None:
-    """Equal, but for a checkpoint, whose vocabulary is often padded beyond its tokenizer's."""
+    """Equal, but for a checkpoint: its vocabulary is often padded beyond its tokenizer's, and its own tokenizer may have
+    more tokens than it embeds, which `train` looks for in the text."""
     own = isinstance(config.backbone, str)
     padded = own and not bpe_size(config.data.tokenizer) and tokenizer_size < model_size
-    if tokenizer_size == model_size or padded:
+    if tokenizer_size == model_size or padded or reads_as_before(config):
         return
     advice = (
         f"use the checkpoint's own tokenizer: --data.tokenizer {config.backbone}"

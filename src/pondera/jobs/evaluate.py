@@ -45,7 +45,7 @@ def evaluate(
     """Scores a model on a text.
 
     A run is scored on what was held out of its own text, in whole windows, as at the end of its training. Any other
-    text is scored whole: tokenised as it stands (documents of a folder, JSONL file or dataset in a row, with EOS
+    text is scored whole: tokenised as it stands (documents of a folder, file of rows or dataset in a row, with EOS
     between them), in windows that do not overlap, so that every token but the very first is predicted exactly once.
     A foreign model whose tokenizer begins texts with BOS reads it first in every window. A run with ``data.isolate``
     reads the documents of other texts apart, too.
@@ -85,7 +85,7 @@ def evaluate(
     elif source is not None:
         if run is not None:
             _warn_of_overlap(run, given["text"])
-        text = WholeText.read(source, given["text"], loaded.tokenizer, max_tokens)
+        text = WholeText.read(source, given["text"], loaded.tokenizer, max_tokens, loaded.model.embedded)
         found = _score_whole(loaded, text, context, budget)
     else:
         raise UserError("data.text: this model is not from a run; say what to score it on, e.g. --data.text book.txt")

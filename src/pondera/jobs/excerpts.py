@@ -91,7 +91,8 @@ def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> Windows:
         context = min(context, limit - ASKED)  # the repeated passage comes behind
     if "text" in given:
         source = open_text(given["text"], given.get("column", "text"))
-        return Windows.cut(WholeText.read(source, given["text"], loaded.tokenizer, count * context), context, count)
+        text = WholeText.read(source, given["text"], loaded.tokenizer, count * context, loaded.model.embedded)
+        return Windows.cut(text, context, count)
     if loaded.run is None:
         raise UserError("data.text: this model is not from a run; say what to measure it on, e.g. --data.text book.txt")
     return Windows.cut(prepare(loaded.run.config.data).validation, context, count)
@@ -110,7 +111,7 @@ def calibration(loaded: Loaded, text: str | None, tokens: int, context: int) -> 
         UserError: a text that does not fill one window.
     """
     if text is not None:
-        split: Split = WholeText.read(open_text(text), text, loaded.tokenizer, tokens)
+        split: Split = WholeText.read(open_text(text), text, loaded.tokenizer, tokens, loaded.model.embedded)
     elif loaded.run is not None:
         split = prepare(loaded.run.config.data).train
     else:

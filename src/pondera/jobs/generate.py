@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pondera.ground.errors import UserError
+from pondera.ground.tokens import check_ids
 from pondera.jobs.load import Loaded, load
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ def generate(
     budget = budget_of(model, effort, max_passes)
     tokenizer = loaded.tokenizer
     ids = _prompt_ids(prompt, tokenizer)
+    check_ids(ids, tokenizer, model.embedded)
     _check_room(len(ids), max_new_tokens, model.positions)
     ids_BT = torch.tensor([ids], device=model.device)
     cache = model.new_cache()

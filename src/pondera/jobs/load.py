@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from pondera.ground.errors import UserError
+from pondera.ground.errors import UserError, unknown
 from pondera.ground.run import Run, is_run
 from pondera.ground.text import HUB_NAME, first_line, hub
 from pondera.jobs import checkpoints
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pondera.model.hf import PreTrainedModel
     from pondera.model.lm import AdaptiveLM
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 log = logging.getLogger(__name__)
@@ -46,7 +47,15 @@ class Loaded:
     foreign: bool = False
 
 
-def load(path: str | Path, device: str | None = None) -> Loaded:
+def load(
+    path: str | Path,
+    device: str | None = None,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
     """Loads a model and its tokenizer, completely or not at all.
 
     Only safetensors are read: unpickling weights would run whatever code is in them. Where there is a manifest, as in
@@ -56,9 +65,15 @@ def load(path: str | Path, device: str | None = None) -> Loaded:
         path: a run folder (its final model, else its newest intact checkpoint), a Pondera model folder, or the folder
             or hub name of any causal LM of transformers, which comes wrapped as an `AdaptiveLM` that chose nothing.
         device: where the model goes; none: the accelerator if there is one, else the CPU.
+        dtype: of the weights, one of `DTYPES`; `None` or ``"auto"``: as they are saved.
+        tokenizer: a folder or hub name with another tokenizer than the model's own.
+        revision: branch, tag or commit of a hub model and of its tokenizer.
+        trust_remote_code: run Python code that a checkpoint brings along. Only for code that you have read.
+
+    A tokenizer may have more tokens than the model embeds. Text that gives one of them is refused where it is read.
 
     Raises:
-        UserError: there is no model, it is damaged, or its tokenizer does not fit it.
+        UserError: there is no model, it is damaged, or it has no tokenizer.
 
     Example::
 
@@ -66,18 +81,23 @@ def load(path: str | Path, device: str | None = None) -> Loaded:
         loaded.model(**loaded.tokenizer("Once upon", return_tensors="pt").to(loaded.model.device)).passes
     """
     source, run = _find(Path(path).expanduser(), str(path))
+
+    from pondera.model.generation import storable
+
     if source.is_dir():
         _check_files(source)
-    lm = _weights(source, str(path))
-    tokenizer = _tokenizer(source, str(path))
-    _check_vocabulary(lm, tokenizer, str(path))
+    if revision not in (None, "main") and source.is_dir():
+        raise UserError(f"revision: {revision!r}: {str(path)!r} is a folder and has no revisions; leave revision out")
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", str(dtype), DTYPES)
+    remote: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    lm = _weights(source, str(path), {**remote, "dtype": dtype or "auto"})
+    vocabulary = _tokenizer(source, str(path), remote) if tokenizer is None else _other_tokenizer(tokenizer, remote)
     own = lm.config.model_type == "pondera"
-    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        # An architecture's default ids mean nothing to a tokenizer trained here; a foreign checkpoint's are its own.
-        if getattr(tokenizer, role) is not None and (own or getattr(lm.generation_config, role) is None):
-            setattr(lm.generation_config, role, getattr(tokenizer, role))
+    lm.generation_config = storable(lm.generation_config)
+    _set_special_tokens(lm, vocabulary, own)
     name = run.config.name if run else source.resolve().name if source.is_dir() else str(path)
-    return Loaded(_placed(lm if own else _wrapped(lm), device), tokenizer, name, run, foreign=not own)
+    return Loaded(_placed(lm if own else _wrapped(lm), device), vocabulary, name, run, foreign=not own)
 
 
 def _find(path: Path, given: str) -> tuple[Path, Run | None]:
@@ -151,15 +171,22 @@ def _check_files(folder: Path) -> None:
             raise UserError(f"{file} is damaged ({first_line(error)}); copy it again or give another folder") from None
 
 
-def _weights(source: Path, given: str) -> Any:
-    """The transformers model, with every weight that its config asks for and no other."""
+def _weights(source: Path, given: str, options: dict[str, Any]) -> Any:
+    """The transformers model, with every weight that its config asks for and no other.
+
+    Args:
+        source: a folder, or a hub name.
+        given: what the user called it.
+        options: more arguments of ``from_pretrained``.
+    """
+    import pondera.model.lm  # noqa: F401 (transformers' Auto classes know our models from here on)
     from pondera.model.hf import AutoModelForCausalLM
 
     local = source.is_dir()
     try:
         with _no_bar() if local else hub():
             loading: Any = AutoModelForCausalLM.from_pretrained(
-                str(source), use_safetensors=True, output_loading_info=True, local_files_only=local
+                str(source), use_safetensors=True, output_loading_info=True, local_files_only=local, **options
             )
             model, info = loading
     except UserError:
@@ -207,7 +234,14 @@ def _wrapped(lm: PreTrainedModel) -> AdaptiveLM:
     return model
 
 
-def _tokenizer(source: Path, given: str) -> PreTrainedTokenizerFast:
+def _other_tokenizer(given: str | Path, options: dict[str, Any]) -> PreTrainedTokenizerFast:
+    source = Path(given).expanduser()
+    if not source.is_dir() and not HUB_NAME.fullmatch(str(given)):
+        raise UserError(f"tokenizer: no such folder: {str(given)!r}{_near(source)}; give a folder or a hub name")
+    return _tokenizer(source, str(given), {**options, "revision": "main"})
+
+
+def _tokenizer(source: Path, given: str, options: dict[str, Any]) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
     advice = "save the one it was trained with there: tokenizer.save_pretrained(FOLDER)"
@@ -216,7 +250,7 @@ def _tokenizer(source: Path, given: str) -> PreTrainedTokenizerFast:
         raise UserError(f"{given!r}: no tokenizer beside the model; {advice}")
     try:
         with nullcontext() if local else hub():
-            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local)
+            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local, **options)
     except Exception as error:  # a damaged file surfaces as whatever its parser raises
         raise UserError(f"{given!r}: its tokenizer cannot be loaded ({first_line(error)}); {advice}") from None
     if not tokenizer.is_fast:
@@ -224,14 +258,20 @@ def _tokenizer(source: Path, given: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _check_vocabulary(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, given: str) -> None:
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    rows = cast(Any, lm.get_input_embeddings()).weight.shape[0]
-    if not 0 < size <= rows:
-        raise UserError(
-            f"{given!r}: its tokenizer has {size} tokens and the model embeds {rows}, so they do not belong together; "
-            "save the tokenizer that the model was trained with in its folder: tokenizer.save_pretrained(FOLDER)"
-        )
+def _set_special_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, own: bool) -> None:
+    """Completes the generation config with the tokenizer's special tokens.
+
+    Ids of a ``generation_config.json`` stay as they are: a chat model has several end tokens. Ids that an architecture
+    has by default mean nothing to a tokenizer that Pondera trained, so for a Pondera model (`own`) the tokenizer's replace
+    them.
+    """
+    config, rows = lm.generation_config, cast(Any, lm.get_input_embeddings()).weight.shape[0]
+    by_default = own and bool(getattr(config, "_from_model_config", False))
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token, known = getattr(tokenizer, role), getattr(config, role)
+        ids = known if isinstance(known, list) else [known]
+        if token is not None and token < rows and (known is None or (by_default and token not in ids)):
+            setattr(config, role, token)
 
 
 def _placed(model: Any, device: str | None) -> AdaptiveLM:

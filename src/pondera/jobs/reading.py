@@ -7,8 +7,8 @@ Shapes: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,12 @@ def pieces(tokens: int, prompt: int, piece: int = PIECE) -> list[int]:
 
 @torch.no_grad()
 def read(
-    model: AdaptiveLM, cache: Cache, ids_BT: Tensor, prompt: int = 0, piece: int = PIECE
+    model: AdaptiveLM,
+    cache: Cache,
+    ids_BT: Tensor,
+    prompt: int = 0,
+    piece: int = PIECE,
+    budget: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """The logits of each piece, ``[B, t, V]``, and the number of its first token.
 
@@ -45,8 +50,9 @@ def read(
         ids_BT: no padding.
         prompt: tokens that are read in one go first.
         piece: tokens at a time after them.
+        budget: ``effort`` and ``max_passes``, as the model takes them.
     """
     start = 0
     for part_BT in ids_BT.split(pieces(ids_BT.shape[1], prompt, piece), dim=1):
-        yield start, model(part_BT, past_key_values=cache).logits
+        yield start, model(part_BT, past_key_values=cache, **(budget or {})).logits
         start += part_BT.shape[1]

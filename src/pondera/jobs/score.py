@@ -127,17 +127,17 @@ def tally(
     model.eval()
     try:
         if model.memory is not None:
-            return _remembered(model, given["input_ids"], given["shift_labels"])
+            return _remembered(model, given["input_ids"], given["shift_labels"], budget)
         out = model(**given, **(budget or {}))
     finally:
         model.train(was_training)
     return Tally(float(out.terms["next_token"].sum), took(out.passes, math.ceil(model.passes())))
 
 
-def _remembered(model: AdaptiveLM, ids_BC: Tensor, labels_BC: Tensor) -> Tally:
+def _remembered(model: AdaptiveLM, ids_BC: Tensor, labels_BC: Tensor, budget: dict[str, Any] | None = None) -> Tally:
     """Scores windows as a model with a memory reads them: piece by piece, and with what it still remembers."""
     nats = 0.0
-    for start, logits_BCV in read(model, model.new_cache(), ids_BC):
+    for start, logits_BCV in read(model, model.new_cache(), ids_BC, budget=budget):
         labels_N = labels_BC[:, start : start + logits_BCV.shape[1]].flatten()
         nats += float(
             F.cross_entropy(logits_BCV.float().flatten(0, 1), labels_N, ignore_index=IGNORED, reduction="sum")

@@ -46,7 +46,7 @@ def trace(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str, cont
 
     from pondera.jobs.generate import Stream, start_token
 
-    ids, _ = next(encode([text], tokenizer))
+    ids, _ = next(encode([text], tokenizer, model.embedded))
     traced = ids[: min(TRACED, context - 1)].tolist()
     if not traced:
         raise UserError("there is no token to trace: the text is empty, or the context has room for its start only")

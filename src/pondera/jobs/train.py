@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from pondera.ground.errors import Failure, Interrupted, UserError, unknown
 from pondera.ground.run import Run, is_run
 from pondera.ground.settings import RunConfig, TrainConfig
-from pondera.jobs.build import adopt, new_model, resolve
+from pondera.ground.tokens import check_ids
+from pondera.jobs.build import add_end_token, adopt, new_model, reads_as_before, resolve
 
 if TYPE_CHECKING:
     from pondera.ground.data import Corpus, Split
@@ -71,8 +72,8 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
         model, start = _restored(run, corpus, main) if resume else (None, None)
         if model is None:
             model = new_model(config, corpus.vocab_size)
-            if isinstance(config.backbone, dict):
-                adopt(model, corpus.tokenizer())
+            _set_special_tokens(model, config, corpus)
+        check_tokens(model, corpus)
         check_recomputable(model, config.train)
         args = arguments(config.train, str(out), _num_processes())
         recorder = Recorder(run, config, corpus, model, start, show=progress and main)
@@ -91,6 +92,22 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
             raise Interrupted(f"stopped after step {trainer.state.global_step}; go on with: {_again(run)}")
         _finish(recorder, trainer)
     return run
+
+
+def _set_special_tokens(model: AdaptiveLM, config: RunConfig, corpus: Corpus) -> None:
+    """A checkpoint that is read with its own tokenizer keeps its end tokens; any other model gets the tokenizer's."""
+    tokenizer: Any = corpus.tokenizer()
+    if reads_as_before(config):
+        add_end_token(model, tokenizer.eos_token_id)
+    else:
+        adopt(model, tokenizer)
+
+
+def check_tokens(model: AdaptiveLM, corpus: Corpus) -> None:
+    """Refuses a prepared text with a token that the model does not embed."""
+    if corpus.vocab_size > model.embedded:  # otherwise no id can be too large
+        for split in (corpus.train, corpus.validation):
+            check_ids(split.ids, corpus.tokenizer(), model.embedded)
 
 
 def _finish(recorder: Recorder, trainer: PonderaTrainer) -> None:

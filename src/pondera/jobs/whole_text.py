@@ -13,6 +13,7 @@ import numpy as np
 
 from pondera.ground.data import Split
 from pondera.ground.errors import UserError
+from pondera.ground.row_files import reader
 from pondera.ground.text import Source
 from pondera.ground.tokens import encode
 
@@ -33,11 +34,18 @@ class WholeText(Split):
         return WholeText(self.ids[token:], self._bytes[token + 1 :], starts_D)
 
     @classmethod
-    def read(cls, source: Source, name: str, tokenizer: PreTrainedTokenizerFast, max_tokens: int | None) -> WholeText:
-        """As many tokens as it takes to predict `max_tokens`."""
+    def read(
+        cls,
+        source: Source,
+        name: str,
+        tokenizer: PreTrainedTokenizerFast,
+        max_tokens: int | None,
+        embedded: int | None = None,
+    ) -> WholeText:
+        """As many tokens as it takes to predict `max_tokens`; refuses those beyond the `embedded` ones of a model."""
         ids, ends, starts, tokens = [], [], [], 0
         for text in documents(source, name):
-            (text_ids, text_ends), seen = next(encode([text], tokenizer)), ends[-1][-1] if ends else 0
+            (text_ids, text_ends), seen = next(encode([text], tokenizer, embedded)), ends[-1][-1] if ends else 0
             if tokens and tokenizer.eos_token_id is not None:
                 ids.append(np.array([tokenizer.eos_token_id]))  # the end of the document before
                 ends.append(np.array([seen]))
@@ -59,7 +67,7 @@ def documents(source: Source, name: str) -> Iterator[str]:
     """The texts of a source; a lone file of plain text is one, though training cuts it to hold some of it out."""
     found = (document.text for document in source.read())
     path = Path(name).expanduser()
-    if path.is_file() and ".jsonl" not in path.suffixes:
+    if path.is_file() and reader(path) is None:
         yield "".join(found)
     else:
         yield from found

@@ -90,12 +90,17 @@ class AdaptiveConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From a ``config.json``, whose backbone must be written out: a name would fetch weights from elsewhere."""
+        """From a ``config.json``, whose backbone must be written out: a name would fetch weights from elsewhere.
+
+        The backbone may have fields that its config class does not declare, as those of many checkpoints do.
+        """
         if isinstance(config_dict.get("backbone"), str) or "_checkpoint" in config_dict:
             raise UserError(
                 "config.json names another checkpoint (backbone), whose weights would be fetched; what Pondera saved does "
                 "not: give the folder of a trained model"
             )
+        if isinstance(backbone := config_dict.get("backbone"), dict):
+            config_dict = {**config_dict, "backbone": backbone_config(backbone, saved=True)}
         return super().from_dict(config_dict, **kwargs)
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
@@ -110,11 +115,12 @@ class AdaptiveConfig(PreTrainedConfig):
         return tree
 
 
-def backbone_config(tree: dict[str, Any]) -> PreTrainedConfig:
+def backbone_config(tree: dict[str, Any], saved: bool = False) -> PreTrainedConfig:
     """A transformers config from a mapping, with unknown architectures and fields refused by name.
 
     Args:
         tree: ``model_type`` and any fields of that architecture's config.
+        saved: the mapping is from a saved model. Its unknown fields are kept, as transformers keeps them.
     """
     tree = dict(tree)
     name = tree.pop("model_type", None)
@@ -123,16 +129,21 @@ def backbone_config(tree: dict[str, Any]) -> PreTrainedConfig:
     if name not in CONFIG_MAPPING:
         raise unknown("backbone model_type", name, CONFIG_MAPPING.keys())
     config_class = CONFIG_MAPPING[name]
-    default = config_class()
-    allowed = set(default.to_dict()) | set(config_class.attribute_map) | {"attn_implementation", "dtype"}
-    for key in tree:
-        # A leading underscore or a generation field may stand in a config.json that transformers itself wrote.
-        if key not in allowed and not key.startswith("_") and not hasattr(default, key):
-            raise unknown(f"{name} setting", f"backbone.{key}", [f"backbone.{field}" for field in allowed])
+    if not saved:
+        _check_fields(tree, name)
     try:
         return config_class(**tree)
     except Exception as error:
         raise UserError(f"backbone: {name} refuses these settings: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _check_fields(tree: dict[str, Any], name: str) -> None:
+    default = CONFIG_MAPPING[name]()
+    allowed = set(default.to_dict()) | set(type(default).attribute_map) | {"attn_implementation", "dtype"}
+    for key in tree:
+        # A leading underscore or a generation field may stand in a config.json that transformers itself wrote.
+        if key not in allowed and not key.startswith("_") and not hasattr(default, key):
+            raise unknown(f"{name} setting", f"backbone.{key}", [f"backbone.{field}" for field in allowed])
 
 
 def _checkpoint_config(path: str) -> PreTrainedConfig:

@@ -1,6 +1,6 @@
 """The names of transformers that configs need: importing these does not import any model.
 
-Kept apart from `hf.py` because transformers imports `model/config.py` while its own model modules are still half-way.
+Kept apart from `hf.py`, which imports generation and attention code, so that reading a config stays light.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from pondera.model.backbone import Backbone, scaled_init, token_positions
 from pondera.model.budget import Budget
 from pondera.model.cache import TokenCache
 from pondera.model.config import AdaptiveConfig
+from pondera.model.generation import storable
 from pondera.model.hf import (
     AutoModelForCausalLM,
     Cache,
@@ -70,7 +71,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     """A causal LM that weighs each token: any transformers backbone plus at most one method per seam.
 
     Everything that transformers does with a causal LM works: `generate` with greedy, sampling, beams, streamers and
-    left-padded batches, `save_pretrained`, and `AutoModelForCausalLM.from_pretrained` after ``import pondera``.
+    left-padded batches, `save_pretrained`, and `AutoModelForCausalLM.from_pretrained` once this class is imported.
     With nothing chosen it equals its backbone bit for bit.
 
     Args:
@@ -126,7 +127,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         # transformers looks for tied weights in direct children only, and ours lie one level deeper.
         tied = lm.all_tied_weights_keys if config.tie_word_embeddings else {}
         self._tied_weights_keys = {f"backbone.lm.{key}": f"backbone.lm.{source}" for key, source in tied.items()}
-        self.generation_config = GenerationConfig.from_model_config(self.backbone.config)
+        self.generation_config = storable(lm.generation_config)
         self.post_init()
         if old is not None:
             self._take_over(old)
@@ -174,6 +175,11 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         if self.method is not None and self.method.endless:
             return None
         return getattr(self.backbone.config, "max_position_embeddings", None)
+
+    @property
+    def embedded(self) -> int:
+        """How many tokens the model embeds. A tokenizer may have more, such as the image token of a text model."""
+        return cast(Any, self.get_input_embeddings()).weight.shape[0]
 
     @property
     def chosen(self) -> str | None:

@@ -71,7 +71,7 @@ class Collapse(Probe):
 
         if not text:
             raise UserError("the text is empty; give one of a few thousand tokens")
-        ids, _ = next(encode([text], tokenizer))
+        ids, _ = next(encode([text], tokenizer, model.embedded))
         ids_T = torch.from_numpy(ids[: self.max_tokens].astype("int64"))
         context = min(model.positions or 256, 256)
         met: list[tuple[Tensor, Tensor]] = []

@@ -107,7 +107,7 @@ class Concepts(Probe):
         """
         if not text:
             raise UserError("the text is empty; give one of a few thousand tokens")
-        ids, _ = next(encode([text], tokenizer))
+        ids, _ = next(encode([text], tokenizer, model.embedded))
         found: dict[int, dict[int, Counter[str]]] = {}
         for chunk in read(model, tokenizer, ids[: self.max_tokens].tolist()):
             for segment, code in enumerate(chunk.codes):

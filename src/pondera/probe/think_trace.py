@@ -100,7 +100,7 @@ class ThinkTrace(Probe):
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
             raise UserError("the tokenizer has neither BOS nor EOS, so nothing can start a text; set its eos_token")
-        whole, _ = next(encode([text], tokenizer))
+        whole, _ = next(encode([text], tokenizer, model.embedded))
         room = (model.positions or math.inf) - 1
         ids = [cast(int, start), *whole[: int(min(self.max_tokens, room, len(whole)))].tolist()]
         if len(ids) == 1:

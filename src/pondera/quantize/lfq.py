@@ -12,6 +12,8 @@ from torch import Tensor
 
 from pondera.ground.errors import UserError
 from pondera.model.terms import Term
+from pondera.quantize.parts.codebook import chosen
+from pondera.quantize.parts.finite import FiniteVectors
 from pondera.quantize.parts.lattice import Lattice
 from pondera.quantize.parts.ranks import summed
 
@@ -70,6 +72,7 @@ class LFQ(Lattice):
             )
         super().__init__(None if bits is None else [2] * bits)
         self.entropy, self.commitment, self.temperature, self.decay = entropy, commitment, temperature, decay
+        self._finite = FiniteVectors()
         self._told = False
 
     def _make(self) -> None:
@@ -105,7 +108,7 @@ class LFQ(Lattice):
         one_NC = score_NC.sigmoid()
         unsure_NC = torch.nn.functional.binary_cross_entropy_with_logits(score_NC, one_NC, reduction="none")
         if self.training and self.learning:
-            self._note(one_NC.detach())
+            self._note(chosen(one_NC.detach(), self._finite.of(z.detach(), repr(self))))
         ones_C = self.ones_C.clamp(1e-6, 1 - 1e-6)
         common_NC = one_NC * ones_C.log() + (1 - one_NC) * (-ones_C).log1p()
         return {

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pondera.ground.errors import UserError
 from pondera.quantize.contract import ABSENT, Quantized, Quantizer
+from pondera.quantize.parts.codebook import chosen
 from pondera.quantize.parts.estimator import straight_through
+from pondera.quantize.parts.finite import FiniteVectors
 from pondera.quantize.parts.ranks import summed
 
 
@@ -73,6 +75,7 @@ class Scalar(Quantizer):
         if steps < 1:
             raise UserError(f"steps={steps}: give 1 or more; give low and high where nothing is to be calibrated")
         self.counts, self.low, self.high, self.spread, self.steps = levels, low, high, spread, steps
+        self._finite = FiniteVectors()
         self._step, self._told, self._folded = 0, False, False
 
     def _make(self) -> None:
@@ -121,7 +124,10 @@ class Scalar(Quantizer):
         """See `Quantizer.encode`."""
         self._expect(x, mask, levels)
         low_D, cell_D = self.ranges()
-        codes = ((x.float() - low_D) / cell_D).floor().clamp(min=0).minimum(self.counts_D - 1).long()
+        cells = (
+            ((x.float() - low_D) / cell_D).floor().nan_to_num(nan=0.0)
+        )  # a number that is none gets a code that exists
+        codes = cells.clamp(min=0).minimum(self.counts_D - 1).long()
         return (codes if mask is None else torch.where(mask[..., None], codes, ABSENT))[..., None]
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -136,7 +142,8 @@ class Scalar(Quantizer):
         self._expect(x, mask, levels)
         if self.training and self.low is None and not self._folded:
             if self._step < self.steps:
-                self._calibrate((x if mask is None else x[mask]).detach().reshape(-1, self.dim).float())
+                x_ND = (x if mask is None else x[mask]).detach().reshape(-1, self.dim).float()
+                self._calibrate(chosen(x_ND, self._finite.of(x_ND, repr(self))))
             self._step += not self._told
         codes = self.encode(x, mask)
         out = straight_through(x, self.decode(codes).to(x.dtype))

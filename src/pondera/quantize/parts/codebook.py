@@ -14,6 +14,7 @@ from torch import Tensor
 from pondera.ground.errors import UserError, unknown
 from pondera.quantize.contract import ABSENT, Quantized, Quantizer
 from pondera.quantize.parts.estimator import ESTIMATORS, estimate
+from pondera.quantize.parts.finite import FiniteVectors
 from pondera.quantize.parts.nearest import nearest
 from pondera.quantize.parts.start import KEPT_PER_CODE, WarmUp
 from pondera.quantize.parts.update import Statistics, losses
@@ -61,6 +62,7 @@ class Codebook(Quantizer):
         self.codes, self.start_step, self.estimator = codes, start_step, estimator
         self.commitment, self.detach_input, self.detach_target = commitment, detach_input, detach_target
         self.statistics: Statistics | None = None
+        self._finite = FiniteVectors()
         self._told, self._seed = False, 0
 
     @abstractmethod
@@ -113,8 +115,9 @@ class Codebook(Quantizer):
         """See `Quantizer.forward`."""
         x_NC, kept_N = self._flat(x, mask, levels)
         vectors_NC = _wide(chosen(x_NC, kept_N))
+        usable_N = self._usable(vectors_NC.detach())
         if self.training:
-            self._warm_up(vectors_NC.detach())
+            self._warm_up(chosen(vectors_NC.detach(), usable_N))
         table_KC = self.table()[0, 0]
         if self.gate.closed:
             # Processes that average gradients wait for those of every weight.
@@ -123,7 +126,8 @@ class Codebook(Quantizer):
         else:
             found_N = nearest(vectors_NC, table_KC)
             if self.training and self.statistics is not None:
-                self.statistics.gather(vectors_NC.detach(), found_N, self._generator())
+                usable_NC, their_codes_N = chosen(vectors_NC.detach(), usable_N), chosen(found_N, usable_N)
+                self.statistics.gather(usable_NC, their_codes_N, self._generator())
             q_NC = F.embedding(found_N, table_KC.to(vectors_NC.dtype))
             terms = losses(
                 vectors_NC,
@@ -163,6 +167,11 @@ class Codebook(Quantizer):
                 self.start_from(self.gate.vectors(), self._generator(), int(self.gate.per_batch))
             self.gate.is_open.fill_(True)
 
+    def _usable(self, x_NC: Tensor) -> Tensor | None:
+        """Numbers of the vectors that a batch in training adds to what is kept of it; none: all."""
+        keeps = self.statistics is not None or (self.gate.closed and self.gate.wants_vectors)
+        return self._finite.of(x_NC, repr(self)) if self.training and keeps else None
+
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed((self._seed * 1_000_003 + int(self.step)) % 2**63)
 
@@ -173,7 +182,7 @@ class Codebook(Quantizer):
 
 
 def chosen(x_NC: Tensor, kept_N: Tensor | None) -> Tensor:
-    """The vectors of these numbers; all of them where there are none."""
+    """The vectors of these numbers, or their codes; all of them where there are none."""
     return x_NC if kept_N is None else x_NC[kept_N]
 
 

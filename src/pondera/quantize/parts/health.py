@@ -62,7 +62,7 @@ def health(x: Tensor, q: Tensor, codes: Tensor, table: Tensor | None = None, siz
     distance of crowding is that of all pairs of rows.
 
     Args:
-        x: ``[..., D]``, the vectors.
+        x: ``[..., D]``, the vectors; one with inf or nan is left out.
         q: ``[..., D]``, what their codes stand for.
         codes: ``[..., G, R]``; a place with a negative code is left out, a vector with no other too.
         table: ``[G, R, K, C]``, the codebooks.
@@ -79,7 +79,7 @@ def health(x: Tensor, q: Tensor, codes: Tensor, table: Tensor | None = None, siz
     x_ND, q_ND = x.reshape(-1, x.shape[-1]), q.reshape(-1, q.shape[-1])
     codes_NGR = codes.reshape(len(x_ND), groups, levels)
     if groups * levels:
-        kept_N = (codes_NGR >= 0).flatten(1).any(1)
+        kept_N = (codes_NGR >= 0).flatten(1).any(1) & x_ND.isfinite().all(1)
         x_ND, q_ND, codes_NGR = x_ND[kept_N], q_ND[kept_N], codes_NGR[kept_N]
     if sizes is None and table is not None:
         sizes = torch.full((groups, levels), table.shape[-2])

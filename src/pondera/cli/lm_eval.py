@@ -1,0 +1,63 @@
+"""``pondera lm-eval``: EleutherAI's evaluation harness, which then knows ``--model pondera``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from collections.abc import Sequence
+
+from pondera.cli.parser import Parser
+from pondera.ground.errors import Failure, UserError
+from pondera.ground.text import first_line
+
+SUMMARY = "runs the tasks of EleutherAI's evaluation harness on a model"
+ABOUT = """\
+Registers Pondera's models as --model pondera and runs lm-eval's own command with all arguments as they are.
+What it takes: `pondera lm-eval run --help`. Arguments of the model go into --model_args: pretrained (a run, a model folder or
+a hub name), dtype, tokenizer, revision, effort, max_passes, max_length and others.
+Needs lm-eval: pip install "pondera[eval]"."""
+EXAMPLES = """
+pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm2-seed0 --tasks lambada_openai
+pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm3-seed0,effort=0.5 --tasks arc_easy --batch_size 8
+pondera lm-eval ls tasks
+"""
+MODEL, ADAPTER = "pondera", "pondera.jobs.harness:PonderaLM"
+
+
+class PassThrough(Parser):
+    """A parser that leaves every argument to another program, but for a lone ``--help``."""
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """All words, unread; or the help."""
+        return (
+            super().parse(["--help"]) if list(words) in ([], ["-h"], ["--help"]) else argparse.Namespace(words=[*words])
+        )
+
+
+def parser() -> Parser:
+    """What ``pondera lm-eval`` takes."""
+    return PassThrough("lm-eval", ABOUT, EXAMPLES)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calls lm-eval's command line."""
+    try:
+        import lm_eval.models  # noqa: F401 (fills the registry, from entry points too where lm-eval reads them)
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.registry import model_registry
+    except ImportError as error:
+        raise UserError(f'lm-eval is not installed ({error}); type: pip install "pondera[eval]"') from None
+    if MODEL not in model_registry:
+        model_registry.register(MODEL, target=ADAPTER)
+    given, sys.argv = sys.argv, ["lm-eval", *args.words]
+    try:
+        cli_evaluate()
+    except UserError:
+        raise
+    except Exception as error:  # its own mistakes and those of its input look alike, so its traceback is shown
+        traceback.print_exc()
+        raise Failure(f"lm-eval failed: {first_line(error)}") from None
+    finally:
+        sys.argv = given
+    return 0
