@@ -65,8 +65,9 @@ class AdaptiveConfig(PreTrainedConfig):
     embed_scale: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Whoever holds a config may ask AutoModelForCausalLM for its model, which registers itself when imported.
-        importlib.import_module("pondera.model.lm")
+        # Whoever holds a config may ask transformers for its model.
+        lm = importlib.import_module("pondera.model.lm")
+        lm.register(AdaptiveConfig, lm.AdaptiveLM)
         kwargs.pop(TEXT_CONFIG, None)
         if strange := next((name for name in kwargs if not _known(name)), None):
             raise unknown("setting of AdaptiveConfig", strange, _SETTINGS)

@@ -8,9 +8,9 @@ series that the contract suite was run on (``tools/versions.py`` runs it, ``docs
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
-import transformers
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -97,8 +97,9 @@ def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedM
 
     By its config (`AutoModelForCausalLM`), by the class name that ``config.json`` has under ``architectures``
     (``transformers serve`` asks the package itself), and among the names of causal LMs (label smoothing shifts the labels
-    of these alone).
+    of these alone). It may be called again.
     """
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    setattr(transformers, model_class.__name__, model_class)
+    # Of the module that is there now: while transformers is imported, another stands in its place.
+    setattr(sys.modules["transformers"], model_class.__name__, model_class)
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__

@@ -510,4 +510,3 @@ def _saved_model(path: str, **options: Any) -> Any:
 
 
 _PARAMETERS = list(inspect.signature(AdaptiveLM.forward).parameters)
-register(AdaptiveConfig, AdaptiveLM)
