@@ -30,7 +30,8 @@ class ScaledEmbedding(nn.Embedding):
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
         self.weight = table.weight
-        self.embed_scale = scale * float(getattr(table, "embed_scale", 1.0))
+        own = getattr(table, "scalar_embed_scale", None)  # of a buffer that is not filled yet while weights are loaded
+        self.embed_scale = scale * float(getattr(table, "embed_scale", 1.0) if own is None else own)
 
     def forward(self, input: Tensor) -> Tensor:
         """Scaled embeddings, ``[B, T, D]``."""

@@ -407,13 +407,15 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         """As any module; says so where an adapter trains and what the method has of its own is frozen."""
         super().train(mode)
         method = self.method
-        if mode and method is not None and not self._said_frozen:
-            own = list(method.parameters())
-            if own and not any(p.requires_grad for p in own) and any(p.requires_grad for p in self.parameters()):
+        # An adapter that trains a copy of the method (modules_to_save) wraps the frozen original.
+        if mode and method is not None and not self._said_frozen and not hasattr(method, "original_module"):
+            frozen = sum(not parameter.requires_grad for parameter in method.parameters())
+            if frozen and any(parameter.requires_grad for parameter in self.parameters()):
                 self._said_frozen = True
                 log.warning(
-                    "%s is frozen while other weights train, as adapters freeze all that they do not know; to train it, too, "
-                    "use LoraConfig(..., modules_to_save=[%r])",
+                    "%d of the weights of %s are frozen while others train, as adapters freeze all that they do not know; to "
+                    "train them, too, use LoraConfig(..., modules_to_save=[%r])",
+                    frozen,
                     self.chosen,
                     self._seam,
                 )
