@@ -67,9 +67,10 @@ def test_what_is_trained_is_what_the_model_itself_trains(chosen):
     fused = theirs(input_ids=x, labels=x, fused_lm_head=True)
     (-fused.log_probs.sum() / fused.label_mask.sum()).backward()
     torch.testing.assert_close(gradients(theirs), own, atol=1e-5, rtol=1e-3)
-    plain = -F.log_softmax(theirs.eval()(x).logits[:, :-1], -1).gather(-1, x[:, 1:, None])[..., 0]
-    if chosen not in OWN_TERMS:
-        torch.testing.assert_close(-fused.log_probs, plain, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        scored = theirs.eval()(input_ids=x, labels=x, fused_lm_head=True).log_probs
+        plain = F.log_softmax(theirs(x).logits[:, :-1], -1).gather(-1, x[:, 1:, None])[..., 0]
+    torch.testing.assert_close(scored, plain, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("chosen", OWN_TERMS, ids=str)
@@ -102,8 +103,12 @@ def test_supervised_fine_tuning_runs(chosen, packing, tokenizer, tmp_path):
 @pytest.mark.parametrize("chosen", CHOSEN, ids=str)
 def test_preferences_train(chosen, tokenizer, tmp_path):
     rows = [{"prompt": "The sea", "chosen": " was calm", "rejected": " went on"}] * 4
+    build(**chosen).save_pretrained(tmp_path / "model")  # from where TRL takes its reference, too
     settings = DPOConfig(str(tmp_path), per_device_train_batch_size=2, max_steps=1, **SMALL)
-    DPOTrainer(model=build(**chosen), args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer).train()
+    given = {"args": settings, "train_dataset": Dataset.from_list(rows), "processing_class": tokenizer}
+    trainer = DPOTrainer(model=str(tmp_path / "model"), **given)
+    assert type(trainer.model) is AdaptiveLM is type(trainer.ref_model)
+    trainer.train()
 
 
 @pytest.mark.parametrize("chosen", CHOSEN[:3], ids=str)

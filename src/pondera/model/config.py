@@ -13,10 +13,10 @@ from pondera.model.hf_config import (
     AutoConfig,
     PreTrainedConfig,
     SubConfigSpec,
-    installed,
     written_by_transformers,
 )
 from pondera.model.peft_defaults import announce_to_peft
+from pondera.model.versions import installed
 
 INITS = ("hf", "scaled")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")

@@ -1,8 +1,8 @@
 """Every name that Pondera takes from transformers and that may move between its versions.
 
 Nothing else in the package imports transformers' internals, but `hf_config.py`, which is light. What differs between
-versions is decided here, by what the installed one offers: no other file asks for a version. `TESTED` are the minor
-series that the contract suite was run on (``tools/versions.py`` runs it, ``docs/versions.md`` has the results).
+versions is decided here, by what the installed one offers: no other file asks for a version. `versions.py` knows those
+that the contract suite passed on (``tools/versions.py`` runs it, ``docs/versions.md`` has the results).
 """
 
 from __future__ import annotations
@@ -34,12 +34,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ModelOutput
 
-from pondera.model.hf_config import TESTED, installed, tested
-
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
     "CACHE",
-    "TESTED",
     "AttentionInterface",
     "AttentionMaskInterface",
     "AutoModelForCausalLM",
@@ -57,12 +54,10 @@ __all__ = [
     "checkpointing_arguments",
     "create_causal_mask",
     "create_sliding_window_causal_mask",
-    "installed",
     "is_checkpointing",
     "register",
     "sdpa_attention",
     "sdpa_mask",
-    "tested",
 ]
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"

@@ -7,26 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 
-from packaging.version import Version
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
 from transformers.generation.configuration_utils import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
 __all__ = [
     "CONFIG_MAPPING",
-    "TESTED",
     "AutoConfig",
     "PreTrainedConfig",
     "SubConfigSpec",
-    "installed",
-    "tested",
     "written_by_transformers",
 ]
-
-TESTED = ("5.23",)
-"""Minor series of transformers that the contract suite passed on."""
 
 # Names that are no dataclass field but that `PreTrainedConfig` takes or writes.
 _WRITTEN = (
@@ -49,22 +41,6 @@ _WRITTEN = (
     "eos_token_id",
     "pad_token_id",
 )
-
-
-def installed() -> str:
-    """The version of transformers that is installed; asked without importing it."""
-    return importlib.metadata.version("transformers")
-
-
-def tested(version: str) -> bool:
-    """Whether the contract suite passed on the minor series of a version.
-
-    Example:
-        >>> tested("4.0.1")
-        False
-    """
-    found = Version(version)
-    return f"{found.major}.{found.minor}" in TESTED
 
 
 @functools.cache
