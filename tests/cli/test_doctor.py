@@ -129,6 +129,13 @@ def test_what_is_only_worth_a_warning(examine, monkeypatch):
     assert problems(found) == {"no-such-package": 'not installed; pip install "no-such-package>=1"'}
 
 
+def test_the_installed_transformers_is_held_against_those_that_were_tested(examine, monkeypatch):
+    assert f"tested: {', '.join(doctor.passed())}" in examine({})["ok", "transformers"]
+    monkeypatch.setattr(doctor, "was_tested", lambda version: False)
+    said = examine({})["warning", "transformers"]
+    assert "was not tested" in said and f'pip install "transformers=={doctor.passed()[-1]}"' in said
+
+
 def test_windows_are_shared_by_processes(examine, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "8 windows cannot be shared by 3 processes" in problems(examine({}))["train"]

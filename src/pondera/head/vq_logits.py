@@ -84,6 +84,16 @@ class VQLogits(Head):
         """See `Head.weights`."""
         return self.table_GKC.numel()
 
+    @property
+    def weight(self) -> Tensor:
+        """The output matrix that scores alike, ``[V, D]``: for those who multiply by it themselves."""
+        return torch.cat([self.table_GKC[group, self.code_VG[:, group]] for group in range(self.groups)], dim=1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to each token's score, ``[V]``."""
+        return self.bias_V
+
     def scores(self, h_ND: Tensor) -> Tensor:
         """Scores of codes, ``[N, G, K]``."""
         return torch.einsum("ngc,gkc->ngk", h_ND.unflatten(-1, (self.groups, -1)), self.table_GKC.to(h_ND.dtype))

@@ -20,11 +20,12 @@ from pondera.ground.errors import UserError
 from pondera.ground.settings import DataConfig, RunConfig, TrainConfig
 from pondera.ground.text import HUB_NAME
 from pondera.ground.tokens import bpe_size, load_tokenizer
+from pondera.model.versions import passed, was_tested
 
 if TYPE_CHECKING:
     from pondera.model.lm import AdaptiveLM
 
-KNOWN_GOOD = {"torch": ">=2.8", "transformers": ">=5.23,<5.24"}  # as in pyproject.toml
+KNOWN_GOOD = {"torch": ">=2.8", "transformers": ">=5.20,<5.25"}  # as in pyproject.toml
 EFFICIENCY = 0.6  # of a large matrix product's speed is what training reaches, roughly
 LIBRARIES = 0.7e9  # bytes that torch and transformers take by themselves
 STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments, in float32
@@ -159,7 +160,12 @@ def _versions() -> Iterator[Finding]:
             yield Finding("problem", package, f'not installed; pip install "{package}{good}"')
             continue
         if SpecifierSet(good).contains(version, prereleases=True):
-            yield Finding("ok", package, f"{version} (known to work: {good})")
+            if package == "transformers" and not was_tested(version):
+                text = f"{version} was not tested; the tests passed on {', '.join(passed())}"
+                yield Finding("warning", package, f'{text}: pip install "{package}=={passed()[-1]}"')
+                continue
+            proof = f"; tested: {', '.join(passed())}" if package == "transformers" else ""
+            yield Finding("ok", package, f"{version} (known to work: {good}{proof})")
         else:
             text = f'{version} is not among what is known to work; pip install "{package}{good}"'
             yield Finding("warning", package, text)

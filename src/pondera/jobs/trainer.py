@@ -31,6 +31,7 @@ from pondera.ground.errors import Failure
 from pondera.ground.settings import TrainConfig
 from pondera.jobs.batches import Order, collate, mixed_seed
 from pondera.jobs.score import took
+from pondera.model.hf import checkpointing_arguments
 from pondera.model.lm import IGNORED, AdaptiveLM, AdaptiveOutput
 
 
@@ -80,8 +81,7 @@ def arguments(settings: TrainConfig, output_dir: str, num_processes: int) -> Tra
         max_grad_norm=settings.grad_clip,
         bf16=settings.dtype == "bfloat16",
         seed=settings.seed,
-        activation_checkpointing=settings.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        **checkpointing_arguments(settings.gradient_checkpointing),
         ddp_find_unused_parameters=False,
         logging_strategy="no",
         save_strategy="no",

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from pondera.ground.errors import UserError
 from pondera.model.hf import (
+    CACHE,
     Cache,
     Conv1D,
     PreTrainedConfig,
@@ -56,7 +57,7 @@ class Layout:
     norm: str = "norm"
     rotary: str | None = "rotary_emb"
     positions: str | None = None
-    cache_argument: str = "past_key_values"
+    cache_argument: str = CACHE
 
 
 LAYOUTS = {
@@ -74,7 +75,6 @@ class Backbone(nn.Module):
 
     Args:
         lm: any transformers causal LM.
-        embed_scale: what token embeddings are multiplied with; 1 leaves them as they are, bit for bit.
         unit_rms: the weights were drawn so that token embeddings enter at unit RMS, as final states leave.
 
     Example:
@@ -89,10 +89,10 @@ class Backbone(nn.Module):
     decoder: nn.Module
     """The stack without the head."""
 
-    def __init__(self, lm: PreTrainedModel, embed_scale: float = 1.0, unit_rms: bool = False) -> None:
+    def __init__(self, lm: PreTrainedModel, unit_rms: bool = False) -> None:
         super().__init__()
         self.lm = lm
-        self.embed_scale, self.unit_rms = embed_scale, unit_rms
+        self.unit_rms = unit_rms
         self.config: PreTrainedConfig = lm.config.get_text_config(decoder=True)
         # Looked up once, as it is called for every token; past nn.Module's registry, where it would be a second copy.
         object.__setattr__(self, "decoder", lm.get_decoder())
@@ -110,8 +110,7 @@ class Backbone(nn.Module):
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings as the decoder takes them, ``[B, T, D]``."""
-        h_BTD = self.lm.get_input_embeddings()(ids_BT)
-        return h_BTD if self.embed_scale == 1.0 else h_BTD * self.embed_scale
+        return self.lm.get_input_embeddings()(ids_BT)
 
     def mix_embeddings(self, weights_BTV: Tensor, ids_BTV: Tensor | None = None) -> Tensor:
         """Weighted sums of token embeddings, ``[B, T, D]``, scaled as `embed` scales them.
@@ -124,7 +123,7 @@ class Backbone(nn.Module):
             every_V = torch.arange(weights_BTV.shape[-1], device=weights_BTV.device)
             return weights_BTV @ self.embed(every_V)
         table = cast(nn.Embedding, self.lm.get_input_embeddings())
-        scale = self.embed_scale * float(getattr(table, "embed_scale", 1.0))
+        scale = float(getattr(table, "embed_scale", 1.0))
         weights = (weights_BTV * scale).to(table.weight.dtype).flatten(0, 1)
         mixed = F.embedding_bag(ids_BTV.flatten(0, 1), table.weight, per_sample_weights=weights, mode="sum")
         return mixed.unflatten(0, ids_BTV.shape[:2])
@@ -192,7 +191,7 @@ class Backbone(nn.Module):
             "inputs_embeds": h_BSD,
             "attention_mask": self._attention_mask(h_BSD, cache, mask, position_ids),
             "position_ids": position_ids,
-            "past_key_values": cache,
+            CACHE: cache,
             "use_cache": cache is not None,
         }
         if log_weight_BS is not None:
@@ -322,8 +321,8 @@ class Backbone(nn.Module):
                 config=self.config,
                 inputs_embeds=h_BSD,
                 attention_mask=mask,
-                past_key_values=cache,
                 position_ids=position_ids,
+                **{CACHE: cache},
             )
             for kind in set(self.layer_types)
         }

@@ -5,9 +5,12 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import LongTensor, Tensor
 
+from pondera.ground.errors import UserError
 from pondera.model.hf import Cache
 
 
@@ -80,6 +83,13 @@ class TokenCache(Cache):
         super().batch_repeat_interleave(repeats)
         if self.passes_BT is not None:
             self.passes_BT = self.passes_BT.repeat_interleave(repeats, dim=0)
+
+    def save(self, *args: object, **kwargs: object) -> NoReturn:
+        """Refused: what a method keeps beside keys and values has no file format."""
+        raise UserError(
+            f"save: a {type(self).__name__} cannot be written to a file; save the text, and read it again with "
+            "model(input_ids, use_cache=True)"
+        )
 
     def _rows(self, indices: Tensor) -> None:
         if self.passes_BT is not None:

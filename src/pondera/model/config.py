@@ -6,10 +6,22 @@ import importlib
 from typing import Any, ClassVar
 
 from pondera.ground import spec
+from pondera.ground.described import Described
 from pondera.ground.errors import UserError, unknown
-from pondera.model.hf_config import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SubConfigSpec
+from pondera.model.hf_config import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    PreTrainedConfig,
+    SubConfigSpec,
+    written_by_transformers,
+)
+from pondera.model.peft_defaults import announce_to_peft
+from pondera.model.versions import installed
 
 INITS = ("hf", "scaled")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+TEXT_CONFIG = "text_config"
+_SETTINGS = ("backbone", "think", "memory", "segment", "head", "init", "embed_scale", "dtype")
 
 
 class AdaptiveConfig(PreTrainedConfig):
@@ -29,9 +41,10 @@ class AdaptiveConfig(PreTrainedConfig):
             model keeps what it was drawn with, whatever is said here.
         embed_scale: what token embeddings are multiplied with; none: decided by `init` and the think method, or by the
             Pondera model that `backbone` names.
+        dtype: of all weights, e.g. ``"bfloat16"``; none: what the checkpoint has.
 
     Raises:
-        UserError: an unknown architecture, backbone field, method or argument.
+        UserError: an unknown setting, architecture, backbone field, method or argument.
 
     Example:
         >>> config = AdaptiveConfig(backbone={"model_type": "llama", "hidden_size": 64}, think="PonderLM2(thoughts=1)")
@@ -40,6 +53,7 @@ class AdaptiveConfig(PreTrainedConfig):
     """
 
     model_type: ClassVar[str] = "pondera"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "passes", "terms", "trace"]
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"backbone": SubConfigSpec(AutoConfig, model_type="llama")}
 
     backbone: dict | PreTrainedConfig | str | None = None
@@ -51,8 +65,12 @@ class AdaptiveConfig(PreTrainedConfig):
     embed_scale: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Whoever holds a config may ask AutoModelForCausalLM for its model, which registers itself when imported.
-        importlib.import_module("pondera.model.lm")
+        # Whoever holds a config may ask transformers for its model.
+        lm = importlib.import_module("pondera.model.lm")
+        lm.register(AdaptiveConfig, lm.AdaptiveLM)
+        kwargs.pop(TEXT_CONFIG, None)
+        if strange := next((name for name in kwargs if not _known(name)), None):
+            raise unknown("setting of AdaptiveConfig", strange, _SETTINGS)
         self._checkpoint: str | None = None
         self._retrofit = False
         if isinstance(self.backbone, str):
@@ -62,7 +80,7 @@ class AdaptiveConfig(PreTrainedConfig):
                 found, self.init = found.get_text_config(), found.init
             self.backbone = found
         elif not isinstance(self.backbone, PreTrainedConfig):
-            self.backbone = backbone_config(self.backbone or {"model_type": "llama"})
+            self.backbone = backbone_config(_mapping(self.backbone) or {"model_type": "llama"})
         if self.init not in INITS:
             raise unknown("init", str(self.init), INITS)
         if self._checkpoint and not self._retrofit and self.init != "hf":
@@ -77,14 +95,18 @@ class AdaptiveConfig(PreTrainedConfig):
                 f"memory: {self.memory} and {other} both decide what the cache holds, which is not combined yet; leave one "
                 "of them out"
             )
+        if isinstance(self.dtype, str) and self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
         for seam in spec.SEAMS:
             if getattr(self, seam) is not None:
-                parsed = spec.parse(getattr(self, seam))
+                parsed = spec.parse(_spec_text(seam, getattr(self, seam)))
                 spec.find(parsed.name, seam)
                 setattr(self, seam, spec.format(parsed))
         kwargs.setdefault("tie_word_embeddings", getattr(self.backbone, "tie_word_embeddings", False))
         kernel = kwargs.get("attn_implementation") or self.backbone._attn_implementation
         super().__post_init__(**kwargs)
+        if self.dtype is not None:
+            self.backbone.dtype = self.dtype
         if kernel is not None:
             self._attn_implementation = kernel  # of the backbone, too
 
@@ -101,7 +123,27 @@ class AdaptiveConfig(PreTrainedConfig):
             )
         if isinstance(backbone := config_dict.get("backbone"), dict):
             config_dict = {**config_dict, "backbone": backbone_config(backbone, saved=True)}
+        if config_dict.get("transformers_version") not in (None, installed()):
+            # Another version may write fields that this one does not know; here they mean nothing.
+            foreign = [name for name in config_dict if not _known(name) and name not in _SETTINGS]
+            config_dict = {name: value for name, value in config_dict.items() if name not in foreign}
         return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """The ``config.json`` of a Pondera model.
+
+        Raises:
+            UserError: it is another model's.
+        """
+        tree, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if tree and tree.get("model_type", cls.model_type) != cls.model_type:
+            name = str(pretrained_model_name_or_path)
+            raise UserError(
+                f"{name}: a {tree['model_type']} checkpoint, not one that Pondera saved; to build on its weights write "
+                f'AdaptiveLM(AdaptiveConfig(backbone="{name}", think="..."))'
+            )
+        return tree, unused
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
         """The backbone's config: what transformers asks for head counts, vocabulary and layer types."""
@@ -112,7 +154,46 @@ class AdaptiveConfig(PreTrainedConfig):
         tree = super().to_dict()
         for mark in ("_checkpoint", "_retrofit"):
             tree.pop(mark, None)
+        # PEFT reads sizes in this mapping, where it knows nothing of a backbone but of a part called text_config.
+        announce_to_peft(self.model_type)
+        tree[TEXT_CONFIG] = tree.get("backbone")
         return tree
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: each field once."""
+        tree = super().to_diff_dict()
+        tree.pop(TEXT_CONFIG, None)
+        return tree
+
+
+def _known(name: str) -> bool:
+    """Whether a field may stand in a config: ours, or one that transformers writes or takes."""
+    return name in _SETTINGS or name.startswith("_") or name in written_by_transformers()
+
+
+def _spec_text(seam: str, given: Any) -> str:
+    """The text that names a method; of an object that knows what it was made with, its own."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, Described):
+        return repr(given)
+    name = getattr(given, "__name__", type(given).__name__)
+    raise UserError(f'{seam}: expected text such as {seam}="{name}(...)", got {_shown(given)}; write it as text')
+
+
+def _mapping(backbone: Any) -> dict | None:
+    if backbone is None or isinstance(backbone, dict):
+        return backbone
+    told = (
+        "save it and give its folder, or give its .config for new weights"
+        if hasattr(backbone, "save_pretrained")
+        else "give a config, a mapping with model_type, or a checkpoint's folder"
+    )
+    raise UserError(f"backbone: got {_shown(backbone)}; {told}")
+
+
+def _shown(given: Any) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__} object"
 
 
 def backbone_config(tree: dict[str, Any], saved: bool = False) -> PreTrainedConfig:

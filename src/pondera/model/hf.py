@@ -1,10 +1,15 @@
 """Every name that Pondera takes from transformers and that may move between its versions.
 
-Nothing else in the package imports transformers' internals, but `hf_config.py`, which is light. When a new minor series
-arrives, these two and `backbone.py` are what has to be read again. Known to work: transformers 5.23.
+Nothing else in the package imports transformers' internals, but `hf_config.py`, which is light. What differs between
+versions is decided here, by what the installed one offers: no other file asks for a version. `versions.py` knows those
+that the contract suite passed on (``tools/versions.py`` runs it, ``docs/versions.md`` has the results).
 """
 
 from __future__ import annotations
+
+import inspect
+import sys
+from typing import Any
 
 from transformers import (
     AttentionInterface,
@@ -14,6 +19,7 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
+    TrainingArguments,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention
@@ -24,11 +30,13 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.generic import ModelOutput
 
 __all__ = [
     "ALL_ATTENTION_FUNCTIONS",
+    "CACHE",
     "AttentionInterface",
     "AttentionMaskInterface",
     "AutoModelForCausalLM",
@@ -42,8 +50,51 @@ __all__ = [
     "ModelOutput",
     "PreTrainedConfig",
     "PreTrainedModel",
+    "checkpoint_activations",
+    "checkpointing_arguments",
     "create_causal_mask",
     "create_sliding_window_causal_mask",
+    "is_checkpointing",
+    "register",
     "sdpa_attention",
     "sdpa_mask",
 ]
+
+CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
+"""What transformers calls the KV cache: a keyword of models, decoder layers and mask makers, a field of outputs and a
+name among what `generate` hands around. ``past_key_values`` until 5.23, ``cache`` since 5.24."""
+
+_CHECKPOINTING = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+
+
+def checkpointing_arguments(wanted: bool) -> dict[str, Any]:
+    """Arguments of `TrainingArguments` that switch activation checkpointing on or off.
+
+    They are called ``activation_checkpointing`` since 5.23 and ``gradient_checkpointing`` before.
+    """
+    name = f"{_CHECKPOINTING}_checkpointing"
+    assert name in TrainingArguments.__dataclass_fields__
+    return {name: wanted, f"{name}_kwargs": {"use_reentrant": False} if wanted else None}
+
+
+def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool = False) -> None:
+    """Switches activation checkpointing of a model on, whatever the installed version calls it."""
+    getattr(model, f"{_CHECKPOINTING}_checkpointing_enable")({"use_reentrant": use_reentrant})
+
+
+def is_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether activation checkpointing of a model is on."""
+    return bool(getattr(model, f"is_{_CHECKPOINTING}_checkpointing"))
+
+
+def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
+    """Lets transformers find a causal LM in the three ways in which it looks for one.
+
+    By its config (`AutoModelForCausalLM`), by the class name that ``config.json`` has under ``architectures``
+    (``transformers serve`` asks the package itself), and among the names of causal LMs (label smoothing shifts the labels
+    of these alone). It may be called again.
+    """
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    # Of the module that is there now: while transformers is imported, another stands in its place.
+    setattr(sys.modules["transformers"], model_class.__name__, model_class)
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__

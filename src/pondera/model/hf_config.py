@@ -5,7 +5,46 @@ Kept apart from `hf.py`, which imports generation and attention code, so that re
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+
 from transformers.configuration_utils import PreTrainedConfig, SubConfigSpec
+from transformers.generation.configuration_utils import GenerationConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, AutoConfig
 
-__all__ = ["CONFIG_MAPPING", "AutoConfig", "PreTrainedConfig", "SubConfigSpec"]
+__all__ = [
+    "CONFIG_MAPPING",
+    "AutoConfig",
+    "PreTrainedConfig",
+    "SubConfigSpec",
+    "written_by_transformers",
+]
+
+# Names that are no dataclass field but that `PreTrainedConfig` takes or writes.
+_WRITTEN = (
+    "attn_implementation",
+    "auto_map",
+    "base_model_tp_plan",
+    "experts_implementation",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "per_layer_config",
+    "quantization_config",
+    "tie_word_embeddings",
+    "torch_dtype",
+    "transformers_version",
+    "transformers_weights",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
+
+
+@functools.cache
+def written_by_transformers() -> frozenset[str]:
+    """Fields that transformers itself may write into any ``config.json``, or takes wherever it takes a config's."""
+    fields = [field.name for field in dataclasses.fields(PreTrainedConfig)]
+    return frozenset([*fields, *_WRITTEN, *GenerationConfig._get_default_generation_params()])

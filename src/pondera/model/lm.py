@@ -5,9 +5,10 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from safetensors import SafetensorError
@@ -17,11 +18,14 @@ from torch.nn import functional as F
 from pondera.ground import spec
 from pondera.ground.errors import UserError
 from pondera.model.backbone import Backbone, scaled_init, token_positions
-from pondera.model.budget import Budget
+from pondera.model.budget import FULL, Budget
 from pondera.model.cache import TokenCache
 from pondera.model.config import AdaptiveConfig
+from pondera.model.embedding import put_scale
+from pondera.model.foreign_forward import BaseModel, watch_forward
 from pondera.model.generation import storable
 from pondera.model.hf import (
+    CACHE,
     AutoModelForCausalLM,
     Cache,
     DynamicCache,
@@ -30,9 +34,13 @@ from pondera.model.hf import (
     ModelOutput,
     PreTrainedConfig,
     PreTrainedModel,
+    register,
 )
-from pondera.model.method import Method
+from pondera.model.keywords import SHIFT_LABELS, check_keywords
+from pondera.model.method import Method, Thought
+from pondera.model.packed import documents, refuse_packed_cache
 from pondera.model.terms import Term
+from pondera.model.unsupported import NoContinuousBatching
 
 if TYPE_CHECKING:
     from pondera.head.contract import Head
@@ -50,10 +58,14 @@ log = logging.getLogger(__name__)
 class AdaptiveOutput(ModelOutput):
     """What `AdaptiveLM` returns.
 
+    As a mapping it holds what there is of `loss`, `logits`, `passes` and the cache, under the name that the installed
+    transformers gives it; in training also `terms` and `trace`. Out of training these two are attributes alone:
+    what holds anything but tensors could not be gathered from several processes.
+
     Args:
         loss: the weighted sum of the terms' means, if labels were given.
         logits: ``[B, T, V]``; none in training where a head has its loss without them.
-        past_key_values: the cache, if one was used.
+        cache: the KV cache, if one was used; `past_key_values` is the same.
         passes: ``[B, T]``, passes that each token got.
         terms: loss terms as sums and counts, by name.
         trace: what the method recorded.
@@ -62,12 +74,13 @@ class AdaptiveOutput(ModelOutput):
     loss: Tensor | None = None
     logits: Tensor | None = None
     past_key_values: Cache | None = None
+    cache: Cache | None = None
     passes: Tensor | None = None
     terms: dict[str, Term] | None = None
     trace: dict[str, Any] | None = None
 
 
-class AdaptiveLM(PreTrainedModel, GenerationMixin):
+class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     """A causal LM that weighs each token: any transformers backbone plus at most one method per seam.
 
     Everything that transformers does with a causal LM works: `generate` with greedy, sampling, beams, streamers and
@@ -97,12 +110,15 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
+    _said_frozen = False
 
     def __init__(self, config: AdaptiveConfig) -> None:
         super().__init__(config)
+        self.loss_type = "ForCausalLM"  # by which Trainer knows that labels are shifted here, and counts them so
         self.think: Think | None = spec.build(config.think, "think") if config.think else None
         self.segment: Segment | None = spec.build(config.segment, "segment") if config.segment else None
         self.memory: Memory | Method | None = spec.build(config.memory, "memory") if config.memory else None
+        self._seam = next((seam for seam in ("think", "segment", "memory") if isinstance(getattr(self, seam), Method)), None)
         old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
         # Training moves weights away from the unit RMS that they were drawn at, so what a new method feeds back is matched
         # to trained embeddings as on any pretrained backbone; a scale that was trained with comes along with its method.
@@ -115,13 +131,18 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
             self.backbone.check_head()
         if config.embed_scale is None:
             config.embed_scale = self._embed_scale(old)
-        self.backbone.embed_scale = config.embed_scale
+        # A row of the table that training knows as padding stays as it is for ever, and the pad token is often the one that
+        # ends texts; a fresh model, whose pad token is not known yet, would learn it and a resumed one would not.
+        cast(nn.Embedding, self.backbone.lm.get_input_embeddings()).padding_idx = None
+        put_scale(self.backbone.lm, config.embed_scale)
         if self.memory is not None and not isinstance(self.memory, Method):
             self.memory.attach(self.backbone.config)
         if self.method is not None:
             self.method.attach(self.backbone)
             for parameter in self.method.parameters():
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
+        if config.dtype is not None:
+            self.to(config.dtype)
         lm = self.backbone.lm
         self._no_split_modules = lm._no_split_modules
         # transformers looks for tied weights in direct children only, and ours lie one level deeper.
@@ -157,7 +178,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
 
     def _embed_scale(self, old: AdaptiveLM | None) -> float:
         if old is not None:
-            return old.backbone.embed_scale
+            return cast(float, old.config.embed_scale)
         if self.config.init != "scaled":
             return 1.0
         width = self.backbone.config.hidden_size
@@ -167,7 +188,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     @property
     def method(self) -> Method | None:
         """What makes states of embeddings, on whichever seam; none: the backbone alone, in one pass."""
-        return next((it for it in (self.think, self.segment, self.memory) if isinstance(it, Method)), None)
+        return None if self._seam is None else getattr(self, self._seam)
 
     @property
     def positions(self) -> int | None:
@@ -184,8 +205,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
     @property
     def chosen(self) -> str | None:
         """What `method` was built from."""
-        named = {"think": self.think, "segment": self.segment, "memory": self.memory}
-        return next((getattr(self.config, seam) for seam, it in named.items() if it is self.method), None)
+        return None if self._seam is None else getattr(self.config, self._seam)
 
     @property
     def head(self) -> Head | None:
@@ -237,12 +257,14 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         effort: str | float | None = None,
         max_passes: int | None = None,
         document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
     ) -> AdaptiveOutput:
         """Logits, and the loss if labels are given.
@@ -250,47 +272,53 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``[B, T]`` token ids; or give `inputs_embeds`.
             attention_mask: ``[B, seen + T]`` over tokens (not slots), 1 = real, 0 = padding.
-            position_ids: ``[B, T]`` token positions; none: counted from each row's first real token.
+            position_ids: ``[B, T]`` token positions; none: counted from each row's first real token. Without a mask and a
+                cache, a document begins wherever they do not go on by one, and sees no other.
             past_key_values: a cache from `new_cache` or an earlier call.
             inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
             labels: ``[B, T]``, as `input_ids`; shifted here. -100 carries no loss.
-            shift_labels: ``[B, T]``, the token after each input; not shifted.
             use_cache: return a cache.
             logits_to_keep: only the last so many positions, or these positions.
             effort: how much thinking is wanted, ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
             max_passes: no token gets more passes.
             document_ids: ``[B, T]``, 1, 2, 3, ...: tokens of different documents do not see each other. Without a cache.
+            cache: `past_key_values`, as transformers calls it since 5.24.
+            num_items_in_batch: labels of the whole optimizer step, of which this call is a part: the loss is this part's
+                share of the step's.
+            return_dict: `False` gives a tuple.
+            kwargs: ``shift_labels``, ``[B, T]``: the token after each input; not shifted. And what transformers passes to
+                every model, if it asks for nothing that is not there.
+
+        Raises:
+            UserError: an unknown keyword, or what a method or the backbone cannot do.
         """
-        h_BTD = self.backbone.embed(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
-        cache = past_key_values if past_key_values is not None else (self.new_cache() if use_cache else None)
-        if document_ids is not None:
-            if cache is not None:
-                raise UserError("document_ids: documents are told apart in training only; leave past_key_values out")
-            attention_mask = document_ids
+        shift_labels = None
+        if kwargs:
+            shift_labels = kwargs.pop(SHIFT_LABELS, None)
+            check_keywords(kwargs, _PARAMETERS, position_ids is not None)
+        if cache is None:
+            cache = past_key_values
+        if cache is None and use_cache:
+            cache = self.new_cache()
         if labels is not None and shift_labels is None:
             shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        if position_ids is None and (self.method is not None or document_ids is not None):
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = token_positions(h_BTD.shape[1], attention_mask, seen, h_BTD.device)
-        if self.method is None or position_ids is None:
-            h_BTD = self.backbone.step(h_BTD, cache, attention_mask, position_ids)
-            passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
-            terms, trace, judge = {}, {}, None
-        else:
-            if cache is not None and not isinstance(cache, TokenCache):
-                raise UserError(
-                    f"past_key_values: a {type(cache).__name__} cannot hold what this model keeps; pass model.new_cache()"
-                )
-            budget = Budget.of(effort, max_passes)
-            thought = self.method(self.backbone, h_BTD, position_ids, cache, attention_mask, budget, shift_labels)
-            h_BTD, passes_BT, terms, trace = thought.h_BTD, thought.passes_BT, thought.terms, thought.trace
-            judge = thought.judge
+        thought = self.states(
+            input_ids,
+            attention_mask,
+            position_ids,
+            cache,
+            inputs_embeds,
+            shift_labels,
+            Budget.of(effort, max_passes) if self._seam else FULL,
+            document_ids,
+        )
+        h_BTD, terms = thought.h_BTD, thought.terms
         if isinstance(logits_to_keep, Tensor):
             h_BTD = h_BTD[:, logits_to_keep]
         elif logits_to_keep:
             h_BTD = h_BTD[:, -logits_to_keep:]
         loss, logits_BTV = None, None
-        by_head = self.training and self.head is not None and self.backbone.plain_logits and judge is None
+        by_head = self.training and self.head is not None and self.backbone.plain_logits and thought.judge is None
         if shift_labels is None or not by_head:
             logits_BTV = self.backbone.head(h_BTD)
         if shift_labels is not None:
@@ -298,10 +326,106 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
                 next_token = cast("Head", self.head).term(h_BTD, shift_labels)
             else:
                 next_token = next_token_term(logits_BTV, shift_labels)
-            judged = judge(logits_BTV, shift_labels) if judge is not None and logits_BTV is not None else {}
+            judged = thought.judge(logits_BTV, shift_labels) if thought.judge is not None and logits_BTV is not None else {}
             terms = {"next_token": next_token, **terms, **judged}
             loss = torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
-        return AdaptiveOutput(loss, logits_BTV, cache, passes_BT, terms, trace)
+            if num_items_in_batch is not None:
+                loss = loss * (next_token.count / torch.as_tensor(num_items_in_batch, device=loss.device).reshape(-1)[0])
+        out = AdaptiveOutput(loss, logits_BTV, passes=thought.passes_BT, **{CACHE: cache})
+        if self.training:
+            out["terms"], out["trace"] = terms, thought.trace
+        else:
+            out.__dict__.update(terms=terms, trace=thought.trace)
+        out.__dict__.update(cache=cache, past_key_values=cache)
+        return cast(AdaptiveOutput, out.to_tuple()) if return_dict is False else out
+
+    def states(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels_BT: Tensor | None = None,
+        budget: Budget = FULL,
+        document_ids: Tensor | None = None,
+    ) -> Thought:
+        """What the head makes logits of, after all thinking, and what was lost and recorded on the way.
+
+        Args:
+            input_ids, attention_mask, position_ids, cache, inputs_embeds, document_ids: as for `forward`.
+            labels_BT: the token after each, where it is known.
+            budget: how much thinking is wanted.
+        """
+        h_BTD = self.backbone.embed(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
+        if position_ids is not None and attention_mask is None and document_ids is None:
+            if cache is None:
+                document_ids = documents(position_ids.expand(h_BTD.shape[0], -1))
+            else:
+                refuse_packed_cache(position_ids)
+        if document_ids is not None:
+            if cache is not None:
+                raise UserError("document_ids: documents are told apart in training only; leave past_key_values out")
+            attention_mask = document_ids
+        method = self.method
+        if position_ids is None and (method is not None or document_ids is not None):
+            seen = cache.get_seq_length() if cache is not None else 0
+            position_ids = token_positions(h_BTD.shape[1], attention_mask, seen, h_BTD.device)
+        if method is None or position_ids is None:
+            h_BTD = self.backbone.step(h_BTD, cache, attention_mask, position_ids)
+            return Thought(h_BTD, torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device))
+        if cache is not None and not isinstance(cache, TokenCache):
+            raise UserError(
+                f"past_key_values: a {type(cache).__name__} cannot hold what this model keeps; pass model.new_cache()"
+            )
+        return method(self.backbone, h_BTD, position_ids, cache, attention_mask, budget, labels_BT)
+
+    @property
+    def base_model(self) -> Any:
+        """For trainers that apply the output matrix themselves: called, it gives final states, after all thinking."""
+        return BaseModel(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As any module; where someone lays a forward of their own over ours, what it loses of the loss is put back."""
+        if name == "forward":
+            watch_forward(self)
+        super().__setattr__(name, value)
+
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **more: Any) -> None:
+        """transformers asks here for activation checkpointing: refused, left out or done, as the method can bear."""
+        method = self.method
+        if enable and method is not None:
+            if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
+                raise UserError(
+                    f"use_reentrant: {self.chosen} hands its layers tensors that reentrant checkpointing passes no gradient "
+                    'to; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+                )
+            if not method.recomputable:
+                log.warning(
+                    "gradient_checkpointing: left out. %s reads the rows of its earlier steps from a cache, which cannot be "
+                    "recomputed; it trains the same without, in more memory (a smaller batch takes less)",
+                    self.chosen,
+                )
+                return
+        cast(Any, super())._set_gradient_checkpointing(enable, gradient_checkpointing_func, **more)
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module; says so where an adapter trains and what the method has of its own is frozen."""
+        super().train(mode)
+        method = self.method
+        # An adapter that trains a copy of the method (modules_to_save) wraps the frozen original.
+        if mode and method is not None and not self._said_frozen and not hasattr(method, "original_module"):
+            frozen = sum(not parameter.requires_grad for parameter in method.parameters())
+            if frozen and any(parameter.requires_grad for parameter in self.parameters()):
+                self._said_frozen = True
+                log.warning(
+                    "%d of the weights of %s are frozen while others train, as adapters freeze all that they do not know; to "
+                    "train them, too, use LoraConfig(..., modules_to_save=[%r])",
+                    frozen,
+                    self.chosen,
+                    self._seam,
+                )
+        return self
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -309,13 +433,13 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         """`generate` asks here for its cache; a method needs one that counts tokens and slots apart."""
         if self.method is None and self.memory is None:
             cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        elif model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
+        elif model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise UserError(
                     f"cache_implementation={generation_config.cache_implementation!r}: a model with a method or a memory "
                     "brings its own cache; leave cache_implementation out"
                 )
-            model_kwargs["past_key_values"] = self.new_cache()
+            model_kwargs[CACHE] = self.new_cache()
 
 
 def next_token_term(logits_BTV: Tensor, shift_labels_BT: Tensor) -> Term:
@@ -338,7 +462,7 @@ def _causal_lm(config: AdaptiveConfig, think: Think | None, old: AdaptiveLM | No
         known = {
             name: tensor for name, tensor in lm.state_dict().items() if not old.config.head or ".table" not in name
         }
-        return type(lm).from_pretrained(None, config=backbone, state_dict=known, dtype=lm.dtype)
+        return type(lm).from_pretrained(None, config=backbone, state_dict=known, dtype=config.dtype or lm.dtype)
     if config._checkpoint is not None:
         return _saved_model(config._checkpoint, config=backbone)
     lm = AutoModelForCausalLM.from_config(backbone)
@@ -393,4 +517,4 @@ def _saved_model(path: str, **options: Any) -> Any:
     return lm
 
 
-AutoModelForCausalLM.register(AdaptiveConfig, AdaptiveLM, exist_ok=True)
+_PARAMETERS = list(inspect.signature(AdaptiveLM.forward).parameters)
