@@ -55,6 +55,33 @@ class Server(Protocol):
         ...
 
 
+class Asked:
+    """A server that is given by keyword to a decoder, which may drop keywords that it does not know.
+
+    Args:
+        server: serves the calls.
+
+    Attributes:
+        asked: whether any attention module has called it.
+    """
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.asked = server, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """See `Server`."""
+        self.asked = True
+        return self.server(*args, **kwargs)
+
+    def check(self, model_type: str) -> None:
+        """Raises where the decoder has run and its attention never called."""
+        if not self.asked:
+            raise UserError(
+                f"{model_type}: its attention does not go through transformers' attention interface, or its layers drop the "
+                "keywords of a call, so that packed and weighted calls cannot run"
+            )
+
+
 Finder = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Server | None]
 """Finds what serves a call of a module from its arguments; `None`: the model's own attention function."""
 

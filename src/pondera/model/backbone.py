@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera.ground.errors import UserError
-from pondera.model.attention import KEYWORD, Server, route
+from pondera.model.attention import KEYWORD, Asked, Server, route
 from pondera.model.hf import (
     Cache,
     Conv1D,
@@ -200,9 +200,12 @@ class Backbone(nn.Module):
             attention = LogWeight(log_weight_BS)
         elif attention is None and rows is not None and rows.batch > 1:
             attention = Packed(rows)
-        if attention is not None:
-            call[KEYWORD] = attention
-        return self.decoder(**call).last_hidden_state
+        if attention is None:
+            return self.decoder(**call).last_hidden_state
+        asked = Asked(attention)
+        out_BSD = self.decoder(**call, **{KEYWORD: asked}).last_hidden_state
+        asked.check(self.config.model_type)
+        return out_BSD
 
     def run(
         self,

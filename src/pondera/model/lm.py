@@ -31,6 +31,7 @@ from pondera.model.hf import (
     PreTrainedModel,
 )
 from pondera.model.method import Method
+from pondera.model.self_check import check_method
 from pondera.model.terms import Term
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {f"backbone.lm.{key}": f"backbone.lm.{source}" for key, source in tied.items()}
         self.generation_config = GenerationConfig.from_model_config(self.backbone.config)
         self.post_init()
+        if self.backbone.lm.device.type != "meta":
+            check_method(self)
         if old is not None:
             self._take_over(old)
 

@@ -53,8 +53,7 @@ class Finder:
         cache: Any = kwargs.get(self.argument)
         if cache is None and len(args) > self.place:
             cache = args[self.place]
-        owner = getattr(cache, "owner", None)
-        if owner is None:
+        if cache is None or (owner := getattr(cache, "owner", None)) is None:
             return None
         if owner is not self.owner:
             raise UserError(

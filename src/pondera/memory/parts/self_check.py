@@ -9,8 +9,6 @@ Shapes: B batch, T tokens, G KV heads, R query heads per KV head, S slots, D wid
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,6 +19,7 @@ from pondera.ground.errors import UserError
 from pondera.memory.parts.attention import attend, grouped
 from pondera.memory.parts.layer import Call, MemoryLayer
 from pondera.model.hf import Cache, DynamicCache, PreTrainedModel
+from pondera.model.self_check import as_it_was
 
 if TYPE_CHECKING:
     from pondera.memory.parts.hand_over import Owner
@@ -119,7 +118,7 @@ def compare_with_stock(model: PreTrainedModel, owner: Owner, layers: list[int]) 
         UserError: the stock cache itself fails, or attention is not what Pondera computes.
     """
     exact, rows = True, ()
-    with _quietly(model):
+    with as_it_was(model):
         for pads, pieces in RUNS:
             stock = _stock_cache(model)
             try:
@@ -197,17 +196,3 @@ def _shape(witness: Witness) -> tuple[int, int, int]:
 
 def _short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-
-
-@contextmanager
-def _quietly(model: PreTrainedModel) -> Iterator[None]:
-    """Without dropout, gradients and draws that anybody else would miss."""
-    training = [module for module in model.modules() if module.training]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True
