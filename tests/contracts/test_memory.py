@@ -276,7 +276,6 @@ def _masked(lm, cache: MemoryCache, held: list[list[list[int]]], token: torch.Te
     try:
         return lm(token, past_key_values=stock).logits
     finally:
-        lm.set_attn_implementation("pondera_memory")
         for handle in handles:
             handle.remove()
 

@@ -13,9 +13,9 @@ from pondera import UserError
 from pondera.memory.kivi import KIVI
 from pondera.memory.parts.codebooks import Codebooks
 from pondera.memory.parts.coder import Coder
-from pondera.memory.parts.layer import memory_attention
 from pondera.memory.parts.regions import RegionLayer, Regions
 from pondera.memory.parts.ring import Ring
+from pondera.model.hf import sdpa_attention
 
 B, G, R, D = 2, 2, 3, 8
 MODULE = cast(Any, SimpleNamespace(num_key_value_groups=R, is_causal=True))
@@ -68,13 +68,14 @@ def feed(to: RegionLayer, given: tuple[torch.Tensor, ...], pieces: list[int], ma
     """``[B, T, H, D]``: attention of all tokens, given piece by piece."""
     found, seen = [], to.seen
     for query, key, value in zip(*(each.split(pieces, 2) for each in given), strict=True):
-        marked, value = to.update(key, value)
+        to.expected = True
+        key, value = to.update(key, value)
         seen += key.shape[2]
         causal, T = None, key.shape[2]
         if mask is not None or 1 < T < seen:  # as transformers: none is needed for a first piece and for one token
             causal = torch.ones(1, 1, seen, seen).tril().bool()[:, :, -T:]
             causal = causal if mask is None else causal & mask[:, None, None, :seen].bool()
-        found.append(memory_attention(MODULE, query, marked, value, causal)[0])
+        found.append(to(sdpa_attention, MODULE, query, key, value, causal)[0])
     return torch.cat(found, 1)
 
 

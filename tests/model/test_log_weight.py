@@ -11,7 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pondera import AdaptiveConfig, AdaptiveLM
 from pondera.model.backbone import Backbone, SlotMask
-from pondera.model.log_weight import further_coordinates, log_weight_attention
+from pondera.model.hf import sdpa_attention
+from pondera.model.log_weight import LogWeight, further_coordinates
 
 FAMILIES = ["llama", "mistral", "qwen3", "qwen3_mixed", "gemma3", "gpt_neox", "gpt2"]
 
@@ -85,7 +86,7 @@ def test_any_head_width_and_scale(width: int, scaling: float | None):
     module = backbone("llama").decoder.layers[0].self_attn  # 4 heads, 2 for keys and values
     query, key, value = torch.randn(1, 4, 7, width), torch.randn(1, 2, 7, width), torch.randn(1, 2, 7, width)
     weight = -3 * torch.rand(1, 7)
-    out, _ = log_weight_attention(module, query, key, value, None, weight, "sdpa", scaling)
+    out, _ = LogWeight(weight)(sdpa_attention, module, query, key, value, None, scaling)
     key, value = key.repeat_interleave(2, dim=1), value.repeat_interleave(2, dim=1)
     scores = query @ key.mT * (scaling or width**-0.5) + weight[:, None, None]
     slow = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -torch.inf).softmax(-1) @ value

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from pondera.ground.described import Described
 from pondera.ground.errors import UserError
-from pondera.memory.parts.layer import MEMORY, MemoryLayer
+from pondera.memory.parts.hand_over import Owner, hand_over, name
+from pondera.memory.parts.layer import MemoryLayer
 from pondera.memory.parts.saving import load, save
 from pondera.model.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
@@ -28,27 +29,29 @@ class MemoryCache(Cache):
     Args:
         layers: one per decoder layer; those that are no `MemoryLayer` are transformers' own.
         memory: what made it.
+        owner: the model that it is for.
+
+    Attributes:
+        kept: the layers that the memory has made.
     """
 
-    def __init__(self, layers: list, memory: Memory) -> None:
+    def __init__(self, layers: list, memory: Memory, owner: Owner) -> None:
         super().__init__(layers=layers)
-        self.memory = memory
-
-    @property
-    def kept(self) -> list[MemoryLayer]:
-        """The layers that the memory has made."""
-        return [layer for layer in self.layers if isinstance(layer, MemoryLayer)]
+        self.memory, self.owner = memory, owner
+        self.kept: list[MemoryLayer] = [layer for layer in layers if isinstance(layer, MemoryLayer)]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """See transformers; refuses to go on from a forward that ended halfway."""
-        if self.layers[layer_idx] is self.kept[0] and len({layer.seen for layer in self.kept}) > 1:
+        first, last = self.kept[0], self.kept[-1]
+        layer: Any = self.layers[layer_idx]
+        if layer is first and (first.seen != last.seen or first.pending or last.pending):
             raise UserError(
                 "this cache holds half of a call that ended in an error: its layers have seen different numbers of tokens; "
                 "begin with a new cache, or call cache.reset() first"
             )
-        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return layer.update(key_states, value_states, *args, **kwargs)
 
     def nbytes(self) -> int:
         """Bytes of the storage of all layers, spare room included."""
@@ -89,6 +92,11 @@ class Memory(Described, nn.Module, ABC):
     attention, or of ``"compute"`` in all of a layer; or of ``"nothing"``."""
     fitted: bool = True
     """False where `fit` has to come first."""
+
+    @property
+    def needs_rows_of_config(self) -> bool:
+        """Its layers are made for as many KV heads, as wide, as the model's configuration says."""
+        return False
 
     def attach(self, config: PreTrainedConfig) -> None:  # noqa: B027 (optional: for those that have weights)
         """Creates what depends on the model, such as empty codebooks, so that a checkpoint can be loaded into it.
@@ -133,13 +141,17 @@ class Memory(Described, nn.Module, ABC):
         """
 
     def cache(self, model: PreTrainedModel) -> MemoryCache:
-        """An empty cache for this model, whose attention is told to look for it.
+        """An empty cache for this model, whose attention modules look for it from now on.
+
+        The first time, a few tokens are read and held against the stock cache. With any other cache the model behaves as it
+        did before.
 
         Args:
             model: any causal LM of transformers.
 
         Raises:
-            UserError: nothing in this model can be compressed, or `fit` has to come first.
+            UserError: nothing in this model can be compressed, `fit` has to come first, or caches of Pondera cannot be right
+                for it.
         """
         if not self.fitted:
             raise UserError(
@@ -154,9 +166,16 @@ class Memory(Described, nn.Module, ABC):
             self.layer(config, chosen.index(number), len(chosen)) if number in chosen else layer
             for number, layer in enumerate(stock)
         ]
-        if config._attn_implementation != MEMORY:
-            model.set_attn_implementation(MEMORY)
-        cache = MemoryCache(layers, self)
+        owner, verdict = hand_over(model, type(self).__name__, chosen)
+        if verdict is not None and self.needs_rows_of_config:
+            said = (kv_heads(config), head_width(config), head_width(config))
+            if other := next((rows for rows in verdict.rows if rows != said), None):
+                raise UserError(
+                    f"{type(self).__name__}: {name(model)} is not supported: its configuration says {said[0]} KV heads of "
+                    f"width {said[1]}, and {other[0]} with keys of {other[1]} and values of {other[2]} reach attention; use "
+                    "Full() or an eviction method with one budget for all heads, such as H2O(256)"
+                )
+        cache = MemoryCache(layers, self, owner)
         self.prepare(model, cache)
         return cache
 

@@ -77,7 +77,7 @@ class DapQ(Wrapper):
         """See `Slots.observe`."""
         if self.frequency_F is not None:
             query_BGRTD = turned(seen.query_BGRTD, self.ahead * self.frequency_F)
-            score_BGRTS = scores(query_BGRTD, table.keys, table.real[:, :, None], seen.scaling)
+            score_BGRTS = scores(query_BGRTD, table.keys, table.real[:, :, None], seen.scaling, seen.softmax)
             seen = dataclasses.replace(seen, query_BGRTD=query_BGRTD, score_BGRTS=score_BGRTS)
         self.policy.observe(layer, table, seen)
 

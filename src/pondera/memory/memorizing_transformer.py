@@ -7,6 +7,7 @@ heads, d head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -17,12 +18,9 @@ from pondera.ground.errors import UserError
 from pondera.memory.parts.block_cache import BlockCache
 from pondera.memory.parts.block_layer import BlockLayer, Held, newest
 from pondera.memory.parts.blocks import BlockMemory
+from pondera.model.attention import Attention, Server
 from pondera.model.backbone import Backbone
-from pondera.model.hf import AttentionInterface
 from pondera.model.rotation import Rotation
-from pondera.model.rows import attention
-
-NEAREST = "pondera_nearest"
 
 
 class MemorizingTransformer(BlockMemory):
@@ -84,13 +82,13 @@ class MemorizingTransformer(BlockMemory):
         """See `BlockMemory.remember`."""
         return newest(held, key_BHLd, value_BHLd, self.memory)
 
-    def attention(self, backbone: Backbone, held: BlockCache, h_ASD: Tensor, position_AS: Tensor) -> Any:
+    def attention(self, backbone: Backbone, held: BlockCache, h_ASD: Tensor, position_AS: Tensor) -> Server:
         """See `BlockMemory.attention`."""
         layers = cast("list[int]", self.layers)
         width = cast(BlockLayer, held.layers[layers[0]]).widths()[0]
         gates = dict(zip(layers, self.gates, strict=True))
         rotation = backbone.rotation("full_attention", position_AS, h_ASD)
-        return NEAREST, {"nearest": Nearest(gates, width, self.top, rotation)}
+        return partial(nearest_attention, Nearest(gates, width, self.top, rotation))
 
     def attended(self, blocks: int) -> int:
         """See `BlockMemory.attended`: memory is read beside the backbone's attention."""
@@ -139,24 +137,24 @@ class Nearest:
 
 
 def nearest_attention(
+    nearest: Nearest,
+    base: Attention,
     module: Any,
     query_BHSd: Tensor,
     key_BGKd: Tensor,
     value_BGKd: Tensor,
     attention_mask: Tensor,
-    inner: str,
-    nearest: Nearest,
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The backbone's own attention to all rows but memory's, and the nearest of these, mixed by the layer's gates.
 
     Args:
+        nearest: reads memory.
+        base: the backbone's own attention function.
         module: the attention layer.
         query_BHSd, key_BGKd, value_BGKd: after rotation, but for memory rows, which come first.
-        attention_mask: ``[B, 1, S, K]`` for layers with memory, as the inner function takes it.
-        inner: the name of the attention function that does the work.
-        nearest: reads memory.
+        attention_mask: ``[B, 1, S, K]`` for layers with memory, as `base` takes it.
         scaling: of the scores; none: one over the root of the width.
         **kwargs: handed on.
     """
@@ -164,7 +162,7 @@ def nearest_attention(
     width = 0 if gate_H is None else nearest.width
     local = attention_mask[..., attention_mask.shape[-1] - key_BGKd.shape[-2] + width :]
     key, value = key_BGKd[:, :, width:], value_BGKd[:, :, width:]
-    out_BSHd, _ = attention(module, inner)(module, query_BHSd, key, value, local, scaling=scaling, **kwargs)
+    out_BSHd, _ = base(module, query_BHSd, key, value, local, scaling=scaling, **kwargs)
     if gate_H is None or not width:
         return out_BSHd, None
     there = attention_mask[..., :width]
@@ -173,6 +171,3 @@ def nearest_attention(
     read_BSHd = nearest(query_BHSd, key_BGKd[:, :, :width], value_BGKd[:, :, :width], there, scale)
     gate = gate_H.sigmoid()[:, None] * there.any(-1).transpose(1, 2)[..., None]
     return out_BSHd + gate * (read_BSHd - out_BSHd), None
-
-
-AttentionInterface.register(NEAREST, nearest_attention)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera.ground.errors import UserError
+from pondera.model.attention import KEYWORD, Asked, Server, route
 from pondera.model.hf import (
     CACHE,
     Cache,
@@ -25,9 +26,9 @@ from pondera.model.hf import (
     create_causal_mask,
     create_sliding_window_causal_mask,
 )
-from pondera.model.log_weight import LOG_WEIGHT
+from pondera.model.log_weight import LogWeight
 from pondera.model.rotation import Rotation
-from pondera.model.rows import PACKED, Rows, standing_in
+from pondera.model.rows import Packed, Rows
 from pondera.model.top_logits import top_logits
 
 
@@ -96,6 +97,7 @@ class Backbone(nn.Module):
         self.config: PreTrainedConfig = lm.config.get_text_config(decoder=True)
         # Looked up once, as it is called for every token; past nn.Module's registry, where it would be a second copy.
         object.__setattr__(self, "decoder", lm.get_decoder())
+        route(self.decoder)
         self._logit_scale = getattr(self.config, "logit_scale", 1.0) / getattr(self.config, "logits_scaling", 1.0)
         self._logit_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
 
@@ -171,7 +173,7 @@ class Backbone(nn.Module):
         position_ids: Tensor | None = None,
         rows: Rows | None = None,
         log_weight_BS: Tensor | None = None,
-        attention: tuple[str, dict[str, Any]] | None = None,
+        attention: Server | None = None,
     ) -> Tensor:
         """One whole pass through the decoder by its public call; returns states after the final norm, ``[B, S, D]``.
 
@@ -184,8 +186,7 @@ class Backbone(nn.Module):
             rows: which slots of which texts the rows of a packed call are; then `mask` must be a `SlotMask` of all texts.
             log_weight_BS: added to every attention score of that row, like `SlotMask.log_weight_BK` but as one more
                 coordinate of queries and keys, which fused kernels take and gradient can flow through. Without a cache.
-            attention: an attention function that stands in for the backbone's own, by its name in transformers' registry,
-                and what it is told beside ``inner``, the name of that own one.
+            attention: serves the calls of all attention layers in place of the backbone's own function.
         """
         call: dict[str, Any] = {
             "inputs_embeds": h_BSD,
@@ -195,16 +196,15 @@ class Backbone(nn.Module):
             "use_cache": cache is not None,
         }
         if log_weight_BS is not None:
-            with standing_in(self.config, LOG_WEIGHT) as how:
-                return self.decoder(**call, log_weight_BS=log_weight_BS, **how).last_hidden_state
-        if attention is not None:
-            name, told = attention
-            with standing_in(self.config, name) as how:
-                return self.decoder(**call, **told, **how).last_hidden_state
-        if rows is None or rows.batch == 1:
+            attention = LogWeight(log_weight_BS)
+        elif attention is None and rows is not None and rows.batch > 1:
+            attention = Packed(rows)
+        if attention is None:
             return self.decoder(**call).last_hidden_state
-        with standing_in(self.config, PACKED) as how:
-            return self.decoder(**call, rows=rows, **how).last_hidden_state
+        asked = Asked(attention)
+        out_BSD = self.decoder(**call, **{KEYWORD: asked}).last_hidden_state
+        asked.check(self.config.model_type)
+        return out_BSD
 
     def run(
         self,

@@ -39,6 +39,7 @@ from pondera.model.hf import (
 from pondera.model.keywords import SHIFT_LABELS, check_keywords
 from pondera.model.method import Method, Thought
 from pondera.model.packed import documents, refuse_packed_cache
+from pondera.model.self_check import check_method
 from pondera.model.terms import Term
 from pondera.model.unsupported import NoContinuousBatching
 
@@ -150,6 +151,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         self._tied_weights_keys = {f"backbone.lm.{key}": f"backbone.lm.{source}" for key, source in tied.items()}
         self.generation_config = storable(lm.generation_config)
         self.post_init()
+        if self.backbone.lm.device.type != "meta":
+            check_method(self)
         if old is not None:
             self._take_over(old)
 

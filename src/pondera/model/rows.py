@@ -1,8 +1,8 @@
 """Packed calls: only the rows that are wanted run, whatever batch row they belong to.
 
 Every matrix product of a packed call sees N rows in one sequence of length N; only attention puts them back beside the
-other rows of their text. That is done by an attention function of transformers' interface around the backbone's own, so
-no layer of any architecture has to know.
+other rows of their text. That is done by an attention function around the backbone's own (`pondera.model.attention`), so no
+layer of any architecture has to know.
 
 Shapes: B batch, T tokens, S most rows of any text, N rows of all texts together, K cached and new rows, H heads,
 D width, d head width.
@@ -10,18 +10,13 @@ D width, d head width.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pondera.model.hf import ALL_ATTENTION_FUNCTIONS, AttentionInterface, PreTrainedConfig
-
-PACKED = "pondera_packed"
+from pondera.model.attention import Attention
 
 
 @dataclass(frozen=True)
@@ -75,48 +70,29 @@ class Rows:
         return x_1HNd if self.batch == 1 else self.spread(x_1HNd.transpose(1, 2)).transpose(1, 2)
 
 
-@contextmanager
-def standing_in(config: PreTrainedConfig, name: str) -> Iterator[dict[str, Any]]:
-    """Has the layers of a backbone call the attention function of that name; gives the keyword that says what for."""
-    own = config._attn_implementation_internal
-    config._attn_implementation_internal = name
-    try:
-        yield {"inner": own or "sdpa"}
-    finally:
-        config._attn_implementation_internal = own
-
-
-def attention(module: nn.Module, inner: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The attention function that another stands in for."""
-    own: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    return ALL_ATTENTION_FUNCTIONS.get_interface(inner, own)
-
-
-def packed_attention(
-    module: nn.Module,
-    query_1HNd: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    rows: Rows,
-    inner: str,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """The backbone's own attention over the texts that packed rows belong to.
+@dataclass(frozen=True)
+class Packed:
+    """The backbone's own attention over the texts that packed rows belong to; see `pondera.model.attention.Server`.
 
     Args:
-        module: the attention layer.
-        query_1HNd: packed.
-        key, value: ``[B, H, K, d]`` from a cache, or packed as the queries are.
-        attention_mask: ``[B, 1, S, K]``.
         rows: where the packed rows belong.
-        inner: the name of the attention function that does the work.
-        **kwargs: handed on to it.
     """
-    if key.shape[0] != rows.batch:
-        key, value = rows.spread_heads(key), rows.spread_heads(value)
-    out_BSHd, _ = attention(module, inner)(module, rows.spread_heads(query_1HNd), key, value, attention_mask, **kwargs)
-    return rows.gather(out_BSHd), None
 
+    rows: Rows
 
-AttentionInterface.register(PACKED, packed_attention)
+    def __call__(
+        self,
+        base: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends with ``[1, H, N, d]`` queries, and keys and values ``[B, H, K, d]`` of a cache, or packed as queries are."""
+        rows = self.rows
+        if key.shape[0] != rows.batch:
+            key, value = rows.spread_heads(key), rows.spread_heads(value)
+        out_BSHd, _ = base(module, rows.spread_heads(query), key, value, attention_mask, **kwargs)
+        return rows.gather(out_BSHd), None

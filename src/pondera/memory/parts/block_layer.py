@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import LongTensor, Tensor
+from torch import LongTensor, Tensor, nn
 from torch.nn import functional as F
 
-from pondera.model.hf import AttentionInterface, CacheLayerMixin
+from pondera.model.attention import Attention
+from pondera.model.hf import CacheLayerMixin
 from pondera.model.rotation import Rotation
-from pondera.model.rows import attention
 
 Held = dict[str, Tensor]
 """What a layer holds, by name, ``[B, H, W, d]`` each: ``block_k``, ``block_v``, ``carry_k``, ``carry_v``, ``rows_k``,
@@ -27,8 +27,6 @@ Held = dict[str, Tensor]
 Remember = Callable[[Held, Tensor, Tensor, list[int]], Held]
 """A layer's memory after a block: of what it held, the block's keys without positions and its values, ``[A, H, L, d]``,
 and the number of blocks that each text had closed before."""
-
-FEWER_ROWS = "pondera_fewer_rows"
 
 
 @dataclass(frozen=True)
@@ -253,12 +251,15 @@ class BlockLayer(CacheLayerMixin):
 
 
 def fewer_rows(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, inner: str, **kwargs: Any
+    base: Attention,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The backbone's own attention, in layers some of which give no memory: a mask's last columns are theirs."""
     if attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[-2] :]
-    return attention(module, inner)(module, query, key, value, attention_mask, **kwargs)
-
-
-AttentionInterface.register(FEWER_ROWS, fewer_rows)
+    return base(module, query, key, value, attention_mask, **kwargs)

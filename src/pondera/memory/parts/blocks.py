@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ from torch import Tensor
 from pondera.ground.cost import Call, Product
 from pondera.ground.errors import UserError
 from pondera.memory.parts.block_cache import BlockCache
-from pondera.memory.parts.block_layer import FEWER_ROWS, BlockLayer, Held
+from pondera.memory.parts.block_layer import BlockLayer, Held, fewer_rows
+from pondera.model.attention import Server
 from pondera.model.backbone import LAYOUTS, Backbone
 from pondera.model.budget import FULL, Budget
 from pondera.model.cache import TokenCache
@@ -117,11 +118,9 @@ class BlockMemory(Method):
         as for `products`."""
         return []
 
-    def attention(
-        self, backbone: Backbone, held: BlockCache, h_ASD: Tensor, position_AS: Tensor
-    ) -> tuple[str, dict[str, Any]] | None:
-        """What stands in for the backbone's own attention in a call, as `Backbone.step` takes it; none: nothing."""
-        return (FEWER_ROWS, {}) if held.mixed else None
+    def attention(self, backbone: Backbone, held: BlockCache, h_ASD: Tensor, position_AS: Tensor) -> Server | None:
+        """What serves the attention of a call in place of the backbone's own, as `Backbone.step` takes it."""
+        return fewer_rows if held.mixed else None
 
     # What the backbone has to be
 

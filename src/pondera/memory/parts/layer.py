@@ -1,8 +1,8 @@
 """Where queries, new keys and the past meet: cache layers that do their attention themselves.
 
 transformers hands a cache layer new keys and values, and an attention function queries, keys and a mask; neither sees
-all. A `MemoryLayer` marks the keys that it returns, and the attention function registered here hands everything to the
-layer that marked them. Keys without a mark, of any other cache, go to torch's fused attention as they always did.
+all. A `MemoryLayer` gives back the new keys and values as they are, and serves the attention call that follows
+(`pondera.model.attention`), which hands it everything. A call that does not follow raises.
 
 Shapes: B batch, H query heads, G KV heads, R = H / G, T new tokens, K tokens seen and new, D head width.
 """
@@ -10,7 +10,7 @@ Shapes: B batch, H query heads, G KV heads, R = H / G, T new tokens, K tokens se
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -18,14 +18,13 @@ import torch
 from torch import LongTensor, Tensor, nn
 
 from pondera.ground.errors import UserError
+from pondera.memory.parts.attention import PLAIN, Softmax
 from pondera.memory.parts.stock_attention import stock_attention
-from pondera.model.hf import AttentionInterface, AttentionMaskInterface, CacheLayerMixin, sdpa_attention, sdpa_mask
+from pondera.model.attention import Attention
+from pondera.model.hf import CacheLayerMixin, sdpa_attention
 
-MEMORY = "pondera_memory"
-"""The attention implementation that knows memories."""
-_MARK = "pondera_layer"
-FURTHER = ("softcap", "position_bias")
-"""What an attention function may be given that makes it another one, where it is not none."""
+CAP, SINK, BIAS = "softcap", "s_aux", "position_bias"
+"""What transformers calls what an attention function may be given beside queries, keys, values and a mask."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Call:
         scaling: of the products.
         start: tokens seen before.
         further: what else the attention function was given.
+        base: the model's own attention function.
+        given_mask: the mask as `base` takes it.
     """
 
     module: nn.Module
@@ -49,7 +50,24 @@ class Call:
     mask_B1TK: Tensor | None
     scaling: float
     start: int
-    further: dict[str, Any]
+    further: dict[str, Any] = field(default_factory=dict)
+    base: Attention = sdpa_attention
+    given_mask: Tensor | None = None
+
+    @cached_property
+    def softmax(self) -> Softmax:
+        """How scores become weights where slots are not the tokens of the text in their order.
+
+        Raises:
+            UserError: the model adds a bias by position, which slots do not know.
+        """
+        if self.further.get(BIAS) is not None:
+            raise UserError(
+                f"{type(self.module).__name__}: adds a bias by position to its attention scores, which a cache that evicts or "
+                "codes does not know; use Full() or the model's stock cache"
+            )
+        cap, sink_H = self.further.get(CAP), self.further.get(SINK)
+        return PLAIN if cap is None and sink_H is None else Softmax(cap, sink_H)
 
     @property
     def tokens(self) -> int:
@@ -91,19 +109,24 @@ class Call:
         return (column_K[None] <= number_t[:, None])[None, None].expand(len(self.query_BHTD), 1, -1, -1)
 
     def stock(self, keys: Tensor, values: Tensor) -> Tensor:
-        """transformers' own attention over all tokens, ``[B, T, H, D]``, or the same bits sooner.
+        """The model's own attention over all tokens, ``[B, T, H, D]``, or the same bits sooner.
 
         Args:
             keys, values: ``[B, G, K, D]``, in the order of the text.
         """
-        others = [name for name in FURTHER if self.further.get(name) is not None]
-        if self.mask_B1TK is None and not others and not self.further.get("dropout"):
-            out_B1HD = stock_attention(self.query_BHTD, keys, values, self.scaling)
-            if out_B1HD is not None:
-                return out_B1HD
-        out, _ = sdpa_attention(
-            self.module, self.query_BHTD, keys, values, self.mask_B1TK, scaling=self.scaling, **self.further
-        )
+        further = self.further
+        if self.given_mask is None and self.base is sdpa_attention and not further.get("dropout"):
+            if further.get(CAP) is None and further.get(BIAS) is None:
+                out_B1HD = stock_attention(self.query_BHTD, keys, values, self.scaling)
+                if out_B1HD is not None:
+                    return out_B1HD
+        mask = self.given_mask
+        if mask is None and self.base is not sdpa_attention and self.tokens > 1:
+            # Only torch's fused attention is causal by itself.
+            allowed = self.written_mask(slice(0, self.tokens))
+            assert allowed is not None
+            mask = torch.zeros_like(allowed, dtype=keys.dtype).masked_fill(~allowed, torch.finfo(keys.dtype).min)
+        out, _ = self.base(self.module, self.query_BHTD, keys, values, mask, scaling=self.scaling, **further)
         return out
 
 
@@ -113,6 +136,8 @@ class MemoryLayer(CacheLayerMixin):
     Attributes:
         seen: tokens that have been through, padding counted, forgotten or not.
         record_past: tokens may yet be taken back, so nothing is forgotten before `crop` says which stay.
+        expected: the attention module that this layer is for has been called with it.
+        pending: new keys have come, and the attention call that belongs to them has not been served yet.
     """
 
     holds: ClassVar[tuple[str, ...]]
@@ -125,7 +150,7 @@ class MemoryLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        self.record_past = False
+        self.record_past = self.expected = self.pending = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes dtype and device from the first keys."""
@@ -133,13 +158,45 @@ class MemoryLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Gives the new keys back, marked, so that attention finds this layer."""
+        """Gives the new keys and values back; the attention call that follows is served by `__call__`."""
+        if not self.expected:
+            raise UserError(
+                "this cache was handed to a model that it was not made for, or to attention that never says which cache it "
+                "reads; make a cache for this model: method.cache(model)"
+            )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        marked = key_states.view(key_states.shape)
-        setattr(marked, _MARK, self)
+        self.expected, self.pending = False, True
         self.seen += key_states.shape[2]
-        return marked, value_states
+        return key_states, value_states
+
+    def __call__(
+        self,
+        base: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Serves the attention call of the new keys; see `pondera.model.attention.Server`.
+
+        Raises:
+            UserError: the call does not belong to new keys, or its mask is not over all tokens seen.
+        """
+        if not self.pending:
+            raise UserError(
+                f"{type(module).__name__}: calls attention more than once for the keys of a layer, or without putting them "
+                "into the cache; use the model's stock cache"
+            )
+        start = self.seen - key.shape[2]
+        scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
+        mask = None if attention_mask is None else as_boolean(module, attention_mask, self.seen)
+        out_BTHD = self.attend(Call(module, query, key, value, mask, scaling, start, kwargs, base, attention_mask))
+        self.pending = False
+        return out_BTHD, None
 
     @abstractmethod
     def attend(self, call: Call) -> Tensor:
@@ -196,7 +253,7 @@ class MemoryLayer(CacheLayerMixin):
         """Forgets everything."""
         self.clear()
         self.seen = 0
-        self.is_initialized = self.record_past = False
+        self.is_initialized = self.record_past = self.expected = self.pending = False
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Rearranges the batch for beam search."""
@@ -223,25 +280,29 @@ class MemoryLayer(CacheLayerMixin):
         self.offload()
 
 
-def memory_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention by the layer that marked the keys; torch's fused attention where none did."""
-    layer: MemoryLayer | None = getattr(key, _MARK, None)
-    if layer is None:
-        return sdpa_attention(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
-    if attention_mask is not None and attention_mask.dtype != torch.bool:
-        raise UserError("attention_mask: a memory needs the ordinary mask of ones and zeros, [B, tokens], or none")
-    call = Call(module, query, key, value, attention_mask, scaling, layer.seen - key.shape[2], kwargs)
-    return layer.attend(call), None
+def as_boolean(module: nn.Module, mask: Tensor, seen: int) -> Tensor:
+    """``[B, 1, T, K]``: true where a query may look, of a mask as the model's own attention takes it.
 
+    Args:
+        module: the attention layer.
+        mask: booleans, or what is added to scores: 0 and very low numbers.
+        seen: K, tokens seen and new.
 
-AttentionInterface.register(MEMORY, memory_attention)
-AttentionMaskInterface.register(MEMORY, sdpa_mask)
+    Raises:
+        UserError: a mask that says more than that, or is not over all tokens.
+    """
+    name = type(module).__name__
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[-1] != seen:
+        raise UserError(
+            f"attention_mask: {name} gives one that is not [B, 1, tokens, tokens seen]; give the model the ordinary mask of "
+            "ones and zeros, [B, tokens], or none, and load it with attn_implementation='sdpa'"
+        )
+    if mask.dtype == torch.bool:
+        return mask
+    allowed = mask == 0
+    if not mask.is_floating_point() or not bool((allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
+        raise UserError(
+            f"attention_mask: {name} adds numbers to its scores by way of the mask, which a cache that evicts or codes does "
+            "not know; use the model's stock cache, and the ordinary mask of ones and zeros, or none"
+        )
+    return allowed

@@ -9,7 +9,7 @@ Shapes: B batch, H query heads, G KV heads, T new tokens, k those that go on, K 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -101,7 +101,7 @@ class Passed(Call):
         choice: those that do.
     """
 
-    choice: Choice
+    choice: Choice = field(kw_only=True)
 
     @classmethod
     def of(cls, call: Call, choice: Choice) -> Passed:
@@ -119,7 +119,8 @@ class Passed(Call):
             call.scaling,
             choice.begin + choice.tokens - choice.position_Bk.shape[1],
             call.further,
-            choice,
+            call.base,
+            choice=choice,
         )
 
     @property

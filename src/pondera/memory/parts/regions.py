@@ -71,6 +71,11 @@ class Regions(Memory):
             config: text config of the model.
         """
 
+    @property
+    def needs_rows_of_config(self) -> bool:
+        """See `Memory.needs_rows_of_config`: coders are."""
+        return True
+
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> RegionLayer:
         """See `Memory.layer`."""
         return RegionLayer(self, *self.coders(config, index))
@@ -241,14 +246,14 @@ class RegionLayer(MemoryLayer):
         for start in range(0, T, block):
             part = slice(start, min(T, start + block))
             query_BGND = query_BGRTD[:, :, :, part].flatten(2, 3)
-            score_BGNS = torch.cat([segment.dot(query_BGND) for segment in segments], -1)
+            score_BGNS = call.softmax.capped(torch.cat([segment.dot(query_BGND) for segment in segments], -1))
             allowed = _joined([segment.allowed(call, part) for segment in segments], segments)
             if allowed is not None:
                 # A query of padding sees anything: a softmax over nothing would be NaN.
                 allowed = allowed | ~allowed.any(-1, keepdim=True)
                 score_BGRtS = score_BGNS.unflatten(2, (R, -1))
                 score_BGNS = score_BGRtS.masked_fill(~allowed[:, None, None], -torch.inf).flatten(2, 3)
-            weight_BGNS = score_BGNS.softmax(-1, dtype=torch.promote_types(score_BGNS.dtype, torch.float32))
+            weight_BGNS = call.softmax.weights(score_BGNS.unflatten(2, (R, -1))).flatten(2, 3)
             split = weight_BGNS.split([segment.tokens for segment in segments], -1)
             outs.append(sum(segment.mix(weight) for segment, weight in zip(segments, split, strict=True)))
         out_BGRTD = torch.cat([out.unflatten(2, (R, -1)) for out in outs], 3)
@@ -275,7 +280,7 @@ class RegionLayer(MemoryLayer):
         ``[B, S]``, negative where a row holds nothing."""
         pieces = list(self.ring.pieces(self._exact_from(), self.ring.end))
         none_BG0D = self.ring.keys[:, :, :0]
-        call = Call(torch.nn.Module(), none_BG0D, none_BG0D, none_BG0D, None, 1.0, self.seen, {})
+        call = Call(torch.nn.Module(), none_BG0D, none_BG0D, none_BG0D, None, 1.0, self.seen)
         dense = [part.dense() if isinstance(part, Coded) else part for part in self._segments(call, pieces, 0)]
         keys, values = (torch.cat([getattr(part, name) for part in dense], 2) for name in ("keys", "values"))
         numbers = [torch.where(part.within(keys.device), part.number(keys.device), -1) for part in dense]

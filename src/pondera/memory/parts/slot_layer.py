@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pondera.ground.errors import UserError
-from pondera.memory.parts.attention import BLOCK, Seen, attend, attend_seen, grouped, scores, slots_allowed
+from pondera.memory.parts.attention import BLOCK, Seen, Softmax, attend, attend_seen, grouped, scores, slots_allowed
 from pondera.memory.parts.layer import Call, MemoryLayer
 from pondera.memory.parts.native_attention import FEW, attend_natively
 from pondera.memory.parts.slot_table import EMPTY, SlotTable
@@ -123,11 +123,13 @@ class SlotLayer(MemoryLayer):
             there_BGk = slot_BGk.clamp(min=0)
             keys, values = (_chosen(rows, there_BGk) for rows in (keys, values))
             position = torch.where(slot_BGk < 0, EMPTY, position.gather(2, there_BGk))
-        every = slice(0, call.tokens)
-        found = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
+        every, softmax = slice(0, call.tokens), self._softmax(call, table)
+        found = None
+        if softmax.plain:
+            found = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
         if found is None:
             allowed = slots_allowed(call.written_mask(every), position)
-            out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling)
+            out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling, softmax)
         else:
             out_BTHD = found.out_BTHD
         for _ in self._observe(call, query_BGRTD, table, position_BT):
@@ -158,21 +160,29 @@ class SlotLayer(MemoryLayer):
                 self.memory.observe(self, table, seen)
             yield seen
 
-    @staticmethod
+    def _softmax(self, call: Call, table: SlotTable) -> Softmax:
+        """How the scores of a table's heads become weights."""
+        if call.softmax.sink_H is None or len(self.tables) == 1:
+            return call.softmax
+        head = next(head for head, other in enumerate(self.tables) if other is table)
+        return call.softmax.of(slice(head, head + 1), len(self.tables))
+
     def _seen(
-        call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor, part: slice, begins: bool
+        self, call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor, part: slice, begins: bool
     ) -> Seen:
         """What some queries look at."""
-        query_BGRTD, number = query_BGRTD[:, :, :, part], call.start + part.start
-        rows = (query_BGRTD, table.keys, table.values, table.position)
-        found = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
+        query_BGRTD, number, softmax = query_BGRTD[:, :, :, part], call.start + part.start, self._softmax(call, table)
+        found = None
+        if softmax.plain:
+            rows = (query_BGRTD, table.keys, table.values, table.position)
+            found = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
         out_BTHD, score_BGRTS = (None, None) if found is None else found
         if score_BGRTS is None:
             allowed = slots_allowed(call.written_mask(part), table.position)
-            score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling)
+            score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling, softmax)
         number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
         real_BT = position_BT[:, part] >= 0
-        return Seen(query_BGRTD, score_BGRTS, number_T, real_BT, call.scaling, begins, out_BTHD)
+        return Seen(query_BGRTD, score_BGRTS, number_T, real_BT, call.scaling, begins, out_BTHD, softmax)
 
     def _forget(self) -> None:
         """Brings every table within its budget."""

@@ -48,6 +48,11 @@ class Slots(Memory):
         """KV heads of a layer keep different numbers of slots."""
         return False
 
+    @property
+    def needs_rows_of_config(self) -> bool:
+        """See `Memory.needs_rows_of_config`: lists of budgets are."""
+        return self.by_head
+
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> SlotLayer:
         """See `Memory.layer`."""
         return SlotLayer(self, index, among)

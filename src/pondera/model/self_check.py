@@ -1,0 +1,98 @@
+"""Whether a method is right on a backbone that no test of Pondera knows: a few tokens, when the model is built.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from pondera.ground.errors import UserError
+from pondera.model.backbone import LAYOUTS
+
+if TYPE_CHECKING:
+    from pondera.model.lm import AdaptiveLM
+
+TOKENS, PADS, PIECES = 6, 2, (4, 1, 1)
+"""What is read: two rows of so many tokens, padding on the left of the first, and how they are cut for a cache."""
+
+
+def check_method(model: AdaptiveLM) -> None:
+    """Refuses a backbone on which the model's method does not run, or padding, packing or the cache change what it says.
+
+    Architectures that are mapped are known from tests, and are not run.
+
+    Raises:
+        UserError: which architecture, and why.
+    """
+    kind = model.backbone.config.model_type
+    if model.method is None or kind in LAYOUTS:
+        return
+    try:
+        with as_it_was(model):
+            wrong = _wrong(model)
+    except UserError as error:
+        wrong = str(error)
+    except Exception as error:  # whatever an architecture raises inside
+        wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    if wrong:
+        raise UserError(
+            f"{model.chosen} does not fit {kind}: {wrong}. Methods that run whole passes in causal order, such as "
+            f"PonderLM2(thoughts=1) and PauseToken(), fit more architectures; all methods fit {', '.join(sorted(LAYOUTS))}"
+        )
+
+
+def _wrong(model: AdaptiveLM) -> str | None:
+    """What is wrong; `None`: nothing was found."""
+    vocabulary = model.backbone.config.vocab_size
+    ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 5) % vocabulary
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :PADS] = 0
+    whole = model(ids_BT, attention_mask=mask_BT).logits
+    bound = max(1e-4, 8 * torch.finfo(whole.dtype).eps) * float(whole.float().abs().max())
+
+    def apart(found: Tensor, expected: Tensor) -> bool:
+        return not bool(((found.float() - expected.float()).abs() <= bound).all())
+
+    if apart(model(ids_BT[:1, PADS:]).logits, whole[:1, PADS:]):
+        return "a row with padding on its left gets other logits than the row alone"
+    cached = _in_pieces(model, ids_BT, mask_BT)
+    think = model.think
+    if think is None or not think.packed:
+        return None
+    think.packed = False
+    try:
+        for found, expected in ((whole, model(ids_BT, attention_mask=mask_BT).logits),
+                                (cached, _in_pieces(model, ids_BT, mask_BT))):  # fmt: skip
+            if apart(found[mask_BT.bool()], expected[mask_BT.bool()]):
+                return "tokens that are run without those that leave off get other logits than with all of them"
+    finally:
+        think.packed = True
+    return None
+
+
+def _in_pieces(model: AdaptiveLM, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    cache, seen, found = model.new_cache(), 0, []
+    for piece in ids_BT.split(PIECES, 1):
+        seen += piece.shape[1]
+        found.append(model(piece, attention_mask=mask_BT[:, :seen], past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """In evaluation, without gradients; training mode and random state are put back."""
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True

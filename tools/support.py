@@ -1,0 +1,273 @@
+"""Which causal LMs of transformers Pondera serves: every architecture tried as a tiny random model.
+
+    python tools/support.py                writes results/support.json and docs/support.md; a few minutes on one core
+    python tools/support.py llama gemma2   tries these, and prints what it finds
+
+A KV-cache method is held against the stock cache while nothing is evicted, and against the model's own attention function
+over the rows that are kept once something is; a thinking method against itself without a cache. What is found is one of:
+exact (the same bits), close (to float tolerance), refused (a `UserError` that says why), WRONG, failed (any other error),
+not built (no tiny model can be made).
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import VOCABULARY, NotBuilt, families, tiny_config, tiny_model
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from pondera import AdaptiveConfig, AdaptiveLM, UserError
+from pondera.ground import spec
+from pondera.memory.contract import Memory
+from pondera.memory.parts.layer import Call
+from pondera.memory.parts.regions import RegionLayer
+from pondera.memory.parts.self_check import difference
+from pondera.memory.parts.slot_layer import SlotLayer
+
+ROOT = Path(__file__).resolve().parent.parent
+LIMIT = 60
+"""Seconds that a family may take."""
+TOKENS, PROMPT = 24, 18
+VQKV = "VQKV(2, {}codes=4, vectors=64, fitting='kmeans', branches=1)"
+CACHES = {
+    "Full": ("Full()", None),
+    "H2O": ("H2O(64)", "H2O(8)"),
+    "VQKV": (VQKV.format(""), VQKV.format("window=5, sinks=1, every=2, ")),
+}
+"""By name: a form from which nothing is evicted in these texts, and one from which much is."""
+THINKING = {
+    "PonderLM2": "PonderLM2(thoughts=1, eval_rounds='exact')",
+    "PonderLM3": "PonderLM3(thoughts=2, threshold=0.1, eval_rounds='exact')",
+    "PonderLM": "PonderLM(steps=1, top=None)",
+    "AdaPonderLM": "AdaPonderLM(steps=2, top=None, threshold=0.3)",
+    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2)",
+    "ThinkAtHard": "ThinkAtHard(steps=1, threshold=0.5, top=8)",
+    "UniversalTransformer": "UniversalTransformer(steps=2, epsilon=0.3)",
+    "PauseToken": "PauseToken(pauses=1)",
+}
+COLUMNS = (*CACHES, *THINKING)
+CLOSE = 2e-5
+"""The largest difference, as a share of the largest number, that counts as close."""
+ORDER = ("exact", "close", "refused", "not built", "failed", "WRONG")
+Found = dict[str, str]
+
+
+def text(batch: int, tokens: int) -> Tensor:
+    """Token ids, always the same."""
+    return torch.randint(5, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def read(model: Any, cache: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
+    """Logits of all tokens: the prompt at once, the others one by one."""
+    found, seen = [], 0
+    for piece in ids_BT.split([PROMPT] + [1] * (ids_BT.shape[1] - PROMPT), 1):
+        seen += piece.shape[1]
+        given = {} if mask_BT is None else {"attention_mask": mask_BT[:, :seen]}
+        found.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **given).logits)
+    return torch.cat(found, 1)
+
+
+def verdict(pairs: list[tuple[Tensor, Tensor]]) -> str:
+    """How what was found compares with what was expected."""
+    if all(torch.equal(found, expected) for found, expected in pairs):
+        return "exact"
+    worst = max(difference(found, expected) for found, expected in pairs)
+    return "close" if worst <= CLOSE else f"WRONG: apart by {worst:.1e} of the largest logit"
+
+
+def padded(batch: int) -> tuple[Tensor, Tensor]:
+    """A text with padding on the left of its first row, and its mask."""
+    ids_BT = text(batch, TOKENS)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :5] = 0
+    return ids_BT, mask_BT
+
+
+def try_cache(model: PreTrainedModel, name: str) -> str:
+    """A KV-cache method beside the stock cache, and once it evicts beside the model's own attention over what is kept."""
+    large, small = CACHES[name]
+    ids_BT, mask_BT = padded(2)
+    stock = [read(model, stock_cache(model), text(1, TOKENS)), read(model, stock_cache(model), ids_BT, mask_BT)]
+    method = built(large, model)
+    found = [read(model, method.cache(model), text(1, TOKENS)), read(model, method.cache(model), ids_BT, mask_BT)]
+    whole = verdict(
+        [(found[0], stock[0]), (found[1][mask_BT.bool()], stock[1][mask_BT.bool()])]
+    )
+    again = read(model, stock_cache(model), ids_BT, mask_BT)
+    if not torch.equal(again[mask_BT.bool()], stock[1][mask_BT.bool()]):
+        return "WRONG: the stock cache gives something else afterwards"
+    if small is None or whole.startswith("WRONG"):
+        return whole
+    cache, pairs = built(small, model).cache(model), []
+    for layer in cache.kept:
+        watch(layer, pairs)
+    read(model, cache, text(1, TOKENS))
+    if len(pairs) < TOKENS - PROMPT:
+        return "WRONG: nothing was evicted or coded"
+    evicted = verdict(pairs)
+    return max(whole, "close" if evicted == "exact" else evicted, key=lambda each: ORDER.index(each.partition(":")[0]))
+
+
+def watch(layer: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Has a layer note what it gave and what the model's own attention function gives for the rows that are kept."""
+    name = "_by_table" if isinstance(layer, SlotLayer) else "_by_segments"
+    own = getattr(layer, name)
+
+    def noted(call: Call, *others: Any) -> Tensor:
+        found = own(call, *others)
+        if call.tokens == 1:
+            pairs.append((found, call.base(call.module, call.query_BHTD, *rows(layer), None, scaling=call.scaling,
+                                           **call.further)[0]))  # fmt: skip
+        return found
+
+    setattr(layer, name, noted)
+
+
+def rows(layer: Any) -> tuple[Tensor, Tensor]:
+    """The keys and values that a layer keeps, decoded, of one text."""
+    if isinstance(layer, RegionLayer):
+        keys, values, number_1S = layer.restored()
+        return keys[:, :, number_1S[0] >= 0], values[:, :, number_1S[0] >= 0]
+    (table,) = layer.tables
+    real_S = table.real[0, 0]
+    return table.keys[:, :, real_S], table.values[:, :, real_S]
+
+
+def built(form: str, model: PreTrainedModel) -> Memory:
+    """A method, fitted where it has to be."""
+    made = spec.build(form, "memory")
+    return made if made.fitted else made.fit(model, [text(4, 20)])
+
+
+def stock_cache(model: PreTrainedModel) -> DynamicCache:
+    """The cache that `generate` would make."""
+    return DynamicCache(config=model.config.get_text_config(decoder=True))
+
+
+def try_thinking(kind: str, name: str) -> str:
+    """A thinking method with a cache beside itself without one, and a padded row beside itself alone."""
+    torch.manual_seed(0)
+    config = tiny_config(kind).get_text_config(decoder=True).to_dict()
+    model = AdaptiveLM(AdaptiveConfig(backbone={**config, "model_type": kind}, think=THINKING[name])).eval().float()
+    ids_BT, mask_BT = padded(2)
+    whole = model(ids_BT, attention_mask=mask_BT).logits
+    cached = read(model, model.new_cache(), ids_BT, mask_BT)
+    alone = model(ids_BT[:1, 5:]).logits
+    return verdict([(cached[mask_BT.bool()], whole[mask_BT.bool()]), (alone, whole[:1, 5:])])
+
+
+def attempt(run: Any, *given: Any) -> str:
+    """What comes of it, errors in words."""
+    try:
+        with torch.no_grad():
+            return run(*given)
+    except UserError as error:
+        return f"refused: {' '.join(str(error).split())}"
+    except Exception as error:
+        return f"failed: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def try_family(kind: str, write: Any) -> None:
+    """Tries everything on one architecture, and writes down each verdict as it comes."""
+    try:
+        model = tiny_model(kind)
+    except NotBuilt as error:
+        write.send(("*", f"not built: {error}"))
+        return
+    for name in CACHES:
+        write.send((name, attempt(try_cache, model, name)))
+    for name in THINKING:
+        write.send((name, attempt(try_thinking, kind, name)))
+
+
+def in_a_process(kind: str) -> Found:
+    """The same in a process of its own, so that nothing that happens there stops the others."""
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=try_family, args=(kind, send))
+    process.start()
+    send.close()
+    found: Found = {}
+    try:
+        while len(found) < len(COLUMNS) and "*" not in found:
+            if not receive.poll(LIMIT):
+                found["*"] = f"failed: more than {LIMIT} seconds"
+                break
+            column, said = receive.recv()
+            found[column] = said
+    except EOFError:
+        found["*"] = "failed: the process ended"
+    process.kill()
+    process.join()
+    rest = found.pop("*", "failed: nothing was said")
+    return {column: found.get(column, rest) for column in COLUMNS}
+
+
+def word(said: str) -> str:
+    """The verdict without its reason."""
+    return said.partition(":")[0]
+
+
+def page(found: dict[str, Found]) -> str:
+    """docs/support.md."""
+    lines = [
+        "# Which models are served",
+        "",
+        f"Every causal LM of transformers {transformers.__version__}, as a tiny random model. This page is written by "
+        "`python tools/support.py`; do not edit it.",
+        "",
+        "*exact*: the same bits as with the stock cache. *close*: the same to float tolerance. *refused*: a `UserError` says "
+        "why, when the cache or the model is made. *not built*: no tiny model can be made by shrinking the usual sizes. "
+        "KV-cache methods are held against the stock cache while nothing is evicted, and after that against the model's own "
+        "attention function over the rows that are kept. Thinking methods are held against themselves without a cache.",
+        "",
+        f"| of {len(found)} architectures | " + " | ".join(ORDER) + " |",
+        "|---|" + "---|" * len(ORDER),
+    ]
+    for column in COLUMNS:
+        counts = Counter(word(each[column]) for each in found.values())
+        lines.append(f"| {column} | " + " | ".join(str(counts[verdict]) for verdict in ORDER) + " |")
+    lines += ["", "| architecture | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
+    built = {kind: each for kind, each in found.items() if word(each["Full"]) != "not built"}
+    lines += [f"| {kind} | " + " | ".join(word(each[column]) for column in COLUMNS) + " |" for kind, each in built.items()]
+    lines += ["", "## Why", ""]
+    for kind, each in found.items():
+        reasons: dict[str, list[str]] = {}
+        for column in COLUMNS:
+            if ": " in each[column]:
+                reasons.setdefault(each[column], []).append(column)
+        for reason, columns in reasons.items():
+            which = "all" if len(columns) == len(COLUMNS) else ", ".join(columns)
+            lines.append(f"- **{kind}** ({which}): {reason}")
+    return "\n".join(lines) + "\n"
+
+
+def main(asked: list[str]) -> int:
+    """Tries the families that are asked for, or all of them; 1 where something is wrong or failed."""
+    warnings.filterwarnings("ignore")
+    transformers.logging.set_verbosity_error()
+    found = {}
+    for kind in asked or families():
+        found[kind] = in_a_process(kind)
+        print(kind, Counter(map(word, found[kind].values())), flush=True)
+        if asked:
+            print(json.dumps(found[kind], indent=2))
+    if not asked:
+        (ROOT / "results" / "support.json").write_text(
+            json.dumps({"transformers": transformers.__version__, "found": found}, indent=1) + "\n"
+        )
+        (ROOT / "docs" / "support.md").write_text(page(found))
+    return int(any(word(said) in ("WRONG", "failed") for each in found.values() for said in each.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
