@@ -307,7 +307,10 @@ def test_other_tokens_do_not_fit(text, trained, tmp_path):
     shutil.copytree(trained.model_dir, tmp_path / "same")
     assert new_model(onto(text, trained, settings={"data.tokenizer": str(tmp_path / "same")}), 300).think is not None
     with pytest.raises(UserError, match=f"300 tokens .* has 301; .*--data.tokenizer {trained.model_dir}$"):
-        new_model(onto(text, trained), 301)
+        new_model(onto(text, trained, settings={"data.tokenizer": str(tmp_path / "fewer")}), 301)
+    assert new_model(onto(text, trained), 301).embedded == 300, (
+        "its own may have more: `train` looks for them in the text"
+    )
     with pytest.raises(UserError, match="4096 tokens do not fit the 2048 positions of the backbone"):
         new_model(onto(text, trained, settings={"data.context": 4096}), 300)
 

@@ -36,7 +36,7 @@ def divide(names: list[str], sizes: list[int], share: float) -> tuple[list[int],
             train, held_out = _by_hash([_hash(part) for part in _parts(names)], share)
             log.warning(
                 "data.validation: %d documents share %d names (titles), and no whole names make up %g %% of the text; "
-                "documents of one name are now on both sides of the split. If they are parts of one text, give them more titles",
+                "documents of one name are now on both sides. If they are parts of one text, give them more titles",
                 len(names),
                 len(set(names)),
                 100 * share,
