@@ -29,7 +29,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "results/versions.json", ROOT / "docs/versions.md"
 PASSED = ROOT / "src/pondera/model/versions.json"
-SUITE = ["tests/contracts", "tests/model", "tests/jobs", "tests/think", "tests/segment", "tests/memory", "tests/head"]
+SUITE = ["tests/contracts", "tests/model", "tests/jobs"]
 NEEDED = ["hypothesis", "pytest", "pytest-xdist"]
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors|skipped|xfailed)")
 

@@ -13,6 +13,7 @@ from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.backbone import Backbone
+from pondera.model.hf import checkpoint_activations, is_checkpointing
 
 FAMILIES = ["llama", "gemma3", "gpt_neox", "gpt2"]  # the first two with grouped keys and values
 
@@ -167,12 +168,12 @@ def test_recomputing_activations_changes_no_gradient():
     found = []
     for recompute in (False, True):
         if recompute:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         model.zero_grad()
         with torch.enable_grad():
             model(x, labels=x).loss.backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert model.think.recomputable and model.backbone.lm.is_activation_checkpointing
+    assert model.think.recomputable and is_checkpointing(model.backbone.lm)
     for name, gradient in found[0].items():
         agree(found[1][name], gradient)
 

@@ -142,7 +142,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             for parameter in self.method.parameters():
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
         if config.dtype is not None:
-            self.to(cast(torch.dtype, config.dtype))
+            cast(nn.Module, self).to(config.dtype)
         lm = self.backbone.lm
         self._no_split_modules = lm._no_split_modules
         # transformers looks for tied weights in direct children only, and ours lie one level deeper.
