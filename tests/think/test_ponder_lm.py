@@ -52,8 +52,8 @@ def inputs_of_each_pass(model: AdaptiveLM, x: torch.Tensor) -> list[torch.Tensor
 
 def by_the_paper(model: AdaptiveLM, x: torch.Tensor, steps: int, top: int | None = None, accumulate: bool = True):
     """The paper's equations with plain transformers calls: E_{i+1} = E_i + softmax(W_out H_i) W_in."""
-    lm, scale = model.backbone.lm, model.config.embed_scale
-    table = scale * lm.get_input_embeddings()(torch.arange(VOCAB))
+    lm = model.backbone.lm
+    table = lm.get_input_embeddings()(torch.arange(VOCAB))
     first = current = table[x]
     for _ in range(steps):
         states = lm.get_decoder()(inputs_embeds=current, use_cache=False).last_hidden_state
