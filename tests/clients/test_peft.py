@@ -57,7 +57,9 @@ def test_an_adapter_learns_and_is_loaded_again(chosen, tmp_path):
     assert generated.shape == (2, 12)
 
 
-@pytest.mark.parametrize(("seam", "method"), [("think", ROUTER), ("think", "PauseToken(pauses=1)"), ("segment", "ConceptLM(chunk=4)")])
+@pytest.mark.parametrize(
+    ("seam", "method"), [("think", ROUTER), ("think", "PauseToken(pauses=1)"), ("segment", "ConceptLM(chunk=4)")]
+)
 def test_a_methods_own_weights_train_where_they_are_named(seam, method, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         model = get_peft_model(build(**{seam: method}), LoraConfig(target_modules=["q_proj"]))
@@ -84,7 +86,9 @@ def test_a_methods_own_weights_train_where_they_are_named(seam, method, tmp_path
 @pytest.mark.parametrize("chosen", CHOSEN, ids=str)
 @pytest.mark.parametrize("init", ["hf", "scaled"])
 def test_virtual_tokens_stand_where_embeddings_stand(chosen, init):
-    model = get_peft_model(build(init=init, **chosen), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    model = get_peft_model(
+        build(init=init, **chosen), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    ).eval()
     x = ids(2, 9)
     with torch.no_grad():
         prompt = model.get_prompt(2)

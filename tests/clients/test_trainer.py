@@ -12,7 +12,12 @@ from transformers.trainer_pt_utils import LabelSmoother
 from pondera import AdaptiveConfig, AdaptiveLM
 from pondera.model.hf import checkpointing_arguments
 
-CHOSEN = [{}, {"think": "AdaptiveLatentCoT(steps=1)"}, {"think": "PonderLM2(thoughts=1)"}, {"head": "VQLogits(codes=16)"}]
+CHOSEN = [
+    {},
+    {"think": "AdaptiveLatentCoT(steps=1)"},
+    {"think": "PonderLM2(thoughts=1)"},
+    {"head": "VQLogits(codes=16)"},
+]
 OWN_TERMS = [{"think": "UniversalTransformer(steps=2)"}, {"segment": "ConceptLM(chunk=4)"}]
 
 
@@ -26,7 +31,13 @@ def texts(count: int = 8) -> Dataset:
 
 
 def trainer(model, folder, dataset=None, of: type = Trainer, **settings) -> Trainer:
-    defaults = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "save_strategy": "no", "per_device_eval_batch_size": 2}
+    defaults = {
+        "report_to": [],
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "per_device_eval_batch_size": 2,
+    }
     arguments = TrainingArguments(str(folder), **{**defaults, **settings})
     return of(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset)
 
@@ -42,7 +53,13 @@ def first_step(model, folder, batch: int, times: int, **settings) -> tuple[float
 
     steps = {"max_steps": 1, "logging_steps": 1, "max_grad_norm": 1e9}
     made = trainer(
-        model, folder, texts(), per_device_train_batch_size=batch, gradient_accumulation_steps=times, **steps, **settings
+        model,
+        folder,
+        texts(),
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=times,
+        **steps,
+        **settings,
     )
     made.add_callback(Noting())
     made.train()
@@ -108,4 +125,6 @@ def test_label_smoothing_shifts_the_labels(tmp_path):
 @pytest.mark.parametrize("chosen", CHOSEN, ids=str)
 def test_checkpointing_changes_nothing(chosen, tmp_path):
     plain = first_step(build(**chosen), tmp_path, 8, 1)
-    assert first_step(build(**chosen), tmp_path, 8, 1, **checkpointing_arguments(True)) == pytest.approx(plain, rel=1e-4)
+    assert first_step(build(**chosen), tmp_path, 8, 1, **checkpointing_arguments(True)) == pytest.approx(
+        plain, rel=1e-4
+    )

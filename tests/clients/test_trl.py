@@ -15,7 +15,12 @@ from trl.trainer.utils import add_fused_lm_head
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 
 TEXT = "The sea was calm and the ship went on. "
-CHOSEN = [{}, {"think": "AdaptiveLatentCoT(steps=1)"}, {"think": "PonderLM2(thoughts=1)"}, {"head": "VQLogits(codes=16)"}]
+CHOSEN = [
+    {},
+    {"think": "AdaptiveLatentCoT(steps=1)"},
+    {"think": "PonderLM2(thoughts=1)"},
+    {"head": "VQLogits(codes=16)"},
+]
 OWN_TERMS = [
     {"think": "UniversalTransformer(steps=2)"},
     {"think": "PonderLM3(thoughts=1)"},
@@ -37,7 +42,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    inner.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet))
+    inner.train_from_iterator(
+        [TEXT], trainers.BpeTrainer(vocab_size=300, special_tokens=["<eos>"], initial_alphabet=alphabet)
+    )
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>", pad_token="<eos>")
 
 
@@ -93,7 +100,14 @@ def test_supervised_fine_tuning_runs(chosen, packing, tokenizer, tmp_path):
     model = build(**chosen)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     settings = SFTConfig(
-        str(tmp_path), per_device_train_batch_size=2, max_steps=2, logging_steps=1, packing=packing, max_length=64, learning_rate=1e-3, **SMALL
+        str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=2,
+        logging_steps=1,
+        packing=packing,
+        max_length=64,
+        learning_rate=1e-3,
+        **SMALL,
     )
     rows = Dataset.from_list([{"text": TEXT * times} for times in (1, 2, 1, 2, 1, 1, 2, 1)])
     SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer).train()

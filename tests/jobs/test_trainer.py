@@ -21,6 +21,7 @@ from pondera.jobs.load import load
 from pondera.jobs.price import price
 from pondera.jobs.score import Tally, score
 from pondera.jobs.train import train
+from pondera.model.hf import checkpoint_activations
 from pondera.model.lm import AdaptiveLM
 
 
@@ -141,7 +142,7 @@ def keep(parts: list[Tally]):
 def test_price_of_recomputing_is_what_is_measured(think, text):
     """torch stops a recomputation as soon as it has all that it needs; the price is that of running it to its end."""
     model = new_model(tiny(text, {"think": think}), 300).train()
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
 
     def step():
         model.begin_step(0, 0)

@@ -51,7 +51,8 @@ class TestForward:
 
     @pytest.mark.parametrize("chosen", CHOSEN, ids=str)
     @pytest.mark.parametrize(
-        ("wrong", "right"), [("attention_msk", "attention_mask"), ("effrt", "effort"), ("cahce", "cache"), ("shift_label", "shift_labels")]
+        ("wrong", "right"),
+        [("attention_msk", "attention_mask"), ("effrt", "effort"), ("cahce", "cache"), ("shift_label", "shift_labels")],
     )
     def test_an_unknown_keyword_is_refused_with_the_nearest(self, chosen, wrong, right):
         with pytest.raises(UserError, match=f"{wrong}.*did you mean.*'{right}'"):
@@ -59,11 +60,14 @@ class TestForward:
 
     def test_what_transformers_passes_to_every_model_changes_nothing(self):
         model, x = build(), ids(1, 6)
-        out = model(x, cache_position=torch.arange(6), output_attentions=False, output_hidden_states=None, token_type_ids=0 * x)
+        out = model(
+            x, cache_position=torch.arange(6), output_attentions=False, output_hidden_states=None, token_type_ids=0 * x
+        )
         assert torch.equal(out.logits, model(x).logits)
 
     @pytest.mark.parametrize(
-        "asked", [{"output_hidden_states": True}, {"output_attentions": True}, {"token_type_ids": torch.ones(1, 4).long()}]
+        "asked",
+        [{"output_hidden_states": True}, {"output_attentions": True}, {"token_type_ids": torch.ones(1, 4).long()}],
     )
     def test_what_is_not_there_is_refused_when_asked_for(self, asked):
         with pytest.raises(UserError, match=next(iter(asked))):
@@ -91,7 +95,9 @@ class TestForward:
         parts = [model(x[n : n + 1], labels=labels[n : n + 1], num_items_in_batch=count).loss for n in range(4)]
         torch.testing.assert_close(sum(parts), whole, atol=1e-5, rtol=1e-5)
 
-    @pytest.mark.parametrize("call", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"])
+    @pytest.mark.parametrize(
+        "call", ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
+    )
     def test_continuous_batching_is_refused_before_anything_runs(self, call):
         with pytest.raises(UserError, match=f"{call}.*generate"):
             getattr(build(), call)([[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2))
@@ -107,7 +113,9 @@ class TestForward:
 
 
 class TestConfig:
-    @pytest.mark.parametrize(("wrong", "right"), [("memroy", "memory"), ("thnik", "think"), ("back_bone", "backbone"), ("haed", "head")])
+    @pytest.mark.parametrize(
+        ("wrong", "right"), [("memroy", "memory"), ("thnik", "think"), ("back_bone", "backbone"), ("haed", "head")]
+    )
     def test_a_misspelt_setting_is_refused_with_the_nearest(self, wrong, right):
         with pytest.raises(UserError, match=f"'{wrong}'; did you mean '{right}'"):
             AdaptiveConfig(backbone=dict(BACKBONES["llama"]), **{wrong: "H2O(8)"})
@@ -154,7 +162,9 @@ class TestConfig:
         with pytest.raises(UserError, match="backbone: got a LlamaForCausalLM object; save it and give its folder"):
             AdaptiveConfig(backbone=build().backbone.lm)
 
-    @pytest.mark.parametrize("chosen", [*CHOSEN[:2], {"think": "AdaptiveLatentCoT(steps=1, halting='router')"}], ids=str)
+    @pytest.mark.parametrize(
+        "chosen", [*CHOSEN[:2], {"think": "AdaptiveLatentCoT(steps=1, halting='router')"}], ids=str
+    )
     def test_a_dtype_that_is_asked_for_is_that_of_all_weights(self, chosen, checkpoint):
         for backbone in (checkpoint, dict(BACKBONES["llama"])):
             model = AdaptiveLM(AdaptiveConfig(backbone=backbone, dtype="bfloat16", **chosen))
@@ -208,4 +218,6 @@ class TestEmbeddings:
 
 
 def test_a_plain_backbone_knows_nothing_of_a_factor():
-    assert type(build().get_input_embeddings()) is type(LlamaForCausalLM(build().config.backbone).get_input_embeddings())
+    assert type(build().get_input_embeddings()) is type(
+        LlamaForCausalLM(build().config.backbone).get_input_embeddings()
+    )

@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 def test_what_may_be_installed_was_tested():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
-    allowed = SpecifierSet(next(line for line in listed if line.startswith("transformers")).removeprefix("transformers"))
+    allowed = SpecifierSet(
+        next(line for line in listed if line.startswith("transformers")).removeprefix("transformers")
+    )
     assert passed() and all(allowed.contains(version) for version in passed())
     assert not allowed.contains("99.0") and not was_tested("99.0") and was_tested(passed()[0])
 

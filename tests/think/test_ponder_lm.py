@@ -13,6 +13,7 @@ from fresh import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.model.backbone import Backbone
+from pondera.model.hf import checkpoint_activations, is_checkpointing
 
 FAMILIES = ["llama", "gemma3", "gpt_neox", "gpt2"]  # the first two with grouped keys and values
 
@@ -51,8 +52,8 @@ def inputs_of_each_pass(model: AdaptiveLM, x: torch.Tensor) -> list[torch.Tensor
 
 def by_the_paper(model: AdaptiveLM, x: torch.Tensor, steps: int, top: int | None = None, accumulate: bool = True):
     """The paper's equations with plain transformers calls: E_{i+1} = E_i + softmax(W_out H_i) W_in."""
-    lm, scale = model.backbone.lm, model.config.embed_scale
-    table = scale * lm.get_input_embeddings()(torch.arange(VOCAB))
+    lm = model.backbone.lm
+    table = lm.get_input_embeddings()(torch.arange(VOCAB))
     first = current = table[x]
     for _ in range(steps):
         states = lm.get_decoder()(inputs_embeds=current, use_cache=False).last_hidden_state
@@ -167,12 +168,12 @@ def test_recomputing_activations_changes_no_gradient():
     found = []
     for recompute in (False, True):
         if recompute:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         model.zero_grad()
         with torch.enable_grad():
             model(x, labels=x).loss.backward()
         found.append({name: p.grad.clone() for name, p in model.named_parameters()})
-    assert model.think.recomputable and model.backbone.lm.is_activation_checkpointing
+    assert model.think.recomputable and is_checkpointing(model.backbone.lm)
     for name, gradient in found[0].items():
         agree(found[1][name], gradient)
 

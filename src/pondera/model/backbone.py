@@ -322,7 +322,7 @@ class Backbone(nn.Module):
                 inputs_embeds=h_BSD,
                 attention_mask=mask,
                 position_ids=position_ids,
-                **{CACHE: cache},
+                **cast(Any, {CACHE: cache}),
             )
             for kind in set(self.layer_types)
         }

@@ -66,8 +66,8 @@ class AdaptiveConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         # Whoever holds a config may ask transformers for its model.
-        lm = importlib.import_module("pondera.model.lm")
-        lm.register(AdaptiveConfig, lm.AdaptiveLM)
+        model = importlib.import_module("pondera.model.lm").AdaptiveLM
+        importlib.import_module("pondera.model.hf").register(AdaptiveConfig, model)
         kwargs.pop(TEXT_CONFIG, None)
         if strange := next((name for name in kwargs if not _known(name)), None):
             raise unknown("setting of AdaptiveConfig", strange, _SETTINGS)

@@ -30,6 +30,8 @@ class ScaledEmbedding(nn.Embedding):
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
         self.weight = table.weight
+        if hasattr(table, "_is_hf_initialized"):  # else `post_init` would draw the rows anew
+            self._is_hf_initialized = table._is_hf_initialized
         own = getattr(table, "scalar_embed_scale", None)  # of a buffer that is not filled yet while weights are loaded
         self.embed_scale = scale * float(getattr(table, "embed_scale", 1.0) if own is None else own)
 
@@ -58,7 +60,9 @@ def _save_folded(lm: PreTrainedModel, scale: float, save_directory: Any, **optio
     weights = {name: tensor.clone() for name, tensor in lm.state_dict().items()}
     for name, parameter in lm.named_parameters(remove_duplicate=False):
         if parameter is table:
-            of_head = lm.get_output_embeddings() is not None and name.startswith(_name_of(lm, lm.get_output_embeddings()))
+            of_head = lm.get_output_embeddings() is not None and name.startswith(
+                _name_of(lm, lm.get_output_embeddings())
+            )
             weights[name] = parameter.clone() if of_head else parameter * scale
     plain = type(lm).from_pretrained(None, config=config, state_dict=weights, dtype=lm.dtype)
     plain.generation_config = lm.generation_config

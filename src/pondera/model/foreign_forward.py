@@ -57,7 +57,9 @@ class BaseModel:
         model, own = self._model, self._model.__dict__
         if use_cache:
             raise UserError("use_cache: base_model gives states for training; call the model itself to get a cache")
-        check_keywords(kwargs, ["input_ids", "attention_mask", "position_ids", "inputs_embeds"], position_ids is not None)
+        check_keywords(
+            kwargs, ["input_ids", "attention_mask", "position_ids", "inputs_embeds"], position_ids is not None
+        )
         labels_BT = own.get("_labels_of_call")
         thought = model.states(input_ids, attention_mask, position_ids, None, inputs_embeds, labels_BT)
         terms = dict(thought.terms)

@@ -19,7 +19,6 @@ from transformers import (
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
-    TrainingArguments,
 )
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward as sdpa_attention
@@ -73,7 +72,6 @@ def checkpointing_arguments(wanted: bool) -> dict[str, Any]:
     They are called ``activation_checkpointing`` since 5.23 and ``gradient_checkpointing`` before.
     """
     name = f"{_CHECKPOINTING}_checkpointing"
-    assert name in TrainingArguments.__dataclass_fields__
     return {name: wanted, f"{name}_kwargs": {"use_reentrant": False} if wanted else None}
 
 
@@ -95,6 +93,9 @@ def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedM
     of these alone). It may be called again.
     """
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    # Of the module that is there now: while transformers is imported, another stands in its place.
-    setattr(sys.modules["transformers"], model_class.__name__, model_class)
+    # transformers executes its own __init__ a second time (processing_utils.py), and modules hold the one or the other.
+    parts = [module for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
+    for module in [sys.modules["transformers"], *(vars(part).get("transformers") for part in parts)]:
+        if getattr(module, "__name__", None) == "transformers":
+            setattr(module, model_class.__name__, model_class)
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config_class.model_type] = model_class.__name__

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from pondera.ground.errors import UserError, unknown
 
 SHIFT_LABELS = "shift_labels"
@@ -15,8 +17,10 @@ SHIFT_LABELS = "shift_labels"
 
 PASSED = frozenset(
     {
-        # by `generate`, to every model
+        # by `generate`, to every model; the tokenizer is for its stopping criteria
+        "assistant_tokenizer",
         "cache_position",
+        "tokenizer",
         "output_router_logits",
         "is_first_iteration",
         # by data collators that lay texts end to end, beside the position ids that say the same
@@ -32,8 +36,8 @@ PASSED = frozenset(
 LENGTHS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 
 _INSTEAD = {
-    "output_hidden_states": "read model.backbone.lm(..., output_hidden_states=True), or out.trace after model.method.record = True",
-    "output_attentions": "read model.backbone.lm(..., output_attentions=True)",
+    "output_hidden_states": "set model.method.record = True and read out.trace, or call model.backbone.lm(...)",
+    "output_attentions": "call model.backbone.lm(..., output_attentions=True)",
 }
 
 
@@ -54,7 +58,7 @@ def check_keywords(given: dict[str, Any], parameters: list[str], positioned: boo
             if asked:
                 raise UserError(f"{name}: an AdaptiveLM returns final states only; {_INSTEAD[name]}")
         elif name == "token_type_ids":
-            if asked and bool(value.any()):
+            if asked and bool(torch.as_tensor(value).any()):
                 raise UserError("token_type_ids: causal models know one type of token; leave it out")
         elif name in LENGTHS:
             if asked and not positioned:

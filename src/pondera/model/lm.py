@@ -34,7 +34,6 @@ from pondera.model.hf import (
     ModelOutput,
     PreTrainedConfig,
     PreTrainedModel,
-    register,
 )
 from pondera.model.keywords import SHIFT_LABELS, check_keywords
 from pondera.model.method import Method, Thought
@@ -119,7 +118,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         self.think: Think | None = spec.build(config.think, "think") if config.think else None
         self.segment: Segment | None = spec.build(config.segment, "segment") if config.segment else None
         self.memory: Memory | Method | None = spec.build(config.memory, "memory") if config.memory else None
-        self._seam = next((seam for seam in ("think", "segment", "memory") if isinstance(getattr(self, seam), Method)), None)
+        self._seam = next(
+            (seam for seam in ("think", "segment", "memory") if isinstance(getattr(self, seam), Method)), None
+        )
         old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
         # Training moves weights away from the unit RMS that they were drawn at, so what a new method feeds back is matched
         # to trained embeddings as on any pretrained backbone; a scale that was trained with comes along with its method.
@@ -143,7 +144,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             for parameter in self.method.parameters():
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
         if config.dtype is not None:
-            self.to(config.dtype)
+            cast(nn.Module, self).to(config.dtype)
         lm = self.backbone.lm
         self._no_split_modules = lm._no_split_modules
         # transformers looks for tied weights in direct children only, and ours lie one level deeper.
@@ -329,12 +330,16 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                 next_token = cast("Head", self.head).term(h_BTD, shift_labels)
             else:
                 next_token = next_token_term(logits_BTV, shift_labels)
-            judged = thought.judge(logits_BTV, shift_labels) if thought.judge is not None and logits_BTV is not None else {}
+            judged = (
+                thought.judge(logits_BTV, shift_labels) if thought.judge is not None and logits_BTV is not None else {}
+            )
             terms = {"next_token": next_token, **terms, **judged}
             loss = torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
             if num_items_in_batch is not None:
-                loss = loss * (next_token.count / torch.as_tensor(num_items_in_batch, device=loss.device).reshape(-1)[0])
-        out = AdaptiveOutput(loss, logits_BTV, passes=thought.passes_BT, **{CACHE: cache})
+                loss = loss * (
+                    next_token.count / torch.as_tensor(num_items_in_batch, device=loss.device).reshape(-1)[0]
+                )
+        out = AdaptiveOutput(loss, logits_BTV, passes=thought.passes_BT, **cast(Any, {CACHE: cache}))
         if self.training:
             out["terms"], out["trace"] = terms, thought.trace
         else:
@@ -394,7 +399,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             watch_forward(self)
         super().__setattr__(name, value)
 
-    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func: Any = None, **more: Any) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Any = None, **more: Any
+    ) -> None:
         """transformers asks here for activation checkpointing: refused, left out or done, as the method can bear."""
         method = self.method
         if enable and method is not None:

@@ -18,7 +18,11 @@ def announce_to_peft(model_type: str) -> None:
     if constants is None:
         return
     for name, table in vars(constants).items():
-        if name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_TARGET_MODULES_MAPPING") and isinstance(table, dict):
+        if (
+            name.startswith("TRANSFORMERS_MODELS_TO_")
+            and name.endswith("_TARGET_MODULES_MAPPING")
+            and isinstance(table, dict)
+        ):
             layers = [layer for family in FAMILIES for layer in table.get(family, [])]
             if layers and isinstance(layers[0], str):
                 table.setdefault(model_type, list(dict.fromkeys(layers)))
