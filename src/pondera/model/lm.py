@@ -31,7 +31,7 @@ from pondera.model.hf import (
     PreTrainedModel,
 )
 from pondera.model.method import Method
-from pondera.model.self_check import check_method
+from pondera.model.self_check import attach_method, check_method
 from pondera.model.terms import Term
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class AdaptiveLM(PreTrainedModel, GenerationMixin):
         if self.memory is not None and not isinstance(self.memory, Method):
             self.memory.attach(self.backbone.config)
         if self.method is not None:
-            self.method.attach(self.backbone)
+            attach_method(self)
             for parameter in self.method.parameters():
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
         lm = self.backbone.lm
