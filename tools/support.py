@@ -239,7 +239,8 @@ def page(found: dict[str, Found]) -> str:
         "why, when the cache or the model is made. *not built*: no tiny model can be made by shrinking the usual sizes. "
         "KV-cache methods are held against the stock cache while nothing is evicted, and after that against the model's own "
         "attention function over the rows that are kept. Thinking methods are held against themselves without a cache, and a "
-        "padded row against the row alone; where rounding alone moves logits further (recurrent states do), so much counts as close.",
+        "padded row against the row alone; where rounding alone moves logits further (recurrent states do), so much counts as "
+        "close.",
         "",
         f"| of {len(found)} architectures | " + " | ".join(ORDER) + " |",
         "|---|" + "---|" * len(ORDER),
