@@ -34,7 +34,7 @@ from pondera.memory.parts.self_check import difference
 from pondera.memory.parts.slot_layer import SlotLayer
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 60
+LIMIT = 40
 """Seconds that a family may take."""
 TOKENS, PROMPT = 24, 18
 VQKV = "VQKV(2, {}codes=4, vectors=64, fitting='kmeans', branches=1)"
@@ -76,12 +76,12 @@ def read(model: Any, cache: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) 
     return torch.cat(found, 1)
 
 
-def verdict(pairs: list[tuple[Tensor, Tensor]]) -> str:
-    """How what was found compares with what was expected."""
+def verdict(pairs: list[tuple[Tensor, Tensor]], noise: float = 0.0) -> str:
+    """How what was found compares with what was expected, where rounding alone makes a difference of `noise`."""
     if all(torch.equal(found, expected) for found, expected in pairs):
         return "exact"
     worst = max(difference(found, expected) for found, expected in pairs)
-    return "close" if worst <= CLOSE else f"WRONG: apart by {worst:.1e} of the largest logit"
+    return "close" if worst <= max(CLOSE, noise) else f"WRONG: apart by {worst:.1e} of the largest logit"
 
 
 def padded(batch: int) -> tuple[Tensor, Tensor]:
@@ -96,12 +96,13 @@ def try_cache(model: PreTrainedModel, name: str) -> str:
     """A KV-cache method beside the stock cache, and once it evicts beside the model's own attention over what is kept."""
     large, small = CACHES[name]
     ids_BT, mask_BT = padded(2)
-    stock = [read(model, stock_cache(model), text(1, TOKENS)), read(model, stock_cache(model), ids_BT, mask_BT)]
+    try:
+        stock = [read(model, stock_cache(model), text(1, TOKENS)), read(model, stock_cache(model), ids_BT, mask_BT)]
+    except Exception as error:
+        return f"not built: it does not run with the stock cache ({type(error).__name__}: {str(error)[:100]})"
     method = built(large, model)
     found = [read(model, method.cache(model), text(1, TOKENS)), read(model, method.cache(model), ids_BT, mask_BT)]
-    whole = verdict(
-        [(found[0], stock[0]), (found[1][mask_BT.bool()], stock[1][mask_BT.bool()])]
-    )
+    whole = verdict([(found[0], stock[0]), (found[1][mask_BT.bool()], stock[1][mask_BT.bool()])])
     again = read(model, stock_cache(model), ids_BT, mask_BT)
     if not torch.equal(again[mask_BT.bool()], stock[1][mask_BT.bool()]):
         return "WRONG: the stock cache gives something else afterwards"
@@ -162,7 +163,16 @@ def try_thinking(kind: str, name: str) -> str:
     whole = model(ids_BT, attention_mask=mask_BT).logits
     cached = read(model, model.new_cache(), ids_BT, mask_BT)
     alone = model(ids_BT[:1, 5:]).logits
-    return verdict([(cached[mask_BT.bool()], whole[mask_BT.bool()]), (alone, whole[:1, 5:])])
+    return verdict([(cached[mask_BT.bool()], whole[mask_BT.bool()]), (alone, whole[:1, 5:])], noise(model))
+
+
+def noise(model: AdaptiveLM) -> float:
+    """What the logits make of a millionth of each number of the embeddings: recurrent states amplify rounding."""
+    ids_BT, mask_BT = padded(2)
+    h_BTD = model.backbone.embed(ids_BT)
+    moved_BTD = h_BTD * (1 + 1e-6 * torch.randn(h_BTD.shape, generator=torch.Generator().manual_seed(0)))
+    a, b = (model(inputs_embeds=h, attention_mask=mask_BT).logits[mask_BT.bool()] for h in (h_BTD, moved_BTD))
+    return difference(a, b)
 
 
 def attempt(run: Any, *given: Any) -> str:
@@ -228,7 +238,9 @@ def page(found: dict[str, Found]) -> str:
         "*exact*: the same bits as with the stock cache. *close*: the same to float tolerance. *refused*: a `UserError` says "
         "why, when the cache or the model is made. *not built*: no tiny model can be made by shrinking the usual sizes. "
         "KV-cache methods are held against the stock cache while nothing is evicted, and after that against the model's own "
-        "attention function over the rows that are kept. Thinking methods are held against themselves without a cache.",
+        "attention function over the rows that are kept. Thinking methods are held against themselves without a cache, and a "
+        "padded row against the row alone; where rounding alone moves logits further (recurrent states do), so much counts as "
+        "close.",
         "",
         f"| of {len(found)} architectures | " + " | ".join(ORDER) + " |",
         "|---|" + "---|" * len(ORDER),
@@ -238,7 +250,9 @@ def page(found: dict[str, Found]) -> str:
         lines.append(f"| {column} | " + " | ".join(str(counts[verdict]) for verdict in ORDER) + " |")
     lines += ["", "| architecture | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
     built = {kind: each for kind, each in found.items() if word(each["Full"]) != "not built"}
-    lines += [f"| {kind} | " + " | ".join(word(each[column]) for column in COLUMNS) + " |" for kind, each in built.items()]
+    lines += [
+        f"| {kind} | " + " | ".join(word(each[column]) for column in COLUMNS) + " |" for kind, each in built.items()
+    ]
     lines += ["", "## Why", ""]
     for kind, each in found.items():
         reasons: dict[str, list[str]] = {}

@@ -37,7 +37,8 @@ SIZES: dict[str, Any] = {
     "mamba_d_state": 16, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_num_heads": 8,
     "mamba_head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "ssm_state_size": 16, "index_n_heads": 2,
     "n_mel_channels": 8, "altup_num_inputs": 2, "laurel_rank": 8, "activation_sparsity_pattern": None, "num_hash": 1,
-    "num_kv_shared_layers": 0, "is_decoder": True, "state_size": 16, "chunk_size": 16, "mamba_chunk_size": 16, "gate_low_rank_dim": 8,
+    "num_kv_shared_layers": 0, "is_decoder": True, "state_size": 16, "chunk_size": 16, "mamba_chunk_size": 16,
+    "gate_low_rank_dim": 8,
 }  # fmt: skip
 BY_KIND: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -99,7 +100,7 @@ def _shrunk(default: PreTrainedConfig, made: Any) -> dict[str, Any]:
         given["layer_types"] = list(known["layer_types"])[:1] * depth
     given |= {name: depth for name in DEPTHS if name in known}
     given |= {name: 0 if name == "pad_token_id" else 1 for name in IDS if isinstance(known.get(name), (int, list))}
-    for name, part in getattr(made, "sub_configs", {}).items():
+    for name in getattr(made, "sub_configs", {}).items():
         if isinstance(known.get(name), dict) and "text" in name:
             given[name] = _shrunk(getattr(default, name), type(getattr(default, name)))
     return given

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,6 +21,13 @@ from pondera.memory.parts.saving import load, save
 from pondera.model.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 log = logging.getLogger(__name__)
+
+_OF_CACHES = frozenset(("get_seq_length", "get_mask_sizes", "is_compileable", "max_cache_len", "is_sliding", "layers"))
+"""What is asked of a cache, and never of a method."""
+
+
+class NoCache(UserError, AttributeError):
+    """A method was given where a cache of it is wanted; for whoever only looks, an attribute that is not there."""
 
 
 class MemoryCache(Cache):
@@ -179,6 +186,13 @@ class Memory(Described, nn.Module, ABC):
         self.prepare(model, cache)
         return cache
 
+    def __getattr__(self, name: str) -> Any:
+        if name in _OF_CACHES:
+            raise NoCache(
+                f"past_key_values: {self!r} is a method, and what is wanted is a cache of it; pass {self!r}.cache(model)"
+            )
+        return super().__getattr__(name)
+
     def load_cache(self, model: PreTrainedModel, path: str | Path) -> MemoryCache:
         """A cache that `MemoryCache.save` has written, on the model's device; `generate` goes on as if it had never left.
 
@@ -208,8 +222,8 @@ def compressible(config: PreTrainedConfig) -> list[int]:
     others = sorted(set(kinds) - {"full_attention"})
     if not chosen:
         raise UserError(
-            f"{config.model_type}: all its layers are {' or '.join(others)}, whose cache does not grow; there is nothing to "
-            "compress, use it as it is"
+            f"{config.model_type}: all its layers are {' or '.join(others)}, and Pondera compresses full attention; there is "
+            "nothing to compress, use the model as it is, with its stock cache"
         )
     if others:
         log.info("%d of %d layers are compressed; %s stay as they are", len(chosen), len(kinds), " and ".join(others))
@@ -218,9 +232,24 @@ def compressible(config: PreTrainedConfig) -> list[int]:
 
 def kv_heads(config: PreTrainedConfig) -> int:
     """G: KV heads of a layer."""
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return _said(config, "num_key_value_heads", lambda: config.num_attention_heads)
 
 
 def head_width(config: PreTrainedConfig) -> int:
     """D: width of a head."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return _said(config, "head_dim", lambda: config.hidden_size // config.num_attention_heads)
+
+
+def _said(config: PreTrainedConfig, name: str, otherwise: Callable[[], int]) -> int:
+    """What a configuration says of all layers.
+
+    Raises:
+        UserError: it says nothing, or something else of each layer.
+    """
+    try:
+        return getattr(config, name, None) or otherwise()
+    except Exception as error:  # transformers raises one of its own where layers differ
+        raise UserError(
+            f"{config.model_type}: its configuration has no {name} that holds for all layers; use Full() or an eviction "
+            "method with one budget for all heads, such as H2O(256), or the stock cache"
+        ) from error

@@ -240,26 +240,34 @@ def before(module: nn.Module) -> _Before:
 
 
 def asks_for_sdpa(module: nn.Module) -> bool:
-    """Whether a module's forward itself compares its implementation with ``"sdpa"``, and would do something else."""
-    code = inspect.unwrap(type(module).forward).__code__
-    return _ASKED in _names(code) and any(
-        constant == "sdpa" or (isinstance(constant, tuple) and "sdpa" in constant) for constant in code.co_consts
+    """Whether a module itself compares its implementation with ``"sdpa"``, and would do something else."""
+    codes = [inspect.unwrap(function).__code__ for function in _lookups(type(module))]
+    return any(
+        _ASKED in _names(code) and (constant == "sdpa" or (isinstance(constant, tuple) and "sdpa" in constant))
+        for code in codes
+        for constant in code.co_consts
     )
 
 
-@functools.cache
 def _uses_interface(kind: type[nn.Module]) -> bool:
-    """Whether the forward of a class of modules, no whole model, looks an attention function up."""
-    if hasattr(kind, "get_input_embeddings") or not hasattr(kind, "forward"):
-        return False
-    forward = inspect.unwrap(kind.forward)
-    return inspect.isfunction(forward) and _REGISTRY in _names(forward.__code__)
+    """Whether a class of modules, no whole model, looks an attention function up."""
+    return not hasattr(kind, "get_input_embeddings") and bool(_lookups(kind))
+
+
+@functools.cache
+def _lookups(kind: type[nn.Module]) -> tuple[Any, ...]:
+    """The functions of a class, its own first, that look an attention function up."""
+    found = []
+    for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        functions = [inspect.unwrap(value) for value in vars(each).values() if inspect.isfunction(value)]
+        found += [function for function in functions if _REGISTRY in _names(function.__code__)]
+    return tuple(found)
 
 
 @functools.cache
 def _functions(kind: type[nn.Module]) -> tuple[Any, Attention | None]:
     """The registry that a class of modules looks functions up in, and the one that its file writes out."""
-    names = inspect.unwrap(kind.forward).__globals__
+    names = _lookups(kind)[0].__globals__
     return names[_REGISTRY], names.get(_EAGER)
 
 

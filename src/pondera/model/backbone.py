@@ -157,8 +157,16 @@ class Backbone(nn.Module):
         """Refuses a model whose logits are more than its head's output, in a way that `head` does not know."""
         was_training, ids_BT = self.training, torch.arange(4, device=self.lm.device)[None]
         self.eval()
-        ours, theirs = self.head(self.step(self.embed(ids_BT))), self.lm(input_ids=ids_BT, use_cache=False).logits
-        self.train(was_training)
+        try:
+            ours, theirs = self.head(self.step(self.embed(ids_BT))), self.lm(input_ids=ids_BT, use_cache=False).logits
+        except Exception as error:  # whatever an architecture raises inside
+            raise UserError(
+                f"backbone: {self.config.model_type} cannot be called by its input vectors, decoder and head apart "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); known and tested are "
+                f"{', '.join(sorted(LAYOUTS))} and qwen3_next"
+            ) from error
+        finally:
+            self.train(was_training)
         if not torch.allclose(ours.float(), theirs.float(), atol=1e-2 * float(theirs.abs().max()), rtol=1e-2):
             raise UserError(
                 f"backbone: {self.config.model_type} does something to its logits that Pondera does not know; "

@@ -38,7 +38,7 @@ from pondera.model.hf import (
 from pondera.model.keywords import SHIFT_LABELS, check_keywords
 from pondera.model.method import Method, Thought
 from pondera.model.packed import documents, refuse_packed_cache
-from pondera.model.self_check import check_method
+from pondera.model.self_check import attach_method, check_method
 from pondera.model.terms import Term
 from pondera.model.unsupported import NoContinuousBatching
 
@@ -140,7 +140,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         if self.memory is not None and not isinstance(self.memory, Method):
             self.memory.attach(self.backbone.config)
         if self.method is not None:
-            self.method.attach(self.backbone)
+            attach_method(self)
             for parameter in self.method.parameters():
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
         if config.dtype is not None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,49 @@ def check_method(model: AdaptiveLM) -> None:
     kind = model.backbone.config.model_type
     if model.method is None or kind in LAYOUTS:
         return
+    rounds = getattr(model.method, "eval_rounds", None)
     try:
         with as_it_was(model):
             wrong = _wrong(model)
     except UserError as error:
         wrong = str(error)
     except Exception as error:  # whatever an architecture raises inside
-        wrong = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+        wrong = f"a call of a few tokens fails ({described(error)})"
+    finally:
+        if rounds is not None:
+            cast(Any, model.method).eval_rounds = rounds
     if wrong:
-        raise UserError(
-            f"{model.chosen} does not fit {kind}: {wrong}. Methods that run whole passes in causal order, such as "
-            f"PonderLM2(thoughts=1) and PauseToken(), fit more architectures; all methods fit {', '.join(sorted(LAYOUTS))}"
-        )
+        raise _misfit(model, wrong)
+
+
+def attach_method(model: AdaptiveLM) -> None:
+    """Shows the method its backbone; refuses an architecture that does not say of itself what the method asks.
+
+    Raises:
+        UserError: which architecture, and why.
+    """
+    method: Any = model.method
+    try:
+        method.attach(model.backbone)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a configuration raises
+        if model.backbone.config.model_type in LAYOUTS:
+            raise
+        raise _misfit(model, described(error)) from error
+
+
+def _misfit(model: AdaptiveLM, wrong: str) -> UserError:
+    return UserError(
+        f"{model.chosen} does not fit {model.backbone.config.model_type}: {wrong}. Methods that run whole passes in causal "
+        "order, such as PonderLM2(thoughts=1) and PauseToken(), fit more architectures; all methods fit "
+        f"{', '.join(sorted(LAYOUTS))}"
+    )
+
+
+def described(error: Exception) -> str:
+    """An error of somebody else's code in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _wrong(model: AdaptiveLM) -> str | None:
@@ -53,6 +84,11 @@ def _wrong(model: AdaptiveLM) -> str | None:
     ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 5) % vocabulary
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :PADS] = 0
+    method: Any = model.method
+    if hasattr(
+        method, "eval_rounds"
+    ):  # what a prompt is read with may be an approximation, which a cache need not meet
+        method.eval_rounds = "exact"
     whole = model(ids_BT, attention_mask=mask_BT).logits
     bound = max(1e-4, 8 * torch.finfo(whole.dtype).eps) * float(whole.float().abs().max())
 
@@ -62,6 +98,8 @@ def _wrong(model: AdaptiveLM) -> str | None:
     if apart(model(ids_BT[:1, PADS:]).logits, whole[:1, PADS:]):
         return "a row with padding on its left gets other logits than the row alone"
     cached = _in_pieces(model, ids_BT, mask_BT)
+    if apart(cached[mask_BT.bool()], whole[mask_BT.bool()]):
+        return "with a cache it gives other logits than without"
     think = model.think
     if think is None or not think.packed:
         return None

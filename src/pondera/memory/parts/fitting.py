@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pondera.ground.errors import UserError
 from pondera.model.hf import DynamicCache, PreTrainedModel
 from pondera.quantize.contract import Quantizer
 from pondera.quantize.parts.kmeans import kmeans
@@ -50,7 +51,12 @@ def collect(
             cache = DynamicCache(config=model.config.get_text_config(decoder=True))
             model(input_ids=ids_BT, past_key_values=cache, logits_to_keep=1)
             for place, number in enumerate(layers):
-                held: Any = cache.layers[number]  # an ordinary layer, as `compressible` says
+                held: Any = cache.layers[number] if number < len(cache.layers) else None
+                if getattr(held, "keys", None) is None:
+                    raise UserError(
+                        f"{type(model).__name__}: its layer {number} puts no keys into the stock cache, so there is nothing to "
+                        "fit codes to"
+                    )
                 for kept, rows_BGTD in ((keys, held.keys), (values, held.values)):
                     kept[place].append(rows_BGTD[:, :, skip:].transpose(0, 1).flatten(1, 2).float())
             B, T = ids_BT.shape

@@ -125,9 +125,16 @@ def _install(model: PreTrainedModel, layers: list[int]) -> Owner:
 
 
 def _argument(module: nn.Module) -> tuple[str, int] | None:
-    """What a module calls its cache, and the place of that argument."""
-    names = list(inspect.signature(inspect.unwrap(type(module).forward)).parameters)[1:]
-    return next(((each, names.index(each)) for each in ARGUMENTS if each in names), None)
+    """What a module calls its cache, and the place of that argument; of the nearest class that names it."""
+    for kind in type(module).__mro__:
+        names = (
+            list(inspect.signature(inspect.unwrap(forward)).parameters)[1:]
+            if (forward := vars(kind).get("forward"))
+            else []
+        )
+        if found := next((each for each in ARGUMENTS if each in names), None):
+            return found, names.index(found)
+    return None
 
 
 def _listed(numbers: list[int]) -> str:

@@ -19,7 +19,7 @@ from pondera.ground.errors import UserError
 from pondera.memory.parts.attention import attend, grouped
 from pondera.memory.parts.layer import Call, MemoryLayer
 from pondera.model.hf import Cache, DynamicCache, PreTrainedModel
-from pondera.model.self_check import as_it_was
+from pondera.model.self_check import as_it_was, described
 
 if TYPE_CHECKING:
     from pondera.memory.parts.hand_over import Owner
@@ -124,7 +124,7 @@ def compare_with_stock(model: PreTrainedModel, owner: Owner, layers: list[int]) 
             try:
                 expected = _run(model, stock, pads, pieces)
             except Exception as error:
-                raise UserError(f"it does not run with the stock cache either ({_short(error)})") from error
+                raise UserError(f"it does not run with the stock cache either ({described(error)})") from error
             witnesses = [Witness() for _ in layers]
             chosen = dict(zip(layers, witnesses, strict=True))
             plain = _stock_cache(model).layers or [None] * (max(layers) + 1)
@@ -134,7 +134,9 @@ def compare_with_stock(model: PreTrainedModel, owner: Owner, layers: list[int]) 
             except UserError:
                 raise
             except Exception as error:
-                raise UserError(f"its attention needs more than new keys and values back ({_short(error)})") from error
+                raise UserError(
+                    f"its attention needs more than new keys and values back ({described(error)})"
+                ) from error
             exact &= _judge(expected, found, witnesses, sum(pieces))
             rows = tuple(_shape(witness) for witness in witnesses)
     return Verdict(exact, rows)
@@ -192,7 +194,3 @@ def _shape(witness: Witness) -> tuple[int, int, int]:
     assert witness.rows is not None
     keys, values = witness.rows
     return keys.shape[1], keys.shape[-1], values.shape[-1]
-
-
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

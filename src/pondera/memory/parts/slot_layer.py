@@ -67,7 +67,7 @@ class SlotLayer(MemoryLayer):
         self.state["padding"] = self.state["padding"] + call.padding_B
         for heads, table in self.parts():
             rows = (call.key_BGTD[:, heads], call.value_BGTD[:, heads])
-            table.append(*rows, position_BT, holes=not self.record_past)
+            table.append(*rows, position_BT)
         query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
         chosen = [self._choice(call, query_BGRTD[:, heads], table) for heads, table in self.parts()]
         exact = (self.memory.exact or call.tokens > FEW) and all(slot_BGk is None for slot_BGk in chosen)

@@ -79,13 +79,12 @@ class SlotTable:
         """``[B, G, S]``: which slots hold a token that is no padding."""
         return self.position >= 0
 
-    def append(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BT: Tensor, holes: bool = True) -> None:
+    def append(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BT: Tensor) -> None:
         """Takes in new tokens.
 
         Args:
             key_BGTD, value_BGTD: their rows.
             position_BT: as `position_BGS`.
-            holes: they may go where something was forgotten.
         """
         B, G, T = key_BGTD.shape[:3]
         new = {
@@ -93,7 +92,7 @@ class SlotTable:
             "values_BGSD": value_BGTD,
             "position_BGS": position_BT[:, None].expand(B, G, T).to(torch.int32),
         }
-        free_BGT = self._free(T) if holes and not self.whole and self.used else None
+        free_BGT = self._free(T) if not self.whole and self.used else None
         if free_BGT is not None:
             for name, rows in new.items():
                 getattr(self, name).scatter_(2, _as_wide(free_BGT, rows), rows)

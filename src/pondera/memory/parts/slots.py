@@ -114,7 +114,10 @@ class Budgeted(Slots):
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
         """See `Memory.check`."""
-        self.budget.check(len(layers), kv_heads(config))
+        if self.by_head:
+            self.budget.check(len(layers), kv_heads(config))
+        else:
+            self.budget.check(len(layers), 0)
 
     def watched(self, layer: SlotLayer, call: Call) -> int:
         """See `Slots.watched`."""
