@@ -122,12 +122,12 @@ def main() -> None:
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pondera-versions"
     parser.add_argument("--cache", type=Path, default=default, help="where environments are kept")
     args = parser.parse_args(versions)
-    found = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     for version in args.versions or allowed():
-        found[version] = run(environment(version, args.cache), tests or SUITE, args.workers)
-        print(version, found[version]["counts"], *found[version]["failed"], sep="\n  ", flush=True)
+        found = run(environment(version, args.cache), tests or SUITE, args.workers)
+        print(version, found["counts"], *found["failed"], sep="\n  ", flush=True)
         if not tests:
-            write(found)
+            known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+            write({**known, version: found})
 
 
 if __name__ == "__main__":

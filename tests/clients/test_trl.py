@@ -6,6 +6,7 @@ import pytest
 import torch
 from architectures import BACKBONES, ids
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
@@ -112,6 +113,21 @@ def test_supervised_fine_tuning_runs(chosen, packing, tokenizer, tmp_path):
     rows = Dataset.from_list([{"text": TEXT * times} for times in (1, 2, 1, 2, 1, 1, 2, 1)])
     SFTTrainer(model=model, args=settings, train_dataset=rows, processing_class=tokenizer).train()
     assert any(not torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("chosen", [CHOSEN[2], OWN_TERMS[0]], ids=str)
+def test_an_adapter_is_tuned(chosen, tokenizer, tmp_path):
+    settings = SFTConfig(str(tmp_path), per_device_train_batch_size=2, max_steps=2, learning_rate=1e-2, **SMALL)
+    rows = Dataset.from_list([{"text": TEXT}] * 4)
+    given = {"args": settings, "train_dataset": rows, "processing_class": tokenizer}
+    trainer = SFTTrainer(model=build(**chosen), peft_config=LoraConfig(modules_to_save=["think"]), **given)
+    before = {name: p.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert any("think.modules_to_save" in name for name in before) == (chosen == OWN_TERMS[0])
+    trainer.train()
+    after = dict(trainer.model.named_parameters())
+    assert any("lora_B" in name and not torch.equal(after[name], before[name]) for name in before)
+    own = [name for name in before if "think.modules_to_save" in name]
+    assert not own or any(not torch.equal(after[name], before[name]) for name in own)
 
 
 @pytest.mark.parametrize("chosen", CHOSEN, ids=str)

@@ -106,6 +106,18 @@ class TestForward:
         with pytest.raises(UserError, match="save: a TokenCache"):
             build(think="PonderLM2(thoughts=1)").new_cache().save("RUN")
 
+    def test_two_caches_are_refused(self):
+        model = build()
+        with pytest.raises(UserError, match="two names of one thing"):
+            model(ids(1, 4), cache=model.new_cache(), past_key_values=model.new_cache())
+
+    def test_terms_that_no_loss_has_are_spoken_of(self, caplog):
+        model = build(think="UniversalTransformer(steps=2)").train()
+        model(ids(1, 9), labels=ids(1, 9))
+        assert "in no loss" not in caplog.text
+        model(ids(1, 9))
+        assert "no labels in training: ponder of UniversalTransformer(steps=2) are in out.terms" in caplog.text
+
     def test_a_foreign_cache_is_refused_by_either_name(self):
         for name in ("cache", "past_key_values"):
             with pytest.raises(UserError, match="model.new_cache"):
@@ -119,6 +131,12 @@ class TestConfig:
     def test_a_misspelt_setting_is_refused_with_the_nearest(self, wrong, right):
         with pytest.raises(UserError, match=f"'{wrong}'; did you mean '{right}'"):
             AdaptiveConfig(backbone=dict(BACKBONES["llama"]), **{wrong: "H2O(8)"})
+
+    def test_a_misspelt_setting_is_refused_when_loading(self, tmp_path):
+        build().save_pretrained(tmp_path)
+        assert AdaptiveLM.from_pretrained(tmp_path, memory="H2O(budget=64)").memory is not None
+        with pytest.raises(UserError, match="'memroy'; did you mean 'memory'"):
+            AdaptiveLM.from_pretrained(tmp_path, memroy="H2O(budget=64)")
 
     @pytest.mark.parametrize("chosen", CHOSEN, ids=str)
     def test_what_is_written_is_read(self, chosen, tmp_path):

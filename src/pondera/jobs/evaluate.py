@@ -23,6 +23,7 @@ from pondera.jobs import checkpoints
 from pondera.jobs.generate import budget_of, start_token
 from pondera.jobs.load import Loaded, load
 from pondera.jobs.whole_text import WholeText
+from pondera.model.hf import CACHE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -225,7 +226,7 @@ def _decoding_speed(model: Any, tokenizer: PreTrainedTokenizerFast, budget: dict
         ids_BT = model.generate(
             start_BT,
             attention_mask=torch.ones_like(start_BT),
-            past_key_values=model.new_cache(),
+            **{CACHE: model.new_cache()},
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             do_sample=False,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pondera.ground.errors import UserError
 from pondera.ground.tokens import check_ids
 from pondera.jobs.load import Loaded, load
+from pondera.model.hf import CACHE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -93,7 +94,7 @@ def generate(
         ids_BT = model.generate(
             ids_BT,
             attention_mask=torch.ones_like(ids_BT),
-            past_key_values=cache,
+            **{CACHE: cache},
             max_new_tokens=max_new_tokens,
             streamer=stream,
             **sampling,

@@ -21,7 +21,7 @@ from pondera.model.versions import installed
 INITS = ("hf", "scaled")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 TEXT_CONFIG = "text_config"
-_SETTINGS = ("backbone", "think", "memory", "segment", "head", "init", "embed_scale", "dtype")
+SETTINGS = ("backbone", "think", "memory", "segment", "head", "init", "embed_scale", "dtype")
 
 
 class AdaptiveConfig(PreTrainedConfig):
@@ -70,7 +70,7 @@ class AdaptiveConfig(PreTrainedConfig):
         importlib.import_module("pondera.model.hf").register(AdaptiveConfig, model)
         kwargs.pop(TEXT_CONFIG, None)
         if strange := next((name for name in kwargs if not _known(name)), None):
-            raise unknown("setting of AdaptiveConfig", strange, _SETTINGS)
+            raise unknown("setting of AdaptiveConfig", strange, SETTINGS)
         self._checkpoint: str | None = None
         self._retrofit = False
         if isinstance(self.backbone, str):
@@ -125,7 +125,7 @@ class AdaptiveConfig(PreTrainedConfig):
             config_dict = {**config_dict, "backbone": backbone_config(backbone, saved=True)}
         if config_dict.get("transformers_version") not in (None, installed()):
             # Another version may write fields that this one does not know; here they mean nothing.
-            foreign = [name for name in config_dict if not _known(name) and name not in _SETTINGS]
+            foreign = [name for name in config_dict if not _known(name) and name not in SETTINGS]
             config_dict = {name: value for name, value in config_dict.items() if name not in foreign}
         return super().from_dict(config_dict, **kwargs)
 
@@ -168,7 +168,7 @@ class AdaptiveConfig(PreTrainedConfig):
 
 def _known(name: str) -> bool:
     """Whether a field may stand in a config: ours, or one that transformers writes or takes."""
-    return name in _SETTINGS or name.startswith("_") or name in written_by_transformers()
+    return name in SETTINGS or name.startswith("_") or name in written_by_transformers()
 
 
 def _spec_text(seam: str, given: Any) -> str:

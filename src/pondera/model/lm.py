@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera.ground import spec
-from pondera.ground.errors import UserError
+from pondera.ground.errors import UserError, unknown
 from pondera.model.backbone import Backbone, scaled_init, token_positions
 from pondera.model.budget import FULL, Budget
 from pondera.model.cache import TokenCache
-from pondera.model.config import AdaptiveConfig
+from pondera.model.config import SETTINGS, AdaptiveConfig
 from pondera.model.embedding import put_scale
 from pondera.model.foreign_forward import BaseModel, watch_forward
 from pondera.model.generation import storable
@@ -111,8 +111,11 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
     _said_frozen = False
+    _said_lost = False
 
-    def __init__(self, config: AdaptiveConfig) -> None:
+    def __init__(self, config: AdaptiveConfig, **unknown_settings: Any) -> None:
+        if unknown_settings:  # what `from_pretrained` was given and neither it nor the config knows
+            raise unknown("setting", next(iter(unknown_settings)), SETTINGS)
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # by which Trainer knows that labels are shifted here, and counts them so
         self.think: Think | None = spec.build(config.think, "think") if config.think else None
@@ -302,6 +305,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             check_keywords(kwargs, _PARAMETERS, position_ids is not None)
         if cache is None:
             cache = past_key_values
+        elif past_key_values is not None and past_key_values is not cache:
+            raise UserError("cache and past_key_values are two names of one thing, and two caches were given; give one")
         if cache is None and use_cache:
             cache = self.new_cache()
         if labels is not None and shift_labels is None:
@@ -339,6 +344,11 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                 loss = loss * (
                     next_token.count / torch.as_tensor(num_items_in_batch, device=loss.device).reshape(-1)[0]
                 )
+        elif terms and self.training and not self._said_lost:
+            self._said_lost = True
+            log.warning(
+                "no labels in training: %s of %s are in out.terms and in no loss", ", ".join(terms), self.chosen
+            )
         out = AdaptiveOutput(loss, logits_BTV, passes=thought.passes_BT, **cast(Any, {CACHE: cache}))
         if self.training:
             out["terms"], out["trace"] = terms, thought.trace
