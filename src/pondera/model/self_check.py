@@ -1,6 +1,6 @@
 """Whether a method is right on a backbone that no test of Pondera knows: a few tokens, when the model is built.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: B batch, T tokens, N packed rows, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pondera.ground.errors import UserError
-from pondera.model.backbone import LAYOUTS
+from pondera.model.backbone import LAYOUTS, Backbone, SlotMask
+from pondera.model.rows import Rows
 
 if TYPE_CHECKING:
     from pondera.model.lm import AdaptiveLM
@@ -103,6 +104,8 @@ def _wrong(model: AdaptiveLM) -> str | None:
     think = model.think
     if think is None or not think.packed:
         return None
+    if think.adaptive and apart(*_packed_and_alone(model.backbone, ids_BT)):
+        return "rows of several sequences in one packed call get other states than each sequence alone"
     think.packed = False
     try:
         for found, expected in ((whole, model(ids_BT, attention_mask=mask_BT).logits),
@@ -112,6 +115,17 @@ def _wrong(model: AdaptiveLM) -> str | None:
     finally:
         think.packed = True
     return None
+
+
+def _packed_and_alone(backbone: Backbone, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """States of two sequences of different lengths, ``[1, N, D]``: in one packed call, and by themselves."""
+    rows_BTD = [backbone.embed(ids_BT[:1, :3]), backbone.embed(ids_BT[1:, :1])]
+    order_T = torch.arange(3, device=ids_BT.device)
+    wanted_BT = order_T < torch.tensor([[3], [1]], device=ids_BT.device)
+    mask = SlotMask((order_T[:, None] >= order_T)[None].expand(2, 3, 3), order_T[None], order_T[None])
+    position_1N = order_T.expand(2, 3)[wanted_BT][None]
+    packed = backbone.step(torch.cat(rows_BTD, 1), None, mask, position_1N, Rows.where(wanted_BT))
+    return packed, torch.cat([backbone.step(h_1TD) for h_1TD in rows_BTD], 1)
 
 
 def _in_pieces(model: AdaptiveLM, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:

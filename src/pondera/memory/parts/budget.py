@@ -83,6 +83,8 @@ class Budget:
             layers: compressed layers.
         """
         of_layer = self.amount[layer] if isinstance(self.amount, (list, tuple)) else self.amount
+        if isinstance(of_layer, int):  # asked for every token and layer
+            return [max(self.least, of_layer)] * len(heads)
         each = [of_layer[head] if isinstance(of_layer, (list, tuple)) else of_layer for head in heads]
         return [max(self.least, self._slots(amount, tokens, slot_bytes * len(heads) * layers)) for amount in each]
 

@@ -69,7 +69,7 @@ class Call:
         cap, sink_H = self.further.get(CAP), self.further.get(SINK)
         return PLAIN if cap is None and sink_H is None else Softmax(cap, sink_H)
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """T."""
         return self.query_BHTD.shape[2]

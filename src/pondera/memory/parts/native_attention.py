@@ -80,7 +80,10 @@ def attend_natively(
     score_BGRTS = query_BGRTD.new_empty(B, G, R, T, S) if with_scores else None
     mask_steps = (0, 0, 0) if mask_B1TK is None else (mask_B1TK.stride(0), mask_B1TK.stride(2), mask_B1TK.stride(3))
     told = _Attention(
-        *(x.data_ptr() for x in (query_BGRTD, keys_BGSD, values_BGSD, position_BGS)),
+        query_BGRTD.data_ptr(),
+        keys_BGSD.data_ptr(),
+        values_BGSD.data_ptr(),
+        position_BGS.data_ptr(),
         None if mask_B1TK is None else mask_B1TK.data_ptr(),
         *(B, G, R, T, S, D, E),
         *query_BGRTD.stride()[:4],

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 
 from pondera.ground.errors import UserError
-from pondera.memory.parts.attention import BLOCK, Seen, Softmax, attend, attend_seen, grouped, scores, slots_allowed
+from pondera.memory.parts.attention import (
+    BLOCK,
+    PLAIN,
+    Seen,
+    Softmax,
+    attend,
+    attend_seen,
+    grouped,
+    scores,
+    slots_allowed,
+)
 from pondera.memory.parts.layer import Call, MemoryLayer
 from pondera.memory.parts.native_attention import FEW, attend_natively
 from pondera.memory.parts.slot_table import EMPTY, SlotTable
@@ -65,13 +75,15 @@ class SlotLayer(MemoryLayer):
         if first:
             self.state["padding"] = torch.zeros(len(position_BT), dtype=torch.int64, device=position_BT.device)
         self.state["padding"] = self.state["padding"] + call.padding_B
-        for heads, table in self.parts():
-            rows = (call.key_BGTD[:, heads], call.value_BGTD[:, heads])
-            table.append(*rows, position_BT)
         query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
-        chosen = [self._choice(call, query_BGRTD[:, heads], table) for heads, table in self.parts()]
-        exact = (self.memory.exact or call.tokens > FEW) and all(slot_BGk is None for slot_BGk in chosen)
-        if exact and call.in_order and all(table.whole for table in self.tables):
+        exact = (self.memory.exact or call.tokens > FEW) and call.in_order
+        chosen: list[Tensor | None] = []
+        for heads, table in self.parts():
+            table.append(call.key_BGTD[:, heads], call.value_BGTD[:, heads], position_BT)
+            slot_BGk = self._choice(call, query_BGRTD[:, heads], table) if self.memory.selects else None
+            chosen.append(slot_BGk)
+            exact = exact and table.whole and slot_BGk is None
+        if exact:
             out_BTHD = call.stock(*self._joined())
             self._watch(call, query_BGRTD, position_BT)
         else:
@@ -93,6 +105,8 @@ class SlotLayer(MemoryLayer):
 
     def heads(self, part: slice) -> list[int]:
         """The numbers of the KV heads that a table is for."""
+        if len(self.tables) == 1:
+            return list(range(self.tables[0].keys_BGSD.shape[1]))
         return list(range(sum(table.keys_BGSD.shape[1] for table in self.tables)))[part]
 
     def _joined(self) -> tuple[Tensor, Tensor]:
@@ -102,30 +116,35 @@ class SlotLayer(MemoryLayer):
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
     def _choice(self, call: Call, query_BGRTD: Tensor, table: SlotTable) -> Tensor | None:
-        return self.memory.select(self, table, query_BGRTD, call) if self.memory.selects else None
+        return self.memory.select(self, table, query_BGRTD, call)
 
     def _by_table(self, call: Call, query_BGRTD: Tensor, position_BT: Tensor, chosen: list[Tensor | None]) -> Tensor:
         """Attention where slots are not the tokens of the text in their order."""
+        if len(chosen) == 1:
+            return self._of_table(call, query_BGRTD, self.tables[0], position_BT, chosen[0])
         found = [
             self._of_table(call, query_BGRTD[:, heads], table, position_BT, slot_BGk)
             for (heads, table), slot_BGk in zip(self.parts(), chosen, strict=True)
         ]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        return torch.cat(found, dim=2)
 
     def _of_table(
         self, call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor, slot_BGk: Tensor | None
     ) -> Tensor:
         if slot_BGk is None and self.memory.watched(self, call) >= call.tokens:
             observed = self._observe(call, query_BGRTD, table, position_BT)
-            return torch.cat([attend_seen(seen, table.values) for seen in observed], dim=1)
+            found = list(map(attend_seen, observed, itertools.repeat(table.values)))
+            return found[0] if len(found) == 1 else torch.cat(found, dim=1)
         keys, values, position = table.keys, table.values, table.position
         if slot_BGk is not None:
             there_BGk = slot_BGk.clamp(min=0)
             keys, values = (_chosen(rows, there_BGk) for rows in (keys, values))
             position = torch.where(slot_BGk < 0, EMPTY, position.gather(2, there_BGk))
-        every, softmax = slice(0, call.tokens), self._softmax(call, table)
+        every, softmax = slice(0, call.tokens), call.softmax
+        if softmax is not PLAIN:
+            softmax = self._softmax(call, table)
         found = None
-        if softmax.plain:
+        if softmax is PLAIN:
             found = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
         if found is None:
             allowed = slots_allowed(call.written_mask(every), position)
@@ -171,9 +190,11 @@ class SlotLayer(MemoryLayer):
         self, call: Call, query_BGRTD: Tensor, table: SlotTable, position_BT: Tensor, part: slice, begins: bool
     ) -> Seen:
         """What some queries look at."""
-        query_BGRTD, number, softmax = query_BGRTD[:, :, :, part], call.start + part.start, self._softmax(call, table)
+        query_BGRTD, number, softmax = query_BGRTD[:, :, :, part], call.start + part.start, call.softmax
+        if softmax is not PLAIN:
+            softmax = self._softmax(call, table)
         found = None
-        if softmax.plain:
+        if softmax is PLAIN:
             rows = (query_BGRTD, table.keys, table.values, table.position)
             found = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
         out_BTHD, score_BGRTS = (None, None) if found is None else found

@@ -77,7 +77,7 @@ class SlotTable:
     @property
     def real(self) -> Tensor:
         """``[B, G, S]``: which slots hold a token that is no padding."""
-        return self.position >= 0
+        return self.position_BGS[:, :, : self.used] >= 0
 
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BT: Tensor) -> None:
         """Takes in new tokens.

@@ -77,7 +77,10 @@ class Slots(Memory):
 
     def settle(self, layer: SlotLayer) -> bool:
         """Has every table of a layer forget; tells whether any did."""
-        return any([self.forget(layer, table, layer.heads(part)) for part, table in layer.parts()])
+        forgot = False
+        for part, table in layer.parts():
+            forgot |= self.forget(layer, table, layer.heads(part))
+        return forgot
 
 
 class Budgeted(Slots):
@@ -121,15 +124,14 @@ class Budgeted(Slots):
 
     def watched(self, layer: SlotLayer, call: Call) -> int:
         """See `Slots.watched`."""
-        return self.watches if layer.at_prompt or not self.prompt_only else 0
+        return self.watches if not self.prompt_only or layer.at_prompt else 0
 
     def slots(self, layer: SlotLayer, table: SlotTable, heads: list[int]) -> Tensor:
         """``[B, g]``: the slots that these heads may have now."""
         row_bytes = table.keys_BGSD.element_size() * (table.keys_BGSD.shape[-1] + table.values_BGSD.shape[-1])
-        found = [
-            self.budget.slots(layer.index, heads, tokens, row_bytes, layer.among)
-            for tokens in layer.real_tokens(self.of_prompt)
-        ]
+        found = []
+        for tokens in layer.real_tokens(self.of_prompt):
+            found.append(self.budget.slots(layer.index, heads, tokens, row_bytes, layer.among))
         return torch.tensor(found, device=table.keys_BGSD.device)
 
     def forget(self, layer: SlotLayer, table: SlotTable, heads: list[int]) -> bool:
@@ -187,7 +189,7 @@ def keep_highest(table: SlotTable, priority_BGS: Tensor, over_BG: Tensor) -> Non
         priority_BGS: of each; ``-inf`` of those that hold nothing.
         over_BG: how many each head has to forget; none where it is negative.
     """
-    fewest, most = (int(number) for number in torch.aminmax(over_BG))
+    fewest, most = torch.stack(torch.aminmax(over_BG)).tolist()
     if fewest == most <= FEW and not table.whole:
         for _ in range(most):
             table.forget(_lowest(priority_BGS.masked_fill(~table.real, torch.inf), table.position))
