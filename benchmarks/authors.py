@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from pondera.ground.run import write_atomic
+from pondera.core.run_folder import write_atomic
 
 WORKER = Path(__file__).with_name("authors_worker.py")
 TOLERANCE = 1e-4

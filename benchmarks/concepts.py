@@ -23,8 +23,8 @@ import torch
 from speed import BACKBONE, timed
 
 from pondera import AdaptiveConfig, AdaptiveLM
-from pondera.ground.run import write_atomic
-from pondera.jobs.price import price
+from pondera.core.run_folder import write_atomic
+from pondera.evaluation.cost_report import cost_report
 
 CHUNK, LAYERS = 4, BACKBONE["num_hidden_layers"]
 SEGMENT = f"ConceptLM(chunk={CHUNK}, codes=64, segments=8, encoder_layers={LAYERS // 2}, concept_layers={LAYERS // 4})"
@@ -61,7 +61,7 @@ def main() -> None:
 
     models = {"plain": made(None), "concepts": made(SEGMENT)}
     # A price is that of decoding with half a context cached.
-    flops = {name: price(model, 2 * PROMPT + NEW)["inference_flops_per_token"] for name, model in models.items()}
+    flops = {name: cost_report(model, 2 * PROMPT + NEW)["inference_flops_per_token"] for name, model in models.items()}
     by_flops = flops["plain"] / flops["concepts"]
     rows = []
     for task, (batch, uneven) in TASKS.items():

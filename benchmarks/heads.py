@@ -24,9 +24,9 @@ import torch
 from process import resident
 from torch import nn
 
-from pondera.ground.run import write_atomic
-from pondera.head.vq_logits import VQLogits
-from pondera.model.lm import next_token_term
+from pondera.core.run_folder import write_atomic
+from pondera.methods.head.vq_logits import VQLogits
+from pondera.models.adaptive_lm import next_token_term
 
 
 def seconds(job: Callable[[], Any]) -> float:

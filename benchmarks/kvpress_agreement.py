@@ -69,7 +69,7 @@ def load(folder: Path, seed: int) -> tuple[Any, torch.Tensor]:
 
 def ours(model: Any, ids_BT: torch.Tensor, memory: str) -> Kept:
     """What a policy of ours keeps of the text."""
-    from pondera.ground import spec
+    from pondera.core import spec
 
     cache = spec.build(memory, "memory").cache(model)
     model(ids_BT, past_key_values=cache)

@@ -289,7 +289,7 @@ def main() -> None:
         print(json.dumps(capacity(args.capacity[0], args.room, args.capacity[1])))
         return
 
-    from pondera.ground.run import write_atomic
+    from pondera.core.run_folder import write_atomic
 
     result: dict[str, Any] = json.loads(args.out.read_text()) if args.out.is_file() else {"rows": {}}
     rows = result["rows"]

@@ -17,7 +17,7 @@ SPARE = 64
 
 def build_model(dtype: torch.dtype = torch.float32, trained: str | None = None) -> LlamaForCausalLM:
     if trained:
-        from pondera.jobs.load import load
+        from pondera.inference.load import load
 
         lm = load(trained).model.backbone.lm.eval().to(dtype)
         assert isinstance(lm, LlamaForCausalLM), "the bytes that are counted, and how a cache is filled, are a Llama's"
@@ -52,7 +52,7 @@ def new_cache(side: str, model: LlamaForCausalLM, tokens: int) -> Any:
     if side in (*STOCK, PRESS):
         model.set_attn_implementation("sdpa")
         return stock_cache(side, model.config, tokens)
-    from pondera.ground import spec
+    from pondera.core import spec
 
     memory: Any = spec.build(side, "memory")
     if not memory.fitted:  # what stands in its tables changes no time
@@ -84,9 +84,9 @@ def remember(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     """What `SlotLayer.attend` does, less the attention."""
-    from pondera.memory.parts.slot_table import SlotTable
+    from pondera.cache.kv_store import KVStore
 
-    table = SlotTable.like(keys, values, layer.memory.fresh)
+    table = KVStore.like(keys, values, layer.memory.fresh)
     table.append(keys, values, torch.arange(keys.shape[2]).expand(len(keys), -1))
     for name in table.notes:
         table.note(name).uniform_(generator=torch.Generator().manual_seed(0))
@@ -96,12 +96,12 @@ def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Exact rows at both ends, and random codes between, as finding them would take minutes."""
-    from pondera.memory.parts.ring import Ring
+    from pondera.methods.kv_cache.common.ring_buffer import RingBuffer
 
     batch, sinks, tokens = len(keys), layer.memory.sinks, keys.shape[2]
     layer.pads, layer.begins, layer.coded = [0] * batch, [0] * batch, [0] * batch
     layer.sink_keys, layer.sink_values = (rows[:, :, :sinks].clone() for rows in (keys, values))
-    layer.ring = Ring(keys[:, :, sinks:], values[:, :, sinks:], sinks, tokens, sinks, True)
+    layer.ring = RingBuffer(keys[:, :, sinks:], values[:, :, sinks:], sinks, tokens, sinks, True)
     exact = layer.memory.window
     code(layer, max(0, tokens - sinks - exact) // layer.memory.every * layer.memory.every)
     layer.ring.drop(layer._exact_from())

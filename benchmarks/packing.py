@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from pondera import AdaptiveConfig, AdaptiveLM
-from pondera.ground.run import write_atomic
+from pondera.core.run_folder import write_atomic
 
 BACKBONE = {
     "model_type": "llama",

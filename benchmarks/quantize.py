@@ -65,10 +65,10 @@ def loop(task: str, x_ND: Tensor, table_KD: Tensor) -> Work | None:
 
 
 def ours(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
-    from pondera.quantize.parts.kmeans import kmeans
-    from pondera.quantize.parts.nearest import nearest
-    from pondera.quantize.residual import Residual
-    from pondera.quantize.vq import VQ
+    from pondera.methods.quantize.common.kmeans import kmeans
+    from pondera.methods.quantize.common.nearest import nearest
+    from pondera.methods.quantize.residual import Residual
+    from pondera.methods.quantize.vq import VQ
 
     codes, dim = table_KD.shape
 
@@ -246,7 +246,7 @@ def show(row: dict[str, Any]) -> None:
 
 def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
     """Puts a row into the file of results, among those that are there."""
-    from pondera.ground.run import write_atomic
+    from pondera.core.run_folder import write_atomic
 
     result: dict[str, Any] = {
         "command": "python benchmarks/quantize.py",

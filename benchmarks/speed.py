@@ -22,8 +22,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pondera import AdaptiveConfig, AdaptiveLM
-from pondera.ground.cost import Call, Prices, Schedule
-from pondera.ground.run import write_atomic
+from pondera.core.run_folder import write_atomic
+from pondera.cost.model import CostModel, CostSchedule, DecoderPass
 
 BACKBONE = {
     "model_type": "llama",
@@ -67,13 +67,13 @@ def training(model: torch.nn.Module) -> Callable[[], object]:
 
 def predicted(model: AdaptiveLM) -> dict[str, float]:
     """FLOPs of decoding one token in the middle of the run, and of training on one, by arithmetic."""
-    prices, middle = Prices(model.backbone.config), PROMPT + NEW // 2
+    prices, middle = CostModel(model.backbone.config), PROMPT + NEW // 2
     think = model.think
-    one = think.calls(1, context=middle) if think else [Call(1, middle + 1, cached=True)]
-    window = think.calls(CONTEXT, training=True) if think else [Call(CONTEXT, CONTEXT)]
+    one = think.calls(1, context=middle) if think else [DecoderPass(1, middle + 1, cached=True)]
+    window = think.calls(CONTEXT, training=True) if think else [DecoderPass(CONTEXT, CONTEXT)]
     return {
-        "decode_flops": prices.forward(Schedule(tuple(one), 1, 1)),
-        "train_flops": prices.training(Schedule(tuple(window), CONTEXT, CONTEXT)) / CONTEXT,
+        "decode_flops": prices.forward(CostSchedule(tuple(one), 1, 1)),
+        "train_flops": prices.training(CostSchedule(tuple(window), CONTEXT, CONTEXT)) / CONTEXT,
     }
 
 

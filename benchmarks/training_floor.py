@@ -22,8 +22,8 @@ from authors import PAIRS, Pair
 from torch.profiler import ProfilerActivity, profile
 
 from pondera import AdaptiveConfig, AdaptiveLM
-from pondera.ground.cost import measured_flops
-from pondera.ground.run import write_atomic
+from pondera.core.run_folder import write_atomic
+from pondera.cost.model import measured_flops
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ATTENTION = "scaled_dot_product"

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import scripts
+from helpers import scripts
 
 from pondera.cli.main import main
-from pondera.ground import spec
-from pondera.ground.cards import cards
+from pondera.core import spec
+from pondera.core.cards import cards
 
 tool, claims, measured = (scripts.load(f"tools.{name}") for name in ("cards", "claims", "measured"))
 CARDS = {path.stem: json.loads(path.read_text()) for path in sorted(tool.CARDS.glob("*.json"))}

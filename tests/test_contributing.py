@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from architectures import BACKBONES, VOCAB
+from helpers.architectures import BACKBONES, VOCAB
 
 from pondera.cli.main import main
 
@@ -32,7 +32,7 @@ def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_keeps_the_contract(methods: Path):
     from pondera import AdaptiveConfig, AdaptiveLM
-    from pondera.ground.cost import Prices, Schedule, measured_flops
+    from pondera.cost.model import CostModel, CostSchedule, measured_flops
 
     torch.manual_seed(0)
     model = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think="ReadTwice()")).eval()
@@ -42,8 +42,8 @@ def test_it_keeps_the_contract(methods: Path):
         pieces = [model(x[:, t : t + 1], past_key_values=cache).logits for t in range(8)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
         spent = measured_flops(lambda: model(x[:1]))
-    schedule = Schedule(tuple(model.think.calls(8)), head_rows=8, tokens=8)
-    assert spent == pytest.approx(Prices(model.backbone.config).forward(schedule), rel=0.02)
+    schedule = CostSchedule(tuple(model.think.calls(8)), head_rows=8, tokens=8)
+    assert spent == pytest.approx(CostModel(model.backbone.config).forward(schedule), rel=0.02)
 
 
 def test_its_command_trains(methods: Path, monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import scripts
+from helpers import scripts
 
 build, models, study = (scripts.load(f"tools.docs.{name}") for name in ("build", "models", "study"))
 

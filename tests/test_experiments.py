@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import scripts
+from helpers import scripts
 
-from pondera.ground.packed import ARCHIVE
+from pondera.core.archive import ARCHIVE
 
 EXPERIMENTS = sorted(path.parent.name for path in (scripts.ROOT / "experiments").glob("*/run.py"))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import scripts
+from helpers import scripts
 
 PEER: Any = scripts.load("kvpress_agreement", "benchmarks")
 

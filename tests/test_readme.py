@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from pondera.cli.main import main
-from pondera.ground import settings
+from pondera.core import run_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -73,7 +73,7 @@ def test_commands_and_python(folder: Path):
 def test_yaml_is_a_run():
     (tree,) = (yaml.safe_load(block) for block in blocks("yaml"))
     tree["train"]["lr"] = float(tree["train"]["lr"])  # plain YAML 1.1 reads 2e-3 as text; pondera's own reader does not
-    assert settings.from_dict(tree).think == "PonderLM2(thoughts=1)"
+    assert run_config.from_dict(tree).think == "PonderLM2(thoughts=1)"
 
 
 def test_make_targets_exist():
@@ -96,7 +96,7 @@ def test_links_lead_somewhere():
 
 
 def test_the_demo_goes_from_nothing_to_a_report(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
-    from pondera.jobs import demo
+    from pondera.comparison import demo
 
     small = {"data.text": "my_books", "data.tokenizer": "bpe-300", "data.context": 32, "train.eval_tokens": 64}
     monkeypatch.setattr(demo, "SETTINGS", {**small, "train.steps": 2, "train.batch_size": 2})

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
-from pondera.ground.cards import FILE
+from pondera.core.cards import FILE
 from tools.claims import CLAIMS, Claim
 from tools.measured import ROOT, Measure
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pondera.jobs.verdict import gap
+from pondera.evaluation.significance import gap
 
 ROOT = Path(__file__).parents[1]
 RECALL = "results/eviction/recall.json"

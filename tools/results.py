@@ -14,8 +14,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from pondera.ground.packed import ARCHIVE, pack, unpack
-from pondera.ground.run import Run, write_atomic
+from pondera.core.archive import ARCHIVE, pack, unpack
+from pondera.core.run_folder import Run, write_atomic
 
 LISTED = {
     "bits_per_byte": ("bits per byte", "{:.4f}"),

@@ -26,12 +26,12 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
-from pondera.ground import spec
-from pondera.memory.contract import Memory
-from pondera.memory.parts.layer import Call
-from pondera.memory.parts.regions import RegionLayer
-from pondera.memory.parts.self_check import difference
-from pondera.memory.parts.slot_layer import SlotLayer
+from pondera.cache.layer import AttentionCall
+from pondera.cache.slot_layer import KVStoreLayer
+from pondera.core import spec
+from pondera.methods.kv_cache.base import KVCacheMethod
+from pondera.methods.kv_cache.common.self_check import difference
+from pondera.methods.kv_cache.common.windowed_codec import SinkWindowLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 40
@@ -120,10 +120,10 @@ def try_cache(model: PreTrainedModel, name: str) -> str:
 
 def watch(layer: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Has a layer note what it gave and what the model's own attention function gives for the rows that are kept."""
-    name = "_by_table" if isinstance(layer, SlotLayer) else "_by_segments"
+    name = "_by_table" if isinstance(layer, KVStoreLayer) else "_by_segments"
     own = getattr(layer, name)
 
-    def noted(call: Call, *others: Any) -> Tensor:
+    def noted(call: AttentionCall, *others: Any) -> Tensor:
         found = own(call, *others)
         if call.tokens == 1:
             pairs.append((found, call.base(call.module, call.query_BHTD, *rows(layer), None, scaling=call.scaling,
@@ -135,7 +135,7 @@ def watch(layer: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
 
 def rows(layer: Any) -> tuple[Tensor, Tensor]:
     """The keys and values that a layer keeps, decoded, of one text."""
-    if isinstance(layer, RegionLayer):
+    if isinstance(layer, SinkWindowLayer):
         keys, values, number_1S = layer.restored()
         return keys[:, :, number_1S[0] >= 0], values[:, :, number_1S[0] >= 0]
     (table,) = layer.tables
@@ -143,7 +143,7 @@ def rows(layer: Any) -> tuple[Tensor, Tensor]:
     return table.keys[:, :, real_S], table.values[:, :, real_S]
 
 
-def built(form: str, model: PreTrainedModel) -> Memory:
+def built(form: str, model: PreTrainedModel) -> KVCacheMethod:
     """A method, fitted where it has to be."""
     made = spec.build(form, "memory")
     return made if made.fitted else made.fit(model, [text(4, 20)])

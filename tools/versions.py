@@ -108,7 +108,7 @@ def write(found: dict[str, Any]) -> None:
         *lines,
         *(["", "Failed:", "", *failures] if failures else []),
         "",
-        "What differs between them is in `src/pondera/model/hf.py`. `pondera doctor` warns of a version that is not here.",
+        "What differs between them is in `src/pondera/core/hf.py`. `pondera doctor` warns of a version that is not here.",
     ]
     PAGE.write_text("\n".join(page) + "\n")
 

@@ -13,11 +13,11 @@ import re
 from pathlib import Path
 
 from experiments.common.publishing import write_json
-from pondera.ground.data import prepare
-from pondera.ground.run import Run
-from pondera.jobs.compare import spread
-from pondera.jobs.load import load
-from pondera.jobs.score import score
+from pondera.comparison.compare import spread
+from pondera.core.run_folder import Run
+from pondera.data.corpus import prepare
+from pondera.evaluation.score import score
+from pondera.inference.load import load
 
 EFFORTS = [0.0, 0.25, 0.5, 0.75, 1.0]
 

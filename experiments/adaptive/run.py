@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-from pondera.ground.settings import load
-from pondera.jobs.compare import compare
+from pondera.comparison.compare import compare
+from pondera.core.run_config import load
 
 CPU = {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 200, "train.save_every": 100}
 SCALES = {"cpu": CPU, "gpu": GPU}

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from experiments.common.publishing import SEEDS, write_json
-from pondera.ground import spec
-from pondera.quantize.contract import Quantizer
-from pondera.quantize.parts.codebook import Codebook
-from pondera.quantize.parts.diagnosis import ENOUGH, diagnose
-from pondera.quantize.parts.health import effective_rank
+from pondera.core import spec
+from pondera.methods.quantize.base import Quantizer
+from pondera.methods.quantize.common.codebook import Codebook
+from pondera.methods.quantize.common.diagnosis import ENOUGH, diagnose
+from pondera.methods.quantize.common.health import effective_rank
 
 WIDTH, BATCH, HELD_OUT, CLUSTERS = 16, 512, 8192, 64
 LEARNT_ON = 65536
@@ -87,8 +87,8 @@ def images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | Non
 def _states() -> Tensor:
     """Hidden states of a random transformer on the standard library's text."""
     from pondera import AdaptiveConfig, AdaptiveLM
-    from pondera.ground.data import prepare
-    from pondera.ground.settings import DataConfig
+    from pondera.core.run_config import DataConfig
+    from pondera.data.corpus import prepare
 
     windows = prepare(DataConfig(text="stdlib", tokenizer="bpe-2048", context=256)).train.windows(256)
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}

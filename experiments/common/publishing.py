@@ -18,9 +18,9 @@ from typing import Any
 
 import yaml
 
-from pondera.ground.errors import Interrupted
-from pondera.ground.run import Run, write_atomic
-from pondera.ground.settings import RunConfig
+from pondera.core.errors import Interrupted
+from pondera.core.run_config import RunConfig
+from pondera.core.run_folder import Run, write_atomic
 from tools.results import add_runs
 
 GPU = {

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_json, write_recipe
-from pondera.ground.data import prepare
-from pondera.ground.run import Run
-from pondera.ground.settings import RunConfig, load
-from pondera.jobs.build import new_model
-from pondera.jobs.compare import compare, flops_per_step, folder_of, spread, with_seed
-from pondera.jobs.load import load as load_model
-from pondera.jobs.score import score
+from pondera.comparison.compare import compare, flops_per_step, folder_of, spread, with_seed
+from pondera.core.run_config import RunConfig, load
+from pondera.core.run_folder import Run
+from pondera.data.corpus import prepare
+from pondera.evaluation.score import score
+from pondera.inference.load import load as load_model
+from pondera.training.build import new_model
 
 CPU = {"train.steps": 300, "train.eval_tokens": 32768, "train.eval_every": 300, "train.save_every": 100}
 SCALES = {"cpu": CPU | {"backbone.num_hidden_layers": 4}, "gpu": GPU}

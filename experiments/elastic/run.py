@@ -29,15 +29,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.common.publishing import GPU, Experiment, arguments, in_pieces, plan, publish, write_json, write_recipe
-from pondera.ground.data import prepare
-from pondera.ground.run import Run
-from pondera.ground.settings import RunConfig, load
-from pondera.jobs.batches import collate
-from pondera.jobs.compare import compare, folder_of, spread, with_seed
-from pondera.jobs.load import load as load_model
-from pondera.memory.elastic_memory import ElasticMemory
-from pondera.model.config import AdaptiveConfig
-from pondera.model.lm import AdaptiveLM
+from pondera.comparison.compare import compare, folder_of, spread, with_seed
+from pondera.core.run_config import RunConfig, load
+from pondera.core.run_folder import Run
+from pondera.data.corpus import prepare
+from pondera.data.sampler import collate
+from pondera.inference.load import load as load_model
+from pondera.methods.memory.elastic_memory import ElasticMemory
+from pondera.models.adaptive_lm import AdaptiveLM
+from pondera.models.config import AdaptiveConfig
 
 SCALES = {
     "cpu": {

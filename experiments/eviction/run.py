@@ -27,8 +27,8 @@ import torch
 
 from experiments.common.publishing import write_json
 from experiments.eviction.sequences import KINDS, PROMPT, SIZES, Texts, trained
-from pondera.ground import spec
-from pondera.memory.parts.slot_layer import SlotLayer
+from pondera.cache.slot_layer import KVStoreLayer
+from pondera.core import spec
 
 SHARES = (0.5, 0.25, 0.125)
 TASKS = ("needle", "needle, later", "list", "copy", "text")
@@ -74,7 +74,7 @@ def measure(lm: Any, memory: str, texts: Texts, later: bool) -> dict[str, float]
     for at in range(prompt, ids_BT.shape[1] - 1):
         logits.append(lm(ids_BT[:, at : at + 1], past_key_values=cache).logits)
     logits_BTV, label_BT = torch.cat(logits, dim=1)[:, -(ids_BT.shape[1] - texts.prompt) :], ids_BT[:, texts.prompt :]
-    tables = [table for layer in cache.kept if isinstance(layer, SlotLayer) for table in layer.tables]
+    tables = [table for layer in cache.kept if isinstance(layer, KVStoreLayer) for table in layer.tables]
     held = [table.real.sum(-1).float().mean() for table in tables]
     return {
         "recall": float((logits_BTV.argmax(-1) == label_BT).float().mean()),

@@ -11,8 +11,8 @@ bias per token. Results go to ``results/heads/``; what the heads cost in time is
 from __future__ import annotations
 
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-from pondera.ground.settings import load
-from pondera.jobs.compare import compare
+from pondera.comparison.compare import compare
+from pondera.core.run_config import load
 
 SCALES = {
     "cpu": {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 200, "train.save_every": 100},

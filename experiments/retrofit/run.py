@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-from pondera.ground.settings import RunConfig, load
-from pondera.jobs.compare import compare, folder_of
+from pondera.comparison.compare import compare, folder_of
+from pondera.core.run_config import RunConfig, load
 
 SCALES = {
     "cpu": {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 50, "train.save_every": 100},

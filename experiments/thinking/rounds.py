@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from pondera.ground.data import prepare
-from pondera.ground.run import Run, write_atomic
-from pondera.jobs.load import load
-from pondera.jobs.score import score
+from pondera.core.run_folder import Run, write_atomic
+from pondera.data.corpus import prepare
+from pondera.evaluation.score import score
+from pondera.inference.load import load
 
 
 def main() -> None:

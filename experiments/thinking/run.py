@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-from pondera.ground.settings import load
-from pondera.jobs.compare import compare
-from pondera.jobs.demo import SETTINGS
+from pondera.comparison.compare import compare
+from pondera.comparison.demo import SETTINGS
+from pondera.core.run_config import load
 
 ARMS = ["plain", "doubledepth", "adaptivelatentcot", "pausetoken", "ponderlm2"]
 AT_EQUAL_FLOPS = ["doubledepth", "plain", "adaptivelatentcot", "pausetoken", "ponderlm2"]

@@ -31,11 +31,11 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from experiments.common.publishing import portable, write_json
 from experiments.vqkv.stories260k import START, check, stories260k
-from pondera.memory.contract import compressible, head_width
-from pondera.memory.kivi import KIVI
-from pondera.memory.parts.fitting import collect
-from pondera.memory.parts.regions import Regions
-from pondera.memory.vqkv import VQKV
+from pondera.methods.kv_cache.base import compressible, head_dim
+from pondera.methods.kv_cache.common.calibration import collect
+from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
+from pondera.methods.kv_cache.kivi import KIVI
+from pondera.methods.kv_cache.vqkv import VQKV
 
 RATES = (2, 3, 4)
 REGIONS: dict[str, Any] = {"window": 16, "sinks": 4, "every": 16}
@@ -85,10 +85,10 @@ class Task:
 
 def books(text: str, steps: int) -> Task:
     """Trains a model of the recipe ``plain`` with grouped heads, or finds it trained."""
-    from pondera.ground.data import prepare
-    from pondera.ground.settings import load as settings
-    from pondera.jobs.load import load
-    from pondera.jobs.train import train
+    from pondera.core.run_config import load as settings
+    from pondera.data.corpus import prepare
+    from pondera.inference.load import load
+    from pondera.training.train import train
 
     size = SIZES["books"]
     given = {"data.text": text, "data.max_bytes": 4_000_000, "train.steps": steps, "train.eval_every": steps}
@@ -146,13 +146,13 @@ def loss(task: Task, new_cache: Callable[[], Any]) -> float:
 
 
 @torch.no_grad()
-def errors(task: Task, memory: Regions) -> dict[str, Any]:
+def errors(task: Task, memory: SinkWindowCache) -> dict[str, Any]:
     """What is left of held-out keys and values, as shares of their squares; of keys also by dimension; and code usage."""
     config = task.config
     layers = compressible(config)
     keys, values, position_N = collect(task.model, [task.held_out[:, :-1]], layers, memory.sinks, 2**30)
     usable = len(position_N) // 32 * 32  # whole groups of rounded keys
-    left = {"keys": torch.zeros(head_width(config)), "values": torch.zeros(head_width(config))}
+    left = {"keys": torch.zeros(head_dim(config)), "values": torch.zeros(head_dim(config))}
     all_of = {name: torch.zeros_like(left[name]) for name in left}
     used: list[float] = []
     for index in range(len(layers)):
@@ -188,7 +188,7 @@ def scalars() -> dict[str, KIVI]:
     }
 
 
-def measured(task: Task, memory: Regions, exact: float) -> dict[str, Any]:
+def measured(task: Task, memory: SinkWindowCache, exact: float) -> dict[str, Any]:
     """One row of the results."""
     found = loss(task, lambda: memory.cache(task.model))
     row = {"bits": memory.rate(task.config), "loss": found, "more_than_exact": found - exact}

@@ -13,13 +13,13 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "AdaptiveConfig": "pondera.model.config",
-    "AdaptiveLM": "pondera.model.lm",
-    "Backbone": "pondera.model.backbone",
-    "TokenCache": "pondera.model.cache",
-    "Think": "pondera.think.contract",
-    "Thought": "pondera.think.contract",
-    "UserError": "pondera.ground.errors",
+    "AdaptiveConfig": "pondera.models.config",
+    "AdaptiveLM": "pondera.models.adaptive_lm",
+    "Backbone": "pondera.models.backbone",
+    "TokenCache": "pondera.cache.token_cache",
+    "Think": "pondera.methods.think.base",
+    "Thought": "pondera.methods.think.base",
+    "UserError": "pondera.core.errors",
 }
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 

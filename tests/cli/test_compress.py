@@ -7,21 +7,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import saved
 import torch
+from helpers import saved_models
 
 from pondera.cli.main import main
-from pondera.ground import spec
-from pondera.jobs.compress import FITTED, SWEEP, compress
-from pondera.jobs.excerpts import Windows, held_out
-from pondera.jobs.load import load
+from pondera.core import spec
+from pondera.evaluation.kv_sweep import FITTED, SWEEP, compress
+from pondera.evaluation.windows import HeldOutWindows, held_out
+from pondera.inference.load import load
 
 TEXT = "The quick brown fox jumps over the lazy dog. It does so every morning, and nobody knows why. " * 30
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved.save(tmp_path_factory.mktemp("models") / "plain")
+    return saved_models.save(tmp_path_factory.mktemp("models") / "plain")
 
 
 @pytest.fixture(scope="module")
@@ -117,10 +117,10 @@ def test_recall_counts_what_comes_back(model: Path, text: Path, monkeypatch: pyt
         return SimpleNamespace(logits=logits)
 
     monkeypatch.setattr(type(loaded.model), "__call__", copies)
-    made = Windows(ids_NT, windows.num_bytes, windows.prompt, asked_NT, windows.asked)
+    made = HeldOutWindows(ids_NT, windows.num_bytes, windows.prompt, asked_NT, windows.asked)
     assert compress(loaded, ["Full()"], made)[0][0].recall == 1.0
     backwards_NT = torch.cat([ids_NT[:, :-1], ids_NT[:, 5 : 5 + windows.asked].flip(1)], dim=1)
-    wrong = Windows(ids_NT, windows.num_bytes, windows.prompt, backwards_NT, windows.asked)
+    wrong = HeldOutWindows(ids_NT, windows.num_bytes, windows.prompt, backwards_NT, windows.asked)
     assert compress(loaded, ["Full()"], wrong)[0][0].recall == 0.0
 
 
@@ -163,7 +163,7 @@ def test_a_text_is_needed_and_must_be_long_enough(said, model: Path, tmp_path: P
 
 
 def test_models_with_a_cache_of_their_own_are_refused(said, text: Path, tmp_path: Path):
-    thinking = saved.save(tmp_path / "thinking", "ponderlm2")
+    thinking = saved_models.save(tmp_path / "thinking", "ponderlm2")
     code, _, error = said(thinking, "--data.text", text)
     assert code == 2 and "keeps a cache of its own" in error
 

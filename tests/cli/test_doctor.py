@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from pondera.cli.main import main
-from pondera.ground import settings, spec
-from pondera.jobs import doctor
-from pondera.jobs.build import new_model
-from pondera.native import build
+from pondera.comparison import doctor
+from pondera.core import run_config, spec
+from pondera.kernels import build
+from pondera.training.build import new_model
 
 SMALL = {"backbone.hidden_size": 32, "backbone.intermediate_size": 64, "backbone.num_hidden_layers": 2}
 
@@ -20,7 +20,7 @@ def examine(monkeypatch):
     monkeypatch.setattr(build, "why_not", lambda name: "")
 
     def run(overrides):
-        found = doctor.examine(settings.load("plain", SMALL | overrides))
+        found = doctor.examine(run_config.load("plain", SMALL | overrides))
         return {(finding.level, finding.topic): finding.text for finding in found}
 
     return run
@@ -33,7 +33,7 @@ def problems(found):
 def test_a_recipe_that_fits(examine):
     found = examine({"think": "PonderLM2(thoughts=1)", "train.steps": 1000})
     assert {level for level, _ in found} == {"ok"}
-    count = sum(parameter.numel() for parameter in new_model(settings.load("plain", SMALL), 2048).parameters())
+    count = sum(parameter.numel() for parameter in new_model(run_config.load("plain", SMALL), 2048).parameters())
     said = found["ok", "model"]
     assert said.startswith(f"llama, {count:,} parameters, 2048 tokens")
     assert said.endswith("PonderLM2(thoughts=1) with 2 passes per token")
@@ -171,7 +171,7 @@ def test_a_checkpoint_is_examined_without_its_weights(examine, tmp_path):
 
 @pytest.mark.parametrize("think", [None, "PonderLM2(thoughts=1, train_rounds=(2, 2))", "AdaptiveLatentCoT(steps=2)"])
 def test_memory_is_about_what_autograd_keeps(think):
-    config = settings.load("plain", {"data.context": 64, "train.batch_size": 2, "think": think})
+    config = run_config.load("plain", {"data.context": 64, "train.batch_size": 2, "think": think})
     model = new_model(config, 97).train()
     model.begin_step(0, 0)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

@@ -11,10 +11,10 @@ import pytest
 from pondera import __version__
 from pondera.cli import main as cli
 from pondera.cli.main import VERBS, main
-from pondera.ground import settings, spec
-from pondera.ground.errors import Failure, Interrupted
-from pondera.ground.run import Run
-from pondera.ground.settings import RunConfig
+from pondera.core import run_config, spec
+from pondera.core.errors import Failure, Interrupted
+from pondera.core.run_config import RunConfig
+from pondera.core.run_folder import Run
 
 SOURCES = Path(cli.__file__).parents[2]
 HEAVY = ("torch", "transformers", "tokenizers", "datasets", "matplotlib", "rich")
@@ -67,10 +67,10 @@ def test_version_and_help_as_processes():
     assert pondera("--version").stdout == f"pondera {__version__}\n"
     done = pondera("train", "--help")
     assert done.returncode == 0 and done.stderr == ""
-    for name, field in settings.fields().items():
+    for name, field in run_config.fields().items():
         assert f"--{name} VALUE" in done.stdout
         assert field.metadata["help"].split(",")[0][:40] in done.stdout
-    for recipe in settings.recipe_names():
+    for recipe in run_config.recipe_names():
         assert f"\n  {recipe}\n" in done.stdout
 
 

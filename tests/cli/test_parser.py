@@ -3,8 +3,8 @@ import json
 import pytest
 
 from pondera.cli.output import only_json, print_json, print_table
-from pondera.cli.parser import Parser, number, whole
-from pondera.ground.errors import UserError
+from pondera.cli.parser import Parser, bounded_float, positive_int
+from pondera.core.errors import UserError
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def parser():
     parser.add_argument("names", nargs="+")
     parser.add_argument("--text")
     parser.add_argument("--flag", action="store_true")
-    parser.add_argument("--count", type=whole(1), default=3)
+    parser.add_argument("--count", type=positive_int(1), default=3)
     return parser
 
 
@@ -66,9 +66,9 @@ def test_settings_only_where_they_are_taken():
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (whole(0), ["0", "7", "1e3"], ["-1", "x", "1.5", "none", "", "inf", "true"]),
-        (number(0), ["0", "1e-3", "2"], ["-1", "nan", ".nan", "inf", ".inf", "x", ""]),
-        (number(0, 1, above=True), ["0.5", "1"], ["0", "1.1"]),
+        (positive_int(0), ["0", "7", "1e3"], ["-1", "x", "1.5", "none", "", "inf", "true"]),
+        (bounded_float(0), ["0", "1e-3", "2"], ["-1", "nan", ".nan", "inf", ".inf", "x", ""]),
+        (bounded_float(0, 1, above=True), ["0.5", "1"], ["0", "1.1"]),
     ],
 )
 def test_numbers(kind, good, bad):

@@ -8,14 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import halting
 import pytest
-import saved
 import torch
+from helpers import halting_reference, saved_models
 
 from pondera.cli.main import main
-from pondera.ground import spec
-from pondera.jobs.load import load
+from pondera.core import spec
+from pondera.inference.load import load
 
 TEXT = "The quick\x1b[2J brown fox.\nIt jumps over the lazy dog."
 
@@ -34,16 +33,16 @@ def said(capsys):
 
 @pytest.fixture
 def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = halting.write_method(tmp_path / "methods")
+    folder = halting_reference.write_method(tmp_path / "methods")
     monkeypatch.setenv("PONDERA_METHODS", str(folder))
-    monkeypatch.setitem(saved.THINKS, "halting", "Halting()")
-    monkeypatch.setitem(saved.THINKS, "silent", "Silent()")
+    monkeypatch.setitem(saved_models.THINKS, "halting", "Halting()")
+    monkeypatch.setitem(saved_models.THINKS, "silent", "Silent()")
     return folder
 
 
 @pytest.fixture
 def model(tmp_path: Path, methods: Path) -> Path:
-    return saved.save(tmp_path / "model", "halting")
+    return saved_models.save(tmp_path / "model", "halting")
 
 
 def test_it_lists_the_probes(said):
@@ -126,7 +125,7 @@ def test_the_table_has_a_line_per_token_and_drives_no_terminal(said, model, tmp_
     code, out, _ = said("think_trace", model, "--data.text", file, "--top", 1)
     assert code == 0 and r"\x1b" in out and "\x1b" not in out and "␣qu" in out and "↵" in out
     rows = [line for line in out.splitlines() if line.startswith("│")]
-    assert len(rows) == min(32, len(saved.tokenizer().encode(TEXT)))
+    assert len(rows) == min(32, len(saved_models.tokenizer().encode(TEXT)))
     assert all(line.split("│")[2].strip() in ("1", "2") for line in rows)
     assert "the next token became likelier from the first pass to the last at " in out.splitlines()[-1]
 
@@ -139,7 +138,7 @@ def test_the_last_token_of_a_text_has_no_target(said, model):
 
 def test_a_text_is_cut_to_the_positions_of_the_model(said, model):
     found = json.loads(said("think_trace", model, "--text", "x" * 200, "--max-tokens", 500, "--json")[1])
-    assert len(found["tokens"]) == saved.POSITIONS - 1
+    assert len(found["tokens"]) == saved_models.POSITIONS - 1
 
 
 def test_without_a_text_a_model_that_is_no_run_says_what_to_give(said, model):
@@ -148,7 +147,7 @@ def test_without_a_text_a_model_that_is_no_run_says_what_to_give(said, model):
 
 
 def test_concepts_are_listed_and_shown_beside_what_is_written(said, tmp_path, capsys):
-    folder = saved.save(tmp_path / "model", "concept")
+    folder = saved_models.save(tmp_path / "model", "concept")
     code, out, _ = said("concepts", folder, "--text", TEXT * 4, "--top", 2)
     assert code == 0 and "chunks read; codes in use by segment: " in out and "×" in out
     words = ["--prompt", TEXT, "--max-new-tokens", "6", "--greedy", "--show-concepts"]
@@ -157,17 +156,17 @@ def test_concepts_are_listed_and_shown_beside_what_is_written(said, tmp_path, ca
     rows = [line.split("│")[1:-1] for line in shown.splitlines() if line.startswith("│")]
     assert rows and rows[0][2].strip() == "" and all(" of 2" in row[2] for row in rows[1:])
     assert all(0 <= int(code) < 4 for row in rows for code in row[1].split())
-    plain = saved.save(tmp_path / "plain")
+    plain = saved_models.save(tmp_path / "plain")
     assert main(["generate", str(plain), *words]) == 2
     assert "--show-concepts: plain has no concepts" in capsys.readouterr().err
 
 
 def test_models_in_which_there_is_nothing_to_see(said, methods, tmp_path):
-    silent = halting.METHOD.replace("Halting", "Silent").replace('{"states": [first_BTD, last_BTD], ', "{")
+    silent = halting_reference.METHOD.replace("Halting", "Silent").replace('{"states": [first_BTD, last_BTD], ', "{")
     (methods / "think" / "silent.py").write_text(silent)
     for name, message in (
         ("plain", "this model takes one pass per token and does not think"),
         ("silent", "Silent() does not record its states, so they cannot be read out"),
     ):
-        code, out, err = said("think_trace", saved.save(tmp_path / name, name), "--text", TEXT)
+        code, out, err = said("think_trace", saved_models.save(tmp_path / name, name), "--text", TEXT)
         assert (code, out) == (2, "") and message in err

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pondera.ground import settings, spec
-from pondera.ground.errors import UserError
+from pondera.core import run_config, spec
+from pondera.core.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 
@@ -18,27 +18,27 @@ def error(call, *args) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("name", settings.recipe_names())
+@pytest.mark.parametrize("name", run_config.recipe_names())
 def test_every_recipe_loads(name):
-    config = settings.load(name)
+    config = run_config.load(name)
     assert config.name == name and config.about.endswith(".")
     assert config.backbone["model_type"] in ("llama", "gpt_neox") and config.init == "scaled"
     if config.think:
         spec.find(spec.parse(config.think).name, "think")
-    text = (settings.RECIPES / f"{name}.yaml").read_text()
+    text = (run_config.RECIPES / f"{name}.yaml").read_text()
     assert text.startswith("# pondera ") and all(len(line) <= 120 for line in text.splitlines())
 
 
 def test_arms_differ_only_in_what_they_are_about():
-    plain = settings.load("plain")
+    plain = run_config.load("plain")
     for name in ("doubledepth", "ponderlm2", "adaptivelatentcot", "pausetoken"):
-        config = settings.load(name)
+        config = run_config.load(name)
         assert (config.data, config.train, config.init) == (plain.data, plain.train, plain.init)
         changed = {key for key in plain.backbone if plain.backbone[key] != config.backbone[key]}
         assert changed == ({"num_hidden_layers"} if name == "doubledepth" else set())
-    assert settings.load("doubledepth").backbone["num_hidden_layers"] == 2 * plain.backbone["num_hidden_layers"]
-    train = settings.load("ponderlm2-paper").train
-    tokens = train.steps * train.batch_size * settings.load("ponderlm2-paper").data.context
+    assert run_config.load("doubledepth").backbone["num_hidden_layers"] == 2 * plain.backbone["num_hidden_layers"]
+    train = run_config.load("ponderlm2-paper").train
+    tokens = train.steps * train.batch_size * run_config.load("ponderlm2-paper").data.context
     assert round(tokens / 1e9, 1) == 26.2
 
 
@@ -57,50 +57,50 @@ def write(tmp_path):
 
 def test_a_base_is_merged_key_by_key(write):
     write("low.yaml", "base: plain\nname: low\nabout: Low.\ntrain: {lr: 1, steps: 7}\nbackbone: {hidden_size: 64}\n")
-    config = settings.load(write("top.yaml", "base: low.yaml\ntrain: {lr: 2}\ndata:\nthink: none\n"))
-    plain = settings.load("plain")
+    config = run_config.load(write("top.yaml", "base: low.yaml\ntrain: {lr: 2}\ndata:\nthink: none\n"))
+    plain = run_config.load("plain")
     assert (config.train.lr, config.train.steps) == (2, 7)
     assert config.backbone == {**plain.backbone, "hidden_size": 64}
     assert config.data == plain.data, "an empty group changes nothing"
     assert (config.name, config.about) == ("top", ""), "a name is each file's own"
-    assert settings.load(write("thinks.yaml", "base: ponderlm2\nthink: none\n")).think is None
+    assert run_config.load(write("thinks.yaml", "base: ponderlm2\nthink: none\n")).think is None
 
 
 def test_a_base_is_seen_from_its_file(write, tmp_path, monkeypatch):
     write("low.yaml", "train: {steps: 7}")
     write("sub/top.yaml", "base: ../low.yaml")
     monkeypatch.chdir("/")
-    assert settings.load(tmp_path / "sub" / "top.yaml").train.steps == 7
+    assert run_config.load(tmp_path / "sub" / "top.yaml").train.steps == 7
 
 
 def test_another_architecture_starts_afresh(write):
-    config = settings.load(write("a.yaml", "base: plain\nbackbone: {model_type: gpt2, n_embd: 64}\n"))
+    config = run_config.load(write("a.yaml", "base: plain\nbackbone: {model_type: gpt2, n_embd: 64}\n"))
     assert config.backbone == {"model_type": "gpt2", "n_embd": 64}
-    assert settings.load(write("b.yaml", "base: plain\nbackbone: some/folder\n")).backbone == "some/folder"
+    assert run_config.load(write("b.yaml", "base: plain\nbackbone: some/folder\n")).backbone == "some/folder"
 
 
 def test_bases_that_cannot_be(write):
     file = write("a.yaml", "base: plian")
-    assert error(settings.load, file).startswith(f"{file}: base: unknown recipe 'plian'; did you mean 'plain'?")
-    assert "base: no such file: 'gone.yaml'" in error(settings.load, write("b.yaml", "base: gone.yaml"))
+    assert error(run_config.load, file).startswith(f"{file}: base: unknown recipe 'plian'; did you mean 'plain'?")
+    assert "base: no such file: 'gone.yaml'" in error(run_config.load, write("b.yaml", "base: gone.yaml"))
     assert "base: give the name of a recipe or file, not ['plain']" in error(
-        settings.load, write("c.yaml", "base: [plain]")
+        run_config.load, write("c.yaml", "base: [plain]")
     )
     file = write("self.yaml", "base: self.yaml")
-    assert "goes round in a circle (self.yaml -> self.yaml)" in error(settings.load, file)
+    assert "goes round in a circle (self.yaml -> self.yaml)" in error(run_config.load, file)
     write("one.yaml", "base: two.yaml")
     assert "(one.yaml -> two.yaml -> one.yaml)" in error(
-        settings.load, write("two.yaml", "base: one.yaml").with_name("one.yaml")
+        run_config.load, write("two.yaml", "base: one.yaml").with_name("one.yaml")
     )
     write("bad.yaml", "- list")
-    assert "bad.yaml: expected a mapping" in error(settings.load, write("on_bad.yaml", "base: bad.yaml"))
+    assert "bad.yaml: expected a mapping" in error(run_config.load, write("on_bad.yaml", "base: bad.yaml"))
 
 
 # Packaging
 
 
 def test_dependencies_agree():
-    from pondera.jobs.doctor import KNOWN_GOOD
+    from pondera.comparison.doctor import KNOWN_GOOD
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     for package, good in KNOWN_GOOD.items():

@@ -7,7 +7,7 @@ import logging
 
 import pytest
 import torch
-from architectures import BACKBONES, ids
+from helpers.architectures import BACKBONES, ids
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError

@@ -13,7 +13,7 @@ from pathlib import Path
 import openai
 import pytest
 import torch
-from architectures import BACKBONES
+from helpers.architectures import BACKBONES
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 

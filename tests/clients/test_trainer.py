@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import BACKBONES, ids
 from datasets import Dataset
+from helpers.architectures import BACKBONES, ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from pondera import AdaptiveConfig, AdaptiveLM
-from pondera.model.hf import checkpointing_arguments
+from pondera.core.hf import checkpointing_arguments
 
 CHOSEN = [
     {},

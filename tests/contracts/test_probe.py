@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import halting
 import pytest
-import saved
 import torch
+from helpers import halting_reference, saved_models
 
-from pondera.ground import spec
-from pondera.ground.errors import UserError
-from pondera.jobs.load import Loaded, load
-from pondera.probe.contract import Probe, observed
+from pondera.core import spec
+from pondera.core.errors import UserError
+from pondera.inference.load import Loaded, load
+from pondera.methods.probe.base import Probe, observed
 
 PROBES = sorted(spec.index(spec.PROBES))
 TEXT = "The quick\x1b[2J brown fox.\n\tIt jumps over naïve 東京 🦊 dogs, lazily."
@@ -28,9 +27,9 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
     """A model that thinks, and one with concepts."""
     folder = tmp_path_factory.mktemp("probe")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PONDERA_METHODS", str(halting.write_method(folder / "methods")))
-        patch.setitem(saved.THINKS, "halting", "Halting()")
-        return {name: load(saved.save(folder / name, name), "cpu") for name in ("halting", "concept")}
+        patch.setenv("PONDERA_METHODS", str(halting_reference.write_method(folder / "methods")))
+        patch.setitem(saved_models.THINKS, "halting", "Halting()")
+        return {name: load(saved_models.save(folder / name, name), "cpu") for name in ("halting", "concept")}
 
 
 @pytest.fixture
@@ -58,8 +57,8 @@ def test_what_it_finds_survives_json(name: str, loaded: Loaded):
 @pytest.mark.parametrize("think", sorted(spec.index(("think",))))
 @pytest.mark.parametrize("name", sorted(set(PROBES) - OF_CONCEPTS))
 def test_every_method_can_be_looked_at(name: str, think: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(saved.THINKS, "it", f"{think}()")
-    one = load(saved.save(tmp_path / "model", "it"), "cpu")
+    monkeypatch.setitem(saved_models.THINKS, "it", f"{think}()")
+    one = load(saved_models.save(tmp_path / "model", "it"), "cpu")
     assert probe(name).run(one.model, one.tokenizer, TEXT)
 
 

@@ -10,13 +10,13 @@ import math
 
 import pytest
 import torch
-from fresh import copies
+from helpers.fresh_process import copies
 from torch import Tensor
 
 from pondera import UserError
-from pondera.ground import spec
-from pondera.quantize.contract import ABSENT, MERGES, Quantized, Quantizer
-from pondera.quantize.parts.packing import pack, unpack
+from pondera.core import spec
+from pondera.methods.quantize.base import ABSENT, MERGES, Quantized, Quantizer
+from pondera.methods.quantize.common.packing import pack, unpack
 
 WIDTH = 6
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
-from fresh import copies
+from helpers.architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
+from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
-from pondera.ground import spec
-from pondera.ground.cost import Prices, Schedule, live_cache_bytes, measured_flops
+from pondera.core import spec
+from pondera.cost.model import CostModel, CostSchedule, live_cache_bytes, measured_flops
 
 
 def name(case: str) -> str:
@@ -316,20 +316,20 @@ class TestPrice:
         calls = [call for t in range(4, 8) for call in think.calls(1, context=t, shares=measured)]
         # Where tokens differ, the cached ones are priced as the mean of the new ones, which they are not to the digit.
         tolerance = 0.03 if think.adaptive else 0.02
-        expected = Prices(model.backbone.config).forward(Schedule(tuple(calls), head_rows=4, tokens=4))
+        expected = CostModel(model.backbone.config).forward(CostSchedule(tuple(calls), head_rows=4, tokens=4))
         assert spent == pytest.approx(expected, rel=tolerance)
 
     @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_training(self, method: str, backbone: str):
         model, x = exact(method, backbone).train(), ids(1, 16)
-        think, prices = model.think, Prices(model.backbone.config)
+        think, prices = model.think, CostModel(model.backbone.config)
         assert think is not None
         model.begin_step(0, 0)
         with torch.enable_grad():
             outputs = []
             spent = measured_flops(lambda: outputs.append(model(x, shift_labels=x)) or outputs[0].loss.backward())
         calls = think.calls(16, training=True, shares=shares(outputs[0].passes, think.slots_per_token))
-        assert spent == pytest.approx(prices.training(Schedule(tuple(calls), head_rows=16, tokens=16)), rel=0.02)
+        assert spent == pytest.approx(prices.training(CostSchedule(tuple(calls), head_rows=16, tokens=16)), rel=0.02)
 
     @pytest.mark.parametrize(("method", "backbone"), PAIRS)
     def test_cache_bytes(self, method: str, backbone: str):
@@ -340,7 +340,7 @@ class TestPrice:
         model(x[:, 8:], past_key_values=cache)
         newest = think.calls(1, context=8)[-1].queries if not think.adaptive else 1
         rows = round(think.slots(9, shares(cache.passes_BT, think.slots_per_token)))
-        expected = Prices(model.backbone.config).cache_bytes(rows, slides=think.slides, newest=newest)
+        expected = CostModel(model.backbone.config).cache_bytes(rows, slides=think.slides, newest=newest)
         assert live_cache_bytes(cache) == expected
 
     @pytest.mark.parametrize("method", METHODS)

@@ -12,8 +12,8 @@ from __future__ import annotations
 import re
 import sys
 
-from pondera.ground import spec
-from pondera.ground.cards import cards
+from pondera.core import spec
+from pondera.core.cards import cards
 from tools.docs import blocks, models, past, study, times  # noqa: F401  (these files register what they can generate)
 from tools.docs.tables import MAKERS, ROOT, generated, table
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pondera.jobs.verdict import Gap, gap
+from pondera.evaluation.significance import Gap, gap
 from tools.docs.tables import generated, read, table, with_spread
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from pondera.jobs.chart import Bars, bar_chart
-from pondera.jobs.figure import figure
-from pondera.quantize.parts.diagnosis import judge
+from pondera.methods.quantize.common.diagnosis import judge
+from pondera.report.figure import figure
+from pondera.report.svg import Bars, bar_chart
 from tools.docs.tables import ROOT, generated, over_seeds, read, table
 
 COLLAPSE = "results/collapse.json"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pondera.cli.config import load_config
 from pondera.cli.output import only_json, print_comparison, print_json
-from pondera.cli.parser import Parser, number, whole
+from pondera.cli.parser import Parser, bounded_float, positive_int
 
 SUMMARY = "trains several recipes over seeds and charges each for what it spends"
 EXAMPLES = """
@@ -28,10 +28,17 @@ def parser() -> Parser:
     )
     add = found.add_argument
     add("recipes", nargs="+", metavar="RECIPE", help="recipes or YAML files, the one to beat first")
-    add("--seeds", type=whole(1), default=3, metavar="N", help="runs per recipe (default: 3)")
+    add("--seeds", type=positive_int(1), default=3, metavar="N", help="runs per recipe (default: 3)")
     add("--equal", choices=("tokens", "flops"), default="tokens", help="what all are trained with (default: tokens)")
-    add("--flops", type=number(0, above=True), metavar="N", help="how many, with --equal flops (default: the first's)")
-    add("--jobs", type=whole(1), default=1, metavar="N", help="runs side by side, sharing the cores (default: 1)")
+    add(
+        "--flops",
+        type=bounded_float(0, above=True),
+        metavar="N",
+        help="how many, with --equal flops (default: the first's)",
+    )
+    add(
+        "--jobs", type=positive_int(1), default=1, metavar="N", help="runs side by side, sharing the cores (default: 1)"
+    )
     add("--out", type=Path, metavar="DIR", help="where runs and report go (default: runs/compare-RECIPES)")
     add("--json", action="store_true", help="print the rows as JSON, and nothing else")
     return found
@@ -43,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         load_config(recipe, args.overrides)
     out = args.out or Path("runs") / f"compare-{'-'.join(Path(recipe).stem for recipe in args.recipes)}"
 
-    from pondera.jobs.compare import compare
+    from pondera.comparison.compare import compare
 
     with only_json(args.json):
         found = compare(args.recipes, args.seeds, args.equal, args.flops, out, args.overrides, True, args.jobs)

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pondera.cli.output import only_json, print_json, print_table
-from pondera.cli.parser import Parser, text_notes, whole
-from pondera.ground import spec
-from pondera.ground.errors import UserError
+from pondera.cli.parser import Parser, positive_int, text_notes
+from pondera.core import spec
+from pondera.core.errors import UserError
 
 if TYPE_CHECKING:
-    from pondera.jobs.compress import Measured
+    from pondera.evaluation.kv_sweep import SweepRow
 
 SUMMARY = "fits a model's cache into less memory, and shows what that costs"
 EXAMPLES = """
@@ -44,10 +44,14 @@ def parser() -> Parser:
         "--calibrate", metavar="TEXT", help="fit codebooks to this text (default: what a run trained on)"
     )
     found.add_argument(
-        "--calibrate-tokens", type=whole(1), default=65536, metavar="N", help="so much of it (default: %(default)s)"
+        "--calibrate-tokens",
+        type=positive_int(1),
+        default=65536,
+        metavar="N",
+        help="so much of it (default: %(default)s)",
     )
     found.add_argument(
-        "--windows", type=whole(1), default=8, metavar="N", help="of held-out text (default: %(default)s)"
+        "--windows", type=positive_int(1), default=8, metavar="N", help="of held-out text (default: %(default)s)"
     )
     found.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against bytes into an HTML page")
     found.add_argument("--out", type=Path, metavar="FOLDER", help="write the model with the knee's memory there")
@@ -72,16 +76,16 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
-    from pondera.jobs.compress import as_json, compress, knee, save
-    from pondera.jobs.excerpts import calibration, held_out
-    from pondera.jobs.load import load
+    from pondera.evaluation.kv_sweep import as_json, compress, elbow, save
+    from pondera.evaluation.windows import calibration, held_out
+    from pondera.inference.load import load
 
     loaded = load(args.path)
     windows = held_out(loaded, args.overrides, args.windows)
     samples = calibration(loaded, args.calibrate, args.calibrate_tokens, windows.ids_NT.shape[1] - 1)
     wanted = [*args.memory, *([args.keep] if args.keep else [])]
     rows, memories = compress(loaded, wanted, windows, samples, lambda line: print(line, file=sys.stderr, flush=True))
-    chosen = knee(rows)
+    chosen = elbow(rows)
     found = {"name": loaded.name, "knee": chosen.memory, "rows": as_json(rows)}
     if not args.json:
         context = windows.ids_NT.shape[1] - 1
@@ -99,7 +103,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def _row(row: Measured) -> dict[str, str]:
+def _row(row: SweepRow) -> dict[str, str]:
     """A line of the table."""
     return {
         "memory": row.memory,
@@ -113,10 +117,10 @@ def _row(row: Measured) -> dict[str, str]:
     }
 
 
-def _draw(out: Path, name: str, rows: list[Measured], chosen: Measured) -> None:
+def _draw(out: Path, name: str, rows: list[SweepRow], chosen: SweepRow) -> None:
     """Quality against bytes: a line for each method, a point for each of its settings."""
-    from pondera.jobs.plots import write_plots
-    from pondera.probe.contract import Plot
+    from pondera.methods.probe.base import Plot
+    from pondera.report.plots import write_plots
 
     def lines(height: Any) -> dict[str, list[tuple[float, float]]]:
         found: dict[str, list[tuple[float, float]]] = {}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from pondera.ground import settings, spec
-from pondera.ground.errors import UserError
-from pondera.ground.settings import RunConfig
+from pondera.core import run_config, spec
+from pondera.core.errors import UserError
+from pondera.core.run_config import RunConfig
 
 
 def load_config(source: str, overrides: dict[str, Any]) -> RunConfig:
     """A checked config whose methods exist, from a recipe or file and dotted overrides."""
-    config = settings.load(source, overrides)
+    config = run_config.load(source, overrides)
     for seam in spec.SEAMS:
         text = getattr(config, seam)
         if text is not None:

@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
     """Runs the demo and says what came out, and where everything is."""
     import sys
 
-    from pondera.jobs.demo import demo
-    from pondera.jobs.shade import shade_terminal
+    from pondera.comparison.demo import demo
+    from pondera.report.heatmap import shade_terminal
 
     print(INTRODUCTION, flush=True)
     found = demo(args.out, progress=True)

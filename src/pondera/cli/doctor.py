@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints every finding."""
     config = load_config(args.recipe, args.overrides)
 
-    from pondera.jobs.doctor import examine
+    from pondera.comparison.doctor import examine
 
     worst = "ok"
     print(f"checking {args.recipe}")

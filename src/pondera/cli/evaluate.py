@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from pondera.cli.output import only_json, print_json, print_table
-from pondera.cli.parser import Parser, add_budget, text_notes, whole
+from pondera.cli.parser import Parser, add_budget, positive_int, text_notes
 
 SUMMARY = "scores a trained model on a text, with the price of a token"
 EXAMPLES = """
@@ -37,7 +37,7 @@ def parser() -> Parser:
         notes=lambda: text_notes("the text"),
     )
     found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
-    found.add_argument("--max-tokens", type=whole(1), metavar="N", help="score at most this many (default: all)")
+    found.add_argument("--max-tokens", type=positive_int(1), metavar="N", help="score at most this many (default: all)")
     add_budget(found, several=True)
     found.add_argument("--json", action="store_true", help="print the scores as JSON, and nothing else")
     return found
@@ -45,8 +45,8 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Scores and prints."""
-    from pondera.jobs.evaluate import evaluate
-    from pondera.jobs.load import load
+    from pondera.evaluation.perplexity import evaluate
+    from pondera.inference.load import load
 
     wanted: list[str | float | None] = list(args.effort or [None])
     with only_json(args.json):

@@ -7,12 +7,12 @@ import sys
 from typing import TYPE_CHECKING
 
 from pondera.cli.output import print_table
-from pondera.cli.parser import Parser, add_budget, number, whole
-from pondera.ground.errors import UserError
-from pondera.ground.visible import visible_lines
+from pondera.cli.parser import Parser, add_budget, bounded_float, positive_int
+from pondera.core.errors import UserError
+from pondera.core.escape import escape_lines
 
 if TYPE_CHECKING:
-    from pondera.jobs.load import Loaded
+    from pondera.inference.load import Loaded
 
 SUMMARY = "writes on from a prompt; can show what each token took"
 EXAMPLES = """
@@ -28,13 +28,13 @@ def parser() -> Parser:
     found = Parser("generate", "Writes on from a prompt.", EXAMPLES)
     found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
     found.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from stdin")
-    found.add_argument("--max-new-tokens", type=whole(1), default=100, metavar="N", help="(default: 100)")
-    found.add_argument("--temperature", type=number(0), metavar="X", help="0 is greedy (default: 0.8)")
+    found.add_argument("--max-new-tokens", type=positive_int(1), default=100, metavar="N", help="(default: 100)")
+    found.add_argument("--temperature", type=bounded_float(0), metavar="X", help="0 is greedy (default: 0.8)")
     found.add_argument(
-        "--top-p", type=number(0, 1, above=True), metavar="X", help="probability drawn from (default: 0.95)"
+        "--top-p", type=bounded_float(0, 1, above=True), metavar="X", help="probability drawn from (default: 0.95)"
     )
     found.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    found.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of the sampling (default: 0)")
+    found.add_argument("--seed", type=positive_int(0), default=0, metavar="N", help="of the sampling (default: 0)")
     add_budget(found)
     found.add_argument(
         "--show-concepts", action="store_true", help="then list the chunks of the text with their concepts"
@@ -49,15 +49,15 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--greedy leaves nothing to sample; leave out --greedy, or --temperature and --top-p")
     prompt = _prompt(args.prompt)
 
-    from pondera.jobs.generate import generate
-    from pondera.jobs.load import load
-    from pondera.jobs.shade import shade_terminal
+    from pondera.inference.generate import generate
+    from pondera.inference.load import load
+    from pondera.report.heatmap import shade_terminal
 
     terminal = sys.stdout.isatty()
 
     def on_text(text: str) -> None:
         # A model may print anything, and a terminal would obey its control characters.
-        print(visible_lines(text) if terminal else text, end="", flush=True)
+        print(escape_lines(text) if terminal else text, end="", flush=True)
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _show_concepts(loaded: Loaded, ids: list[int]) -> None:
     """Each complete chunk with its codes, and how many of them the model had predicted."""
-    from pondera.probe.concepts import cell, read
+    from pondera.methods.probe.concepts import cell, read
 
     rows = []
     for chunk in read(loaded.model, loaded.tokenizer, ids):

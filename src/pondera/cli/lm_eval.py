@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Sequence
 
 from pondera.cli.parser import Parser
-from pondera.ground.errors import Failure, UserError
-from pondera.ground.text import first_line
+from pondera.core.errors import Failure, UserError
+from pondera.data.text import first_line
 
 SUMMARY = "runs the tasks of EleutherAI's evaluation harness on a model"
 ABOUT = """\
@@ -22,7 +22,7 @@ pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm2-seed0 --t
 pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm3-seed0,effort=0.5 --tasks arc_easy --batch_size 8
 pondera lm-eval ls tasks
 """
-MODEL, ADAPTER = "pondera", "pondera.jobs.harness:PonderaLM"
+MODEL, ADAPTER = "pondera", "pondera.evaluation.lm_eval_adapter:PonderaLM"
 
 
 class PassThrough(Parser):

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from pondera.cli import compare, compress, demo, doctor, evaluate, generate, lm_eval, methods, probe, report, train
-from pondera.ground.errors import Failure, Interrupted, UserError, unknown
-from pondera.ground.visible import visible_lines
+from pondera.core.errors import Failure, Interrupted, UserError, unknown
+from pondera.core.escape import escape_lines
 
 VERBS: dict[str, ModuleType] = {
     "demo": demo,
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(str(error))
         return FAILURE
     except Exception:
-        print(visible_lines(traceback.format_exc()), end="", file=sys.stderr)
+        print(escape_lines(traceback.format_exc()), end="", file=sys.stderr)
         _say("this should not have happened; please report it with the lines above and what `pondera doctor` prints")
         return FAILURE
 
@@ -112,4 +112,4 @@ def _prepare_streams() -> None:
 
 def _say(message: str) -> None:
     """A message may quote what files hold, such as the names of documents, which a terminal must not obey."""
-    print(f"pondera: {visible_lines(message)}", file=sys.stderr)
+    print(f"pondera: {escape_lines(message)}", file=sys.stderr)

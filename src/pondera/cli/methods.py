@@ -10,9 +10,9 @@ from typing import Any
 
 from pondera.cli.output import print_json
 from pondera.cli.parser import Parser
-from pondera.ground import spec
-from pondera.ground.cards import Card, cards
-from pondera.ground.spec import Method
+from pondera.core import spec
+from pondera.core.cards import Card, cards
+from pondera.core.spec import MethodInfo
 
 SUMMARY = "lists the methods, or explains one"
 EXAMPLES = """
@@ -49,19 +49,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def documentation(method: Method) -> str:
+def documentation(method: MethodInfo) -> str:
     """The docstring of a method's class, read without importing it."""
     body = ast.parse(method.file.read_bytes()).body
     cls = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == method.name)
     return inspect.cleandoc(ast.get_docstring(cls) or "(no docstring)")
 
 
-def card_of(method: Method) -> Card | None:
+def card_of(method: MethodInfo) -> Card | None:
     """What was measured of a method that ships with the package; `None` for one of the user's own."""
     return cards().get(method.name) if method.file.is_relative_to(spec.PACKAGE) else None
 
 
-def _entry(method: Method) -> str:
+def _entry(method: MethodInfo) -> str:
     card = card_of(method)
     results = (("claim", card.claim), ("verdict", card.verdict), ("measured", card.measured)) if card else ()
     rows = (
@@ -73,7 +73,7 @@ def _entry(method: Method) -> str:
     return "\n".join([f"{method.name}: {method.summary}", *(f"  {name:12}{text}" for name, text in rows if text)])
 
 
-def _plain(method: Method) -> dict[str, Any]:
+def _plain(method: MethodInfo) -> dict[str, Any]:
     keys = ("name", "seam", "signature", "summary", "paper", "price")
     card = card_of(method)
     return {key: getattr(method, key) for key in keys} | {"file": str(method.file), "results": card and asdict(card)}

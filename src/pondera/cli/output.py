@@ -37,8 +37,8 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 
 def print_comparison(found: dict[str, Any]) -> None:
-    """Prints what `pondera.jobs.compare.compare` returned: the table, how to read it, and the verdict."""
-    from pondera.jobs.report import COLUMNS
+    """Prints what `pondera.comparison.compare.compare` returned: the table, how to read it, and the verdict."""
+    from pondera.report.page import COLUMNS
 
     rows = found["rows"]
     columns = [column for column in COLUMNS if any(row[column[0]]["mean"] is not None for row in rows)]

@@ -7,8 +7,8 @@ import difflib
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from pondera.ground import settings
-from pondera.ground.errors import UserError
+from pondera.core import run_config
+from pondera.core.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
@@ -98,7 +98,9 @@ class Parser(argparse.ArgumentParser):
         return name in known or ("." in name and name.split(".")[0] in {other.split(".")[0] for other in known})
 
     def _setting_names(self) -> list[str]:
-        return [] if self._settings is None else [name for name in settings.fields() if name.startswith(self._settings)]
+        return (
+            [] if self._settings is None else [name for name in run_config.fields() if name.startswith(self._settings)]
+        )
 
     def _unknown_option(self, option: str) -> UserError:
         own = [name for name in self._option_string_actions if name.startswith("--")]
@@ -110,11 +112,11 @@ class Parser(argparse.ArgumentParser):
         return UserError(f"unknown option {option}{hint} (`{self.prog} --help` lists them all)")
 
 
-def whole(smallest: int) -> Callable[[str], int]:
+def positive_int(smallest: int) -> Callable[[str], int]:
     """An argument type: a whole number of at least `smallest`."""
 
     def read(text: str) -> int:
-        value = settings.scalar(text)
+        value = run_config.scalar(text)
         if isinstance(value, float) and value.is_integer():
             value = int(value)
         if type(value) is not int or value < smallest:
@@ -124,11 +126,11 @@ def whole(smallest: int) -> Callable[[str], int]:
     return read
 
 
-def number(low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
+def bounded_float(low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
     """An argument type: a number from `low` (with `above`: not `low` itself) to `high`."""
 
     def read(text: str) -> float:
-        value: Any = settings.scalar(text)
+        value: Any = run_config.scalar(text)
         fits = type(value) in (int, float) and low <= value <= high and not (above and value == low)
         if not fits or value == float("inf"):
             bound = f"{'above' if above else 'at least'} {low:g}" + (f" and at most {high:g}" if high < 1e300 else "")
@@ -152,7 +154,7 @@ def add_budget(parser: Parser, several: bool = False) -> None:
         metavar="X",
         help=f"of the thinking: low, medium, high, or from 0 (one pass per token) to 1 (as trained, the default){more}",
     )
-    parser.add_argument("--max-passes", type=whole(1), metavar="N", help="no token takes more passes")
+    parser.add_argument("--max-passes", type=positive_int(1), metavar="N", help="no token takes more passes")
 
 
 def text_notes(purpose: str) -> str:
@@ -161,7 +163,7 @@ def text_notes(purpose: str) -> str:
     Args:
         purpose: what the text is for.
     """
-    helps = {key: settings.fields()[key].metadata["help"] for key in ("data.text", "data.context", "data.column")}
+    helps = {key: run_config.fields()[key].metadata["help"] for key in ("data.text", "data.context", "data.column")}
     lines = "\n".join(f"  --{key:14}{text}" for key, text in helps.items())
     return (
         f"{purpose} (default: what the run held out of its own; a model that is not from a run needs one):\n{lines}\n"
@@ -170,7 +172,7 @@ def text_notes(purpose: str) -> str:
 
 def effort(text: str) -> str | float:
     """An argument type: the name of an effort, or a number."""
-    value: Any = settings.scalar(text)
+    value: Any = run_config.scalar(text)
     return float(value) if type(value) in (int, float) else text
 
 

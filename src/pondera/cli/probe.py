@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pondera.cli.output import only_json, print_json, print_table
-from pondera.cli.parser import Parser, whole
-from pondera.ground import spec
-from pondera.ground.errors import UserError, unknown
-from pondera.ground.spec import PROBES, Method, Spec
-from pondera.ground.text import open_text
+from pondera.cli.parser import Parser, positive_int
+from pondera.core import spec
+from pondera.core.errors import UserError, unknown
+from pondera.core.spec import PROBES, MethodInfo, Spec
+from pondera.data.text import open_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from pondera.jobs.load import Loaded
-    from pondera.probe.contract import Probe
+    from pondera.inference.load import Loaded
+    from pondera.methods.probe.base import Probe
 
 SUMMARY = "looks at how a trained model thinks, or at its codebooks"
 EXAMPLES = """
@@ -47,9 +47,9 @@ def parser() -> Parser:
     found.add_argument("--text", metavar="TEXT", help="what the model reads (default: what a run held out)")
     found.add_argument("--data.text", dest="source", metavar="FILE", help="or the file that it reads (its beginning)")
     found.add_argument(
-        "--max-tokens", type=whole(1), metavar="N", help="look at so many tokens (default: the probe's own)"
+        "--max-tokens", type=positive_int(1), metavar="N", help="look at so many tokens (default: the probe's own)"
     )
-    found.add_argument("--top", type=whole(1), metavar="K", help="candidates to list (default: the probe's own)")
+    found.add_argument("--top", type=positive_int(1), metavar="K", help="candidates to list (default: the probe's own)")
     found.add_argument("--plot", type=Path, metavar="FILE", help="draw what was found into an HTML page")
     found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     return found
@@ -91,7 +91,7 @@ def _found(probe: Probe, args: argparse.Namespace) -> tuple[str, dict[str, Any]]
         return file.name, probe.look(_tensors(file))
     text = _text(args)
 
-    from pondera.jobs.load import load
+    from pondera.inference.load import load
 
     loaded = load(args.path)
     return loaded.name, probe.run(loaded.model, loaded.tokenizer, _held_out(loaded) if text is None else text)
@@ -114,7 +114,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 def _held_out(loaded: Loaded) -> str:
     """The beginning of the text that a run did not train on."""
-    from pondera.ground.data import prepare
+    from pondera.data.corpus import prepare
 
     if loaded.run is None:
         raise UserError('say what the model reads: --text "Once upon a time", or --data.text FILE')
@@ -124,7 +124,7 @@ def _held_out(loaded: Loaded) -> str:
 
 def _draw(args: argparse.Namespace, name: str, shown: Any) -> None:
     """Writes the charts of what was found."""
-    from pondera.jobs.plots import write_plots
+    from pondera.report.plots import write_plots
 
     if not shown.plots:
         raise UserError(f"--plot: {args.name} draws nothing; leave it out")
@@ -164,5 +164,5 @@ def _text(args: argparse.Namespace) -> str | None:
     return args.text
 
 
-def _entry(method: Method) -> str:
+def _entry(method: MethodInfo) -> str:
     return f"{method.name}: {method.summary}\n  write       {method.signature}"

@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 from pondera.cli.parser import Parser
-from pondera.ground.errors import UserError
-from pondera.ground.packed import ARCHIVE, unpack
-from pondera.ground.run import is_run
+from pondera.core.archive import ARCHIVE, unpack
+from pondera.core.errors import UserError
+from pondera.core.run_folder import is_run
 
 SUMMARY = "makes one HTML page from run folders"
 EXAMPLES = """
@@ -31,7 +31,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Writes the page and says where it is."""
-    from pondera.jobs.report import write_report
+    from pondera.report.page import write_report
 
     with tempfile.TemporaryDirectory() as scratch:
         runs = find_runs([Path(given) for given in args.runs], Path(scratch))

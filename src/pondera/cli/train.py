@@ -12,8 +12,8 @@ from typing import Any
 
 from pondera.cli.config import load_config
 from pondera.cli.parser import Parser
-from pondera.ground import settings
-from pondera.ground.run import Run, is_run
+from pondera.core import run_config
+from pondera.core.run_folder import Run, is_run
 
 SUMMARY = "trains one model and leaves a run folder"
 EXAMPLES = """
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     name = re.sub(r"[^\w.-]+", "-", config.name)
     out = args.out or (folder if again else Path("runs") / f"{name}-seed{config.train.seed}")
 
-    from pondera.jobs.train import train
+    from pondera.training.train import train
 
     done = train(config, out, args.resume, progress=True)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
@@ -75,8 +75,8 @@ def _summary(done: Run) -> str:
 def recipes() -> str:
     """The shipped recipes, each with its sentence."""
     lines = ["recipes:"]
-    for name in settings.recipe_names():
-        about = settings.load(name).about
+    for name in run_config.recipe_names():
+        about = run_config.load(name).about
         lines += [f"  {name}", *textwrap.wrap(about, 100, initial_indent="      ", subsequent_indent="      ")]
     return "\n".join(lines)
 
@@ -84,7 +84,7 @@ def recipes() -> str:
 def every_setting() -> str:
     """Every field of a run with its help and default."""
     lines = ["settings, with their defaults (a recipe may have its own):"]
-    for name, item in settings.fields().items():
+    for name, item in run_config.fields().items():
         help = f"{item.metadata['help']} (default: {_shown(item.default)})"
         lines += [f"  --{name} VALUE", *textwrap.wrap(help, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]
     lines += [

@@ -1,0 +1,323 @@
+"""A cache whose rows are kept apart by depth, where texts may own different numbers of rows.
+
+A **slot** is one KV row: the keys and values that one token left in every layer at one depth (thinking step). Which
+tokens have a slot at a depth is the same in all layers, so it is noted once, beside the layers.
+
+Shapes: B batch, T new tokens, S rows of a call in one text, N packed rows, C columns of a depth, K columns of all depths
+read, H heads, d head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import LongTensor, Tensor
+from torch.nn import functional as F
+
+from pondera.cache.packing import PackedRows
+from pondera.cache.token_cache import TokenCache
+from pondera.core.hf import Cache, CacheLayerMixin
+from pondera.models.backbone import SlotMask, token_positions
+
+FREE = -1
+"""Token number of a column that holds nothing."""
+
+
+@dataclass
+class DepthWrite:
+    """How the rows of one call enter a cache, and what the call reads.
+
+    Args:
+        depth: where they enter.
+        reads: the depths whose rows attention is given, in this order.
+        rows: packed rows; none: one row for each new token.
+        column_N: the column of each packed row; none: every text has as many, and they follow what is there.
+        width: columns of the depth afterwards.
+        kept_BT: the tokens whose new rows are wanted; others repeat what they left one depth below. None: all.
+    """
+
+    depth: int
+    reads: range
+    rows: PackedRows | None = None
+    column_N: Tensor | None = None
+    width: int = 0
+    kept_BT: Tensor | None = None
+
+
+class DepthLayer(CacheLayerMixin):
+    """One decoder layer's rows by depth. What a call does with them is set by `DepthCache.writing`."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, depths: int) -> None:
+        super().__init__()
+        self.parts: list[tuple[Tensor, Tensor] | None] = [None] * depths
+        self.write = DepthWrite(0, range(1))
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Takes dtype and device from the first keys."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Stores the call's rows; returns keys and values of the depths it reads, ``[B, H, K, d]``."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        write = self.write
+        old, below = self.parts[write.depth], self.parts[write.depth - 1]
+        self.parts[write.depth] = (
+            _entered(write, old and old[0], below and below[0], key_states),
+            _entered(write, old and old[1], below and below[1], value_states),
+        )
+        found = [part for part in self.parts[write.reads.start : write.reads.stop] if part is not None]
+        if len(found) == 1:
+            return found[0]
+        keys, values = zip(*found, strict=True)
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+
+    def repeat_below(self, depth: int, tokens: int) -> None:
+        """Lets the newest tokens show at a depth what they left one depth below."""
+        old, below = self.parts[depth], self.parts[depth - 1]
+        assert below is not None
+        newest = [state[:, :, -tokens:] for state in below]
+        joined = newest if old is None else [torch.cat(pair, dim=-2) for pair in zip(old, newest, strict=True)]
+        self.parts[depth] = cast("tuple[Tensor, Tensor]", tuple(joined))
+
+    def get_seq_length(self) -> int:
+        """Rows that the call finds."""
+        parts = self.parts[self.write.reads.start : self.write.reads.stop]
+        return sum(part[0].shape[-2] for part in parts if part is not None)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Width and offset of the call's mask."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No limit."""
+        return -1
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        for depth in range(len(self.parts)):
+            self.parts[depth] = None
+        self.is_initialized = False
+
+    def trim(self, widths: list[int]) -> None:
+        """Keeps so many columns of each depth."""
+        for depth, (part, width) in enumerate(zip(self.parts, widths, strict=True)):
+            if part is not None:
+                self.parts[depth] = (part[0][:, :, :width], part[1][:, :, :width])
+
+    def select(self, rows: Tensor) -> None:
+        """Keeps these texts of the batch, in this order."""
+        for depth, part in enumerate(self.parts):
+            if part is not None:
+                chosen = rows.to(part[0].device)
+                self.parts[depth] = (part[0][chosen], part[1][chosen])
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Rearranges the batch for beam search."""
+        self.select(beam_idx)
+
+
+def _entered(write: DepthWrite, old: Tensor | None, below: Tensor | None, new: Tensor) -> Tensor:
+    """The rows of a depth, ``[B, H, C, d]``, after a call."""
+    if write.rows is None:
+        if write.kept_BT is not None and below is not None:
+            new = torch.where(write.kept_BT[:, None, :, None], new, below[:, :, -new.shape[-2] :])
+        return torch.cat([new] if old is None else [old, new], dim=-2)
+    rows = write.rows
+    before = 0 if old is None else old.shape[-2]
+    if write.column_N is None:
+        entering = rows.spread_heads(new)
+    elif write.kept_BT is not None:
+        assert below is not None
+        entering = below[:, :, -write.kept_BT.shape[-1] :]
+    else:
+        entering = new.new_zeros(rows.batch, new.shape[1], write.width - before, new.shape[-1])
+    # Joining copies, so what an earlier call was given stays as it was, and no larger storage is kept alive.
+    buffer = torch.cat([entering] if old is None else [old, entering], dim=-2)
+    if write.column_N is not None:
+        buffer[rows.batch_N, :, write.column_N] = new[0].transpose(0, 1)
+    return buffer
+
+
+@dataclass
+class DepthSlots:
+    """What the columns of one depth hold.
+
+    Args:
+        token_BC: the number of the token in its text (padding counts), or `FREE`.
+        log_weight_BC: what attention adds to the scores of each row; none: nothing.
+        next_B: the first column of each text behind all its rows.
+    """
+
+    token_BC: Tensor
+    log_weight_BC: Tensor | None = None
+    next_B: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # One column more, so that there is a largest even where there are none.
+        order_C = torch.arange(self.token_BC.shape[1] + 1, device=self.token_BC.device)
+        self.next_B = torch.where(F.pad(self.token_BC, (1, 0), value=FREE) >= 0, order_C, 0).amax(-1)
+
+    def joined(self, other: DepthSlots) -> DepthSlots:
+        """With further columns behind."""
+        weights = [held.log_weight_BC for held in (self, other) if held.log_weight_BC is not None]
+        token_BC = torch.cat([self.token_BC, other.token_BC], dim=1)
+        return DepthSlots(token_BC, torch.cat(weights, dim=1) if weights else None)
+
+    def select(self, rows: Tensor) -> DepthSlots:
+        """These texts."""
+        rows = rows.to(self.token_BC.device)
+        return DepthSlots(self.token_BC[rows], None if self.log_weight_BC is None else self.log_weight_BC[rows])
+
+    def before(self, token: int) -> DepthSlots:
+        """The rows of earlier tokens."""
+        token_BC = torch.where(self.token_BC < token, self.token_BC, FREE)
+        width = int(DepthSlots(token_BC).next_B.amax()) if token_BC.numel() else 0
+        return DepthSlots(token_BC[:, :width], None if self.log_weight_BC is None else self.log_weight_BC[:, :width])
+
+
+class DepthCache(TokenCache):
+    """Tokens to `generate`, slots by depth to the backbone.
+
+    Args:
+        num_layers: of the decoder.
+        depths: the most slots that a token can have.
+
+    Attributes:
+        depths: what each depth holds; none where nothing was written yet.
+    """
+
+    def __init__(self, num_layers: int, depths: int) -> None:
+        super().__init__([DepthLayer(depths) for _ in range(num_layers)], depths)
+        self.depths: list[DepthSlots | None] = [None] * depths
+
+    @property
+    def _layers(self) -> list[DepthLayer]:
+        return cast("list[DepthLayer]", self.layers)
+
+    @contextmanager
+    def writing(self, write: DepthWrite) -> Iterator[Cache]:
+        """The slot view of this cache, while a call writes to it so."""
+        for layer in self._layers:
+            layer.write = write
+        try:
+            yield self.slots
+        finally:
+            for layer in self._layers:
+                layer.write = DepthWrite(0, range(1))
+
+    def width(self, depth: int) -> int:
+        """Columns of a depth."""
+        held = self.depths[depth]
+        return 0 if held is None else held.token_BC.shape[1]
+
+    def level(self, depth: int) -> bool:
+        """Whether the rows of all texts end at the same column."""
+        held = self.depths[depth]
+        return held is None or len(held.next_B) == 1 or bool((held.next_B == self.width(depth)).all())
+
+    def note(self, depth: int, token_BC: Tensor, log_weight_BC: Tensor | None = None) -> None:
+        """Says what further columns of a depth hold; log-weights are given always or never."""
+        old, new = self.depths[depth], DepthSlots(token_BC, log_weight_BC)
+        self.depths[depth] = new if old is None else old.joined(new)
+
+    def place(self, depth: int, rows: PackedRows, token_N: Tensor, log_weight_N: Tensor | None = None) -> Tensor | None:
+        """Notes packed rows behind those that each text has at a depth; returns their columns, as `DepthWrite` takes them."""
+        old, before = self.depths[depth], self.width(depth)
+        if rows.even and self.level(depth):
+            weight_BC = None if log_weight_N is None else rows.spread(log_weight_N[None])
+            self.note(depth, rows.spread(token_N[None]), weight_BC)
+            return None
+        next_B = token_N.new_zeros(rows.batch) if old is None else old.next_B
+        column_N = next_B[rows.batch_N] + rows.order_N
+        more = max(0, int(column_N.max()) + 1 - before)
+        weight_BC = None if log_weight_N is None else log_weight_N.new_zeros(rows.batch, more)
+        self.note(depth, token_N.new_full((rows.batch, more), FREE), weight_BC)
+        held = self.depths[depth]
+        assert held is not None
+        token_BC = held.token_BC.index_put((rows.batch_N, column_N), token_N)
+        if held.log_weight_BC is not None and log_weight_N is not None:
+            weight_BC = held.log_weight_BC.index_put((rows.batch_N, column_N), log_weight_N)
+        self.depths[depth] = DepthSlots(token_BC, weight_BC)
+        return column_N
+
+    def repeat_below(self, depth: int, tokens: int) -> None:
+        """Lets the newest tokens show at a depth what they left one depth below."""
+        for layer in self._layers:
+            layer.repeat_below(depth, tokens)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens (given as a negative number, as transformers does)."""
+        kept = self.tokens - abs(tokens_to_remove)
+        self.depths = [depth and depth.before(kept) for depth in self.depths]
+        for layer in self._layers:
+            layer.trim([0 if depth is None else depth.token_BC.shape[1] for depth in self.depths])
+        self.forget(abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        super().reset()
+        self.depths = [None] * len(self.depths)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps these rows of the batch."""
+        for layer in self._layers:
+            layer.select(indices)
+        self._rows(indices)
+
+    def reorder_cache(self, beam_idx: LongTensor) -> None:
+        """Rearranges the batch for beam search."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each row of the batch."""
+        first = next((depth.token_BC for depth in self.depths if depth is not None), None)
+        if first is not None:  # else nothing is held, of whatever texts
+            self.batch_select_indices(torch.arange(first.shape[0], device=first.device).repeat_interleave(repeats))
+
+    def _rows(self, indices: Tensor) -> None:
+        super()._rows(indices)
+        self.depths = [depth and depth.select(indices) for depth in self.depths]
+
+
+def slot_mask(
+    seen_BSK: Tensor,
+    query_BS: Tensor,
+    key_BK: Tensor,
+    mask_BT: Tensor | None,
+    tokens: int,
+    by_position: bool,
+    log_weight_BK: Tensor | None = None,
+) -> SlotMask:
+    """Which columns each row of a call sees: those that its method allows, of its document, that hold something.
+
+    Args:
+        seen_BSK: what the method allows, were there neither documents nor free columns.
+        query_BS: token number of each row; `FREE` where it only fills up its text's share of the call.
+        key_BK: token number of each column, or `FREE`.
+        mask_BT: token mask, as for `Think.forward`, or none.
+        tokens: T, cached and new ones.
+        by_position: the decoder has sliding windows, which are over positions.
+        log_weight_BK: added to every score of a column.
+    """
+    allowed_BSK = seen_BSK & (key_BK >= 0)[:, None]
+    if mask_BT is not None:
+        allowed_BSK = allowed_BSK & (_at(mask_BT, key_BK)[:, None] == _at(mask_BT, query_BS)[..., None])
+    # Rows that only fill up may see anything: a softmax over nothing would be NaN.
+    allowed_BSK = allowed_BSK | (query_BS < 0)[..., None]
+    if not by_position:
+        return SlotMask(allowed_BSK, query_BS, key_BK, log_weight_BK)
+    position_BT = token_positions(tokens, mask_BT, 0, key_BK.device).expand(len(key_BK), -1)
+    return SlotMask(allowed_BSK, _at(position_BT, query_BS), _at(position_BT, key_BK), log_weight_BK)
+
+
+def _at(value_BT: Tensor, index_BS: Tensor) -> Tensor:
+    return value_BT.gather(1, index_BS.clamp(min=0))

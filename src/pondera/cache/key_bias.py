@@ -1,0 +1,68 @@
+"""Log-weights of keys, inside the dot product: nothing to add to the scores, so fused causal kernels still do the work.
+
+What is added to all scores of a key is one more coordinate of the key, times 1: with the softmax scale a,
+``a [q, 1] . [k, w / a] = a q.k + w``. It is appended after rotation, and zeros follow up to a width that kernels take.
+A mask that carries gradient is refused by every fused kernel, so in training this is what keeps memory linear.
+
+Shapes: B batch, S rows, H heads, G key and value heads, d head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pondera.cache.attention import Attention
+
+MULTIPLE = 8
+"""Fused kernels take heads whose width this divides."""
+
+
+def extra_coordinates(head_dim: int) -> int:
+    """How much wider heads become: by one coordinate, and zeros up to the next width that kernels take.
+
+    Example:
+        >>> extra_coordinates(64), further_coordinates(20)
+        (8, 4)
+    """
+    return MULTIPLE - head_dim % MULTIPLE
+
+
+@dataclass(frozen=True)
+class LogWeight:
+    """The backbone's own attention, with a number added to all scores of each key; see `pondera.cache.attention.Server`.
+
+    Source: the FlashAttention form of PonderLM-3, arXiv 2603.02023. Cost: heads wider by `extra_coordinates`, values too,
+    as fused kernels want one width for all three.
+
+    Args:
+        log_weight_BS: what is added.
+    """
+
+    log_weight_BS: Tensor
+
+    def __call__(
+        self,
+        base: Attention,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        scaling: float | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attends with queries ``[B, H, S, d]``, keys and values ``[B, G, S, d]``, after rotation."""
+        width, zeros_of = query.shape[-1], value.shape[-1]
+        scale = width**-0.5 if scaling is None else scaling
+        zeros = extra_coordinates(width) - 1
+        weight_BGS1 = (self.log_weight_BS / scale).to(key.dtype)[:, None, :, None].expand(*key.shape[:-1], 1)
+        query = F.pad(F.pad(query, (0, 1), value=1.0), (0, zeros))
+        key = F.pad(torch.cat([key, weight_BGS1], dim=-1), (0, zeros))
+        value = F.pad(value, (0, query.shape[-1] - zeros_of))
+        out_BSHd, _ = base(module, query, key, value, attention_mask, scaling=scale, **kwargs)
+        return out_BSHd[..., :zeros_of], None

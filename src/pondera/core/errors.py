@@ -1,0 +1,52 @@
+"""The ways in which a command can end early: the user's input, a failure on the way, an interruption."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used; the message says what to type instead.
+
+    The command line prints the message without a traceback and exits with code 2.
+
+    Example:
+        >>> raise UserError("data.text: no such file: 'bokos'")
+        Traceback (most recent call last):
+        pondera.core.errors.UserError: data.text: no such file: 'bokos'
+    """
+
+
+class Failure(RuntimeError):
+    """Something went wrong on the way, such as a full disk or a loss that is not a number.
+
+    The command line prints the message without a traceback and exits with code 1.
+    """
+
+
+class Interrupted(Exception):
+    """The user or the system asked for an end, and everything was saved; the message says how to go on.
+
+    The command line prints the message and exits with code 130.
+    """
+
+
+def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
+    """A `UserError` for a name that does not exist, with the nearest names that do.
+
+    Args:
+        kind: what the name should have been, e.g. ``"recipe"``.
+        given: what the user wrote.
+        allowed: every name that would have worked.
+
+    Example:
+        >>> print(unknown("recipe", "ponderml2", ["plain", "ponderlm2"]))
+        unknown recipe 'ponderml2'; did you mean 'ponderlm2'? (allowed: plain, ponderlm2)
+    """
+    names = sorted(allowed)
+    folded = {name.lower(): name for name in names}
+    near = [folded[match] for match in difflib.get_close_matches(given.lower(), folded, n=2, cutoff=0.5)]
+    hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
+    listing = ", ".join(names) if names else "there are none yet"
+    return UserError(f"unknown {kind} {given!r}{hint} (allowed: {listing})")

@@ -1,0 +1,150 @@
+"""Files whose rows hold texts: JSON, JSON lines, CSV, TSV and Parquet."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from pondera.core.errors import UserError, unknown
+
+PACKED = (".xz", ".gz")
+LONGEST = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 unless told otherwise
+
+Row = tuple[str, dict[str, Any]]
+"""A row and where it is, e.g. ``books.csv:3``."""
+
+
+class NoRows(ValueError):
+    """A file whose ending promises rows, and that has none."""
+
+
+def reader(path: Path) -> Callable[[IO[bytes], str, tuple[str, ...]], Iterator[Row]] | None:
+    """What reads the rows of a file, by its ending; `None`: a file without rows, that is plain text.
+
+    Upper and lower case do not matter, nor does a further ``.xz`` or ``.gz``.
+
+    Example:
+        >>> [reader(Path(name)) is None for name in ("book.txt", "books.JSONL", "books.csv.gz", "books.parquet")]
+        [True, False, False, False]
+    """
+    inner = path.with_suffix("") if path.suffix.lower() in PACKED else path
+    return READERS.get(inner.suffix.lower())
+
+
+def _json_lines(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    number = 0
+    for number, line in enumerate(file, 1):
+        text = line.decode("utf-8-sig")
+        if text.strip():
+            yield _object(f"{place}:{number}", _parsed(f"{place}:{number}", text), columns)
+    if not number:
+        raise NoRows("empty")
+
+
+def _json(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    """A list of objects, one object, or JSON lines under another name, as in many datasets."""
+    content = file.read()
+    text = content.decode("utf-8-sig")
+    if not text.strip():
+        raise NoRows("empty")
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if len(lines) > 1 and all(line.lstrip().startswith("{") for line in lines):
+            yield from _json_lines(io.BytesIO(content), place, columns)
+            return
+        raise UserError(f"data.text: {place}: not valid JSON ({error})") from None
+    if isinstance(found, dict) and columns[0] in found:
+        found = [found]
+    if not isinstance(found, list):
+        raise NoRows(f"JSON, but neither a list of rows nor an object with the field {columns[0]!r}")
+    for number, row in enumerate(found, 1):
+        yield _object(f"{place}:{number}", row, columns)
+
+
+def _parsed(place: str, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data.text: {place}: not valid JSON ({error}); each line of this file is one object") from None
+
+
+def _object(place: str, row: Any, columns: tuple[str, ...]) -> Row:
+    if not isinstance(row, dict):
+        example = json.dumps({columns[0]: "..."})
+        raise UserError(f"data.text: {place}: expected an object such as {example}, found {json.dumps(row)[:40]!r}")
+    return place, row
+
+
+def _csv(file: IO[bytes], place: str, columns: tuple[str, ...], delimiter: str = ",") -> Iterator[Row]:
+    """Rows under a header. A row with more or fewer fields than the header is refused: its text may have been cut."""
+    lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    rows = _fields(csv.reader(lines, delimiter=delimiter, strict=True), place)
+    header = next(rows, None)
+    if header is None:
+        raise NoRows("empty")
+    for number, fields in enumerate(rows, 1):
+        if fields and len(fields) != len(header):
+            raise UserError(
+                f"data.text: {place}:{number}: {len(fields)} fields under a header of {len(header)}; put texts that hold "
+                f"{delimiter!r} or a line break in double quotes"
+            )
+        if fields:
+            yield f"{place}:{number}", dict(zip(header, fields, strict=True))
+
+
+def _fields(rows: Iterator[list[str]], place: str) -> Iterator[list[str]]:
+    """The rows, with fields of any length; the csv module has one limit for the whole process, which is put back."""
+    while True:
+        before = csv.field_size_limit(LONGEST)
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UserError(f"data.text: {place}: not valid CSV ({error})") from None
+        finally:
+            csv.field_size_limit(before)
+        yield row
+
+
+def _tsv(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    yield from _csv(file, place, columns, "\t")
+
+
+def _parquet(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[Row]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import ParquetFile
+    except ImportError:
+        raise UserError(
+            f'data.text: {place}: reading .parquet needs pyarrow; type: pip install "pondera[hf]"'
+        ) from None
+    try:
+        table = ParquetFile(file)
+        if columns[0] not in table.schema_arrow.names:
+            raise unknown(f"data.column (the text field of {place})", columns[0], table.schema_arrow.names)
+        wanted = [name for name in columns if name in table.schema_arrow.names]
+        batches = table.iter_batches(batch_size=1000, columns=wanted)
+        for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+            if row[columns[0]] is not None:  # as in datasets, nothing at all is no text
+                yield f"{place}:{number}", row
+    except ArrowException as error:
+        raise NoRows(f"damaged or no Parquet file: {str(error).splitlines()[0]}") from None
+    if not table.metadata.num_rows:
+        raise NoRows("empty")
+
+
+READERS: dict[str, Callable[[IO[bytes], str, tuple[str, ...]], Iterator[Row]]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".parquet": _parquet,
+}

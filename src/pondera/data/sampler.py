@@ -1,0 +1,93 @@
+"""Which windows each forward pass of a training takes, and how they become one batch.
+
+Shapes: B batch, C context.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+def mixed_seed(*parts: int) -> int:
+    """A seed from several numbers, such that no two combinations are likely to share one.
+
+    Example:
+        >>> mixed_seed(0, 1) == mixed_seed(1, 0)
+        False
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+class StepSampler(Sampler[list[int]]):
+    """The windows of every optimizer step: a new permutation per epoch, drawn from the seed alone.
+
+    It depends neither on the global random state nor on the number of processes, so a training that is resumed, split
+    into micro-batches or spread over processes sees the same windows in each step.
+
+    Args:
+        num_windows: windows of the split.
+        batch_size: windows per optimizer step, over all processes.
+        micro_batch_size: windows per forward pass of one process; the last of a step may have fewer.
+        steps: optimizer steps of the whole training.
+        seed: of the permutations.
+        first_step: steps that are done already.
+        rank: of this process.
+        num_processes: that share a step, in equal parts.
+
+    Example:
+        >>> order = StepSampler(num_windows=10, batch_size=4, micro_batch_size=2, steps=5, seed=0)
+        >>> len(order), sorted(order.windows_of(0) + order.windows_of(1) + order.windows_of(2)[:2])
+        (10, [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
+    """
+
+    def __init__(
+        self,
+        num_windows: int,
+        batch_size: int,
+        micro_batch_size: int,
+        steps: int,
+        seed: int,
+        first_step: int = 0,
+        rank: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        self.num_windows, self.batch_size, self.micro_batch_size = num_windows, batch_size, micro_batch_size
+        self.steps, self.seed, self.first_step = steps, seed, first_step
+        self.share = batch_size // num_processes
+        self.rank = rank
+        self._permutation = lru_cache(maxsize=2)(self._permute)  # a step may straddle two epochs
+
+    def windows_of(self, step: int) -> list[int]:
+        """The windows of one step, over all processes."""
+        places = range(step * self.batch_size, (step + 1) * self.batch_size)
+        return [int(self._permutation(place // self.num_windows)[place % self.num_windows]) for place in places]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.first_step, self.steps):
+            mine = self.windows_of(step)[self.rank * self.share : (self.rank + 1) * self.share]
+            for start in range(0, self.share, self.micro_batch_size):
+                yield mine[start : start + self.micro_batch_size]
+
+    def __len__(self) -> int:
+        return (self.steps - self.first_step) * math.ceil(self.share / self.micro_batch_size)
+
+    def _permute(self, epoch: int) -> Tensor:
+        generator = torch.Generator("cpu").manual_seed(mixed_seed(self.seed, epoch))
+        return torch.randperm(self.num_windows, generator=generator, device="cpu")
+
+
+ARGUMENTS = {"input_ids": "input_ids", "targets": "shift_labels", "document_ids": "document_ids"}
+
+
+def collate(windows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Windows as the model's keyword arguments: ``input_ids``, ``shift_labels`` and, if they tell documents apart,
+    ``document_ids``, each ``[B, C]``."""
+    names = [name for name in ARGUMENTS if name in windows[0]]
+    return {ARGUMENTS[name]: torch.stack([window[name] for window in windows]) for name in names}

@@ -1,0 +1,321 @@
+"""Where text comes from: a file, a folder, this Python's own library, or a Hugging Face dataset.
+
+Whatever it is, `open_text` gives a `Source`: named documents that can be read any number of times in the same order,
+one at a time, so that a corpus need not fit in memory. Names never hold a path outside the source: they decide which
+documents are held out, and that must not change from one machine to the next.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import gzip
+import hashlib
+import lzma
+import os
+import re
+import socket
+import sysconfig
+import urllib.parse
+import urllib.request
+import zlib
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from pondera.core.errors import UserError, unknown
+from pondera.data.row_files import PACKED, READERS, NoRows, Row, reader
+
+ADVICE = f"give UTF-8 text or rows ({', '.join(READERS)}), packed as .xz or .gz or not"
+PIECE = 16_384  # characters of a lone plain-text file that make one document
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+TOPICS = "pydoc_data/topics.py"  # the language reference, as one big dictionary
+
+
+class Document(NamedTuple):
+    """One text with the name that decides which side of the split it falls on."""
+
+    name: str
+    text: str
+
+
+@dataclass
+class Source:
+    """Documents in a fixed order.
+
+    Attributes:
+        name: what the user called it.
+        digest: sha256 of the content and the names; two sources with the same digest give the same documents.
+        read: starts over at every call.
+        skipped: file -> why it was left out (``"binary"``, ``"empty"``, ...); complete once everything was read.
+    """
+
+    name: str
+    digest: str
+    read: Callable[[], Iterator[Document]]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def skips(self) -> dict[str, int]:
+        """How many files were left out, by reason."""
+        return dict(Counter(self.skipped.values()))
+
+
+class NotText(UserError):
+    """A file that cannot be read as text: an error when it was named, left out when it merely lies in a folder."""
+
+    def __init__(self, path: Path, reason: str, advice: str = ADVICE):
+        super().__init__(f"data.text: {str(path)!r} cannot be read as text ({reason}); {advice}")
+        self.reason = reason
+
+
+def open_text(text: str, column: str = "text") -> Source:
+    """Opens what ``data.text`` names.
+
+    Args:
+        text: ``"stdlib"``, a file, a folder, or the name of a Hugging Face dataset.
+        column: the field of a JSON, CSV, TSV or Parquet file, or of a dataset, that holds the text.
+
+    Raises:
+        UserError: it is none of these, or cannot be read.
+
+    Example:
+        >>> open_text("stdlib").skips().get("binary", 0)
+        0
+    """
+    if text == "stdlib":
+        return _stdlib()
+    path = Path(text).expanduser()
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return _dataset(text, column)
+    if path.is_dir():
+        return _folder(path, text, column)
+    if path.is_file():
+        return _files(text, [(path.name, path)], column)
+    if path.exists():
+        raise UserError(f"data.text: {text!r} is neither a regular file nor a folder; save it to a file first")
+    if not HUB_NAME.fullmatch(text) or path.suffix.lower() in (".txt", ".md", *READERS, *PACKED):
+        raise UserError(f"data.text: no such file or folder: {text!r}{_near(path)}")
+    return _dataset(text, column)
+
+
+def cut(text: str, size: int = PIECE) -> Iterator[str]:
+    """Cuts text into pieces of at most `size` characters, at a paragraph's end where there is one, else at a line's or
+    a word's. Joined, the pieces are the text.
+
+    Example:
+        >>> list(cut("one two\\n\\nthree", size=12))
+        ['one two\\n\\n', 'three']
+    """
+    start = 0
+    while start < len(text):
+        stop = start + size
+        if stop < len(text):
+            ends = (text.rfind(mark, start + size // 2, stop) + len(mark) for mark in ("\n\n", "\n", " "))
+            stop = next((end for end in ends if end > start + size // 2), stop)
+        yield text[start:stop]
+        start = stop
+
+
+@contextmanager
+def hub() -> Iterator[None]:
+    """Offline mode for whatever is loaded inside, if the hub's host has no address: else its client retries for a
+    minute before it says so. What the hub's cache holds still loads."""
+    import huggingface_hub.constants as constants
+
+    before = constants.HF_HUB_OFFLINE
+    host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
+    try:
+        if not urllib.request.getproxies():  # a proxy resolves names for us
+            socket.getaddrinfo(host, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _stdlib() -> Source:
+    """The sources of the running Python's library, its documentation files and its language reference."""
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [
+        (name, path)
+        for name, path in _walk(root, {}, NOT_LIBRARY)
+        if path.suffix in (".py", ".txt", ".rst", ".md")
+        and not name.startswith(("config-", "_sysconfigdata"))  # how and where this Python was built
+    ]
+    if not files:
+        raise UserError(f"data.text: this Python keeps no library sources in {str(root)!r}; give a file or a folder")
+    library = _files("stdlib", [item for item in files if item[0] != TOPICS], "text", whole=True)
+
+    def read() -> Iterator[Document]:
+        yield from library.read()
+        if (root / TOPICS).is_file():
+            for statement in ast.parse((root / TOPICS).read_text(encoding="utf-8")).body:
+                if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+                    for topic, text in sorted(ast.literal_eval(statement.value).items()):
+                        yield Document(f"topics/{topic}", text)
+
+    return Source("stdlib", _digest("stdlib", files), read, library.skipped)
+
+
+def _folder(root: Path, name: str, column: str) -> Source:
+    skipped: dict[str, str] = {}
+    files = list(_walk(root, skipped))
+    source = _files(name, files, column, whole=len(files) > 1)
+    source.skipped.update(skipped)
+    return source
+
+
+def _walk(root: Path, skipped: dict[str, str], prune: Collection[str] = ()) -> list[tuple[str, Path]]:
+    """Every regular file below `root` that is not hidden nor in a folder named in `prune`, by relative POSIX path."""
+    files = []
+    for folder, folders, names in os.walk(root):
+        for hidden in [name for name in folders + names if name.startswith(".")]:
+            skipped[str(Path(folder, hidden))] = "hidden"
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in prune]
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    return sorted((path.relative_to(root).as_posix(), path) for path in files if path.is_file())
+
+
+def _files(name: str, files: list[tuple[str, Path]], column: str, whole: bool = False) -> Source:
+    """Documents of files. `whole`: each plain text file is one, and those that are not text are left out; otherwise
+    plain text is cut, so that there is something to hold out, and what is not text is an error."""
+    skipped: dict[str, str] = {}
+
+    def read() -> Iterator[Document]:
+        for relative, path in files:
+            try:
+                rows = reader(path)
+                documents = _rows(relative, path, column, rows) if rows else _plain(relative, path, whole)
+                yield from (Document(_unicode(title), _unicode(text)) for title, text in documents if text.strip())
+            except NotText as error:
+                if not whole:
+                    raise
+                skipped[str(path)] = error.reason
+
+    return Source(name, _digest(f"{column}:{whole}", files), read, skipped)
+
+
+def _digest(kind: str, files: Iterable[tuple[str, Path]]) -> str:
+    """Of names and bytes, not of dates: a copied file is the same file."""
+    total = hashlib.sha256(kind.encode())
+    for relative, path in files:
+        one = hashlib.sha256(relative.encode("utf-8", "surrogateescape"))
+        try:
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    one.update(chunk)
+        except OSError:
+            one.update(b"unreadable")  # reading it will say so
+        total.update(one.digest())
+    return total.hexdigest()
+
+
+def _unpacked(path: Path) -> IO[bytes]:
+    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
+    return opener(path, "rb")
+
+
+@contextmanager
+def _as_text(path: Path) -> Iterator[None]:
+    """Turns every way in which reading a file can fail into `NotText`."""
+    try:
+        yield
+    except UnicodeDecodeError:
+        raise NotText(path, "binary, or not UTF-8") from None
+    except NoRows as error:
+        raise NotText(path, str(error)) from None
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError):
+        raise NotText(path, "damaged archive", "download or pack it again") from None
+    except OSError as error:
+        raise NotText(path, error.strerror or "unreadable", "check the file") from None
+
+
+def _plain(relative: str, path: Path, whole: bool) -> Iterator[Document]:
+    with _as_text(path), _unpacked(path) as file:
+        text = file.read().decode("utf-8-sig")
+    if "\0" in text:
+        raise NotText(path, "binary, or not UTF-8")
+    if not text.strip():
+        raise NotText(path, "empty")
+    if whole:
+        yield Document(relative, text)
+    else:
+        size = min(PIECE, max(1024, len(text) // 32))  # a small file, too, has several pieces
+        yield from (Document(f"{relative}#{number}", piece) for number, piece in enumerate(cut(text, size), 1))
+
+
+def _rows(relative: str, path: Path, column: str, rows: Callable[..., Iterator[Row]]) -> Iterator[Document]:
+    with _as_text(path), _unpacked(path) as file:
+        for place, row in rows(file, relative, (column, "title")):
+            if column not in row:
+                raise unknown(f"data.column (the text field of {place})", column, row)
+            if not isinstance(row[column], str):
+                raise UserError(
+                    f"data.column: field {column!r} of {place} holds {type(row[column]).__name__}, not text"
+                )
+            title = row.get("title")
+            yield Document(title if isinstance(title, str) and title else place, row[column])
+
+
+def _unicode(text: str) -> str:
+    """JSON can spell half a surrogate pair, which no UTF-8 can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _dataset(name: str, column: str) -> Source:
+    """The rows of a Hugging Face dataset's ``train`` split, or of one saved with ``save_to_disk``."""
+    import datasets
+
+    path = Path(name).expanduser()
+    try:
+        with hub():
+            saved = path.is_dir()
+            loaded: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, split="train")
+            rows: Any = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
+    except ConnectionError:
+        raise _no_dataset(name, "the Hugging Face hub cannot be reached, and its cache here does not have it") from None
+    except Exception as error:  # a dataset is other people's code and files: anything can come out
+        raise _no_dataset(name, first_line(error)) from None
+    if column not in rows.column_names:
+        raise unknown(f"data.column (the text field of {name})", column, rows.column_names)
+
+    def read() -> Iterator[Document]:
+        row = 0
+        for table in rows.with_format("arrow").iter(batch_size=1000):
+            for text in table.column(column).to_pylist():
+                row += 1
+                if text is not None and not isinstance(text, str):
+                    raise UserError(f"data.column: field {column!r} of {name} holds {type(text).__name__}, not text")
+                if text and text.strip():
+                    yield Document(f"{path.name}:{row}", text)
+
+    digest = hashlib.sha256()
+    for document in read():
+        digest.update(hashlib.sha256(document.text.encode()).digest() + document.name.encode())
+    return Source(name, digest.hexdigest(), read)
+
+
+def first_line(error: Exception) -> str:
+    """What someone else's error says, without the rest of it."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _no_dataset(name: str, reason: str) -> UserError:
+    return UserError(
+        f"data.text: {name!r} is not 'stdlib', not a file or folder here, and not a Hugging Face dataset that loads "
+        f"({reason}){_near(Path(name))}"
+    )
+
+
+def _near(path: Path) -> str:
+    """The file next door that was probably meant."""
+    folder = path.expanduser().parent
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    near = difflib.get_close_matches(path.name, ["stdlib", *names], n=1)
+    return f"; did you mean {near[0] if near[0] == 'stdlib' else str(path.with_name(near[0]))!r}?" if near else ""

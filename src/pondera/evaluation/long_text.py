@@ -1,0 +1,73 @@
+"""A text as it stands, without a prepared corpus: tokenised in memory, to be scored or learnt from.
+
+Shapes: T tokens of a text, D documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pondera.core.errors import UserError
+from pondera.data.corpus import Split
+from pondera.data.row_files import reader
+from pondera.data.text import Source
+from pondera.data.tokenizer import encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+class LongText(Split):
+    """A split that was not prepared: one text in memory, without an EOS token at its end."""
+
+    def __init__(self, ids_T: np.ndarray, bytes_T: np.ndarray, starts_D: np.ndarray) -> None:
+        self.ids, self._bytes, self._starts = ids_T, np.append(0, bytes_T), starts_D  # bytes up to each token's end
+        self.num_tokens, self.num_bytes = len(ids_T), int(self._bytes[-1])
+
+    def after(self, token: int) -> LongText:
+        """The text from a token on."""
+        starts_D = np.append(0, self._starts[self._starts > token] - token)
+        return LongText(self.ids[token:], self._bytes[token + 1 :], starts_D)
+
+    @classmethod
+    def read(
+        cls,
+        source: Source,
+        name: str,
+        tokenizer: PreTrainedTokenizerFast,
+        max_tokens: int | None,
+        embedded: int | None = None,
+    ) -> LongText:
+        """As many tokens as it takes to predict `max_tokens`; refuses those beyond the `embedded` ones of a model."""
+        ids, ends, starts, tokens = [], [], [], 0
+        for text in documents(source, name):
+            (text_ids, text_ends), seen = next(encode([text], tokenizer, embedded)), ends[-1][-1] if ends else 0
+            if tokens and tokenizer.eos_token_id is not None:
+                ids.append(np.array([tokenizer.eos_token_id]))  # the end of the document before
+                ends.append(np.array([seen]))
+                tokens += 1
+            ids.append(text_ids)
+            ends.append(text_ends + seen)
+            starts.append(tokens)
+            tokens += len(text_ids)
+            if max_tokens is not None and tokens > max_tokens:
+                break
+        stop = None if max_tokens is None else max_tokens + 1
+        text = cls(np.concatenate(ids)[:stop], np.concatenate(ends)[:stop], np.array(starts)) if ids else None
+        if text is None or text.num_tokens < 2 or not text.num_bytes_of(1, text.num_tokens):
+            raise UserError(f"data.text: {name!r} is too short to score: nothing follows its first token")
+        return text
+
+
+def documents(source: Source, name: str) -> Iterator[str]:
+    """The texts of a source; a lone file of plain text is one, though training cuts it to hold some of it out."""
+    found = (document.text for document in source.read())
+    path = Path(name).expanduser()
+    if path.is_file() and reader(path) is None:
+        yield "".join(found)
+    else:
+        yield from found

@@ -1,0 +1,161 @@
+"""How well a model predicts held-out text.
+
+Shapes: B batch, C context.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from pondera.data.corpus import Split
+from pondera.data.sampler import collate
+from pondera.evaluation.chunked_forward import chunked_forward
+from pondera.models.adaptive_lm import IGNORED, AdaptiveLM
+
+
+def score(
+    model: AdaptiveLM,
+    split: Split,
+    context: int,
+    max_tokens: int,
+    batch_size: int = 8,
+    isolate: bool = False,
+    rank: int = 0,
+    num_processes: int = 1,
+    total: Callable[[ScoreSums], ScoreSums] | None = None,
+    budget: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Next-token loss on the first windows of a split.
+
+    The mode of the model and all random states are left as they were.
+
+    Args:
+        model: on any device.
+        split: the text, usually ``corpus.validation``.
+        context: tokens per window; each token sees at most this many.
+        max_tokens: predict at most this many tokens, but at least one window.
+        batch_size: windows per forward pass.
+        isolate: tokens attend within their own document only.
+        rank: of this process, where several share the windows.
+        num_processes: that share them.
+        total: sums what was found over these processes.
+        budget: ``effort`` and ``max_passes``, as the model takes them.
+
+    Returns:
+        ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), the ``tokens``
+        and ``bytes`` of text that were predicted, ``passes_per_token``, and ``pass_shares``, the share of the tokens
+        that took each pass.
+    """
+    windows = split.windows(context, isolate)
+    count = min(len(windows), max(1, max_tokens // context))
+    found = ScoreSums()
+    for first in range(0, count, batch_size * num_processes):
+        start = first + rank * batch_size
+        mine = range(start, min(start + batch_size, count))
+        # Who has nothing left runs a window for nothing: each forward pass of a sharded model takes all processes.
+        own = sum_scores(model, [windows[index] for index in mine or [0]], budget=budget)
+        found += own if mine else own.nothing()
+    tokens = count * context
+    return measures(found if total is None else total(found), tokens, split.num_bytes_of(1, tokens + 1))
+
+
+@dataclass(frozen=True)
+class ScoreSums:
+    """What was counted over some windows.
+
+    Args:
+        nats: the summed next-token loss.
+        took: how many tokens took a first, second, third, ... pass.
+
+    Example:
+        >>> ScoreSums(2.0, (4, 1)) + ScoreSums(1.0, (3,))
+        ScoreSums(nats=3.0, took=(7, 1))
+    """
+
+    nats: float = 0.0
+    took: tuple[float, ...] = ()
+
+    def __add__(self, other: ScoreSums) -> ScoreSums:
+        took = itertools.zip_longest(self.took, other.took, fillvalue=0)
+        return ScoreSums(self.nats + other.nats, tuple(a + b for a, b in took))
+
+    def nothing(self) -> ScoreSums:
+        """As many numbers, all of them 0."""
+        return ScoreSums(0.0, (0,) * len(self.took))
+
+
+def pass_counts(passes_BT: Tensor, most: int) -> tuple[int, ...]:
+    """How many tokens took each of `most` passes.
+
+    Example:
+        >>> pass_counts(torch.tensor([[1, 3, 3]]), most=3)
+        (3, 2, 2)
+    """
+    counts = passes_BT.flatten().clamp(max=most).bincount(minlength=most + 1)
+    return tuple(counts.flip(0).cumsum(0).flip(0)[1:].tolist())
+
+
+@torch.no_grad()
+def sum_scores(
+    model: AdaptiveLM,
+    windows: list[Mapping[str, Tensor]],
+    start: int | None = None,
+    budget: dict[str, Any] | None = None,
+) -> ScoreSums:
+    """Scores windows of one length.
+
+    Args:
+        model: any mode; left as it was.
+        windows: as `Windows` gives them.
+        start: the id of a token that each window is read after, where the model wants one; it is not predicted.
+        budget: ``effort`` and ``max_passes``, as the model takes them.
+    """
+    batch = collate(windows)
+    if start is not None:
+        fillings = {"input_ids": start, "shift_labels": IGNORED, "document_ids": 1}
+        batch = {name: F.pad(tensor_BC, (1, 0), value=fillings[name]) for name, tensor_BC in batch.items()}
+    given = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    was_training = model.training
+    model.eval()
+    try:
+        if model.memory is not None:
+            return _remembered(model, given["input_ids"], given["shift_labels"], budget)
+        out = model(**given, **(budget or {}))
+    finally:
+        model.train(was_training)
+    return ScoreSums(float(out.terms["next_token"].sum), pass_counts(out.passes, math.ceil(model.passes())))
+
+
+def _remembered(
+    model: AdaptiveLM, ids_BC: Tensor, labels_BC: Tensor, budget: dict[str, Any] | None = None
+) -> ScoreSums:
+    """Scores windows as a model with a memory reads them: piece by piece, and with what it still remembers."""
+    nats = 0.0
+    for start, logits_BCV in chunked_forward(model, model.new_cache(), ids_BC, budget=budget):
+        labels_N = labels_BC[:, start : start + logits_BCV.shape[1]].flatten()
+        nats += float(
+            F.cross_entropy(logits_BCV.float().flatten(0, 1), labels_N, ignore_index=IGNORED, reduction="sum")
+        )
+    return ScoreSums(nats, (ids_BC.numel(),))
+
+
+def measures(found: ScoreSums, tokens: int, num_bytes: int) -> dict[str, Any]:
+    """What was counted, as `score` returns it."""
+    loss = found.nats / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": found.nats / math.log(2) / num_bytes,
+        "tokens": tokens,
+        "bytes": num_bytes,
+        "passes_per_token": sum(found.took) / found.took[0],
+        "pass_shares": [count / found.took[0] for count in found.took],
+    }

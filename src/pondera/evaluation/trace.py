@@ -1,0 +1,132 @@
+"""What each token of a text took, and how surprising it was.
+
+Shapes: B batch, C context, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pondera.core.errors import UserError
+from pondera.data.corpus import Corpus
+from pondera.data.tokenizer import encode
+from pondera.evaluation.halting_stats import halting_stats
+from pondera.methods.probe.base import observed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pondera.models.adaptive_lm import AdaptiveLM
+
+TRACED = 200  # tokens, at most
+COUNTED = 1_000_000  # tokens of the training text, whose documents stand in no order, tell how frequent each is
+
+
+def trace(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str, context: int) -> dict[str, list]:
+    """What each token of a text's beginning took, and how surprising it was.
+
+    Args:
+        model: any mode; left as it was.
+        tokenizer: its tokenizer.
+        text: its first tokens (as many as 200, or `context` - 1) are traced; they are read after the token that starts
+            a text, so that the first has a loss too.
+        context: most tokens that the model may see.
+
+    Returns:
+        ``tokens`` (the text that each completes), ``passes`` that each took, and ``nll``, the negative log-likelihood
+        of each in nats.
+
+    Raises:
+        UserError: no token to trace, or no token that starts a text.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from pondera.inference.generate import Stream, start_token
+
+    ids, _ = next(encode([text], tokenizer, model.embedded))
+    traced = ids[: min(TRACED, context - 1)].tolist()
+    if not traced:
+        raise UserError("there is no token to trace: the text is empty, or the context has room for its start only")
+    ids_BT = torch.tensor([[start_token(tokenizer), *traced]])
+    stream = Stream(tokenizer)
+    stream.put(ids_BT[0, 1:])
+    stream.end()
+    with observed(model, record=False):
+        ids_on_device = ids_BT.to(model.device)
+        out = model(ids_on_device, labels=ids_on_device)  # an oracle may look at what follows, as it does in scoring
+    nll_T = F.cross_entropy(out.logits[0, :-1].float(), ids_on_device[0, 1:], reduction="none")
+    return {"tokens": stream.tokens, "passes": out.passes[0, 1:].double().tolist(), "nll": nll_T.tolist()}
+
+
+def trace_halting(
+    model: AdaptiveLM, corpus: Corpus, context: int, max_tokens: int, batch_size: int = 8, isolate: bool = False
+) -> dict[str, Any]:
+    """How depth varies over the first windows of the held-out text.
+
+    Args:
+        model: any mode; left as it was.
+        corpus: what it was trained on.
+        context: tokens per window.
+        max_tokens: read at most this many tokens, but at least one window.
+        batch_size: windows per forward pass.
+        isolate: tokens attend within their own document only.
+
+    Returns:
+        What `halting_stats` returns, and ``residuals`` where the method refines its thoughts in rounds: the largest change in
+        each round, over the first windows.
+
+    Raises:
+        UserError: the sample has no second token, so that none has a loss.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    from pondera.data.sampler import collate
+
+    windows = corpus.validation.windows(context, isolate)
+    count = min(len(windows), max(1, max_tokens // context))
+    if count * context < 2:
+        raise UserError("there is no token to trace: the windows have one token each; use a larger data.context")
+    passes, nll, residuals = [], [], []
+    for first in range(0, count, batch_size):
+        batch = collate([windows[index] for index in range(first, min(first + batch_size, count))])
+        batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+        with observed(model, record=first == 0):
+            out = model(**batch)
+        passes.append(out.passes.flatten().double().cpu().numpy())
+        targets_T = batch["shift_labels"].flatten()
+        nll.append(F.cross_entropy(out.logits.flatten(0, 1).float(), targets_T, reduction="none").cpu())
+        residuals += out.trace.get("residuals", [])
+    ids_T, nll_T = corpus.validation.ids[: count * context].astype(np.int64), torch.cat(nll).double().numpy()
+    # The loss on a token was found at the one before it, across windows too; only the very first has none.
+    found = halting_stats(
+        _texts(ids_T, corpus.tokenizer())[1:],
+        np.concatenate(passes)[1:],
+        read=nll_T[:-1],
+        predicted=nll_T[1:],
+        ranks=_ranks(corpus)[ids_T[1:]],
+    )
+    return found | ({"residuals": residuals} if residuals else {})
+
+
+def _texts(ids_T: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The text that each token completes; nothing for special tokens."""
+    import torch
+
+    from pondera.inference.generate import Stream
+
+    stream = Stream(tokenizer)
+    stream.put(torch.from_numpy(ids_T))
+    special = set(tokenizer.all_special_ids)
+    return ["" if token in special else text for token, text in zip(ids_T.tolist(), stream.tokens, strict=True)]
+
+
+def _ranks(corpus: Corpus) -> np.ndarray:
+    """The place of each id of the vocabulary by its frequency in the training text, from 1: (V,)."""
+    counts_V = np.bincount(corpus.train.ids[:COUNTED].astype(np.int64), minlength=corpus.vocab_size)
+    ranks_V = np.empty_like(counts_V)
+    ranks_V[np.argsort(-counts_V, kind="stable")] = np.arange(1, len(counts_V) + 1)
+    return ranks_V

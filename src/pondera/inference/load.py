@@ -1,0 +1,284 @@
+"""Opens what `eval`, `generate` and the harness are given: a run folder, a model folder, or a hub checkpoint."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pondera.core.errors import UserError, unknown
+from pondera.core.run_folder import Run, is_run
+from pondera.data.text import HUB_NAME, first_line, hub
+from pondera.models import checkpoints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pondera.core.hf import PreTrainedModel
+    from pondera.models.adaptive_lm import AdaptiveLM
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Loaded:
+    """A model, ready to use.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the one saved beside it.
+        name: what to call it in tables.
+        run: the run folder it is from, if it is from one.
+        foreign: not a Pondera model, but another one, wrapped.
+    """
+
+    model: AdaptiveLM
+    tokenizer: PreTrainedTokenizerFast
+    name: str
+    run: Run | None = None
+    foreign: bool = False
+
+
+def load(
+    path: str | Path,
+    device: str | None = None,
+    *,
+    dtype: str | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Loaded:
+    """Loads a model and its tokenizer, completely or not at all.
+
+    Only safetensors are read: unpickling weights would run whatever code is in them. Where there is a manifest, as in
+    all that Pondera trained, every file is held against its hash.
+
+    Args:
+        path: a run folder (its final model, else its newest intact checkpoint), a Pondera model folder, or the folder
+            or hub name of any causal LM of transformers, which comes wrapped as an `AdaptiveLM` that chose nothing.
+        device: where the model goes; none: the accelerator if there is one, else the CPU.
+        dtype: of the weights, one of `DTYPES`; `None` or ``"auto"``: as they are saved.
+        tokenizer: a folder or hub name with another tokenizer than the model's own.
+        revision: branch, tag or commit of a hub model and of its tokenizer.
+        trust_remote_code: run Python code that a checkpoint brings along. Only for code that you have read.
+
+    A tokenizer may have more tokens than the model embeds. Text that gives one of them is refused where it is read.
+
+    Raises:
+        UserError: there is no model, it is damaged, or it has no tokenizer.
+
+    Example::
+
+        loaded = load("runs/ponderlm2")
+        loaded.model(**loaded.tokenizer("Once upon", return_tensors="pt").to(loaded.model.device)).passes
+    """
+    source, run = _find(Path(path).expanduser(), str(path))
+
+    from pondera.models.generation_settings import storable
+
+    if source.is_dir():
+        _check_files(source)
+    if revision not in (None, "main") and source.is_dir():
+        raise UserError(f"revision: {revision!r}: {str(path)!r} is a folder and has no revisions; leave revision out")
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", str(dtype), DTYPES)
+    remote: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    lm = _weights(source, str(path), {**remote, "dtype": dtype or "auto"})
+    vocabulary = _tokenizer(source, str(path), remote) if tokenizer is None else _other_tokenizer(tokenizer, remote)
+    own = lm.config.model_type == "pondera"
+    lm.generation_config = storable(lm.generation_config)
+    _set_special_tokens(lm, vocabulary, own)
+    name = run.config.name if run else source.resolve().name if source.is_dir() else str(path)
+    return Loaded(_placed(lm if own else _wrapped(lm), device), vocabulary, name, run, foreign=not own)
+
+
+def _find(path: Path, given: str) -> tuple[Path, Run | None]:
+    """The folder (or hub name) that holds the weights, and the run around it."""
+    if path.is_file():
+        raise UserError(f"{given!r} is a file; give the folder that holds it: a run, or a model with its config.json")
+    if not path.is_dir():
+        if HUB_NAME.fullmatch(given):
+            return path, None
+        raise UserError(f"no such folder: {given!r}{_near(path)}; give a run or model folder, or a hub name")
+    if is_run(path):
+        run = Run(path)
+        if (run.model_dir / "config.json").is_file():
+            return _whole(run.model_dir), run
+        folder, complaints = checkpoints.newest_intact(run)
+        if folder is None:
+            why = f"has no intact checkpoint: {'; '.join(complaints)}" if complaints else "has no checkpoint yet"
+            raise UserError(f"{given!r} {why}; wait for the next one, or train it again with another --out")
+        for complaint in complaints:
+            log.warning("%s; %s is used instead", complaint, folder.name)
+        return folder, run
+    if (path / "config.json").is_file():
+        return _whole(path), next((Run(above) for above in path.resolve().parents[:2] if is_run(above)), None)
+    runs = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and is_run(entry))
+    hint = f"; it holds the runs {', '.join(runs)}: give one of them" if runs else "; give a run or model folder"
+    raise UserError(f"{given!r} is neither a run nor a model folder (no config.json){hint}")
+
+
+def _whole(folder: Path) -> Path:
+    """The folder, unless its manifest says that it holds something else than was written."""
+    manifest = folder / checkpoints.MANIFEST
+    if manifest.is_file() and (damage := checkpoints.find_damage(folder)):
+        raise UserError(
+            f"{folder} is damaged ({damage}); copy it again, or if you changed it yourself, delete {manifest}"
+        )
+    return folder
+
+
+def _near(path: Path) -> str:
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f"; did you mean {str(path.with_name(near[0]))!r}?" if near else ""
+
+
+def _check_files(folder: Path) -> None:
+    """Refuses weights that are absent, pickled, torn or incomplete, by the name of the file."""
+    from safetensors import SafetensorError, safe_open
+
+    found = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            shards = {folder / name for name in json.loads(index.read_bytes())["weight_map"].values()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is damaged; copy it again") from None
+        if missing := sorted(shards - set(found)):
+            raise UserError(f"{missing[0]}: this part of the weights is missing; copy it beside the others")
+    if not found:
+        pickled = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
+        if pickled:
+            raise UserError(
+                f"{folder} has pickled weights ({pickled[0]}), which may run code when opened, so Pondera does not; "
+                "convert them once: load with transformers where you trust them, then model.save_pretrained(FOLDER)"
+            )
+        raise UserError(f"{folder} has a config.json but no weights (model.safetensors)")
+    for file in found:
+        try:
+            with safe_open(file, "pt"):  # reads the header, and compares what it promises with the size of the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged ({first_line(error)}); copy it again or give another folder") from None
+
+
+def _weights(source: Path, given: str, options: dict[str, Any]) -> Any:
+    """The transformers model, with every weight that its config asks for and no other.
+
+    Args:
+        source: a folder, or a hub name.
+        given: what the user called it.
+        options: more arguments of ``from_pretrained``.
+    """
+    import pondera.models.adaptive_lm  # noqa: F401 (transformers' Auto classes know our models from here on)
+    from pondera.core.hf import AutoModelForCausalLM
+
+    local = source.is_dir()
+    try:
+        with _no_bar() if local else hub():
+            loading: Any = AutoModelForCausalLM.from_pretrained(
+                str(source), use_safetensors=True, output_loading_info=True, local_files_only=local, **options
+            )
+            model, info = loading
+    except UserError:
+        raise
+    except Exception as error:  # a config can ask for anything, and any part of the library can then refuse it
+        what = "its model cannot be loaded" if local else "no such folder here, nor a hub model that loads"
+        near = "" if local else _near(source)
+        raise UserError(f"{given!r}: {what} ({first_line(error)}){near}") from error
+    for kind in ("missing", "unexpected"):
+        if keys := sorted(info[f"{kind}_keys"]):
+            more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+            raise UserError(
+                f"{given!r}: its weights do not fit its config.json: {kind} {', '.join(keys[:3])}{more}; "
+                "give a folder whose files belong to one checkpoint"
+            )
+    return model
+
+
+@contextmanager
+def _no_bar() -> Iterator[None]:
+    """Keeps transformers from showing a bar while it reads weights that are here already."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
+
+
+def _wrapped(lm: PreTrainedModel) -> AdaptiveLM:
+    """An `AdaptiveLM` that chose nothing around a model that is loaded already."""
+    import torch
+
+    from pondera.models.adaptive_lm import AdaptiveLM
+    from pondera.models.backbone import Backbone
+    from pondera.models.config import AdaptiveConfig
+
+    with torch.device("meta"):
+        model = AdaptiveLM(AdaptiveConfig(backbone=lm.config))
+    model.backbone = Backbone(lm)
+    model.generation_config = lm.generation_config
+    return model
+
+
+def _other_tokenizer(given: str | Path, options: dict[str, Any]) -> PreTrainedTokenizerFast:
+    source = Path(given).expanduser()
+    if not source.is_dir() and not HUB_NAME.fullmatch(str(given)):
+        raise UserError(f"tokenizer: no such folder: {str(given)!r}{_near(source)}; give a folder or a hub name")
+    return _tokenizer(source, str(given), {**options, "revision": "main"})
+
+
+def _tokenizer(source: Path, given: str, options: dict[str, Any]) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
+    advice = "save the one it was trained with there: tokenizer.save_pretrained(FOLDER)"
+    local = source.is_dir()
+    if local and not any([*source.glob("tokenizer*"), *source.glob("vocab*")]):
+        raise UserError(f"{given!r}: no tokenizer beside the model; {advice}")
+    try:
+        with nullcontext() if local else hub():
+            tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local, **options)
+    except Exception as error:  # a damaged file surfaces as whatever its parser raises
+        raise UserError(f"{given!r}: its tokenizer cannot be loaded ({first_line(error)}); {advice}") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{given!r}: its tokenizer has no fast version (tokenizer.json); convert it and {advice}")
+    return tokenizer
+
+
+def _set_special_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, own: bool) -> None:
+    """Completes the generation config with the tokenizer's special tokens.
+
+    Ids of a ``generation_config.json`` stay as they are: a chat model has several end tokens. Ids that an architecture
+    has by default mean nothing to a tokenizer that Pondera trained, so for a Pondera model (`own`) the tokenizer's replace
+    them.
+    """
+    config, rows = lm.generation_config, cast(Any, lm.get_input_embeddings()).weight.shape[0]
+    by_default = own and bool(getattr(config, "_from_model_config", False))
+    for role in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        token, known = getattr(tokenizer, role), getattr(config, role)
+        ids = known if isinstance(known, list) else [known]
+        if token is not None and token < rows and (known is None or (by_default and token not in ids)):
+            setattr(config, role, token)
+
+
+def _placed(model: Any, device: str | None) -> AdaptiveLM:
+    import torch
+
+    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    try:
+        return model.eval().to(device or found)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device={device!r} cannot be used here ({first_line(error)}); leave it out") from None

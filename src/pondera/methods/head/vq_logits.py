@@ -1,0 +1,166 @@
+"""VQ-Logits: tokens share the rows of a small codebook in place of an output matrix.
+
+Shapes: B batch, T tokens, N states, D width, V vocabulary, G groups, K codes of a codebook, C = D/G width of its rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pondera.core.errors import UserError, unknown
+from pondera.core.loss_terms import LossTerm
+from pondera.methods.head.base import IGNORED, Head
+
+STARTS = ("auto", "order", "kmeans")
+
+
+class VQLogits(Head):
+    """Scores G x K rows of codebooks, and gives each token the sum of the scores of its codes, plus a bias of its own.
+
+    With one group, tokens that share a code differ by their biases alone, whatever the context, so the likeliest tokens
+    should have codes of their own. With more groups a token is a combination of codes, and K to the power of G tokens can
+    be told apart.
+
+    Source: VQ-Logits, arXiv 2505.10202 (the codebook and the map); the bias, more groups and the exact loss are ours.
+    Cost: K x D multiplications per state in place of V x D, and reading G x V scores.
+    When not to use it: on a vocabulary of a few thousand, where the output matrix is small; or where the rare tokens of a
+    shared code have to be told apart by context and G is 1.
+    Resolved: the paper's map may be fixed or learned; this one is fixed, made by k-means of trained output rows where
+    there are any, and otherwise from the order of ids, as frequent pieces of a BPE come early: with one group the first
+    half of the codes goes to the first tokens, one each, and the rest is dealt out in turn.
+
+    Args:
+        codes: K.
+        groups: G, must divide D.
+        bias: a learnt number for each token.
+        start: ``"kmeans"`` of trained rows, ``"order"`` of ids, or ``"auto"``: whichever can be had, k-means first.
+
+    Example:
+        >>> head = VQLogits(codes=8, groups=2)
+        >>> head.attach(vocabulary=50, width=16)
+        >>> tuple(head(torch.zeros(1, 3, 16)).shape), head.weights
+        ((1, 3, 50), 128)
+    """
+
+    paper = "VQ-Logits (arXiv 2505.10202)"
+    price = "K/V of the output matrix and of its products, and reading G scores per token of the vocabulary"
+
+    code_VG: Tensor
+
+    def __init__(self, codes: int = 512, groups: int = 1, bias: bool = True, start: str = "auto") -> None:
+        super().__init__()
+        for name, value in (("codes", codes), ("groups", groups)):
+            if value < 1:
+                raise UserError(f"{name}={value}: give 1 or more")
+        if start not in STARTS:
+            raise unknown("start", start, STARTS)
+        self.codes, self.groups, self.start, self._biased = codes, groups, start, bias
+
+    def attach(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:
+        """See `Head.attach`."""
+        if width % self.groups:
+            fitting = [count for count in range(1, width + 1) if width % count == 0]
+            near = min(fitting, key=lambda count: abs(count - self.groups))
+            raise UserError(
+                f"VQLogits: groups={self.groups} does not divide the width {width}; the nearest that does is {near}"
+            )
+        if self.start == "kmeans" and rows_VD is None:
+            raise UserError("VQLogits: start='kmeans' needs a backbone that was trained; use start='order'")
+        if rows_VD is not None and self.start != "order":
+            table_GKC, code_VG = _clustered(rows_VD, self.codes, self.groups)
+        else:
+            table_GKC = torch.randn(self.groups, self.codes, width // self.groups) / math.sqrt(width)
+            code_VG = _dealt(vocabulary, self.codes, self.groups)
+        self.table_GKC = nn.Parameter(table_GKC)
+        self.bias_V = nn.Parameter(torch.zeros(vocabulary)) if self._biased else None
+        self.register_buffer("code_VG", code_VG)
+
+    @property
+    def weights(self) -> int:
+        """See `Head.weights`."""
+        return self.table_GKC.numel()
+
+    @property
+    def weight(self) -> Tensor:
+        """The output matrix that scores alike, ``[V, D]``: for those who multiply by it themselves."""
+        return torch.cat([self.table_GKC[group, self.code_VG[:, group]] for group in range(self.groups)], dim=1)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to each token's score, ``[V]``."""
+        return self.bias_V
+
+    def scores(self, h_ND: Tensor) -> Tensor:
+        """Scores of codes, ``[N, G, K]``."""
+        return torch.einsum("ngc,gkc->ngk", h_ND.unflatten(-1, (self.groups, -1)), self.table_GKC.to(h_ND.dtype))
+
+    def forward(self, h_BTD: Tensor) -> Tensor:
+        """See `Head.forward`."""
+        scores_NGK = self.scores(h_BTD.flatten(0, -2))
+        logits_NV = scores_NGK[:, 0].index_select(1, self.code_VG[:, 0])
+        for group in range(1, self.groups):
+            logits_NV = logits_NV + scores_NGK[:, group].index_select(1, self.code_VG[:, group])
+        if self.bias_V is not None:
+            logits_NV = logits_NV + self.bias_V.to(logits_NV.dtype)
+        return logits_NV.view(*h_BTD.shape[:-1], len(self.code_VG))
+
+    def term(self, h_BTD: Tensor, labels_BT: Tensor) -> LossTerm:
+        """See `Head.term`. With one group no tensor is V wide but the biases: log Z = logsumexp_k(score_k + log n_k).
+
+        Here log n_k is the log of the sum of exp(bias) of the tokens of code k: with no bias, of how many they are.
+        """
+        labels_N = labels_BT.reshape(-1).to(h_BTD.device)
+        known_N = labels_N != IGNORED
+        h_ND, labels_N = h_BTD.flatten(0, -2)[known_N], labels_N[known_N]
+        if self.groups > 1:
+            return LossTerm(F.cross_entropy(self(h_ND[None])[0].float(), labels_N, reduction="sum"), known_N.sum())
+        scores_NK = self.scores(h_ND)[:, 0].float()
+        own_N = scores_NK.gather(1, self.code_VG[labels_N]).squeeze(1) + self._biases()[labels_N]
+        return LossTerm((torch.logsumexp(scores_NK + self.shares(), 1) - own_N).sum(), known_N.sum())
+
+    def shares(self) -> Tensor:
+        """What a code's score has to be raised by to stand for all of its tokens, ``[K]``; one group only."""
+        biases_V, code_V = self._biases(), self.code_VG[:, 0]
+        most_K = torch.full((self.codes,), -math.inf, device=biases_V.device).scatter_reduce(
+            0, code_V, biases_V.detach(), "amax"
+        )
+        shift_K = most_K.nan_to_num(neginf=0.0)
+        sums_K = torch.zeros_like(shift_K).index_add(0, code_V, (biases_V - shift_K[code_V]).exp())
+        return shift_K + sums_K.log()
+
+    def _biases(self) -> Tensor:
+        return (
+            self.bias_V.float()
+            if self.bias_V is not None
+            else torch.zeros(len(self.code_VG), device=self.code_VG.device)
+        )
+
+
+def _dealt(vocabulary: int, codes: int, groups: int) -> Tensor:
+    """Codes from ids alone."""
+    ids_V = torch.arange(vocabulary)
+    if groups > 1:
+        # The digits of the id, so that as many tokens as there are combinations differ; mixed, so that neighbours differ
+        # in all of them.
+        digits = [(ids_V // codes**place) % codes for place in range(groups)]
+        mixed = [sum(digits[: place + 1]) % codes for place in range(groups)]
+        return torch.stack([torch.as_tensor(digit) for digit in mixed], 1)
+    own = min(vocabulary, codes // 2) if vocabulary > codes else vocabulary
+    return torch.where(ids_V < own, ids_V, own + (ids_V - own) % max(1, codes - own))[:, None]
+
+
+def _clustered(rows_VD: Tensor, codes: int, groups: int) -> tuple[Tensor, Tensor]:
+    """Codebooks and codes of trained rows."""
+    from pondera.methods.quantize.common.kmeans import kmeans
+    from pondera.methods.quantize.common.nearest import nearest
+
+    draw, tables, found = torch.Generator().manual_seed(0), [], []
+    for part_VC in rows_VD.detach().float().cpu().unflatten(1, (groups, -1)).unbind(1):
+        table_KC, _ = kmeans(part_VC.contiguous(), codes, draw)
+        tables.append(table_KC)
+        found.append(nearest(part_VC, table_KC))
+    return torch.stack(tables), torch.stack(found, 1)

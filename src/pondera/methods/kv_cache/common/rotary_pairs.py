@@ -1,0 +1,115 @@
+"""Which dimensions of a key turn with its position, and how fast.
+
+Shapes: P rotation pairs of a head, D head width, S tokens. In docstrings ``...`` are any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pondera.core.errors import UserError
+from pondera.core.hf import PreTrainedConfig
+from pondera.methods.kv_cache.base import head_dim
+
+INTERLEAVED = {
+    "codegen",
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "glm",
+    "glm4",
+    "gptj",
+    "helium",
+    "llama4_text",
+}
+"""Models that turn dimensions 0 and 1, 2 and 3, ...; all others turn dimension i with i + P."""
+
+
+def rotation_pairs(config: PreTrainedConfig) -> list[tuple[int, int]]:
+    """The dimensions of each rotation pair, the fastest first; those that do not turn are in none.
+
+    Args:
+        config: text config of the model.
+
+    Raises:
+        UserError: its keys do not turn, or only a part of them that is laid out in a way of its own.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> rotation_pairs(LlamaConfig(hidden_size=32, num_attention_heads=4))
+        [(0, 4), (1, 5), (2, 6), (3, 7)]
+    """
+    width, turning = head_dim(config), _turning(config)
+    latent = getattr(config, "kv_lora_rank", None)
+    if not turning or latent:
+        why = "keeps keys of latent attention" if latent else "has no rotary positions"
+        raise UserError(
+            f'{config.model_type} {why}, so its keys have no rotation pairs; use branches=1 and key_stage="post_rope"'
+        )
+    pairs = int(width * turning) // 2
+    if config.model_type in INTERLEAVED:
+        return [(2 * pair, 2 * pair + 1) for pair in range(pairs)]
+    return [(pair, pair + pairs) for pair in range(pairs)]
+
+
+def _turning(config: PreTrainedConfig) -> float:
+    """The share of a head's dimensions that turn; 0 where positions are not rotary."""
+    told: Any = getattr(config, "rope_parameters", None)
+    if isinstance(told, Mapping) and "full_attention" in told:
+        told = told["full_attention"]
+    if getattr(config, "rotary_dim", None):  # GPT-J and its like
+        return config.rotary_dim / head_dim(config)
+    if not isinstance(told, Mapping) or not told:
+        return 0.0
+    share = told.get("partial_rotary_factor")
+    return float(share if share is not None else getattr(config, "partial_rotary_factor", None) or 1.0)
+
+
+def branches(pairs: list[tuple[int, int]], width: int, cut: int) -> list[list[int]]:
+    """Dimensions of a head by how fast they turn: the first pairs, then all others.
+
+    Args:
+        pairs: see `rotation_pairs`.
+        width: D.
+        cut: pairs in the first branch.
+
+    Raises:
+        UserError: one of the branches would be empty.
+
+    Example:
+        >>> branches([(0, 4), (1, 5), (2, 6), (3, 7)], 8, cut=2)
+        [[0, 4, 1, 5], [2, 3, 6, 7]]
+    """
+    fast = [dim for pair in pairs[: max(0, cut)] for dim in pair]
+    slow = [dim for dim in range(width) if dim not in fast]
+    if not fast or not slow:
+        most = len(pairs) - (2 * len(pairs) == width)
+        raise UserError(
+            f"cut={cut}: a head has {len(pairs)} rotation pairs in {width} dimensions, and each branch needs some; "
+            + (f"give 1 to {most}, or use branches=1" if most else "use branches=1")
+        )
+    return [fast, slow]
+
+
+def apply_rotary(x: Tensor, position: Tensor, pairs_2P: Tensor, frequency_P: Tensor) -> Tensor:
+    """Turns every rotation pair by its frequency times a position; by minus a position it turns back.
+
+    Args:
+        x: ``[..., S, D]``.
+        position: ``[..., S]``, of shapes that broadcast.
+        pairs_2P: the dimensions of each rotation pair.
+        frequency_P: radians per position.
+    """
+    angle = position[..., None] * frequency_P
+    cosine, sine = angle.cos(), angle.sin()
+    one, two = x[..., pairs_2P[0]], x[..., pairs_2P[1]]
+    turned = x.to(torch.promote_types(x.dtype, angle.dtype)).clone()
+    turned[..., pairs_2P[0]] = one * cosine - two * sine
+    turned[..., pairs_2P[1]] = two * cosine + one * sine
+    return turned

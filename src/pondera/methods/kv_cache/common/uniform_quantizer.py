@@ -1,0 +1,92 @@
+"""Rows as small integers between a least number and a step, which a few numbers share.
+
+Shapes: B batch, G KV heads, S tokens, D head width, g numbers that share a step, b bits of a number.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pondera.core.errors import UserError
+from pondera.methods.kv_cache.common.codec import Codec, Parts
+
+BITS = (1, 2, 4, 8)
+
+
+class UniformQuantizer(Codec):
+    """Every number is rounded to one of ``2 ** bits`` levels from the least to the greatest of its group.
+
+    Codes are packed along the head's width, ``codes`` ``[B, G, S, D * bits / 8]``, uint8, the first number in the lowest
+    bits. Beside them stand ``least`` and ``step`` in float16: of a channel over `group` tokens, ``[B, G, S / g, D]``, or of a
+    token over `group` channels, ``[B, G, S, D / g]``.
+
+    Args:
+        bits: 1, 2, 4 or 8.
+        group: g.
+        by_channel: a group is one channel of consecutive tokens; otherwise consecutive channels of one token.
+
+    Example:
+        >>> coder = UniformQuantizer(bits=2, group=4, by_channel=False)
+        >>> parts = coder.encode(torch.tensor([[[[0.0, 1.0, 2.2, 3.0]]]]), None)
+        >>> parts["codes"].tolist(), coder.decode(parts, None).tolist()
+        ([[[[228]]]], [[[[0.0, 1.0, 2.0, 3.0]]]])
+    """
+
+    def __init__(self, bits: int, group: int, by_channel: bool) -> None:
+        self.bits, self.group, self.by_channel = bits, group, by_channel
+        self.unit = group if by_channel else 1
+
+    def entry(self, name: str) -> int:
+        """See `Codec.entry`."""
+        return 1 if name == "codes" else self.unit
+
+    def encode(self, x_BGSD: Tensor, position_BS: Tensor | None = None) -> Parts:
+        """See `Codec.encode`."""
+        x = self._in_groups(x_BGSD.to(torch.promote_types(x_BGSD.dtype, torch.float32)))
+        axis = 3 if self.by_channel else 4
+        least, most = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
+        # Rounded as they are stored, so that codes fit what they will be decoded by.
+        least, step = least.half(), ((most - least) / (2**self.bits - 1)).half()
+        levels = ((x - least) / step.float().clamp(min=1e-7)).round().clamp(0, 2**self.bits - 1)
+        codes = self._packed(levels.to(torch.uint8).view(x_BGSD.shape))
+        return {"codes": codes, "least": least.squeeze(axis), "step": step.squeeze(axis)}
+
+    def decode(self, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
+        """See `Codec.decode`."""
+        axis = 3 if self.by_channel else 4
+        levels = self._in_groups(self._unpacked(parts["codes"]).float())
+        least, step = (parts[name].float().unsqueeze(axis) for name in ("least", "step"))
+        x = torch.addcmul(least, levels, step)
+        return x.flatten(2, 3) if self.by_channel else x.flatten(3, 4)
+
+    def _in_groups(self, x_BGSD: Tensor) -> Tensor:
+        return x_BGSD.unflatten(2, (-1, self.group)) if self.by_channel else x_BGSD.unflatten(3, (-1, self.group))
+
+    def _packed(self, levels_BGSD: Tensor) -> Tensor:
+        if self.bits == 8:
+            return levels_BGSD
+        places = levels_BGSD.unflatten(-1, (-1, 8 // self.bits)).unbind(-1)
+        packed = places[0].clone()
+        for number, place in enumerate(places[1:], 1):
+            packed |= place << (self.bits * number)
+        return packed
+
+    def _unpacked(self, codes: Tensor) -> Tensor:
+        if self.bits == 8:
+            return codes
+        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)
+        return ((codes[..., None] >> shifts) & (2**self.bits - 1)).flatten(-2)
+
+
+def check_bits(bits: int, width: int) -> None:
+    """Refuses numbers of bits that are not packed here, and heads that do not fill whole bytes.
+
+    Args:
+        bits: of a number.
+        width: D.
+    """
+    if width * bits % 8:
+        raise UserError(
+            f"bits={bits}: a head of width {width} does not fill whole bytes; give more bits, 8 fit any head"
+        )

@@ -1,0 +1,67 @@
+"""A memory around another: what it does not do itself, the other does."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from pondera.cache.kv_store import KVStore
+from pondera.cache.layer import AttentionCall
+from pondera.cache.slot_attention import AttentionObservation
+from pondera.cache.slot_layer import KVStoreLayer
+from pondera.core.hf import PreTrainedConfig, PreTrainedModel
+from pondera.methods.kv_cache.base import KVCache
+from pondera.methods.kv_cache.common.policy import Policy
+
+
+class PolicyWrapper(Policy):
+    """Hands every question on to another memory of slots.
+
+    Args:
+        policy: the other.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        super().__init__()
+        self.policy = policy
+        self.watches, self.selects, self.exact = policy.watches, policy.selects, policy.exact
+        self.prompt_only = policy.prompt_only
+
+    @property
+    def fresh(self) -> dict[str, float]:
+        """See `Policy.fresh`."""
+        return self.policy.fresh
+
+    @property
+    def by_head(self) -> bool:
+        """See `Policy.by_head`."""
+        return self.policy.by_head
+
+    def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
+        """See `Memory.check`."""
+        self.policy.check(config, layers)
+
+    def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
+        """See `Memory.layer`: the policy's, which asks the wrapper."""
+        layer = self.policy.layer(config, index, among)
+        layer.memory = self
+        return layer
+
+    def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
+        """See `Memory.prepare`."""
+        self.policy.prepare(model, cache)
+
+    def select(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
+        """See `Policy.select`."""
+        return self.policy.select(layer, table, query_BGRTD, call)
+
+    def watched(self, layer: KVStoreLayer, call: AttentionCall) -> int:
+        """See `Policy.watched`."""
+        return self.policy.watched(layer, call)
+
+    def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
+        """See `Policy.observe`."""
+        self.policy.observe(layer, table, seen)
+
+    def settle(self, layer: KVStoreLayer) -> bool:
+        """See `Policy.settle`."""
+        return self.policy.settle(layer)

@@ -1,0 +1,117 @@
+"""DapQ: the prompt is judged by queries that stand where the answer will.
+
+Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, D head width, F frequencies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pondera.cache.kv_store import KVStore
+from pondera.cache.slot_attention import AttentionObservation, scores
+from pondera.cache.slot_layer import KVStoreLayer
+from pondera.core.errors import UserError
+from pondera.core.hf import PreTrainedModel
+from pondera.methods.kv_cache.base import KVCache, KVCacheMethod
+from pondera.methods.kv_cache.common.policy import Policy
+from pondera.methods.kv_cache.common.wrapper import PolicyWrapper
+from pondera.methods.kv_cache.snap_kv import SnapKV
+from pondera.models.backbone import LAYOUTS
+
+
+class DapQ(PolicyWrapper):
+    """Around `SnapKV`: the queries of its window are turned to the positions that come after the prompt.
+
+    What a query looks at depends more on where it stands than on what it says; so queries that stand where the answer will
+    stand are the better guess of what the answer will look at.
+
+    Source: DapQ, arXiv 2603.11564.
+    Cost: as the policy's; the window's products are taken twice.
+    When not to use it: on models without rotary positions, or where the policy alone does.
+    Resolved: the paper appends pseudo tokens and runs them through the model. Here the window's own queries are rotated on to
+    the positions after the prompt, which takes no further pass: a variant of ours. A query that was moved sees the whole
+    prompt. What the window holds is kept as in `SnapKV`.
+
+    Args:
+        policy: `SnapKV`, or another policy that watches the end of a prompt; none: ``SnapKV()``.
+        ahead: positions by which queries are moved; none: as many as the window has, so that they stand on the first
+            positions of the answer; 0: the policy alone.
+
+    Example:
+        >>> DapQ(SnapKV(512, window=32)).ahead
+        32
+    """
+
+    paper: ClassVar[str] = "DapQ, arXiv 2603.11564"
+    price: ClassVar[str] = "the policy's; a few more rows of scores at the end of the prompt"
+
+    def __init__(self, policy: KVCacheMethod | None = None, ahead: int | None = None) -> None:
+        policy = SnapKV() if policy is None else policy
+        if not isinstance(policy, Policy) or not policy.prompt_only:
+            raise UserError(
+                f"DapQ({type(policy).__name__}(...)): give a policy that watches the end of the prompt, e.g. DapQ(SnapKV(512))"
+            )
+        super().__init__(policy)
+        self.ahead = policy.watches if ahead is None else ahead
+        if self.ahead < 0:
+            raise UserError(f"ahead={ahead}: give a number of positions, 0 or more")
+        self.frequency_F: Tensor | None = None
+
+    def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
+        """See `KVCacheMethod.prepare`."""
+        frequency_F = rotary_frequencies(model) if self.ahead else None
+        if self.frequency_F is not None and not (
+            frequency_F is not None and torch.equal(frequency_F, self.frequency_F)
+        ):
+            raise UserError(
+                "this DapQ has made caches for a model with other rotary positions; build one for each model"
+            )
+        self.frequency_F = frequency_F
+        super().prepare(model, cache)
+
+    def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
+        """See `Policy.observe`."""
+        if self.frequency_F is not None:
+            query_BGRTD = rotated(seen.query_BGRTD, self.ahead * self.frequency_F)
+            score_BGRTS = scores(query_BGRTD, table.keys, table.real[:, :, None], seen.scaling, seen.softmax)
+            seen = dataclasses.replace(seen, query_BGRTD=query_BGRTD, score_BGRTS=score_BGRTS)
+        self.policy.observe(layer, table, seen)
+
+
+def rotated(query_BGRTD: Tensor, angle_F: Tensor) -> Tensor:
+    """Queries after rotary embedding, as if they stood further on.
+
+    Args:
+        query_BGRTD: of which the first ``2 F`` coordinates are rotated, the first half with the second.
+        angle_F: by how much.
+    """
+    cos_F, sin_F = (part.to(query_BGRTD) for part in (angle_F.cos(), angle_F.sin()))
+    F = len(angle_F)
+    first, second, rest = query_BGRTD.split([F, F, query_BGRTD.shape[-1] - 2 * F], dim=-1)
+    return torch.cat([first * cos_F - second * sin_F, second * cos_F + first * sin_F, rest], dim=-1)
+
+
+def rotary_frequencies(model: PreTrainedModel) -> Tensor:
+    """``[F]``: angle per position of each pair of coordinates, in the layers that attend to everything.
+
+    Raises:
+        UserError: an architecture whose rotary positions are not known, or that change with the length of the text.
+    """
+    config = model.config.get_text_config(decoder=True)
+    layout = LAYOUTS.get(config.model_type)
+    if layout is None or layout.rotary is None:
+        known = ", ".join(sorted(name for name, each in LAYOUTS.items() if each.rotary))
+        raise UserError(
+            f"{config.model_type}: DapQ moves queries by rotary positions, and is known to work on {known}; use SnapKV"
+        )
+    rotary = getattr(model.get_decoder(), layout.rotary)
+    kind = rotary.rope_type
+    kind = kind["full_attention"] if isinstance(kind, dict) else kind
+    if kind not in ("default", "linear", "llama3", "yarn"):
+        raise UserError(f"rotary positions of type {kind!r} change with the length of the text; use SnapKV")
+    name = "full_attention_inv_freq" if hasattr(rotary, "full_attention_inv_freq") else "inv_freq"
+    return getattr(rotary, name).detach().float()

@@ -1,0 +1,420 @@
+"""VQKV: the middle of the past as codes of residual codebooks, fitted once to a frozen model.
+
+Shapes: G KV heads, D head width, J KV heads that are one vector, N vectors, C width of a codebook, K codes, L stages.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from pondera.core import spec
+from pondera.core.errors import UserError, unknown
+from pondera.core.hf import PreTrainedConfig, PreTrainedModel
+from pondera.core.run_folder import write_atomic
+from pondera.methods.kv_cache.base import compressible, head_dim, kv_heads
+from pondera.methods.kv_cache.common.calibration import clustered, collect, learned, residual_tables
+from pondera.methods.kv_cache.common.codebooks import ONE_BYTE, TWO_BYTES, Codebooks, RotaryCodebooks
+from pondera.methods.kv_cache.common.codec import Codec
+from pondera.methods.kv_cache.common.rotary_pairs import apply_rotary, rotation_pairs
+from pondera.methods.kv_cache.common.rotary_pairs import branches as by_speed
+from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
+from pondera.methods.quantize.base import Quantizer
+from pondera.methods.quantize.sim_vq import SimVQ
+
+KEY_STAGES = ("post_rope", "pre_rope")
+WIDTHS = ("head", "layer")
+FITTINGS = ("simvq", "kmeans")
+VECTORS_PER_CODE = 16
+"""Calibration vectors for each code of a codebook, at least."""
+FILE = "memory.safetensors"
+
+log = logging.getLogger(__name__)
+
+
+class VQKV(SinkWindowCache):
+    """Keeps the first tokens and the latest exactly, and of those between a few small integers each.
+
+    A key or value is the sum of one row of each of L codebooks; the rows' numbers are what is kept. The codebooks are fitted
+    offline to keys and values of ordinary text (`fit`); the model's weights stay as they are.
+
+    Source: VQKV, arXiv 2603.16435: RSimVQ, three regions, keys in two branches, 82.8 % fewer bytes at 2.75 bits per value.
+    Cost: `fit` takes minutes on a CPU for models of some million parameters. A step costs L additions per past token, head
+    and query for scores and as many for values, instead of D multiplications; coding a token L searches among K rows. The
+    tables take ``2 L K C`` bytes for keys and for values of each layer, once per model (`table_bytes`).
+    When not to use it: for texts hardly longer than window and sinks; where the text is far from what it was fitted to.
+    Resolved: the paper's code was not to be had. Vectors are single KV heads, whose layer shares its codebooks, or with
+    ``width="layer"`` all KV heads of a layer together. Stages are fitted one after another, each to what those before it
+    left, scaled to unit root mean square; the scale is folded into the tables, which are float16. Branches get stages in
+    proportion to their dimensions. `sinks` tokens of each calibration text are left out, as they are never coded.
+
+    Bits become stages in this way: a head's key and value together get ``floor(2 * bits * D / b)`` stages, b being 8 for up
+    to 256 codes and 16 above, of which the value has half, rounded down. So the rate is never above what was asked for; it
+    is below where b does not divide (`rate` says what it is): at D = 16 with 2.75 bits there are 11 stages, 6 of the key.
+
+    Args:
+        bits: per cached number, exact rows and tables not counted.
+        window: the latest tokens, exact; see `SinkWindowCache`.
+        sinks: the first tokens, exact.
+        codes: K.
+        branches: 2: the dimensions of keys that turn fast with position and those that turn slowly have codebooks of their
+            own; 1: they have not.
+        cut: rotation pairs that count as fast; none: half of them.
+        key_stage: keys are coded as they are kept, ``"post_rope"``; or turned back to position 0, ``"pre_rope"``, for
+            which every decoding turns them again and scores cannot be summed up from codes.
+        width: ``"head"`` or ``"layer"``: what is one vector.
+        fitting: ``"simvq"`` by gradient, or ``"kmeans"``.
+        quantizer: description of a stage that learns, with `codes` codes; none: ``SimVQ(codes, start="match")``.
+        every: tokens coded at a time; see `SinkWindowCache`.
+        steps: of fitting, per stage.
+        vectors: calibration vectors per codebook, at most; none: 65,536, or as many as K codes need.
+        seed: of fitting.
+
+    Example:
+        >>> from transformers import LlamaConfig
+        >>> config = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
+        >>> memory = VQKV(bits=2.75)
+        >>> memory.token_bytes(config), 1 - memory.rate(config) / 16  # of a layer, for one token; and what is saved
+        (704, 0.828125)
+    """
+
+    paper: ClassVar[str] = "VQKV, arXiv 2603.16435"
+    price: ClassVar[str] = "bits / 16 of the past's bytes, window and tables beside; codebooks are fitted once"
+
+    is_fitted: Tensor
+
+    def __init__(
+        self,
+        bits: float = 2.75,
+        window: int = 128,
+        sinks: int = 4,
+        codes: int = 256,
+        branches: int = 2,
+        cut: int | None = None,
+        key_stage: str = "post_rope",
+        width: str = "head",
+        fitting: str = "simvq",
+        quantizer: Quantizer | None = None,
+        every: int = 16,
+        steps: int = 100,
+        vectors: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(window, sinks, every)
+        if isinstance(bits, bool) or not 0 < bits <= 16:
+            raise UserError(f"bits={bits!r}: give bits per cached number, above 0 and at most 16; 2.75 is the paper's")
+        if isinstance(codes, bool) or not isinstance(codes, int) or not 2 <= codes <= TWO_BYTES:
+            raise UserError(f"codes={codes!r}: give 2 to {TWO_BYTES}; up to {ONE_BYTE} are stored in one byte each")
+        if branches not in (1, 2):
+            raise UserError(f"branches={branches!r}: give 1 or 2")
+        for name, given, allowed in (
+            ("key_stage", key_stage, KEY_STAGES),
+            ("width", width, WIDTHS),
+            ("fitting", fitting, FITTINGS),
+        ):
+            if given not in allowed:
+                raise unknown(name, given, allowed)
+        vectors = max(65536, VECTORS_PER_CODE * codes) if vectors is None else vectors
+        if steps < 1 or vectors < VECTORS_PER_CODE * codes:
+            raise UserError(
+                f"steps={steps}, vectors={vectors}: give 1 step or more, and at least {VECTORS_PER_CODE} vectors for each of "
+                f"{codes} codes, {VECTORS_PER_CODE * codes}"
+            )
+        if quantizer is not None and (getattr(quantizer, "codes", None) != codes or quantizer.dim):
+            raise UserError(
+                f"quantizer={quantizer!r}: give the description of a codebook with {codes} codes, such as "
+                f"SimVQ({codes}, hidden=64); the number of stages comes from bits"
+            )
+        self.bits, self.codes, self.branches, self.cut = bits, codes, branches, cut
+        self.key_stage, self.width, self.fitting, self.quantizer_spec = key_stage, width, fitting, quantizer
+        self.steps, self.vectors, self.seed = steps, vectors, seed
+        self.register_buffer("is_fitted", torch.tensor(False))
+        self.fingerprint: dict[str, Any] | None = None
+        self._made: dict[int, tuple[Any, tuple[Codec, Codec]]] = {}
+
+    # What it takes
+
+    def layout(self, config: PreTrainedConfig) -> tuple[list[list[int]], list[int], int]:
+        """The dimensions of each branch of keys and its stages, and the stages of values.
+
+        Raises:
+            UserError: so few bits that there is a codebook without a stage, or keys that cannot be divided.
+        """
+        D, joined = head_dim(config), self._joined(config)
+        total = int(2 * self.bits * D * joined / self.index_bits)
+        values = total // 2
+        keys = total - values
+        if values < 1 or keys < self.branches:
+            least = (2 * self.branches - (self.branches > 1)) * self.index_bits / (2 * D * joined)
+            raise UserError(
+                f"bits={self.bits}: with heads of width {D} and {self.index_bits} bits per code that is fewer than one stage "
+                f"of each codebook; give at least {least:g}" + (", or branches=1" if self.branches > 1 else "")
+            )
+        if self.key_stage == "pre_rope":
+            rotation_pairs(config)  # refuses models that do not turn keys
+        if self.branches == 1:
+            return [list(range(D))], [keys], values
+        pairs = rotation_pairs(config)
+        dims = by_speed(pairs, D, len(pairs) // 2 if self.cut is None else self.cut)
+        fast = min(keys - 1, max(1, round(keys * len(dims[0]) / D)))
+        return dims, [fast, keys - fast], values
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of a code as it is stored."""
+        return 8 if self.codes <= ONE_BYTE else 16
+
+    def _joined(self, config: PreTrainedConfig) -> int:
+        return kv_heads(config) if self.width == "layer" else 1
+
+    def token_bytes(self, config: PreTrainedConfig) -> int:
+        """Bytes of one coded token in one layer."""
+        _, keys, values = self.layout(config)
+        return (sum(keys) + values) * self.index_bits // 8 * kv_heads(config) // self._joined(config)
+
+    def rate(self, config: PreTrainedConfig) -> float:
+        """See `SinkWindowCache.rate`."""
+        return 8 * self.token_bytes(config) / (2 * kv_heads(config) * head_dim(config))
+
+    def saving(self, config: PreTrainedConfig, tokens: int | None = None, number_bytes: int = 2) -> float:
+        """The share of the cache's bytes that is saved, tables not counted.
+
+        Args:
+            config: text config of the model.
+            tokens: of a text, window and sinks included; none: in the limit of long texts.
+            number_bytes: of an exact number.
+        """
+        exact = 2 * number_bytes * kv_heads(config) * head_dim(config)
+        if tokens is None:
+            return 1 - self.token_bytes(config) / exact
+        coded = max(0, tokens - self.sinks - self.window) // self.every * self.every
+        return 1 - ((tokens - coded) * exact + coded * self.token_bytes(config)) / (tokens * exact)
+
+    def table_bytes(self, config: PreTrainedConfig) -> int:
+        """Bytes of all codebooks, once per model: 2 L K C of each."""
+        dims, keys, values = self.layout(config)
+        J = self._joined(config)
+        widths = sum(len(each) * J * stages for each, stages in zip(dims, keys, strict=True))
+        return 2 * self.codes * (widths + values * head_dim(config) * J) * len(compressible(config))
+
+    # Codebooks
+
+    @property
+    def fitted(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """See `Memory.fitted`."""
+        return not self.is_fitted.is_meta and bool(self.is_fitted)
+
+    def attach(self, config: PreTrainedConfig) -> None:
+        """See `Memory.attach`: empty codebooks, of the shapes that this model needs."""
+        dims, keys, values = self.layout(config)
+        self.fingerprint = _fingerprint(config)
+        D, J = head_dim(config), self._joined(config)
+        for index in range(len(compressible(config))):
+            for branch, (each, stages) in enumerate(zip(dims, keys, strict=True)):
+                shape = (stages, self.codes, J * len(each))
+                self.register_buffer(f"keys_{index}_{branch}", torch.zeros(shape, dtype=torch.float16))
+            self.register_buffer(f"values_{index}", torch.zeros(values, self.codes, J * D, dtype=torch.float16))
+        if self.key_stage == "pre_rope":
+            self.register_buffer("frequency_P", torch.zeros(len(rotation_pairs(config))))
+
+    def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
+        """See `Memory.check`: refuses codebooks of another model."""
+        mine, theirs = self.fingerprint, _fingerprint(config)
+        if mine != theirs:
+            raise UserError(
+                f"these codebooks were fitted to {_words(mine or {})}, and this model is {_words(theirs)}; "
+                "fit codebooks to this model: memory.fit(model, samples)"
+            )
+
+    def coders(self, config: PreTrainedConfig, index: int) -> tuple[Codec, Codec]:
+        """See `SinkWindowCache.coders`."""
+        dims, _, _ = self.layout(config)
+        keys = [self.get_buffer(f"keys_{index}_{branch}") for branch in range(len(dims))]
+        values = self.get_buffer(f"values_{index}")
+        state = [(table.data_ptr(), table._version) for table in (*keys, values)]
+        known, made = self._made.get(index, (None, None))
+        if made is None or known != state:
+            made = self._coders(config, dims, keys, values)
+            self._made[index] = (state, made)
+        return made
+
+    def _coders(
+        self, config: PreTrainedConfig, dims: list[list[int]], keys: list[Tensor], values: Tensor
+    ) -> tuple[Codec, Codec]:
+        G, J, device = kv_heads(config), self._joined(config), values.device
+        of_keys: Codec = Codebooks(keys, [torch.tensor(each, device=device) for each in dims], G, J)
+        if self.key_stage == "pre_rope":
+            pairs_2P = torch.tensor(rotation_pairs(config), device=device).T
+            of_keys = RotaryCodebooks(of_keys, pairs_2P, self.get_buffer("frequency_P"))
+        return of_keys, Codebooks([values], [torch.arange(head_dim(config), device=device)], G, J)
+
+    def fit(self, model: PreTrainedModel, samples: Iterable[Tensor]) -> Self:
+        """Fits the codebooks to what a model keeps of text.
+
+        Args:
+            model: frozen; any causal LM of transformers.
+            samples: token ids, ``[B, T]`` each, without padding; read until there are enough.
+
+        Raises:
+            UserError: too little text, a model whose keys are laid out in a way that this does not know, or rotary
+                frequencies that change with the length of the text (only for ``key_stage="pre_rope"``).
+        """
+        config = model.config.get_text_config(decoder=True)
+        layers, J = compressible(config), self._joined(config)
+        per_token = kv_heads(config) // J
+        self.attach(config)
+        self.to(model.device)
+        keys, values, position_N = collect(model, samples, layers, self.sinks, -(-self.vectors // per_token))
+        least = -(-VECTORS_PER_CODE * self.codes // per_token)
+        if len(position_N) < least:
+            raise UserError(
+                f"calibration text too short: codebooks of {self.codes} codes need {least} tokens after the first {self.sinks} "
+                f"of each sample, and there are {len(position_N)}; give {least - len(position_N)} more"
+            )
+        if keys[0].shape[-1] != head_dim(config) or values[0].shape[-1] != head_dim(config):
+            raise UserError(
+                f"{config.model_type}: keys of width {keys[0].shape[-1]} and values of width {values[0].shape[-1]} where "
+                f"heads have {head_dim(config)}; VQKV does not know this layout"
+            )
+        if self.key_stage == "pre_rope":
+            self.get_buffer("frequency_P").copy_(_frequencies(model, config))
+            pairs_2P = torch.tensor(rotation_pairs(config), device=model.device).T
+            keys = [apply_rotary(each, -position_N, pairs_2P, self.get_buffer("frequency_P")) for each in keys]
+        for index in range(len(layers)):
+            self._fit_layer(config, index, keys[index], values[index])
+            error = self._errors(config, index, keys[index], values[index])
+            log.info("VQKV: layer %d of %d fitted; error of keys %.3f, of values %.3f", index + 1, len(layers), *error)
+        self.is_fitted.fill_(True)
+        return self
+
+    def _fit_layer(self, config: PreTrainedConfig, index: int, keys_GND: Tensor, values_GND: Tensor) -> None:
+        """Fills a layer's tables."""
+        if self.fitting == "kmeans":
+            stage = clustered(self.codes)
+        else:
+            stage = learned(self.quantizer_spec or SimVQ(self.codes, start="match"), self.steps)
+        dims, key_stages, value_stages = self.layout(config)
+        parts = [(f"keys_{index}_{branch}", keys_GND[..., each]) for branch, each in enumerate(dims)]
+        parts.append((f"values_{index}", values_GND))
+        for place, ((name, x_GNC), stages) in enumerate(zip(parts, [*key_stages, value_stages], strict=True)):
+            x_NC = x_GNC.unflatten(0, (-1, self._joined(config))).transpose(1, 2).flatten(2).flatten(0, 1)
+            seed = self.seed * 1_000_003 + index * 101 + place
+            self.get_buffer(name).copy_(residual_tables(x_NC, stages, stage, seed))
+
+    def _errors(self, config: PreTrainedConfig, index: int, keys_GND: Tensor, values_GND: Tensor) -> list[float]:
+        """The share of keys' and of values' squares that is left, of some of the vectors that codebooks were fitted to."""
+        coders = self.coders(config, index)
+        keys = coders[0].of if isinstance(coders[0], RotaryCodebooks) else coders[0]
+        found = []
+        for coder, x_GND in ((keys, keys_GND), (coders[1], values_GND)):
+            some_BGSD = x_GND[None, :, :4096]
+            rest = coder.decode(coder.encode(some_BGSD, None), None) - some_BGSD
+            found.append(float(rest.square().sum() / some_BGSD.square().sum()))
+        return found
+
+    def at(self, bits: float, config: PreTrainedConfig) -> VQKV:
+        """The same codebooks without their last stages: what `fit` would have found with these bits.
+
+        Args:
+            bits: at most what these were fitted with.
+            config: text config of the model.
+
+        Raises:
+            UserError: more bits than there are stages for, or nothing was fitted yet.
+        """
+        if not self.fitted or bits > self.bits:
+            raise UserError(f"at({bits}): give at most the {self.bits} bits of codebooks that have been fitted")
+        self.check(config, [])
+        told = spec.parse(repr(self))
+        made = spec.build(replace(told, args=(), kwargs=told.kwargs | {"bits": bits}), "memory")
+        made.attach(config)
+        for name, table in self.named_buffers():
+            wanted = made.get_buffer(name)
+            made.register_buffer(name, table[: len(wanted)].clone() if wanted.ndim else table.clone())
+        return made
+
+    # On disk
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes the codebooks into a folder, such as that of the model, as ``memory.safetensors``.
+
+        Raises:
+            UserError: there are none yet.
+        """
+        from safetensors.torch import save
+
+        if not self.fitted:
+            raise UserError("this VQKV has no codebooks to save yet: memory.fit(model, samples)")
+        path = Path(folder) / FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        told = {"memory": repr(self), "fingerprint": json.dumps(self.fingerprint)}
+        write_atomic(path, save({name: table.contiguous() for name, table in self.state_dict().items()}, told))
+        return path
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Reads what `save` wrote: a fitted memory.
+
+        Raises:
+            UserError: there is nothing in this folder, or something else.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / FILE
+        try:
+            with safe_open(path, "pt") as file:
+                told = file.metadata() or {}
+                tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            described, fingerprint = told["memory"], json.loads(told["fingerprint"])
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file; write it with memory.save({str(folder)!r})") from None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path}: these are no codebooks of VQKV ({error})") from None
+        made = spec.build(described, "memory")
+        if not isinstance(made, cls):
+            raise UserError(f"{path}: holds {described}, not a {cls.__name__}")
+        for name, table in tables.items():
+            if name.split("_")[0] not in ("keys", "values", "frequency", "is"):
+                raise UserError(f"{path}: {name!r} is not a tensor of VQKV")
+            made.register_buffer(name, table)
+        made.fingerprint = fingerprint
+        return made
+
+
+def _fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
+    """What codebooks of a model do not fit any other than."""
+    return {
+        "model_type": config.model_type,
+        "layers": len(compressible(config)),
+        "heads": kv_heads(config),
+        "width": head_dim(config),
+    }
+
+
+def _words(fingerprint: dict[str, Any]) -> str:
+    if not fingerprint:
+        return "nothing"
+    return "{model_type} with {layers} layers to compress, {heads} KV heads of width {width}".format(**fingerprint)
+
+
+def _frequencies(model: PreTrainedModel, config: PreTrainedConfig) -> Tensor:
+    """``[P]``: radians per position of the model's own rotary embedding."""
+    rotary = getattr(model.get_decoder(), "rotary_emb", None)
+    found = getattr(rotary, "inv_freq", None)
+    found = getattr(rotary, "full_attention_inv_freq", None) if found is None else found
+    told = getattr(config, "rope_parameters", None) or {}
+    kind = told.get("full_attention", told).get("rope_type", "default")
+    if found is None or kind in ("dynamic", "longrope"):
+        why = f"rope_type={kind!r} changes frequencies with the length of a text" if found is not None else "not found"
+        raise UserError(
+            f'key_stage="pre_rope" needs fixed rotary frequencies, and those of {config.model_type} are not: {why}; '
+            'use key_stage="post_rope"'
+        )
+    return found.detach().float()

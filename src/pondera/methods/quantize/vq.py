@@ -1,0 +1,155 @@
+"""Vector quantization with a table of its own: van den Oord et al.'s VQ, learned by gradient or by moving averages.
+
+Shapes: K codes, C = D width, M vectors that a codebook is made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pondera.core.errors import UserError, unknown
+from pondera.methods.quantize.common.codebook import Codebook
+from pondera.methods.quantize.common.kmeans import kmeans
+from pondera.methods.quantize.common.update import UPDATES, Statistics
+
+STARTS = ("random", "kmeans")
+
+
+class VQ(Codebook):
+    """The nearest of K free rows stands for a vector.
+
+    Source: van den Oord et al., Neural Discrete Representation Learning, arXiv 1711.00937.
+    Cost: K C multiplications per vector to encode. K C numbers; by EMA three times that, with respawn once more; with
+    k-means also the vectors that it starts from, 32 per code. `fold` leaves the K C.
+    When not to use it: with more than some thousand codes, most of which die; `SimVQ` moves all rows together. With rows
+    of another scale than the vectors (``start="random"``) nearly all vectors share one code.
+    Resolved: `pondera.methods.quantize.common.update` says it of losses, averages and respawn; `pondera.methods.quantize.common.warm_up` of
+    the warm-up. With ``start="kmeans"`` and no warm-up the first batch in training mode makes the codebook; until then the
+    input passes through.
+
+    Args:
+        codes: K.
+        update: what moves the rows: ``"gradient"`` of the losses, ``"ema"`` (moving averages), ``"none"``.
+        start: ``"random"`` rows; ``"kmeans"``: centres of the vectors that came before the first step that quantizes; or
+            the rows themselves, ``[K, C]``.
+        scale: standard deviation of random rows.
+        start_step: the first optimizer step that quantizes; before it the input passes through, with codes `ABSENT` and
+            without terms.
+        estimator: what gradient the input gets for the output's: ``"straight_through"``, ``"rotation"``, ``"none"``.
+        commitment: weight of the term that moves vectors to codes.
+        detach_input: the vectors get no gradient from the terms.
+        detach_target: false drops the stop-gradients of both terms, so that each moves vectors and codes.
+        respawn: hits per step, averaged, under which a code is dead, and a vector of the step takes its place; 0: never.
+        decay: of the moving averages of hits and vectors, per step.
+
+    Example:
+        >>> quantizer = VQ(2, start=[[0.0, 0.0], [1.0, 1.0]]).build(2)
+        >>> found = quantizer(torch.tensor([[0.9, 0.8], [0.1, -0.2], [2.0, 2.0]]))
+        >>> found.out.tolist(), found.codes.flatten().tolist()
+        ([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]], [1, 0, 1])
+        >>> round(found.loss.item(), 4)  # 1.25 times the mean square
+        0.4375
+    """
+
+    paper: ClassVar[str] = "VQ-VAE, arXiv 1711.00937"
+    price: ClassVar[str] = "log2 K bits per vector; K distances of width C to encode, a look-up to decode"
+
+    rows_KC: Tensor
+
+    def __init__(
+        self,
+        codes: int,
+        update: str = "gradient",
+        start: str | Tensor | Sequence[Sequence[float]] = "random",
+        scale: float = 1.0,
+        start_step: int = 0,
+        estimator: str = "straight_through",
+        commitment: float = 0.25,
+        detach_input: bool = False,
+        detach_target: bool = True,
+        respawn: float = 0.0,
+        decay: float = 0.99,
+    ) -> None:
+        super().__init__(codes, start_step, estimator, commitment, detach_input, detach_target)
+        if update not in UPDATES:
+            raise unknown("update", update, UPDATES)
+        if isinstance(start, str) and start not in STARTS:
+            raise unknown("start", start, STARTS)
+        if scale <= 0:
+            raise UserError(f"scale={scale}: give the standard deviation of random rows, above 0")
+        if not 0 <= decay < 1:
+            raise UserError(f"decay={decay}: give what a moving average keeps per step, from 0 to below 1")
+        if respawn < 0 or (respawn and update == "none"):
+            raise UserError(
+                f"respawn={respawn} with update={update!r}: give the hits per step under which a code is replaced, 0 or "
+                "more, and 0 where nothing may move the rows"
+            )
+        self.start = start.detach() if isinstance(start, Tensor) else start
+        self.update, self.scale, self.decay, self.respawn = update, scale, decay, respawn
+        self.learns = update == "gradient"
+
+    def _make(self) -> None:
+        if isinstance(self.start, str):
+            rows_KC = self.scale * torch.randn(self.codes, self.dim)
+        else:
+            rows_KC = torch.as_tensor(self.start).clone()
+            rows_KC = rows_KC if rows_KC.is_floating_point() else rows_KC.float()
+            if rows_KC.shape != (self.codes, self.dim):
+                raise UserError(f"start: rows of shape {tuple(rows_KC.shape)}; they must be {(self.codes, self.dim)}")
+            self.start = "given"
+        if self.learns:
+            self.rows_KC = nn.Parameter(rows_KC)
+        else:
+            self.register_buffer("rows_KC", rows_KC)
+        self._make_gate(from_vectors=self.start == "kmeans")
+        if self.update == "ema" or self.respawn:
+            self.statistics = Statistics(rows_KC, self.decay, self.update == "ema", self.respawn)
+
+    def rows(self) -> Tensor:
+        """``[K, C]``."""
+        return self.rows_KC
+
+    def _plain_rows(self) -> list[Tensor]:
+        """See `Quantizer._plain_rows`."""
+        return [self.rows_KC]
+
+    @torch.no_grad()
+    def start_from(self, x_MC: Tensor, generator: torch.Generator, per_step: int) -> None:
+        """K-means; what hits each centre is noted as what a step will bring."""
+        rows_KC, hits_K = kmeans(x_MC, self.codes, generator)
+        self.rows_KC.copy_(rows_KC)
+        if self.statistics is not None:
+            self.statistics.seed(rows_KC, hits_K * (per_step / len(x_MC)))
+
+    def fold(self) -> VQ:
+        """See `Quantizer.fold`."""
+        return folded(self)
+
+
+def folded(quantizer: Codebook) -> VQ:
+    """The codebook as a plain table: the same codes and vectors, and nothing that learns.
+
+    Raises:
+        UserError: it does not quantize yet.
+    """
+    if quantizer.gate.closed:
+        raise UserError(
+            f"{type(quantizer).__name__} is still warming up (start_step={quantizer.start_step}, start from vectors: "
+            f"{quantizer.gate.wants_vectors}); train it past its warm-up before folding it"
+        )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # the random rows it starts with are not wanted
+        plain = VQ(
+            quantizer.codes,
+            update="none",
+            estimator=quantizer.estimator,
+            commitment=quantizer.commitment,
+            detach_input=quantizer.detach_input,
+            detach_target=quantizer.detach_target,
+        ).build(quantizer.dim)
+        table_KC = quantizer.table()[0, 0]
+        plain.to(table_KC.device).rows_KC = table_KC.clone()
+    return plain.train(quantizer.training)

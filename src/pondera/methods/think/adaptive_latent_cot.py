@@ -1,0 +1,184 @@
+"""Adaptive latent chain of thought: thoughts along a second causal axis, trained in parallel exactly, halted one by one.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pondera.cache.depth_cache import DepthCache
+from pondera.cache.token_cache import TokenCache
+from pondera.core.effort import FULL, Effort
+from pondera.core.errors import UserError
+from pondera.core.loss_terms import LossTerm
+from pondera.cost.model import DecoderPass, MatMul
+from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.common.feedback import Feedback
+from pondera.methods.think.common.halting import Halting, exit_probabilities, router
+from pondera.methods.think.common.passes import Passes, all_shallower_passes
+from pondera.methods.think.common.readout import mixture
+from pondera.models.backbone import Backbone
+
+
+class AdaptiveLatentCoT(Think):
+    """Every token takes up to L extra passes; step k of a token attends to steps 0..k of all tokens up to it.
+
+    The two-axis mask is what sets it apart from `PonderLM2`: step 0 never sees a thought, so step k of all tokens can
+    run at once as soon as the steps below are known. Training is exactly the function that decoding computes, with no
+    fixed point to wait for. With ``halting="router"`` a router after each step says how likely the token goes on; the
+    product of these probabilities is the mass that *reaches* a step. A token stops where that mass falls below
+    `threshold`, in training as at inference, and its prediction mixes the states of its steps by the mass that *exits*
+    at each. A penalty on the masses, weighted by how right the model already is, teaches the router to stop where nothing
+    is left to gain and leaves it alone where the model is wrong.
+
+    Source: Pretraining with token-level adaptive latent chain-of-thought, arXiv 2602.08220.
+    Cost: 1 + (mean of the steps taken) passes and KV rows per token, in training as at inference; step k attends to the
+    rows of k + 1 steps.
+    When not to use it: on decoders with linear-attention layers, whose state follows storage order (refused by name);
+    with gradient checkpointing, which cannot keep the sub-caches.
+    Resolved: feedback is the last hidden state, RMS-matched on backbones whose embeddings do not enter at unit RMS;
+    states are mixed, not probabilities; the penalty is lambda * mean of sg(p_true)^beta * (sum of the masses that reach
+    steps 1..L, the first pruned one included, so that the router never stops learning), with p_true from the final
+    prediction; the last step taken gets all mass that is left. The paper's own
+    feedback, threshold and penalty were not visible.
+
+    Args:
+        steps: L, the most extra passes per token; 0 is the backbone itself.
+        halting: ``"fixed"`` (every token takes all steps, and the last state is read), ``"router"`` (the paper), or a
+            control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
+        threshold: the mass that must reach a step for it to be taken.
+        penalty: lambda, what a whole step costs in nats; more prunes more.
+        beta: how much less wrong predictions pay; 0: all the same.
+        keep: ``"random"``: the share of tokens that take each further step.
+
+    Example:
+        >>> AdaptiveLatentCoT(steps=1).calls(tokens=8)
+        [DecoderPass(queries=8, keys=8, cached=False, repeats=1), DecoderPass(queries=8, keys=16, cached=False, repeats=1)]
+    """
+
+    paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220"
+    price: ClassVar[str] = "1 + mean steps taken passes and KV rows per token; training the same passes"
+    slides: ClassVar[bool] = False
+    recomputable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        steps: int = 1,
+        halting: str = "fixed",
+        threshold: float = 0.5,
+        penalty: float = 0.05,
+        beta: float = 1.0,
+        keep: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if steps < 0:
+            raise UserError(f"steps={steps}: give 0 (no thinking) or more")
+        if not 0 < threshold < 1:
+            raise UserError(f"threshold={threshold}: give a probability between 0 and 1")
+        if penalty < 0 or beta < 0:
+            raise UserError(f"penalty={penalty}, beta={beta}: give 0 or more")
+        self.steps, self.threshold, self.penalty, self.beta = steps, threshold, penalty, beta
+        self.slots_per_token = steps + 1
+        self.feedback = Feedback("hidden")
+        self.halting = Halting(halting, "router", keep)
+        self.adaptive = self.halting.adaptive and steps > 0
+
+    def attach(self, backbone: Backbone) -> None:
+        """Refuses backbones that cannot follow the mask; measures the scale of the feedback, creates the router."""
+        if self.steps and "linear_attention" in backbone.layer_types:
+            raise UserError(
+                f"AdaptiveLatentCoT does not fit {backbone.config.model_type}: its linear-attention layers read slots in "
+                "storage order and cannot hide later thinking steps; use PonderLM2(thoughts=1) on this backbone"
+            )
+        self.feedback.attach(backbone)
+        if self.halting.learned and self.steps:
+            # Training starts with all steps: 0.9 to the power of a usual number of them is above the threshold.
+            self.router = router(backbone, start=0.9)
+
+    def begin_step(self, step: int, seed: int) -> None:
+        """Lets a random control draw anew."""
+        self.halting.draw = 1 + step
+
+    def new_cache(self, backbone: Backbone) -> DepthCache:
+        """One sub-cache per step in every layer."""
+        return DepthCache(backbone.config.num_hidden_layers, self.slots_per_token)
+
+    def forward(
+        self,
+        backbone: Backbone,
+        h_BTD: Tensor,
+        position_ids: Tensor,
+        cache: TokenCache | None = None,
+        mask: Tensor | None = None,
+        budget: Effort = FULL,
+        labels_BT: Tensor | None = None,
+    ) -> MethodOutput:
+        """See `Think.forward`. Training, prefill and decoding are this one loop."""
+        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "lower", self.packed)
+        state_BTD = passes.first(h_BTD)
+        states, reach = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
+        offered: list[Tensor] = []  # what reaches each step before it is pruned
+        for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
+            reach_BT, goes_on_BT = self._halt(backbone, step, state_BTD, reach[-1], position_ids, labels_BT, budget)
+            offered.append(reach_BT)
+            if not passes.narrow(goes_on_BT):
+                break
+            state_BTD = passes.deeper(step, self.feedback(backbone, state_BTD), state_BTD)
+            states.append(state_BTD)
+            reach.append(passes.where_active(reach_BT, 0.0))
+        passes.finish()
+        if self.halting.learned:
+            state_BTD = mixture(states, exit_probabilities(reach))
+        judge = self._penalty(offered) if self.training and self.halting.learned and offered else None
+        trace = {"states": states} if self.record else {}
+        return MethodOutput(state_BTD, passes.passes_BT, judge=judge, trace=trace)
+
+    def _halt(
+        self,
+        backbone: Backbone,
+        step: int,
+        state_BTD: Tensor,
+        reach_BT: Tensor,
+        position_ids: Tensor,
+        labels_BT: Tensor | None,
+        budget: Effort,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The mass that reaches `step`, and who takes it (none: everyone)."""
+        if self.halting.learned:
+            reach_BT = reach_BT * self.router(state_BTD)[..., 0].float().sigmoid()
+            return reach_BT, reach_BT >= budget.threshold(self.threshold)
+        goes_on_BT = self.halting.goes_on(
+            step, position_ids, labels_BT, lambda: backbone.head(state_BTD.detach()).argmax(-1)
+        )
+        return reach_BT, goes_on_BT
+
+    def _penalty(self, offered: list[Tensor]) -> Callable[[Tensor, Tensor], dict[str, LossTerm]]:
+        """The correctness-aware price of going on."""
+
+        def judge(logits_BTV: Tensor, labels_BT: Tensor) -> dict[str, LossTerm]:
+            known_BT = labels_BT >= 0
+            true_BT = logits_BTV.detach().float().softmax(-1).gather(-1, labels_BT.clamp(min=0)[..., None])[..., 0]
+            cost_BT = true_BT**self.beta * torch.stack(offered).sum(0)
+            return {"thinking": LossTerm(cost_BT[known_BT].sum(), known_BT.sum(), self.penalty)}
+
+        return judge
+
+    def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
+        """See `Think.slots`: steps that were not taken leave nothing."""
+        return tokens * (sum(shares) if shares else self.slots_per_token)
+
+    def calls(
+        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
+    ) -> list[DecoderPass | MatMul]:
+        """See `Think.calls`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
+        shares = shares or [1] * self.slots_per_token
+        made: list[DecoderPass | MatMul] = list(all_shallower_passes(tokens, context, shares))
+        if self.halting.learned and self.steps:
+            made.append(MatMul(tokens * sum(shares[:-1]), self.router.weight.numel()))
+        return made

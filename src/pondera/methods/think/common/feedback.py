@@ -1,0 +1,85 @@
+"""How a thought enters the next pass: the last hidden state itself, or the vocabulary mixture it predicts.
+
+Shapes: B batch, T tokens, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from pondera.core.errors import UserError, unknown
+from pondera.cost.model import MatMul
+from pondera.models.backbone import Backbone
+
+KINDS = ("hidden", "vocab")
+
+
+class Feedback(nn.Module):
+    """Turns a final hidden state into the next input vector.
+
+    ``hidden`` feeds the state back after the final norm, without projector or residual. ``vocab`` feeds back the mixture
+    of token embeddings that the state predicts, which the head must be run for.
+
+    On a backbone whose embeddings enter at another RMS than its final states leave (every pretrained one), hidden states
+    are multiplied by the ratio of the two, measured once when the method is attached and saved with the weights.
+
+    Args:
+        kind: ``"hidden"`` or ``"vocab"``.
+        top: ``"vocab"``: mix only so many of the likeliest tokens, their probabilities renormalised; none: all of them.
+            At 50,000 tokens and a narrow model the full mixture costs as much as several layers.
+    """
+
+    scale: Tensor
+
+    def __init__(self, kind: str, top: int | None = None) -> None:
+        super().__init__()
+        if kind not in KINDS:
+            raise unknown("feedback", kind, KINDS)
+        if top is not None and top < 1:
+            raise UserError(f"top={top}: give the number of tokens to mix, 1 or more, or None for all")
+        self.kind, self.top = kind, top
+        self._whole = top is None
+        self.register_buffer("scale", torch.ones(()))
+
+    def embed_scale(self, width: int) -> float:
+        """The embedding multiplier that belongs to this feedback: sqrt(5D/2) for states, sqrt(D) for mixtures."""
+        return math.sqrt(2.5 * width) if self.kind == "hidden" else math.sqrt(width)
+
+    @torch.no_grad()
+    def attach(self, backbone: Backbone) -> None:
+        """Measures the RMS ratio on random tokens; embeddings scaled to unit RMS need none."""
+        self._whole = self.top is None or self.top >= backbone.config.vocab_size
+        device = next(backbone.parameters()).device
+        if device.type == "meta" or backbone.unit_rms or self.kind == "vocab":
+            return
+        generator = torch.Generator("cpu").manual_seed(0)
+        length = min(64, getattr(backbone.config, "max_position_embeddings", 64))
+        ids_BT = torch.randint(backbone.config.vocab_size, (4, length), generator=generator, device="cpu").to(device)
+        was_training = backbone.training
+        backbone.eval()
+        h_BTD = backbone.embed(ids_BT)
+        self.scale.copy_(_rms(h_BTD) / _rms(backbone.step(h_BTD)))
+        backbone.train(was_training)
+
+    def forward(self, backbone: Backbone, h_BTD: Tensor) -> Tensor:
+        """The next input vector for each state, ``[B, T, D]``."""
+        if self.kind == "hidden":
+            return h_BTD * self.scale
+        if self._whole:
+            return backbone.mix_embeddings(backbone.head(h_BTD).softmax(-1))
+        logits_BTk, ids_BTk = backbone.top(h_BTD, cast(int, self.top))
+        return backbone.mix_embeddings(logits_BTk.softmax(-1), ids_BTk)
+
+    def calls(self, rows: float) -> list[MatMul]:
+        """What feeding `rows` states back multiplies, for the price: the head and, over all tokens, the mixture."""
+        if self.kind == "hidden":
+            return []
+        return [MatMul(rows, "head")] * 2 if self._whole else [MatMul(rows, "head", trained=False)]
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x.float().square().mean().sqrt()

@@ -1,0 +1,242 @@
+"""Passes over the new tokens, one depth after the other, of which each token may leave off.
+
+The one place that knows how a pass is run for some tokens only: which rows are packed, what they see, what they leave in
+the cache. A method says which tokens go on and what their next input is.
+
+Shapes: B batch, T new tokens, S rows of a call in one text, N packed rows, C columns of a depth, K columns read, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+import torch.distributed
+from torch import Tensor
+
+from pondera.cache.depth_cache import FREE, DepthCache, DepthWrite, slot_mask
+from pondera.cache.packing import PackedRows
+from pondera.cost.model import DecoderPass
+from pondera.models.backbone import Backbone, SlotMask, has_documents
+
+Sees = Literal["lower", "own"]
+
+
+class Passes:
+    """The passes of one call over T new tokens.
+
+    Args:
+        backbone: runs them.
+        position_ids: ``[B or 1, T]`` token positions.
+        cache: what came before; the new tokens' slots are added.
+        mask: as for `Think.forward`.
+        tokens: T.
+        sees: the visibility rule. ``"lower"``: depth k sees every slot of depths 0..k, and tokens that left off have none
+            further up (two causal axes). ``"own"``: depth k sees depth k, where tokens that left off show their last slot.
+        packed: gather the rows that go on; else all rows run and those that have left off are masked, which computes the
+            same: it is what the tests hold the packed form against.
+
+    Attributes:
+        active_BT: the tokens that still go on; none: all.
+        passes_BT: passes that each new token got so far.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        position_ids: Tensor,
+        cache: DepthCache,
+        mask: Tensor | None,
+        tokens: int,
+        sees: Sees = "lower",
+        packed: bool = True,
+    ) -> None:
+        self.backbone, self.position_ids, self.cache, self.sees, self.packed = (
+            backbone,
+            position_ids,
+            cache,
+            sees,
+            packed,
+        )
+        self.tokens, self.total = tokens, cache.tokens + tokens
+        self.mask_BK = None if mask is None else mask[:, : self.total].long()
+        self._by_position = "sliding_attention" in backbone.layer_types
+        self._plain_order = not has_documents(mask)
+        self._deepest = 0
+        self.active_BT: Tensor | None = None
+        self.passes_BT = torch.zeros(0)
+
+    def first(self, h_BTD: Tensor) -> Tensor:
+        """Depth 0, which every token takes; returns final states ``[B, T, D]``."""
+        self.passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
+        return self._dense(0, h_BTD, None)
+
+    def narrow(self, goes_on_BT: Tensor | None) -> bool:
+        """Lets only these of the active tokens go on, without padding; says whether there is a pass to make.
+
+        Processes that run together make all passes, as shards wait for each other; so does the slow twin.
+
+        Args:
+            goes_on_BT: none: all that are active.
+        """
+        if goes_on_BT is None:
+            return True
+        active_BT = goes_on_BT.expand_as(self.passes_BT)
+        self.active_BT = self.real(active_BT if self.active_BT is None else active_BT & self.active_BT)
+        number = int(self.active_BT.sum())
+        if self.packed and number == self.active_BT.numel():
+            self.active_BT = None  # for which an ordinary pass will do
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return number > 0 or together or not self.packed
+
+    def deeper(self, depth: int, x_BTD: Tensor, state_BTD: Tensor, everyone: bool = False) -> Tensor:
+        """One pass of the active tokens; the states of the others stay as they were.
+
+        Args:
+            depth: 1, 2, ...
+            x_BTD: inputs; those of tokens that have left off are not read.
+            state_BTD: the states so far.
+            everyone: run the other tokens too, over what the active ones left (it costs a dense pass).
+        """
+        active_BT = self.active_BT
+        self._deepest = depth
+        self.passes_BT = self.passes_BT + (1 if active_BT is None or everyone else active_BT.long())
+        if active_BT is None:
+            return self._dense(depth, x_BTD, None)
+        if self.packed and not everyone:
+            return self._packed(depth, x_BTD, active_BT, state_BTD)
+        new_BTD = self._dense(depth, x_BTD, active_BT)
+        return new_BTD if everyone else torch.where(active_BT[..., None], new_BTD, state_BTD)
+
+    def finish(self) -> None:
+        """Notes the new tokens in the cache; depths that no token reached show the one below."""
+        if self.sees == "own":
+            for depth in range(self._deepest + 1, len(self.cache.depths)):
+                self.cache.repeat_below(depth, self.tokens)
+                self.cache.note(depth, self._new_tokens(self.passes_BT.shape[0]))
+        self.cache.record(self.passes_BT)
+
+    def real(self, chosen_BT: Tensor) -> Tensor:
+        """Without padding."""
+        return chosen_BT if self.mask_BK is None else chosen_BT & (self.mask_BK[:, -self.tokens :] > 0)
+
+    def where_active(self, new_BT: Tensor, other: Tensor | float) -> Tensor:
+        """`new_BT` at active tokens, `other` at those that have left off; ``[B, T]`` or ``[B, T, D]``."""
+        if self.active_BT is None:
+            return new_BT
+        return torch.where(self.active_BT if new_BT.ndim == 2 else self.active_BT[..., None], new_BT, other)
+
+    def of_active(self, run: Callable[[Tensor], Tensor], x_BTD: Tensor) -> Tensor:
+        """What `run` makes of each active token, ``[B, T, ...]``, run for those alone; zeros for the others."""
+        if self.active_BT is None or not self.packed:
+            return self.where_active(run(x_BTD), 0)
+        made = run(x_BTD[self.active_BT][None])
+        zeros = made.new_zeros(*self.active_BT.shape, made.shape[-1])
+        return zeros.index_put(self.active_BT.nonzero(as_tuple=True), made[0])
+
+    def _reads(self, depth: int) -> range:
+        return range(depth + 1) if self.sees == "lower" else range(depth, depth + 1)
+
+    def _new_tokens(self, batch: int) -> Tensor:
+        order_T = torch.arange(self.cache.tokens, self.total, device=self.position_ids.device)
+        return order_T.expand(batch, -1)
+
+    def _dense(self, depth: int, x_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
+        """A pass of all T rows; the slots of tokens that are not active are masked or repeat the ones below."""
+        token_BT = self._new_tokens(x_BTD.shape[0])
+        masked = active_BT is not None and self.sees == "lower"
+        self.cache.note(depth, torch.where(active_BT, token_BT, FREE) if masked and active_BT is not None else token_BT)
+        write = DepthWrite(depth, self._reads(depth), kept_BT=active_BT if self.sees == "own" else None)
+        if (depth == 0 or self.sees == "own") and self._plain_order:
+            mask = self.mask_BK  # causal order is all there is to it, which the backbone knows by itself
+        else:
+            mask = self._mask(depth, token_BT)
+        with self.cache.writing(write) as slots:
+            return self.backbone.step(x_BTD, slots, mask, self.position_ids)
+
+    def _packed(self, depth: int, x_BTD: Tensor, active_BT: Tensor, state_BTD: Tensor) -> Tensor:
+        """A pass of the active rows alone."""
+        rows = PackedRows.where(active_BT)
+        if rows.width == 0:
+            return self._for_nothing(depth, x_BTD, active_BT, state_BTD)
+        token_BT = self._new_tokens(x_BTD.shape[0])
+        query_BS = _left(token_BT, active_BT, rows)
+        if self.sees == "own":
+            self.cache.note(depth, token_BT)
+            everyone = rows.even and rows.width == self.tokens
+            column_N = None if everyone else token_BT[active_BT] - self.total + self.cache.width(depth)
+        else:
+            column_N = self.cache.place(depth, rows, token_BT[active_BT])
+        write = DepthWrite(
+            depth,
+            self._reads(depth),
+            rows,
+            column_N,
+            self.cache.width(depth),
+            kept_BT=active_BT if self.sees == "own" else None,
+        )
+        position_1N = self.position_ids.expand(active_BT.shape)[active_BT][None]
+        with self.cache.writing(write) as slots:
+            new_1ND = self.backbone.step(x_BTD[active_BT][None], slots, self._mask(depth, query_BS), position_1N, rows)
+        return state_BTD.index_put(active_BT.nonzero(as_tuple=True), new_1ND[0].to(state_BTD.dtype))
+
+    def _for_nothing(self, depth: int, x_BTD: Tensor, active_BT: Tensor, state_BTD: Tensor) -> Tensor:
+        """A pass that no token of this process takes while others' tokens do: shards have to be gathered by all."""
+        if self.sees == "own":
+            self.cache.repeat_below(depth, self.tokens)
+            self.cache.note(depth, self._new_tokens(x_BTD.shape[0]))
+        return state_BTD + 0 * self.backbone.step(x_BTD[:1, :1], None, None, self.position_ids[:1, :1]).sum()
+
+    def _mask(self, depth: int, query_BS: Tensor) -> SlotMask | None:
+        """Which slots each row sees: earlier tokens' and its own, of its document."""
+        held = [self.cache.depths[index] for index in self._reads(depth)]
+        key_BK = torch.cat([depth.token_BC for depth in held if depth is not None], dim=1)
+        newest = self.tokens == 1 and len(query_BS) == 1 and self.mask_BK is None
+        if newest and self.packed and not self._by_position:
+            return None  # the one new token of a text without holes sees all there is
+        seen_BSK = key_BK[:, None] <= query_BS[..., None]
+        return slot_mask(seen_BSK, query_BS, key_BK, self.mask_BK, self.total, self._by_position)
+
+
+def _left(token_BT: Tensor, active_BT: Tensor, rows: PackedRows) -> Tensor:
+    """``[B, S]``: each text's active tokens, then `FREE`."""
+    token_BS = token_BT.new_full((rows.batch, rows.width), FREE)
+    token_BS[rows.batch_N, rows.order_N] = token_BT[active_BT]
+    return token_BS
+
+
+def all_shallower_passes(tokens: int, context: int, shares: Sequence[float]) -> list[DecoderPass]:
+    """The decoder calls of passes that see ``"lower"``.
+
+    Args:
+        tokens: new ones.
+        context: cached ones.
+        shares: of the tokens that take each pass.
+
+    Example:
+        >>> all_shallower_passes(8, 0, [1, 0.5])
+        [DecoderPass(queries=8, keys=8, cached=False, repeats=1), DecoderPass(queries=4.0, keys=12.0, cached=False, repeats=1)]
+    """
+    made: list[DecoderPass] = []
+    seen: float = 0
+    for share in shares:
+        seen += share
+        if tokens == 1:  # decoding: a pass is made or not
+            made.append(DecoderPass(1, context * seen + len(made) + 1, repeats=share))
+        else:
+            made.append(DecoderPass(tokens * share, (context + tokens) * seen))
+    return [call for call in made if call.queries and call.repeats]
+
+
+def same_depth_passes(tokens: int, context: int, shares: Sequence[float]) -> list[DecoderPass]:
+    """The decoder calls of passes that see ``"own"``; arguments as for `all_shallower_passes`.
+
+    Example:
+        >>> same_depth_passes(8, 0, [1, 0.5])
+        [DecoderPass(queries=8, keys=8, cached=False, repeats=1), DecoderPass(queries=4.0, keys=8, cached=False, repeats=1)]
+    """
+    keys = context + tokens
+    if tokens == 1:
+        return [DecoderPass(1, keys, repeats=share) for share in shares if share]
+    return [DecoderPass(tokens * share, keys) for share in shares if share]

@@ -1,0 +1,89 @@
+"""Pause tokens: as many slots as PonderLM-2, but with a constant input. The control for what a thought carries.
+
+Shapes: B batch, T tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from pondera.cache.token_cache import TokenCache
+from pondera.core.effort import FULL, Effort
+from pondera.core.errors import UserError
+from pondera.cost.model import DecoderPass, MatMul
+from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
+from pondera.models.backbone import Backbone
+
+
+class PauseToken(Think):
+    """After every token stand P learned vectors; the prediction is read from the last one.
+
+    The extra slots give the model time and KV rows but no content of its own making, so what a thinking method gains
+    over this one is the gain of feeding states back.
+
+    Source: Think before you speak, arXiv 2310.02226, with a pause after every token as in PonderLM-2's comparison.
+    Cost: P + 1 passes and KV rows per token, in training as at inference; one call of P + 1 rows per token.
+    When not to use it: as anything but a control.
+
+    Args:
+        pauses: P, pause slots per token; 0 is the backbone itself.
+
+    Example:
+        >>> PauseToken(pauses=1).calls(tokens=8)
+        [DecoderPass(queries=16, keys=16, cached=False, repeats=1)]
+    """
+
+    paper: ClassVar[str] = "Pause tokens, arXiv 2310.02226"
+    price: ClassVar[str] = "P+1 passes and KV rows per token; training the same"
+    interleaved: ClassVar[bool] = True
+
+    def __init__(self, pauses: int = 1) -> None:
+        super().__init__()
+        if pauses < 0:
+            raise UserError(f"pauses={pauses}: give 0 (no pauses) or more")
+        self.pauses = pauses
+        self.slots_per_token = pauses + 1
+
+    def attach(self, backbone: Backbone) -> None:
+        """Creates the pause vectors at the RMS of the token embeddings."""
+        weight = cast(nn.Embedding, backbone.lm.get_input_embeddings()).weight
+        pause_PD = torch.empty(self.pauses, weight.shape[1], dtype=weight.dtype, device=weight.device)
+        if weight.device.type != "meta":
+            ids_1V = torch.arange(min(256, weight.shape[0]), device=weight.device)[None]
+            nn.init.normal_(pause_PD, std=backbone.embed(ids_1V).detach().float().square().mean().sqrt().item())
+        self.pause_PD = nn.Parameter(pause_PD)
+
+    def new_cache(self, backbone: Backbone) -> TokenCache:
+        """One cache with P + 1 rows per token."""
+        return interleaved_cache(backbone, self.slots_per_token)
+
+    def forward(
+        self,
+        backbone: Backbone,
+        h_BTD: Tensor,
+        position_ids: Tensor,
+        cache: TokenCache | None = None,
+        mask: Tensor | None = None,
+        budget: Effort = FULL,
+        labels_BT: Tensor | None = None,
+    ) -> MethodOutput:
+        """See `Think.forward`. A smaller budget leaves pauses out."""
+        slots = slots_allowed(self.slots_per_token, budget, cache)
+        stages = [h_BTD, *(pause_D.expand_as(h_BTD) for pause_D in self.pause_PD[: slots - 1].to(h_BTD.dtype))]
+        states = interleaved_pass(backbone, stages, mask, position_ids, cache)
+        passes_BT = torch.full(h_BTD.shape[:2], slots, device=h_BTD.device)
+        if cache is not None:
+            cache.record(passes_BT)
+        return MethodOutput(states[-1], passes_BT, trace={"states": states} if self.record else {})
+
+    def calls(
+        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
+    ) -> list[DecoderPass | MatMul]:
+        """See `Think.calls`."""
+        slots = len(shares or ()) or self.slots_per_token
+        return [DecoderPass(tokens * slots, (context + tokens) * slots, cached=context > 0)]

@@ -1,0 +1,168 @@
+"""PonderLM-2: latent thoughts in KV slots of their own, trained with Jacobi iteration.
+
+Shapes: B batch, T tokens, D width; a token owns slots 0 (its embedding) to K (its last thought).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pondera.cache.token_cache import TokenCache
+from pondera.core.effort import FULL, Effort
+from pondera.core.errors import UserError
+from pondera.cost.model import DecoderPass, MatMul
+from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.common.feedback import Feedback
+from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
+from pondera.methods.think.common.jacobi import jacobi
+from pondera.models.backbone import Backbone, has_documents
+
+
+class PonderLM2(Think):
+    """Before predicting the next token, the model writes K latent thoughts: its own last hidden state, fed back.
+
+    Every thought occupies its own KV slot at its token's position, and all later tokens attend to it. Thoughts depend on
+    the thoughts of earlier tokens, so training cannot run them left to right; it starts from a guess (each stage fed by
+    the one before, in parallel over tokens) and refines it for a random number of Jacobi rounds, in which gradient flows
+    everywhere. Round by round at least one more token becomes exact. Decoding is exact: K + 1 single-slot calls.
+
+    Source: PonderLM-2, arXiv 2509.23184, and the authors' public Llama code.
+    Cost: K + 1 passes and K + 1 KV rows per token at inference; K(K+1)/2 + (R+1)(K+1) passes per token in training
+    (K = 1, R in {2, 3}: 8 on average).
+    When not to use it: when training compute is what you are short of; `AdaptiveLatentCoT` thinks for a quarter of it.
+    Resolved: hidden states are fed back raw where embeddings enter at unit RMS and RMS-matched elsewhere (the paper does
+    not say how pretrained backbones were treated). Prefill refines `eval_rounds` times, as the authors' code does, which
+    is an approximation; ``eval_rounds="exact"`` rolls out token by token. Several tokens after a filled cache are always
+    rolled out exactly. Sliding windows are widened K + 1 times, so that they still span as many tokens.
+
+    Args:
+        thoughts: K, latent thoughts per token; 0 is the backbone itself.
+        train_rounds: fewest and most Jacobi rounds in training, drawn per optimizer step.
+        eval_rounds: Jacobi rounds at evaluation and prefill, or ``"exact"``.
+        feedback: ``"hidden"`` (the paper) or ``"vocab"``, the mixture of embeddings that the state predicts.
+
+    Example:
+        >>> PonderLM2(thoughts=1).calls(tokens=1, context=10)
+        [DecoderPass(queries=1, keys=21, cached=True, repeats=1), DecoderPass(queries=1, keys=22, cached=True, repeats=1)]
+    """
+
+    paper: ClassVar[str] = "PonderLM-2, arXiv 2509.23184"
+    price: ClassVar[str] = "K+1 passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    interleaved: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        thoughts: int = 1,
+        train_rounds: tuple[int, int] = (2, 3),
+        eval_rounds: int | str = 3,
+        feedback: str = "hidden",
+    ) -> None:
+        super().__init__()
+        if thoughts < 0:
+            raise UserError(f"thoughts={thoughts}: give 0 (no thinking) or more")
+        if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
+            raise UserError(f"train_rounds={train_rounds}: give (fewest, most), such as (2, 3)")
+        if eval_rounds != "exact" and not (isinstance(eval_rounds, int) and eval_rounds >= 0):
+            raise UserError(f"eval_rounds={eval_rounds!r}: give a number of rounds or 'exact'")
+        self.thoughts = thoughts
+        self.train_rounds = tuple(train_rounds)
+        self.eval_rounds = eval_rounds
+        self.slots_per_token = thoughts + 1
+        self.feedback = Feedback(feedback)
+        self._rounds_now = self.train_rounds[0]
+
+    def attach(self, backbone: Backbone) -> None:
+        """Measures the scale of the feedback."""
+        self.feedback.attach(backbone)
+
+    def embed_scale(self, width: int) -> float:
+        """The embedding multiplier that goes with the feedback."""
+        return self.feedback.embed_scale(width)
+
+    def begin_step(self, step: int, seed: int) -> None:
+        """Draws this optimizer step's number of rounds; the same on every rank and for every part of the batch."""
+        self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
+
+    def new_cache(self, backbone: Backbone) -> TokenCache:
+        """One cache with K + 1 rows per token."""
+        return interleaved_cache(backbone, self.slots_per_token)
+
+    def forward(
+        self,
+        backbone: Backbone,
+        h_BTD: Tensor,
+        position_ids: Tensor,
+        cache: TokenCache | None = None,
+        mask: Tensor | None = None,
+        budget: Effort = FULL,
+        labels_BT: Tensor | None = None,
+    ) -> MethodOutput:
+        """See `Think.forward`. A smaller budget leaves the last thoughts out."""
+        slots = slots_allowed(self.slots_per_token, budget, cache)
+        started = cache is not None and (cache.tokens > 0 or h_BTD.shape[1] == 1)
+        rounds = self._rounds_now if self.training else self.eval_rounds
+        if rounds == "exact" and not started and not self._can_roll_out(backbone, mask):
+            rounds = h_BTD.shape[1] * (slots - 1)  # enough of them are as exact
+        residuals: list[float] = []
+        if started or rounds == "exact":
+            cache = cache if cache is not None else self.new_cache(backbone)
+            cache.slots_per_token = slots
+            states = self._roll_out(backbone, h_BTD, cache, mask, position_ids)
+        else:
+
+            def run(stages: list[Tensor]) -> list[Tensor]:
+                return interleaved_pass(backbone, stages, mask, position_ids)
+
+            watch = residuals if self.record else None
+            stages = jacobi(run, h_BTD, slots - 1, int(rounds), partial(self.feedback, backbone), watch)
+            states = interleaved_pass(backbone, stages, mask, position_ids, cache)
+            if cache is not None:
+                cache.record(_filled(h_BTD, slots))
+        trace = {"states": states, "residuals": residuals} if self.record else {}
+        return MethodOutput(states[-1], _filled(h_BTD, slots), trace=trace)
+
+    def _can_roll_out(self, backbone: Backbone, mask: Tensor | None) -> bool:
+        """A recurrent state cannot skip padding one token at a time, nor a cache tell documents apart."""
+        return mask is None or not ("linear_attention" in backbone.layer_types or has_documents(mask))
+
+    def _roll_out(
+        self, backbone: Backbone, h_BTD: Tensor, cache: TokenCache, mask: Tensor | None, position_ids: Tensor
+    ) -> list[Tensor]:
+        """The sequential definition: for each token, as many single-slot calls into one cache as it has slots."""
+        slots = cache.slots_per_token
+        outputs: list[list[Tensor]] = [[] for _ in range(slots)]
+        for token in range(h_BTD.shape[1]):
+            x_B1D = h_BTD[:, token : token + 1]
+            seen_BK = None
+            if mask is not None:
+                seen_BK = mask[:, : cache.tokens].repeat_interleave(slots, dim=1)
+            for thought in range(slots):
+                if mask is not None and seen_BK is not None:
+                    seen_BK = torch.cat([seen_BK, mask[:, cache.tokens : cache.tokens + 1]], dim=1)
+                state_B1D = backbone.step(x_B1D, cache.slots, seen_BK, position_ids[:, token : token + 1])
+                outputs[thought].append(state_B1D)
+                if thought < slots - 1:
+                    x_B1D = self.feedback(backbone, state_B1D)
+            cache.record(_filled(x_B1D, slots))
+        return [torch.cat(states, dim=1) for states in outputs]
+
+    def calls(
+        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
+    ) -> list[DecoderPass | MatMul]:
+        """See `Think.calls`; in training at the mean number of rounds, which may be a half."""
+        slots = len(shares or ()) or self.slots_per_token
+        if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
+            return [DecoderPass(1, row + 1, cached=True) for row in range(context * slots, (context + tokens) * slots)]
+        rounds = sum(self.train_rounds) / 2 if training else float(self.eval_rounds)
+        guess = [DecoderPass(tokens * n, tokens * n) for n in range(1, slots)]
+        return [*guess, DecoderPass(tokens * slots, tokens * slots, repeats=(rounds if slots > 1 else 0) + 1)]
+
+
+def _filled(h_BTD: Tensor, value: int) -> Tensor:
+    return torch.full(h_BTD.shape[:2], value, device=h_BTD.device)

@@ -1,0 +1,387 @@
+"""PonderLM-3: PonderLM-2 whose tokens choose how many latent thoughts they need, by a router that weighs KV slots.
+
+Shapes: B batch, T tokens, S slots of a call, N slots of a token, D width; a token owns slots 0 (its embedding) to K.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from pondera.cache.depth_cache import DepthCache, slot_mask
+from pondera.cache.key_bias import extra_coordinates
+from pondera.cache.token_cache import TokenCache
+from pondera.core.effort import FULL, Effort
+from pondera.core.errors import UserError, unknown
+from pondera.core.loss_terms import LossTerm
+from pondera.cost.model import DecoderPass, MatMul
+from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.common.feedback import Feedback
+from pondera.methods.think.common.halting import Halting, router
+from pondera.methods.think.common.interleave import deinterleave, interleave, per_slot
+from pondera.methods.think.common.jacobi import jacobi
+from pondera.methods.think.common.readout import mixture
+from pondera.models.backbone import Backbone, SlotMask
+from pondera.models.varlen import VarlenPass, VarlenSlots
+
+HALTING = ("router", "fixed", "random")
+REFRESH = ("round", "once")
+
+
+@dataclass
+class New:
+    """The new tokens of a call.
+
+    Args:
+        backbone: runs them.
+        token_BT: their numbers in their texts (padding counts).
+        position_BT: their positions.
+        real_BT: those that are no padding.
+        mask: over cached and new tokens, as for `Think.forward`.
+        most: slots that a token may have.
+        threshold: the mass that must reach a slot to be kept.
+        soft: run all slots, however little they weigh.
+    """
+
+    backbone: Backbone
+    token_BT: Tensor
+    position_BT: Tensor
+    real_BT: Tensor
+    mask: Tensor | None
+    most: int
+    threshold: float
+    soft: bool
+
+    def at(self, token: int) -> New:
+        """One of the tokens."""
+        token_BT, position_BT, real_BT = (
+            x_BT[:, token : token + 1] for x_BT in (self.token_BT, self.position_BT, self.real_BT)
+        )
+        return replace(self, token_BT=token_BT, position_BT=position_BT, real_BT=real_BT)
+
+
+@dataclass
+class Route:
+    """How deep each token thinks.
+
+    Args:
+        kept_BTN: whether the token has the slot; slot 0 is every token's but padding's.
+        share_BTN: what share of the token's prediction the slot makes; none: its last one all.
+        log_weight_BTN: what attention adds to every score of the slot; none: nothing.
+    """
+
+    kept_BTN: Tensor
+    share_BTN: Tensor | None = None
+    log_weight_BTN: Tensor | None = None
+
+    def passes(self) -> Tensor:
+        """``[B, T]``; padding, which is not run, is noted with one."""
+        return self.kept_BTN.sum(-1).clamp(min=1)
+
+    def slots(self, new: New, numbers: range) -> VarlenSlots:
+        """The tokens' slots of these numbers, in causal order."""
+        chosen = slice(numbers.start, numbers.stop)
+        weight_BTN = None if self.log_weight_BTN is None else self.log_weight_BTN[..., chosen].flatten(1)
+        token_BS, position_BS = (x_BT.repeat_interleave(len(numbers), 1) for x_BT in (new.token_BT, new.position_BT))
+        return VarlenSlots(token_BS, position_BS, self.kept_BTN[..., chosen].flatten(1), weight_BTN)
+
+
+class PonderLM3(Think):
+    """PonderLM-2 with a router that reads a token's first state and says how many latent thoughts the token needs.
+
+    The router gives a distribution s over 0..K thoughts. The mass w_k of k or more thoughts weighs slot k: log w_k is added
+    to all attention scores of its key, so slots fade out before they are dropped, and the prediction is read from all
+    states, mixed by s. Training runs every slot, in parallel by Jacobi iteration as in `PonderLM2`; two routes, the mixture
+    and the weights, teach the router, and a penalty on the expected number of thoughts makes it choose. At inference the
+    slots whose mass is below `threshold` are neither run nor cached; the others keep their weights, in the cache too.
+
+    Source: PonderLM-3, arXiv 2603.02023; no public code.
+    Cost: 1 + (mean thoughts kept) passes and KV rows per token at inference; K(K+1)/2 + (R+1)(K+1) passes per token in
+    training, whatever is kept (K = 3, R in {2, 3}: 20 on average).
+    When not to use it: when training compute is what you are short of; on decoders with linear-attention layers, whose
+    state cannot weigh a slot (refused by name); with gradient checkpointing, which would run passes again unweighed.
+    Resolved: the router is one linear layer that starts at 0.9 for K thoughts. A Jacobi round runs on what the step-0
+    states of the round before it decided; so does the prediction, on what decided the last pass. A slot's weight also
+    damps what its own token sees of it. Weights are cut at `threshold` from below, and what is kept of a token's mixture
+    is scaled to a sum of one. Where a round keeps a slot that the round before did not run, it starts from the token's
+    deepest state. The penalty is lambda times the mean over tokens of w_1 + ... + w_K. Prefill drops slots too, and refines
+    `eval_rounds` times, as `PonderLM2` does. Sliding windows are over positions, so windows of `PonderLM2`, which are over
+    slots, end within a token where these end before it. In training weights are one more coordinate of queries and keys
+    (`pondera.cache.key_bias`), as no fused kernel takes an added mask that gradient flows through.
+
+    Args:
+        thoughts: K, the most latent thoughts per token; 0 is the backbone itself.
+        threshold: tau, the mass that must reach a thought for it to be made at inference.
+        train_rounds: fewest and most Jacobi rounds in training, drawn per optimizer step.
+        eval_rounds: Jacobi rounds at evaluation and prefill, or ``"exact"``, which rolls out token by token.
+        penalty: lambda, what an expected thought costs in nats.
+        warmup: optimizer steps in which the penalty grows from 0.
+        halting: ``"router"`` (the paper), or a control of full weights whose prediction is the last state: ``"fixed"``
+            (`PonderLM2`), ``"random"`` (`pondera.methods.think.common.halting`).
+        keep: ``"random"``: the share of tokens that take each further thought.
+        refresh: ``"round"`` routes anew in every Jacobi round; ``"once"`` keeps what the first pass said, which has seen no
+            thoughts. Rolling out routes each token from what it has seen, so ``"once"`` is trained for something else.
+
+    Example:
+        >>> PonderLM3(thoughts=1, halting="random").calls(tokens=1, context=10, shares=[1, 0.5])
+        [DecoderPass(queries=1, keys=16.0, cached=False, repeats=1), DecoderPass(queries=1, keys=17.0, cached=False, repeats=0.5)]
+    """
+
+    paper: ClassVar[str] = "PonderLM-3, arXiv 2603.02023"
+    price: ClassVar[str] = "1 + mean thoughts kept passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    slides: ClassVar[bool] = False
+    recomputable: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        thoughts: int = 3,
+        threshold: float = 1e-4,
+        train_rounds: tuple[int, int] = (2, 3),
+        eval_rounds: int | str = 3,
+        penalty: float = 0.01,
+        warmup: int = 100,
+        halting: str = "router",
+        keep: float = 0.5,
+        refresh: str = "round",
+    ) -> None:
+        super().__init__()
+        if thoughts < 0:
+            raise UserError(f"thoughts={thoughts}: give 0 (no thinking) or more")
+        if not 0 < threshold < 1:
+            raise UserError(f"threshold={threshold}: give a probability between 0 and 1")
+        if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
+            raise UserError(f"train_rounds={train_rounds}: give (fewest, most), such as (2, 3)")
+        if eval_rounds != "exact" and not (isinstance(eval_rounds, int) and eval_rounds >= 0):
+            raise UserError(f"eval_rounds={eval_rounds!r}: give a number of rounds or 'exact'")
+        if penalty < 0 or warmup < 0:
+            raise UserError(f"penalty={penalty}, warmup={warmup}: give 0 or more")
+        for name, given, allowed in (("halting", halting, HALTING), ("refresh", refresh, REFRESH)):
+            if given not in allowed:
+                raise unknown(name, given, allowed)
+        self.thoughts, self.threshold, self.eval_rounds, self.refresh = thoughts, threshold, eval_rounds, refresh
+        self.train_rounds, self.penalty, self.warmup = tuple(train_rounds), penalty, warmup
+        self.slots_per_token = thoughts + 1
+        self.feedback = Feedback("hidden")
+        self.halting = Halting(halting, "router", keep)
+        self.adaptive = self.halting.adaptive and thoughts > 0
+        self._wider = 0
+        self.begin_step(0, 0)
+
+    def attach(self, backbone: Backbone) -> None:
+        """Refuses backbones that cannot weigh slots; measures the scale of the feedback, creates the router."""
+        if self.thoughts and "linear_attention" in backbone.layer_types:
+            raise UserError(
+                f"PonderLM3 does not fit {backbone.config.model_type}: the state of its linear-attention layers cannot weigh "
+                "a slot or leave one out; use PonderLM2(thoughts=1) on this backbone"
+            )
+        self.feedback.attach(backbone)
+        if self.halting.learned and self.thoughts:
+            self.router = router(backbone, start=0.5, outputs=self.slots_per_token)
+            torch.nn.init.constant_(self.router.bias[-1:].detach(), math.log(0.9 / 0.1 * self.thoughts))
+        heads = backbone.config.num_attention_heads
+        self._wider = extra_coordinates(
+            getattr(backbone.config, "head_dim", None) or backbone.config.hidden_size // heads
+        )
+
+    def embed_scale(self, width: int) -> float:
+        """The embedding multiplier that goes with the feedback."""
+        return self.feedback.embed_scale(width)
+
+    def begin_step(self, step: int, seed: int) -> None:
+        """Draws this step's number of rounds, the same on every rank; raises the penalty; lets a random control draw anew."""
+        self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
+        self._penalty_now = self.penalty * min(1.0, step / self.warmup) if self.warmup else self.penalty
+        self._draw_now = 1 + step
+
+    def new_cache(self, backbone: Backbone) -> DepthCache:
+        """One store for the slots of all depths."""
+        return DepthCache(backbone.config.num_hidden_layers, 1)
+
+    def forward(
+        self,
+        backbone: Backbone,
+        h_BTD: Tensor,
+        position_ids: Tensor,
+        cache: TokenCache | None = None,
+        mask: Tensor | None = None,
+        budget: Effort = FULL,
+        labels_BT: Tensor | None = None,
+    ) -> MethodOutput:
+        """See `Think.forward`. Texts differ in their slots anyway, so each call with a cache may have its own budget."""
+        seen, (batch, tokens) = 0 if cache is None else cache.tokens, h_BTD.shape[:2]
+        position_BT = position_ids.expand(batch, -1)
+        new = New(
+            backbone,
+            torch.arange(seen, seen + tokens, device=h_BTD.device).expand(batch, -1),
+            position_BT,
+            torch.ones_like(position_BT, dtype=torch.bool) if mask is None else mask[:, seen : seen + tokens] > 0,
+            mask,
+            budget.passes(self.slots_per_token, self.learned),
+            budget.threshold(self.threshold),
+            soft=self.training and self.learned and cache is None,
+        )
+        self.halting.draw = self._draw_now if self.training else 0
+        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        residuals: list[float] = []
+        if seen or not self.training and (tokens == 1 or self.eval_rounds == "exact"):
+            states, route = self._roll_out(new, h_BTD, cache)
+        else:
+            states, route = self._iterate(new, h_BTD, cache, residuals)
+        # A prediction that is not mixed is that of the last state, which tokens with fewer slots repeat.
+        out_BTD = states[-1] if route.share_BTN is None else mixture(states, list(route.share_BTN.unbind(-1)))
+        terms = {} if route.log_weight_BTN is None or not new.soft else {"thinking": self._penalty(new, route)}
+        trace = {"states": states, "residuals": residuals} if self.record else {}
+        return MethodOutput(out_BTD, route.passes(), terms, trace=trace)
+
+    def _iterate(
+        self, new: New, h_BTD: Tensor, cache: DepthCache, residuals: list[float]
+    ) -> tuple[list[Tensor], Route]:
+        """All tokens at once: Jacobi rounds, each on what the states of the one before decided."""
+        route = self._route(new)
+
+        def run(stages: list[Tensor]) -> list[Tensor]:
+            nonlocal route
+            states = self._pass(new, stages, route, self.new_cache(new.backbone))
+            if len(stages) == 1 or self.refresh == "round":
+                route = self._route(new, states[0])
+            return states
+
+        rounds = self._rounds_now if self.training else int(self.eval_rounds)
+        watch = residuals if self.record else None
+        stages = jacobi(run, h_BTD, new.most - 1, rounds, partial(self.feedback, new.backbone), watch)
+        states = self._pass(new, stages, route, cache)
+        cache.record(route.passes())
+        return states, route
+
+    def _roll_out(self, new: New, h_BTD: Tensor, cache: DepthCache) -> tuple[list[Tensor], Route]:
+        """The sequential definition: token by token, as many single-slot calls into one cache as it keeps slots."""
+        found: list[list[Tensor]] = []
+        routes: list[Route] = []
+        for token, x_B1D in enumerate(h_BTD.split(1, dim=1)):
+            now = new.at(token)
+            ragged = VarlenPass(new.backbone, cache, new.mask, cache.tokens + 1, self.packed)
+            states = [ragged.run(x_B1D, self._route(now).slots(now, range(1)))]
+            route = self._route(now, states[0])
+            for number in range(1, new.most):
+                slots = route.slots(now, range(number, number + 1))
+                thought_B1D = ragged.run(self.feedback(new.backbone, states[-1]), slots)
+                states.append(torch.where(slots.wanted_BS[..., None], thought_B1D, states[-1]))
+            cache.record(route.passes())
+            found.append(states)
+            routes.append(route)
+        kept_BTN = torch.cat([route.kept_BTN for route in routes], dim=1)
+        shares = [route.share_BTN for route in routes if route.share_BTN is not None]
+        joined = Route(kept_BTN, torch.cat(shares, dim=1) if shares else None)
+        return [torch.cat(states, dim=1) for states in zip(*found, strict=True)], joined
+
+    def _pass(self, new: New, stages: list[Tensor], route: Route, cache: DepthCache) -> list[Tensor]:
+        """One pass over the slots of all tokens; tokens that lack a slot repeat the state of the one below."""
+        if new.soft:
+            return self._soft_pass(new, stages, route)
+        kept_BTN = route.kept_BTN[..., : len(stages)]
+        deepest = max(1, int(kept_BTN.flatten(0, 1).any(0).sum()))
+        ragged = VarlenPass(new.backbone, cache, new.mask, new.token_BT.shape[1], self.packed)
+        states = deinterleave(ragged.run(interleave(stages[:deepest]), route.slots(new, range(deepest))), deepest)
+        for number in range(1, deepest):
+            states[number] = torch.where(kept_BTN[..., number, None], states[number], states[number - 1])
+        return states + states[-1:] * (len(stages) - deepest)
+
+    def _soft_pass(self, new: New, stages: list[Tensor], route: Route) -> list[Tensor]:
+        """All slots of all tokens, weighed."""
+        count, backbone = len(stages), new.backbone
+        x_BSD, slots = interleave(stages), route.slots(new, range(count))
+        mask: Tensor | SlotMask | None = per_slot(new.mask, count)
+        if count == 1:
+            return [backbone.step(x_BSD, None, mask, slots.position_BS)]
+        fused = self.packed and backbone.config._attn_implementation != "eager"
+        windows = "sliding_attention" in backbone.layer_types
+        if windows or not fused:
+            order_S = torch.arange(x_BSD.shape[1], device=x_BSD.device)
+            seen_1SS, token_BS = (order_S[:, None] >= order_S)[None], slots.token_BS
+            weight_BS = None if fused else slots.log_weight_BS
+            documents = None if new.mask is None else new.mask.long()
+            mask = slot_mask(seen_1SS, token_BS, token_BS, documents, new.token_BT.shape[1], windows, weight_BS)
+        weight_BS = slots.log_weight_BS if fused else None
+        return deinterleave(backbone.step(x_BSD, None, mask, slots.position_BS, log_weight_BS=weight_BS), count)
+
+    @property
+    def learned(self) -> bool:
+        """Whether there is a router."""
+        return self.halting.learned and self.thoughts > 0
+
+    def _route(self, new: New, state_BTD: Tensor | None = None) -> Route:
+        """How deep each token thinks, by its state at slot 0; before there is one, every token has that slot alone."""
+        if state_BTD is None or new.most == 1:
+            weight_BT1 = torch.zeros_like(new.real_BT, dtype=torch.float32)[..., None]
+            return Route(new.real_BT[..., None], None, weight_BT1 if self.learned else None)
+        if not self.learned:
+            return Route(self._controlled(new))
+        log_share_BTN = self.router(state_BTD).float().log_softmax(-1)
+        log_weight_BTN = tail_masses(log_share_BTN)[..., : new.most]
+        reached_BTN = log_weight_BTN >= math.log(new.threshold)
+        mixed_BTN = log_share_BTN[..., : new.most]
+        if not new.soft:
+            mixed_BTN = mixed_BTN.masked_fill(~reached_BTN, -math.inf)
+        return Route(
+            reached_BTN & new.real_BT[..., None],
+            mixed_BTN.softmax(-1),
+            log_weight_BTN.clamp(min=math.log(self.threshold)),
+        )
+
+    def _controlled(self, new: New) -> Tensor:
+        """Which slots tokens have where no router says so, ``[B, T, N]``."""
+        kept = [new.real_BT]
+        for number in range(1, new.most):
+            goes_on_BT = self.halting.goes_on(number, new.position_BT, None, lambda: new.token_BT)
+            kept.append(kept[-1] if goes_on_BT is None else kept[-1] & goes_on_BT)
+        return torch.stack(kept, dim=-1)
+
+    def _penalty(self, new: New, route: Route) -> LossTerm:
+        """The expected number of thoughts, summed over tokens."""
+        assert route.log_weight_BTN is not None
+        thoughts_BT = route.log_weight_BTN[..., 1:].exp().sum(-1)
+        return LossTerm(thoughts_BT[new.real_BT].sum(), new.real_BT.sum(), self._penalty_now)
+
+    def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
+        """See `Think.slots`: thoughts that were not made leave nothing."""
+        return tokens * (sum(shares) if shares else self.slots_per_token)
+
+    def calls(
+        self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
+    ) -> list[DecoderPass | MatMul]:
+        """See `Think.calls`; in training at the mean number of rounds, and a router's every slot is run."""
+        every, soft = [1.0] * self.slots_per_token, training and self.learned
+        shares = [share for share in (every if soft else shares or every) if share]
+        kept, routed = sum(shares), self.router.weight.numel() if self.learned else 0
+        made: list[DecoderPass | MatMul] = []
+        if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
+            for seen in range(context, context + tokens):
+                made += [DecoderPass(1, seen * kept + k + 1, repeats=share) for k, share in enumerate(shares)]
+            evaluations = 1.0
+        else:
+            rounds = sum(self.train_rounds) / 2 if training else float(self.eval_rounds)
+            wider = self._wider if soft else 0
+            for number in range(1, len(shares)):
+                rows = tokens * sum(shares[:number])
+                made.append(DecoderPass(rows, rows, wider=wider if number > 1 else 0))
+            evaluations = len(shares) - 1 + (rounds if len(shares) > 1 else 0)
+            made.append(DecoderPass(tokens * kept, tokens * kept, repeats=evaluations - len(shares) + 2, wider=wider))
+        return [*made, MatMul(tokens * evaluations, routed)] if routed else made
+
+
+def tail_masses(log_share_BTN: Tensor) -> Tensor:
+    """The log of the mass at each number or beyond, from the log of the mass at each; at 0 it is all.
+
+    Example:
+        >>> tail_masses(torch.tensor([0.5, 0.3, 0.2]).log()).exp()
+        tensor([1.0000, 0.5000, 0.2000])
+    """
+    beyond = log_share_BTN.flip(-1).logcumsumexp(-1).flip(-1)
+    return torch.cat([torch.zeros_like(beyond[..., :1]), beyond[..., 1:]], dim=-1)

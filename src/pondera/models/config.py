@@ -1,0 +1,236 @@
+"""AdaptiveConfig: a backbone's config plus at most one method per seam, as spec strings."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, ClassVar
+
+from pondera.core import spec
+from pondera.core.errors import UserError, unknown
+from pondera.core.hf_config import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SubConfigSpec, written_by_transformers
+from pondera.core.spec_repr import SpecRepr
+from pondera.core.versions import installed
+from pondera.models.peft_defaults import announce_to_peft
+
+INITS = ("hf", "scaled")
+DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
+TEXT_CONFIG = "text_config"
+SETTINGS = ("backbone", "think", "memory", "segment", "head", "init", "embed_scale", "dtype")
+
+
+class AdaptiveConfig(PreTrainedConfig):
+    """What an `AdaptiveLM` is made of. Saved as ``config.json`` with ``model_type: pondera``.
+
+    Args:
+        backbone: a transformers config, the same as a mapping with ``model_type``, or the folder (or hub name) of a
+            checkpoint; the weights of a checkpoint are loaded when an `AdaptiveLM` is built from this config. Of another
+            Pondera model the backbone is taken over, and of its method what the new method has, too.
+        think: how much to compute for each token, e.g. ``"PonderLM2(thoughts=1)"``; none: one pass.
+        memory: how much of the past to keep; none: all of it.
+        segment: how much to say at once; none: a token.
+        head: what makes scores of the vocabulary, e.g. ``"VQLogits(codes=512)"``; none: the backbone's output matrix.
+        init: ``"hf"`` keeps the architecture's own initialisation; ``"scaled"`` draws linear and embedding weights
+            from a truncated normal with std sqrt(2/5D), divides output projections by sqrt(2 layers) and multiplies
+            embeddings by `embed_scale` so that they enter at unit RMS (the recipe of the PonderLM papers). A Pondera
+            model keeps what it was drawn with, whatever is said here.
+        embed_scale: what token embeddings are multiplied with; none: decided by `init` and the think method, or by the
+            Pondera model that `backbone` names.
+        dtype: of all weights, e.g. ``"bfloat16"``; none: what the checkpoint has.
+
+    Raises:
+        UserError: an unknown setting, architecture, backbone field, method or argument.
+
+    Example:
+        >>> config = AdaptiveConfig(backbone={"model_type": "llama", "hidden_size": 64}, think="PonderLM2(thoughts=1)")
+        >>> config.backbone.hidden_size
+        64
+    """
+
+    model_type: ClassVar[str] = "pondera"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache", "passes", "terms", "trace"]
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {"backbone": SubConfigSpec(AutoConfig, model_type="llama")}
+
+    backbone: dict | PreTrainedConfig | str | None = None
+    think: str | None = None
+    memory: str | None = None
+    segment: str | None = None
+    head: str | None = None
+    init: str = "hf"
+    embed_scale: float | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Whoever holds a config may ask transformers for its model.
+        model = importlib.import_module("pondera.models.adaptive_lm").AdaptiveLM
+        importlib.import_module("pondera.core.hf").register(AdaptiveConfig, model)
+        kwargs.pop(TEXT_CONFIG, None)
+        if strange := next((name for name in kwargs if not _known(name)), None):
+            raise unknown("setting of AdaptiveConfig", strange, SETTINGS)
+        self._checkpoint: str | None = None
+        self._retrofit = False
+        if isinstance(self.backbone, str):
+            self._checkpoint, found = self.backbone, _checkpoint_config(self.backbone)
+            self._retrofit = isinstance(found, AdaptiveConfig)
+            if isinstance(found, AdaptiveConfig):
+                found, self.init = found.get_text_config(), found.init
+            self.backbone = found
+        elif not isinstance(self.backbone, PreTrainedConfig):
+            self.backbone = backbone_config(_mapping(self.backbone) or {"model_type": "llama"})
+        if self.init not in INITS:
+            raise unknown("init", str(self.init), INITS)
+        if self._checkpoint and not self._retrofit and self.init != "hf":
+            raise UserError(f"init: {self.init!r} would overwrite the weights of {self._checkpoint!r}; use init: hf")
+        if self.think is not None and self.segment is not None:
+            raise UserError(
+                f"think: {self.think} and segment: {self.segment} both decide what the layers are run on, which is not "
+                "combined yet; leave one of them out"
+            )
+        if self.memory is not None and (other := self.think or self.segment):
+            raise UserError(
+                f"memory: {self.memory} and {other} both decide what the cache holds, which is not combined yet; leave one "
+                "of them out"
+            )
+        if isinstance(self.dtype, str) and self.dtype not in DTYPES:
+            raise unknown("dtype", self.dtype, DTYPES)
+        for seam in spec.SEAMS:
+            if getattr(self, seam) is not None:
+                parsed = spec.parse(_spec_text(seam, getattr(self, seam)))
+                spec.find(parsed.name, seam)
+                setattr(self, seam, spec.format(parsed))
+        kwargs.setdefault("tie_word_embeddings", getattr(self.backbone, "tie_word_embeddings", False))
+        kernel = kwargs.get("attn_implementation") or self.backbone._attn_implementation
+        super().__post_init__(**kwargs)
+        if self.dtype is not None:
+            self.backbone.dtype = self.dtype
+        if kernel is not None:
+            self._attn_implementation = kernel  # of the backbone, too
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """From a ``config.json``, whose backbone must be written out: a name would fetch weights from elsewhere.
+
+        The backbone may have fields that its config class does not declare, as those of many checkpoints do.
+        """
+        if isinstance(config_dict.get("backbone"), str) or "_checkpoint" in config_dict:
+            raise UserError(
+                "config.json names another checkpoint (backbone), whose weights would be fetched; what Pondera saved does "
+                "not: give the folder of a trained model"
+            )
+        if isinstance(backbone := config_dict.get("backbone"), dict):
+            config_dict = {**config_dict, "backbone": backbone_config(backbone, saved=True)}
+        if config_dict.get("transformers_version") not in (None, installed()):
+            # Another version may write fields that this one does not know; here they mean nothing.
+            foreign = [name for name in config_dict if not _known(name) and name not in SETTINGS]
+            config_dict = {name: value for name, value in config_dict.items() if name not in foreign}
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """The ``config.json`` of a Pondera model.
+
+        Raises:
+            UserError: it is another model's.
+        """
+        tree, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if tree and tree.get("model_type", cls.model_type) != cls.model_type:
+            name = str(pretrained_model_name_or_path)
+            raise UserError(
+                f"{name}: a {tree['model_type']} checkpoint, not one that Pondera saved; to build on its weights write "
+                f'AdaptiveLM(AdaptiveConfig(backbone="{name}", think="..."))'
+            )
+        return tree, unused
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The backbone's config: what transformers asks for head counts, vocabulary and layer types."""
+        return self.backbone if isinstance(self.backbone, PreTrainedConfig) else self
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as plain mappings; where weights once came from is left out, they are saved beside it."""
+        tree = super().to_dict()
+        for mark in ("_checkpoint", "_retrofit"):
+            tree.pop(mark, None)
+        # PEFT reads sizes in this mapping, where it knows nothing of a backbone but of a part called text_config.
+        announce_to_peft(self.model_type)
+        tree[TEXT_CONFIG] = tree.get("backbone")
+        return tree
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is saved: each field once."""
+        tree = super().to_diff_dict()
+        tree.pop(TEXT_CONFIG, None)
+        return tree
+
+
+def _known(name: str) -> bool:
+    """Whether a field may stand in a config: ours, or one that transformers writes or takes."""
+    return name in SETTINGS or name.startswith("_") or name in written_by_transformers()
+
+
+def _spec_text(seam: str, given: Any) -> str:
+    """The text that names a method; of an object that knows what it was made with, its own."""
+    if isinstance(given, str):
+        return given
+    if isinstance(given, SpecRepr):
+        return repr(given)
+    name = getattr(given, "__name__", type(given).__name__)
+    raise UserError(f'{seam}: expected text such as {seam}="{name}(...)", got {_shown(given)}; write it as text')
+
+
+def _mapping(backbone: Any) -> dict | None:
+    if backbone is None or isinstance(backbone, dict):
+        return backbone
+    told = (
+        "save it and give its folder, or give its .config for new weights"
+        if hasattr(backbone, "save_pretrained")
+        else "give a config, a mapping with model_type, or a checkpoint's folder"
+    )
+    raise UserError(f"backbone: got {_shown(backbone)}; {told}")
+
+
+def _shown(given: Any) -> str:
+    return f"the class {given.__name__}" if isinstance(given, type) else f"a {type(given).__name__} object"
+
+
+def backbone_config(tree: dict[str, Any], saved: bool = False) -> PreTrainedConfig:
+    """A transformers config from a mapping, with unknown architectures and fields refused by name.
+
+    Args:
+        tree: ``model_type`` and any fields of that architecture's config.
+        saved: the mapping is from a saved model. Its unknown fields are kept, as transformers keeps them.
+    """
+    tree = dict(tree)
+    name = tree.pop("model_type", None)
+    if not isinstance(name, str):
+        raise UserError("backbone: needs a model_type (llama, mistral, qwen3, gemma3_text, gpt_neox, gpt2, ...)")
+    if name not in CONFIG_MAPPING:
+        raise unknown("backbone model_type", name, CONFIG_MAPPING.keys())
+    config_class = CONFIG_MAPPING[name]
+    if not saved:
+        _check_fields(tree, name)
+    try:
+        return config_class(**tree)
+    except Exception as error:
+        raise UserError(f"backbone: {name} refuses these settings: {str(error).splitlines()[-1].strip()}") from error
+
+
+def _check_fields(tree: dict[str, Any], name: str) -> None:
+    default = CONFIG_MAPPING[name]()
+    allowed = set(default.to_dict()) | set(type(default).attribute_map) | {"attn_implementation", "dtype"}
+    for key in tree:
+        # A leading underscore or a generation field may stand in a config.json that transformers itself wrote.
+        if key not in allowed and not key.startswith("_") and not hasattr(default, key):
+            raise unknown(f"{name} setting", f"backbone.{key}", [f"backbone.{field}" for field in allowed])
+
+
+def _checkpoint_config(path: str) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"backbone: {path!r} is neither a checkpoint folder (with config.json) nor a model that could be fetched: "
+            f"{str(error).splitlines()[0]}"
+        ) from None
+
+
+AutoConfig.register(AdaptiveConfig.model_type, AdaptiveConfig, exist_ok=True)

@@ -1,0 +1,150 @@
+"""Whether a method is right on a backbone that no test of Pondera knows: a few tokens, when the model is built.
+
+Shapes: B batch, T tokens, N packed rows, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from pondera.cache.packing import PackedRows
+from pondera.core.errors import UserError
+from pondera.models.backbone import LAYOUTS, Backbone, SlotMask
+
+if TYPE_CHECKING:
+    from pondera.models.adaptive_lm import AdaptiveLM
+
+TOKENS, PADS, PIECES = 6, 2, (4, 1, 1)
+"""What is read: two rows of so many tokens, padding on the left of the first, and how they are cut for a cache."""
+
+
+def check_method(model: AdaptiveLM) -> None:
+    """Refuses a backbone on which the model's method does not run, or padding, packing or the cache change what it says.
+
+    Architectures that are mapped are known from tests, and are not run.
+
+    Raises:
+        UserError: which architecture, and why.
+    """
+    kind = model.backbone.config.model_type
+    if model.method is None or kind in LAYOUTS:
+        return
+    rounds = getattr(model.method, "eval_rounds", None)
+    try:
+        with as_it_was(model):
+            wrong = _wrong(model)
+    except UserError as error:
+        wrong = str(error)
+    except Exception as error:  # whatever an architecture raises inside
+        wrong = f"a call of a few tokens fails ({described(error)})"
+    finally:
+        if rounds is not None:
+            cast(Any, model.method).eval_rounds = rounds
+    if wrong:
+        raise _misfit(model, wrong)
+
+
+def attach_method(model: AdaptiveLM) -> None:
+    """Shows the method its backbone; refuses an architecture that does not say of itself what the method asks.
+
+    Raises:
+        UserError: which architecture, and why.
+    """
+    method: Any = model.method
+    try:
+        method.attach(model.backbone)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a configuration raises
+        if model.backbone.config.model_type in LAYOUTS:
+            raise
+        raise _misfit(model, described(error)) from error
+
+
+def _misfit(model: AdaptiveLM, wrong: str) -> UserError:
+    return UserError(
+        f"{model.chosen} does not fit {model.backbone.config.model_type}: {wrong}. Methods that run whole passes in causal "
+        "order, such as PonderLM2(thoughts=1) and PauseToken(), fit more architectures; all methods fit "
+        f"{', '.join(sorted(LAYOUTS))}"
+    )
+
+
+def described(error: Exception) -> str:
+    """An error of somebody else's code in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+
+
+def _wrong(model: AdaptiveLM) -> str | None:
+    """What is wrong; `None`: nothing was found."""
+    vocabulary = model.backbone.config.vocab_size
+    ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 5) % vocabulary
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, :PADS] = 0
+    method: Any = model.method
+    if hasattr(
+        method, "eval_rounds"
+    ):  # what a prompt is read with may be an approximation, which a cache need not meet
+        method.eval_rounds = "exact"
+    whole = model(ids_BT, attention_mask=mask_BT).logits
+    bound = max(1e-4, 8 * torch.finfo(whole.dtype).eps) * float(whole.float().abs().max())
+
+    def apart(found: Tensor, expected: Tensor) -> bool:
+        return not bool(((found.float() - expected.float()).abs() <= bound).all())
+
+    if apart(model(ids_BT[:1, PADS:]).logits, whole[:1, PADS:]):
+        return "a row with padding on its left gets other logits than the row alone"
+    cached = _in_pieces(model, ids_BT, mask_BT)
+    if apart(cached[mask_BT.bool()], whole[mask_BT.bool()]):
+        return "with a cache it gives other logits than without"
+    think = model.think
+    if think is None or not think.packed:
+        return None
+    if think.adaptive and apart(*_packed_and_alone(model.backbone, ids_BT)):
+        return "rows of several sequences in one packed call get other states than each sequence alone"
+    think.packed = False
+    try:
+        for found, expected in ((whole, model(ids_BT, attention_mask=mask_BT).logits),
+                                (cached, _in_pieces(model, ids_BT, mask_BT))):  # fmt: skip
+            if apart(found[mask_BT.bool()], expected[mask_BT.bool()]):
+                return "tokens that are run without those that leave off get other logits than with all of them"
+    finally:
+        think.packed = True
+    return None
+
+
+def _packed_and_alone(backbone: Backbone, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """States of two sequences of different lengths, ``[1, N, D]``: in one packed call, and by themselves."""
+    rows_BTD = [backbone.embed(ids_BT[:1, :3]), backbone.embed(ids_BT[1:, :1])]
+    order_T = torch.arange(3, device=ids_BT.device)
+    wanted_BT = order_T < torch.tensor([[3], [1]], device=ids_BT.device)
+    mask = SlotMask((order_T[:, None] >= order_T)[None].expand(2, 3, 3), order_T[None], order_T[None])
+    position_1N = order_T.expand(2, 3)[wanted_BT][None]
+    packed = backbone.step(torch.cat(rows_BTD, 1), None, mask, position_1N, PackedRows.where(wanted_BT))
+    return packed, torch.cat([backbone.step(h_1TD) for h_1TD in rows_BTD], 1)
+
+
+def _in_pieces(model: AdaptiveLM, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    cache, seen, found = model.new_cache(), 0, []
+    for piece in ids_BT.split(PIECES, 1):
+        seen += piece.shape[1]
+        found.append(model(piece, attention_mask=mask_BT[:, :seen], past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """In evaluation, without gradients; training mode and random state are put back."""
+    training = [module for module in model.modules() if module.training]
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        try:
+            model.eval()
+            yield
+        finally:
+            for module in training:
+                module.training = True

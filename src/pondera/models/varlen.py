@@ -1,0 +1,115 @@
+"""Slots of which tokens own different numbers, in one causal order: x1 z1 z1' x2 x3 z3 ...
+
+All slots of a text stand in one store, each behind those that came before it, so a slot sees what is stored up to itself.
+Slots that a token does not have are never run and leave no row.
+
+Shapes: B batch, T tokens, S slots of a call, N rows that run, K stored rows, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pondera.cache.depth_cache import FREE, DepthCache, DepthWrite, slot_mask
+from pondera.cache.packing import PackedRows
+from pondera.models.backbone import Backbone, SlotMask, has_documents
+
+
+@dataclass
+class VarlenSlots:
+    """The slots that a call may add, in causal order.
+
+    Args:
+        token_BS: the number of each slot's token in its text (padding counts).
+        position_BS: the token's position.
+        wanted_BS: which of them there are.
+        log_weight_BS: added to every attention score of the slot, now and whenever it is read; none: nothing.
+    """
+
+    token_BS: Tensor
+    position_BS: Tensor
+    wanted_BS: Tensor
+    log_weight_BS: Tensor | None = None
+
+
+class VarlenPass:
+    """Runs slots after those that a cache holds.
+
+    Args:
+        backbone: runs them.
+        cache: of one depth; what came before. New slots are added.
+        mask: ``[B, T]`` token mask over cached and new tokens, as for `Think.forward`.
+        tokens: T, cached and new ones.
+        packed: gather the slots that are wanted; else all run and the others are masked, which computes the same: it is
+            what the tests hold the packed form against.
+    """
+
+    def __init__(
+        self, backbone: Backbone, cache: DepthCache, mask: Tensor | None, tokens: int, packed: bool = True
+    ) -> None:
+        self.backbone, self.cache, self.tokens, self.packed = backbone, cache, tokens, packed
+        self.mask_BT = None if mask is None else mask[:, :tokens].long()
+        self._by_position = "sliding_attention" in backbone.layer_types
+        self._one_text = not has_documents(mask)
+
+    def run(self, x_BSD: Tensor, slots: VarlenSlots) -> Tensor:
+        """States ``[B, S, D]`` of input vectors; what stands at slots that are not wanted means nothing."""
+        rows = PackedRows.where(slots.wanted_BS)
+        if rows.width == 0 and self.packed:
+            return x_BSD
+        everyone = rows.even and rows.width == x_BSD.shape[1]
+        if not self.packed or (everyone and self.cache.level(0)):
+            return self._dense(x_BSD, slots)
+        return self._packed(x_BSD, slots, rows)
+
+    def _dense(self, x_BSD: Tensor, slots: VarlenSlots) -> Tensor:
+        """Every text gets as many columns."""
+        before = self.cache.width(0)
+        query_BS = torch.where(slots.wanted_BS, slots.token_BS, FREE)
+        self.cache.note(0, query_BS, slots.log_weight_BS)
+        column_1S = torch.arange(before, self.cache.width(0), device=x_BSD.device)[None]
+        mask = None if self._plain() else self._mask(query_BS, column_1S)
+        with self.cache.writing(DepthWrite(0, range(1))) as store:
+            return self.backbone.step(x_BSD, store, mask, slots.position_BS)
+
+    def _packed(self, x_BSD: Tensor, slots: VarlenSlots, rows: PackedRows) -> Tensor:
+        """Each text's wanted slots follow its own last one."""
+        wanted_BS, before = slots.wanted_BS, self.cache.width(0)
+        token_N = slots.token_BS[wanted_BS]
+        weight_N = None if slots.log_weight_BS is None else slots.log_weight_BS[wanted_BS]
+        column_N = self.cache.place(0, rows, token_N, weight_N)
+        order_N = before + rows.order_N if column_N is None else column_N
+        query_BS = rows.spread(token_N[None] - FREE) + FREE  # free where a text has fewer rows
+        mask = None if rows.batch == 1 and self._plain() else self._mask(query_BS, rows.spread(order_N[None]))
+        write = DepthWrite(0, range(1), rows, column_N, self.cache.width(0))
+        with self.cache.writing(write) as store:
+            new_1ND = self.backbone.step(x_BSD[wanted_BS][None], store, mask, slots.position_BS[wanted_BS][None], rows)
+        return torch.zeros_like(x_BSD).index_put(wanted_BS.nonzero(as_tuple=True), new_1ND[0].to(x_BSD.dtype))
+
+    def _plain(self) -> bool:
+        """Whether causal order is all there is to it, which the backbone knows by itself: without holes, and either no
+        slot weighs less than another or no token has two."""
+        held = self.cache.depths[0]
+        assert held is not None
+        if not self.packed or not self._one_text:
+            return False
+        if held.log_weight_BC is None and not self._by_position:
+            return True
+        return bool((held.token_BC.diff(dim=1) > 0).all())
+
+    def _mask(self, query_BS: Tensor, column_BS: Tensor) -> SlotMask:
+        held = self.cache.depths[0]
+        assert held is not None
+        order_K = torch.arange(self.cache.width(0), device=query_BS.device)
+        return slot_mask(
+            order_K <= column_BS[..., None],
+            query_BS,
+            held.token_BC,
+            self.mask_BT,
+            self.tokens,
+            self._by_position,
+            held.log_weight_BC,
+        )

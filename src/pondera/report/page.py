@@ -1,0 +1,412 @@
+"""The report: one HTML file, offline, from run folders and nothing else.
+
+Runs of the same name are seeds of one arm. Whatever a run lacks is said on the page; no run is left out in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any, TypeVar
+
+from pondera.core.errors import UserError
+from pondera.core.run_config import RunConfig
+from pondera.core.run_folder import Run, write_atomic
+from pondera.evaluation import significance
+from pondera.evaluation.halting_stats import HALTING_STATS
+from pondera.report.halting_section import HaltingStats, halting_section
+from pondera.report.heatmap import shade_html
+from pondera.report.svg import COLORS, Point, Series, human, line_chart, scatter_chart, swatch
+
+Anything = TypeVar("Anything")
+
+SCORES = {"bits_per_byte": "bits per byte", "loss": "loss"}
+COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("bits_per_byte", "bits/byte", "{:.4f}".format),
+    ("loss", "loss", "{:.4f}".format),
+    ("passes_per_token", "passes/token", "{:.2f}".format),
+    ("inference_flops_per_token", "inference FLOPs/token", human),
+    ("kv_bytes_per_token", "KV bytes/token", human),
+    ("train_flops", "training FLOPs", human),
+    ("train_tokens_per_second", "training tokens/s", human),
+    ("parameters", "parameters", human),
+)
+
+
+@dataclass
+class RunView:
+    """What one run folder holds, and what is wrong with it."""
+
+    run: Run
+    where: str
+    config: RunConfig
+    env: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    result: dict[str, Any]
+    traces: dict[str, dict[str, Any]]
+    depths: dict[str, Any]
+    problems: list[str]
+
+    def points(self, measure: Measure, x_key: str) -> dict[int, Point]:
+        """The curve of a measure by step."""
+        read = ((line.get("step"), line.get(x_key), measure.read(line)) for line in self.metrics)
+        return {step: (x, y) for step, x, y in read if step is not None and x is not None and y is not None}
+
+
+@dataclass
+class Variant:
+    """The runs of one name."""
+
+    name: str
+    index: int
+    runs: list[RunView] = field(default_factory=list)
+
+    @property
+    def finished(self) -> list[RunView]:
+        return [run for run in self.runs if run.result]
+
+    def values(self, key: str) -> list[float]:
+        """One number of the result, for each finished run that has it."""
+        found = (run.result.get(key) for run in self.finished)
+        return [float(value) for value in found if isinstance(value, (int, float))]
+
+    def scores(self, key: str) -> dict[int, float]:
+        """One number of the result by seed; where runs repeat a seed, their mean."""
+        found: dict[int, list[float]] = {}
+        for run in self.finished:
+            if isinstance(value := run.result.get(key), (int, float)):
+                found.setdefault(run.config.train.seed, []).append(float(value))
+        return {seed: statistics.fmean(values) for seed, values in found.items()}
+
+    def curve(self, measure: Measure, x_key: str) -> Series:
+        """Its runs' curves, and their mean over the steps that all finished runs have (all runs, when none has)."""
+        curves = [run.points(measure, x_key) for run in self.runs]
+        whole = [curve for run, curve in zip(self.runs, curves, strict=True) if run.result and curve]
+        counted = whole or [curve for curve in curves if curve]
+        steps = sorted(set.intersection(*(set(curve) for curve in counted))) if counted else []
+        mean = [_middle([curve[step] for curve in counted]) for step in steps]
+        lines = [list(curve.values()) for curve in curves]
+        return Series(self.name, self.index, lines, mean, unfinished=not self.finished)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What a curve shows, and where a line of metrics has it."""
+
+    label: str
+    read: Callable[[dict[str, Any]], float | None]
+
+
+BITS = Measure("validation bits per byte", lambda line: (line.get("validation") or {}).get("bits_per_byte"))
+LOSS = Measure("validation loss", lambda line: (line.get("validation") or {}).get("loss"))
+TRAINING_LOSS = Measure("training loss", lambda line: line.get("loss"))
+
+
+def write_report(
+    runs: Sequence[str | Path],
+    out: str | Path,
+    title: str = "Pondera report",
+    names: Mapping[Path, str] | None = None,
+) -> Path:
+    """Writes one self-contained HTML page about some runs; it needs no network and no script.
+
+    Args:
+        runs: run folders; those with the same `name` in their config are seeds of one arm.
+        out: the file to write.
+        title: the page's title.
+        names: what the page shows instead of a run's path, for runs that were unpacked elsewhere.
+
+    Returns:
+        `out`.
+
+    Raises:
+        UserError: no runs given, one is not a run folder, or `out` cannot be a file.
+
+    Example::
+
+        write_report(["runs/plain-0", "runs/ponderlm2-0"], "report.html")
+    """
+    if not runs:
+        raise UserError("no runs to report on; give one run folder or more")
+    out = Path(out)
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; give a file, e.g. {out / 'report.html'}")
+    arms = group_variants(view_run(path, (names or {}).get(Path(path))) for path in runs)
+    page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
+        title=escape(title),
+        headline=_headline(arms),
+        charts=_charts(arms),
+        table=_table(arms),
+        depths=_depths(arms),
+        samples=_samples(arms),
+        runs="\n".join(_made(run) for arm in arms for run in arm.runs),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(out, page.encode("utf-8", "backslashreplace"))  # names of files need not be valid Unicode
+    return out
+
+
+def view_run(path: str | Path, name: str | None = None) -> RunView:
+    """Reads a run folder; what is missing or damaged becomes a problem, not an error.
+
+    Args:
+        path: the run folder.
+        name: what to show as its path (default: the path).
+    """
+    run = Run.open(path)
+    problems: list[str] = []
+
+    def attempt(read: Callable[[], Anything], otherwise: Anything) -> Anything:
+        try:
+            return read()
+        except UserError as error:
+            problems.append(str(error))
+            return otherwise
+
+    config = attempt(lambda: run.config, RunConfig(name=run.path.name))
+    metrics = attempt(run.metrics, [])
+    result = attempt(run.result, None) or {}
+    if not metrics:
+        problems.append("nothing logged (metrics.jsonl is missing or empty)")
+    if not result:
+        last = max((line.get("step") or 0 for line in metrics), default=0)
+        problems.append(f"not finished: no result yet, last logged step {last} of {config.train.steps}")
+    traces = attempt(run.traces, {})
+    depths = traces.pop(HALTING_STATS, {})
+    return RunView(
+        run, name or str(run.path), config, attempt(lambda: run.env, {}), metrics, result, traces, depths, problems
+    )
+
+
+def group_variants(runs: Iterable[RunView]) -> list[Variant]:
+    """Arms in the order in which their names first appear."""
+    arms: dict[str, Variant] = {}
+    for run in runs:
+        arms.setdefault(run.config.name, Variant(run.config.name, len(arms))).runs.append(run)
+    return list(arms.values())
+
+
+def score_key(arms: Iterable[Variant]) -> str:
+    """The score that all finished runs have: bits per byte, else loss."""
+    finished = [run for arm in arms for run in arm.finished]
+    return "bits_per_byte" if all(run.result.get("bits_per_byte") is not None for run in finished) else "loss"
+
+
+def measure_of(arms: Iterable[Variant]) -> Measure:
+    """The best measure that all validated runs have; training loss when no run was validated yet."""
+    runs = [run for arm in arms for run in arm.runs]
+    validated = [run for run in runs if run.points(LOSS, "step") or run.points(BITS, "step")]
+    if not validated:
+        return TRAINING_LOSS
+    return BITS if all(run.points(BITS, "step") for run in validated) else LOSS
+
+
+def _headline(arms: list[Variant]) -> str:
+    key, measure = score_key(arms), measure_of(arms)
+    entries = [
+        significance.Entry(
+            name=arm.name,
+            scores=arm.scores(key),
+            prices={price: _mean(arm.values(price)) for price in significance.PRICES},
+            curve=arm.curve(measure, "train_flops").mean,
+        )
+        for arm in arms
+        if arm.values(key)
+    ]
+    first, *rest = significance.sentences(entries, SCORES[key])
+    runs = [run for arm in arms for run in arm.runs]
+    seeds = sorted({run.config.train.seed for run in runs})
+    counts = f"{_several(len(arms), 'recipe')}, {_several(len(runs), 'run')}, seeds {', '.join(map(str, seeds))}"
+    lead = f'<p class="lead">{escape(" ".join(rest))}</p>' if rest else ""
+    return f'<p class="headline">{escape(first)}</p>{lead}<p class="facts">{counts}.</p>{_warnings(arms)}'
+
+
+def _warnings(arms: list[Variant]) -> str:
+    found = [f"{run.where}: {problem}." for arm in arms for run in arm.runs for problem in run.problems]
+    for arm in arms:
+        first, *others = (set(_flat(run.config.to_dict()).items()) for run in arm.runs)
+        differ = sorted({name for other in others for name, _ in first ^ other} - {"train.seed", "about"})
+        if differ:
+            found.append(f"The runs named {arm.name} differ in more than their seed: {', '.join(differ)}.")
+        seeds = [run.config.train.seed for run in arm.runs]
+        if len(set(seeds)) < len(seeds):
+            found.append(f"The runs named {arm.name} repeat a seed, so their spread is not one over seeds.")
+    if not found:
+        return ""
+    items = "".join(f"<li>{escape(one)}</li>" for one in found)
+    return f'<div class="card warning" role="note"><strong>Read with care</strong><ul>{items}</ul></div>'
+
+
+def _charts(arms: list[Variant]) -> str:
+    measure, key = measure_of(arms), score_key(arms)
+    by_tokens, by_flops = ([arm.curve(measure, x_key) for arm in arms] for x_key in ("tokens", "train_flops"))
+    by_price = [_price_series(arm, key) for arm in arms]
+    drawn = (
+        (
+            line_chart("By tokens read", "training tokens", measure.label, by_tokens),
+            "What the same text taught each recipe.",
+        ),
+        (
+            line_chart("By training compute", "training FLOPs", measure.label, by_flops, log_x=True),
+            "What the same compute taught each recipe.",
+        ),
+        (
+            scatter_chart("By price per token", "inference FLOPs per token", f"final {SCORES[key]}", by_price),
+            "What it costs to run, once trained. Bars: one standard deviation over seeds.",
+        ),
+    )
+    legend = "".join(
+        f'<li class="c{arm.index % COLORS}">{swatch(arm.index)}<b style="color:var(--ink)">{escape(arm.name)}</b> '
+        f"<span>{escape(arm.runs[0].config.about)}</span></li>"
+        for arm in arms
+    )
+    figures = "".join(
+        f'<figure class="card">{chart}<figcaption>{caption}</figcaption></figure>' for chart, caption in drawn
+    )
+    note = "Lower is better. Thin lines are single seeds, thick lines their mean, dashes an unfinished recipe."
+    return f'<ul class="legend">{legend}</ul><div class="charts">{figures}</div><p class="note">{note}</p>'
+
+
+def _price_series(arm: Variant, key: str) -> Series:
+    read = ((run.result.get("inference_flops_per_token"), run.result.get(key)) for run in arm.finished)
+    points = [(float(x), float(y)) for x, y in read if x is not None and y is not None]
+    runs = [[point] for point in points]
+    if not points:
+        return Series(arm.name, arm.index, runs, [])
+    return Series(arm.name, arm.index, runs, [_middle(points)], [_spread([y for _, y in points])])
+
+
+def _table(arms: list[Variant]) -> str:
+    best = {key: min((_mean(arm.values(key)) for arm in arms if arm.values(key)), default=None) for key in SCORES}
+    head = "".join(f'<th scope="col">{name}</th>' for _, name, _ in COLUMNS)
+    rows = []
+    for arm in arms:
+        done, all_runs = len(arm.finished), len(arm.runs)
+        seeds = _several(all_runs, "seed")
+        state = seeds if done == all_runs else f"incomplete: {done} of {seeds} finished"
+        cells = "".join(_cell(arm.values(key), show, best.get(key)) for key, _, show in COLUMNS)
+        rows.append(
+            f'<tr><th scope="row"><span class="c{arm.index % COLORS}">{swatch(arm.index)}</span>{escape(arm.name)}'
+            f"<small>{state}</small></th>{cells}</tr>"
+        )
+    return (
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Scores and prices of each recipe"><table>'
+        f'<thead><tr><th scope="col">recipe</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        '<p class="note">Mean ± sample standard deviation over the finished seeds; no ± where they agree exactly or '
+        "there is only one. Bold: the best score.</p>"
+    )
+
+
+def _cell(values: list[float], show: Callable[[float], str], best: float | None) -> str:
+    if not values:
+        return '<td aria-label="unknown">–</td>'
+    mean, spread = _mean(values), _spread(values)
+    style = ' class="best"' if mean == best else ""
+    return f"<td{style}>{show(mean)}{f' <small>± {show(spread)}</small>' if spread else ''}</td>"
+
+
+def _depths(arms: list[Variant]) -> str:
+    """One run speaks for its arm, as with the samples."""
+    chosen = ((arm, next((run for run in arm.runs if run.depths), None)) for arm in arms)
+    return halting_section(
+        [HaltingStats(arm.name, arm.index, run.config.train.seed, run.depths) for arm, run in chosen if run is not None]
+    )
+
+
+def _samples(arms: list[Variant]) -> str:
+    cards = []
+    for arm in arms:
+        run = next((run for run in arm.runs if run.traces), None)
+        if run is None:
+            cards.append(f'<p class="empty">{escape(arm.name)}: no traced text in its run folders.</p>')
+            continue
+        for name, trace in run.traces.items():
+            about = f"seed {run.config.train.seed}" + (f", {name}" if len(run.traces) > 1 else "")
+            title = f"<h3>{escape(arm.name)} <small>{escape(about)}</small></h3>"
+            cards.append(f'<article class="card sample">{title}{_sample(trace, f"view-{len(cards)}")}</article>')
+    return "\n".join(cards)
+
+
+def _sample(trace: dict[str, Any], view: str) -> str:
+    """One text, shaded by passes and by loss; both shades are in it, two radio buttons choose (no script)."""
+    tokens, passes, nll = trace.get("tokens"), trace.get("passes"), trace.get("nll") or []
+    if not tokens or not passes or len(tokens) != len(passes):
+        return '<p class="empty">This trace is damaged: it needs as many passes as tokens.</p>'
+    known = [value for value in passes if value is not None] or [0.0]
+    text = f'<div class="text" tabindex="0">{shade_html(tokens, passes, nll)}</div>'
+    losses = [value for value in nll if value is not None]
+    loss_key = _key("nll", min(losses), max(losses), "nats lost on the token") if losses else ""
+    if min(known) == max(known):
+        said = f"<p>Every token got the same {known[0]:g} {'pass' if known[0] == 1 else 'passes'}.</p>"
+        if not losses:
+            return said
+        switch = '<input class="view nll" type="radio" checked hidden>'
+        return f"{said}<details><summary>Where it lost most</summary>{switch}{loss_key}{text}</details>"
+    span = f"from {min(known):g} to {max(known):g}"
+    said = f"<p>{_mean(known):.2f} passes per token on average, {span}; darker tokens took more.</p>"
+    switch = _radio(view, "passes", "passes", " checked") + (_radio(view, "nll", "loss") if losses else "")
+    return f"{said}{switch}{_key('passes', min(known), max(known), 'passes')}{loss_key}{text}"
+
+
+def _radio(view: str, kind: str, label: str, checked: str = "") -> str:
+    name = f"{view}-{kind}"
+    button = f'<input class="view {kind}" type="radio" name="{view}" id="{name}"{checked}>'
+    return f'{button}<label for="{name}">{label}</label>'
+
+
+def _key(kind: str, low: float, high: float, unit: str) -> str:
+    return f'<div class="key {kind}-key">{low:.3g}<span class="ramp"></span>{high:.3g} {unit}</div>'
+
+
+def _made(run: RunView) -> str:
+    import yaml
+
+    env = run.env
+    versions = {"python": env.get("python"), **(env.get("versions") or {})}
+    seconds = run.result.get("train_seconds")
+    facts = {
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+        "commit": env.get("commit"),
+        "machine": env.get("platform"),
+        "device": env.get("device"),
+        "CPUs": env.get("cpus"),
+        "torch threads": env.get("torch_threads"),
+        "training took": f"{seconds / 60:.1f} minutes" if seconds else None,
+    }
+    listing = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
+    config = yaml.safe_dump(run.config.to_dict(), sort_keys=False, allow_unicode=True)
+    where = escape(run.where) + ("" if run.result else ", incomplete")
+    command = escape(str(env.get("command", "command unknown")))
+    return (
+        f"<details><summary>{escape(run.config.name)}, seed {run.config.train.seed} <small>{where}</small></summary>"
+        f'<div class="card"><pre>{command}</pre><dl>{listing}</dl><pre>{escape(config)}</pre></div></details>'
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return statistics.fmean(values) if values else math.nan
+
+
+def _spread(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _middle(points: Sequence[Point]) -> Point:
+    return statistics.fmean(x for x, _ in points), statistics.fmean(y for _, y in points)
+
+
+def _several(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Settings by their dotted names."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": repr(value)}
+    return flat

@@ -1,0 +1,227 @@
+"""What happens between optimizer steps: metrics, validation, checkpoints, and stopping when asked to."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import TrainerCallback
+
+from pondera.core.errors import Failure, UserError
+from pondera.core.run_config import RunConfig
+from pondera.core.run_folder import Run
+from pondera.data.corpus import Corpus
+from pondera.evaluation.cost_report import cost_report
+from pondera.evaluation.halting_stats import HALTING_STATS
+from pondera.evaluation.score import ScoreSums, score
+from pondera.evaluation.trace import TRACED, trace, trace_halting
+from pondera.models import checkpoints
+from pondera.models.adaptive_lm import AdaptiveLM
+from pondera.training.progress import ProgressMeter
+from pondera.training.trainer import PonderaTrainer, learning_rate_share
+
+SURVEYED = 4096  # held-out tokens, at most, that the statistics of depth are taken over
+SCORES = ("loss", "perplexity", "bits_per_byte", "passes_per_token")
+PRICES = ("inference_flops_per_token", "training_flops_per_token", "kv_bytes_per_token")
+
+
+class RunCallback(TrainerCallback):
+    """Writes the run folder while a `PonderaTrainer` trains.
+
+    All processes take every decision alike, since what they decide on was summed over them; the first one writes.
+
+    Args:
+        run: the run folder.
+        config: of the run.
+        corpus: what is trained and validated on.
+        model: what is trained.
+        start: the checkpoint to go on from, if any.
+        show: show progress.
+
+    Attributes:
+        trainer: to be set before training.
+        first_step: steps that are done already.
+        validation: the last validation, if it was made after the last step.
+        stopped: training ended because it was asked to.
+    """
+
+    trainer: PonderaTrainer
+
+    def __init__(
+        self, run: Run, config: RunConfig, corpus: Corpus, model: AdaptiveLM, start: Path | None, show: bool
+    ) -> None:
+        self.run, self.config, self.corpus, self.model, self.start = run, config, corpus, model, start
+        state = checkpoints.read_state(start) if start else {"step": 0, "seconds": 0.0, "since": _nothing(), "took": []}
+        self.first_step: int = state["step"]
+        self.seconds: float = state["seconds"]
+        self.since: dict[str, Any] = state["since"]
+        self.took: list[float] = state[
+            "took"
+        ]  # for each pass, the share of a step's tokens that took it, summed over steps
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.validation: dict[str, Any] | None = None
+        self.stopped = False
+        self.watch = ProgressMeter(config.train.steps, self.first_step, show)
+        self._clock = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Puts optimizer and step where the checkpoint left them."""
+        state.global_step = self.first_step
+        if self.start is not None:
+            main = self.trainer.is_world_process_zero()
+            self.trainer.restore_optimizer(checkpoints.read_optimizer(self.start) if main else {})
+        self._clock = time.monotonic()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Logs, validates and saves when their time has come."""
+        measured, settings, step = self.trainer.latest, self.config.train, state.global_step
+        assert measured is not None
+        now = time.monotonic()
+        self.seconds += now - self._clock
+        since = self.since
+        since["steps"] += 1
+        since["seconds"] += now - self._clock
+        since["loss"] += measured.loss
+        self.took = [a + b for a, b in zip(self.took or [0.0] * len(measured.shares), measured.shares, strict=True)]
+        for name, mean in measured.terms.items():
+            since["terms"][name] = since["terms"].get(name, 0.0) + mean
+
+        last = step >= settings.steps
+        # Several processes stop together, after a step whose sums told all of them; a single one need not wait for that.
+        alone = self.trainer.args.world_size == 1
+        self.stopped = (measured.stop or (alone and self.trainer.stop_asked)) and not last
+        line = self._line(step) if last or step % settings.log_every == 0 else {}
+        speed = since["steps"] * self._tokens_per_step / since["seconds"]
+        if line:
+            self.since = _nothing()
+        if last or step % settings.eval_every == 0:
+            self.validation = self.validate()
+            line["validation"] = {name: self.validation[name] for name in SCORES}
+        else:
+            self.validation = None
+        if line:
+            self.on_main(lambda: self.run.log(**self._progress(step), **line))
+        if last or self.stopped or step % settings.save_every == 0:
+            self._save(step)
+        self.watch.step(step, line.get("loss", measured.loss), speed, logged="loss" in line)
+        if self.stopped:
+            control.should_training_stop = True
+        self._clock = time.monotonic()
+
+    def validate(self) -> dict[str, Any]:
+        """Scores the model on the held-out text; by all processes at once, each its share."""
+        trainer, data = self.trainer, self.config.data
+        with trainer.full_precision():
+            found = score(
+                trainer.lm,
+                self.corpus.validation,
+                data.context,
+                self.config.train.eval_tokens,
+                batch_size=self._eval_batch_size,
+                isolate=data.isolate,
+                rank=trainer.args.process_index,
+                num_processes=trainer.args.world_size,
+                total=self._over_processes,
+            )
+        self.watch.bits_per_byte = found["bits_per_byte"]
+        return found
+
+    def _over_processes(self, found: ScoreSums) -> ScoreSums:
+        numbers = {str(place): number for place, number in enumerate((found.nats, *found.took))}
+        nats, *took = map(float, self.trainer.over_processes(numbers).values())
+        return ScoreSums(nats, tuple(took))
+
+    def result(self) -> dict[str, Any]:
+        """The result of the run; prices are those of the passes that tokens were measured to take."""
+        steps = self.config.train.steps
+        tokens = steps * self._tokens_per_step
+        validation = self.validation or self.validate()
+        prices = self._prices(validation["pass_shares"])
+        return {
+            **validation,
+            "inference_flops_per_token": prices["inference_flops_per_token"],
+            "train_flops": self._progress(steps)["train_flops"],
+            "train_tokens": tokens,
+            "train_seconds": self.seconds,
+            "train_tokens_per_second": tokens / self.seconds,
+            "kv_bytes_per_token": prices["kv_bytes_per_token"],
+            "parameters": self.parameters,
+            "corpus": self.corpus.digest,
+        }
+
+    def write_sample(self) -> None:
+        """Writes how the model reads the held-out text: its beginning token by token, and how depth varies in more."""
+        data, tokenizer = self.config.data, self.corpus.tokenizer()
+        text = cast(str, tokenizer.decode(self.corpus.validation.ids[:TRACED].tolist(), skip_special_tokens=True))
+        tokens = min(SURVEYED, self.config.train.eval_tokens)
+        with self.trainer.full_precision(), suppress(UserError):
+            # Windows of one token have nothing to see: no reason to lose a finished run.
+            self.run.write_trace("sample", trace(self.model, tokenizer, text, data.context))
+            self.run.write_trace(
+                HALTING_STATS,
+                trace_halting(self.model, self.corpus, data.context, tokens, self._eval_batch_size, data.isolate),
+            )
+
+    def on_main(self, write: Callable[[], None]) -> None:
+        """Has the first process write; where it fails, all of them raise.
+
+        Raises:
+            Failure: it could not write.
+        """
+        failure: Failure | None = None
+        if self.trainer.is_world_process_zero():
+            try:
+                write()
+            except Failure as error:
+                failure = error
+            except OSError as error:
+                failure = Failure(f"{self.run.path}: cannot be written ({error}); make room, then go on with --resume")
+        if self.trainer.over_processes({"failures": float(failure is not None)})["failures"] > 0:
+            raise failure or Failure("the first process could not write; see its message")
+
+    def _save(self, step: int) -> None:
+        weights, optimizer = self.trainer.snapshot()
+        state = {"step": step, "seconds": self.seconds, "since": self.since, "took": self.took}
+        state["corpus"] = self.corpus.digest
+        tokenizer, keep = self.corpus.tokenizer_path, self.config.train.keep
+        self.on_main(lambda: checkpoints.save(self.run, step, self.model, weights, optimizer, state, tokenizer, keep))
+
+    def _line(self, step: int) -> dict[str, Any]:
+        """The means since the last line, and the last step's gradient norm."""
+        settings, since, measured = self.config.train, self.since, self.trainer.latest
+        assert measured is not None
+        return {
+            "loss": since["loss"] / since["steps"],
+            "terms": {name: total / since["steps"] for name, total in since["terms"].items()},
+            "lr": settings.lr * learning_rate_share(step - 1, settings),
+            "grad_norm": measured.grad_norm,
+            "tokens_per_second": since["steps"] * self._tokens_per_step / since["seconds"],
+            "seconds": self.seconds,
+        }
+
+    def _progress(self, step: int) -> dict[str, Any]:
+        """The axes that curves are drawn over."""
+        shares = [share / step for share in self.took]
+        tokens, flops = step * self._tokens_per_step, self._prices(shares)["training_flops_per_token"]
+        return {"step": step, "tokens": tokens, "train_flops": None if flops is None else tokens * flops}
+
+    def _prices(self, shares: list[float]) -> dict[str, Any]:
+        try:
+            return cost_report(self.model, self.config.data.context, self.config.train.gradient_checkpointing, shares)
+        except UserError:
+            return dict.fromkeys(PRICES)  # an architecture without a price can be trained all the same
+
+    @property
+    def _eval_batch_size(self) -> int:
+        return min(8, self.trainer.args.per_device_train_batch_size)  # what fits in training fits here
+
+    @property
+    def _tokens_per_step(self) -> int:
+        return self.config.train.batch_size * self.config.data.context
+
+
+def _nothing() -> dict[str, Any]:
+    return {"steps": 0, "seconds": 0.0, "loss": 0.0, "terms": {}}

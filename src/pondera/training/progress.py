@@ -1,0 +1,67 @@
+"""What a training shows while it runs: a bar on a terminal, lines elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class ProgressMeter:
+    """Follows a training on stderr.
+
+    Args:
+        steps: of the whole training.
+        first_step: steps that are done already.
+        show: false: nothing is shown.
+    """
+
+    def __init__(self, steps: int, first_step: int = 0, show: bool = True) -> None:
+        self.steps, self.first_step, self.show = steps, first_step, show
+        self.bits_per_byte: float | None = None
+        self.started = time.monotonic()
+        console = Console(stderr=True)
+        self._bar = None
+        if show and console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task("", total=steps, completed=first_step)
+
+    def __enter__(self) -> ProgressMeter:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def step(self, step: int, loss: float, tokens_per_second: float, logged: bool) -> None:
+        """A step is done.
+
+        Args:
+            step: how many are.
+            loss: of this step, or the mean since the last line if `logged`.
+            tokens_per_second: over the last steps.
+            logged: whether a line was written to the metrics as well.
+        """
+        validated = "" if self.bits_per_byte is None else f"  bits/byte {self.bits_per_byte:.4f}"
+        text = f"loss {loss:.4f}{validated}  {tokens_per_second:,.0f} tokens/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif self.show and logged:
+            pace = (time.monotonic() - self.started) / max(1, step - self.first_step)
+            left = int(pace * (self.steps - step))
+            print(f"step {step}/{self.steps}  {text}  {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        """A sentence that stays."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self.show:
+            print(text, file=sys.stderr, flush=True)

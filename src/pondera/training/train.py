@@ -1,0 +1,287 @@
+"""`train`: a RunConfig becomes a run folder with metrics, checkpoints, a model and its result.
+
+On several processes (torchrun, accelerate launch) all of them call `train`; the first one writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pondera.core.errors import Failure, Interrupted, UserError, unknown
+from pondera.core.run_config import RunConfig, TrainConfig
+from pondera.core.run_folder import Run, is_run
+from pondera.data.tokenizer import check_ids
+from pondera.training.build import add_end_token, new_model, reads_as_before, resolve, set_special_tokens
+
+if TYPE_CHECKING:
+    from pondera.data.corpus import Corpus, Split
+    from pondera.models.adaptive_lm import AdaptiveLM
+    from pondera.training.callback import RunCallback
+    from pondera.training.trainer import NotFinite, PonderaTrainer
+
+FREE = {"log_every", "eval_every", "eval_tokens", "save_every", "keep"}
+"""Settings of ``train`` that may change when a run is resumed: they decide what is seen, not what is learned."""
+
+log = logging.getLogger(__name__)
+
+
+def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> Run:
+    """Trains one model and leaves a run folder.
+
+    A run that was killed goes on with ``resume=True`` from its newest intact checkpoint and ends with the same weights,
+    byte for byte, as if nothing had happened. A finished run is returned as it is.
+
+    Args:
+        config: what decides the run.
+        out: the run folder; it must be new or empty, unless `resume`.
+        resume: go on with the run in `out`.
+        progress: show a bar (or lines, where stderr is no terminal).
+
+    Raises:
+        UserError: settings, text, backbone or folder cannot be used.
+        Failure: the disk is full, or the loss is not a number; the last checkpoint is intact.
+        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+
+    Example::
+
+        run = train(load("ponderlm2", {"train.steps": 20}), Path("runs/first"))
+        run.result()["bits_per_byte"]
+    """
+    check_settings(config.train)
+    config, main = resolve(config), int(os.environ.get("RANK", 0)) == 0
+    run = _open(config, out) if resume else Run(out)
+    if resume and run.result() is not None:
+        return run
+    if main and not resume:
+        _check_free(out)
+
+    from pondera.data.corpus import prepare
+
+    corpus = prepare(config.data)
+    with _quiet():
+        from pondera.training.callback import RunCallback
+        from pondera.training.trainer import NotFinite, PonderaTrainer, arguments
+
+        model, start = _restored(run, corpus, main) if resume else (None, None)
+        if model is None:
+            model = new_model(config, corpus.vocab_size)
+            _set_special_tokens(model, config, corpus)
+        check_tokens(model, corpus)
+        check_gradient_checkpointing(model, config.train)
+        args = arguments(config.train, str(out), _num_processes())
+        recorder = RunCallback(run, config, corpus, model, start, show=progress and main)
+        windows = corpus.train.windows(config.data.context, config.data.isolate)
+        trainer = PonderaTrainer(model, args, config.train, windows, recorder.first_step, [recorder])
+        trainer.accelerator.wait_for_everyone()  # nobody still looks whether the folder is free
+        if main and not resume:
+            Run.create(out, config)
+        try:
+            with _signals(trainer), recorder.watch:
+                recorder.trainer = trainer
+                trainer.train()
+        except NotFinite as error:
+            raise _explained(error, run, corpus.train, config) from None
+        if recorder.stopped:
+            raise Interrupted(f"stopped after step {trainer.state.global_step}; go on with: {_again(run)}")
+        _finish(recorder, trainer)
+    return run
+
+
+def _set_special_tokens(model: AdaptiveLM, config: RunConfig, corpus: Corpus) -> None:
+    """A checkpoint that is read with its own tokenizer keeps its end tokens; any other model gets the tokenizer's."""
+    tokenizer: Any = corpus.tokenizer()
+    if reads_as_before(config):
+        add_end_token(model, tokenizer.eos_token_id)
+    else:
+        set_special_tokens(model, tokenizer)
+
+
+def check_tokens(model: AdaptiveLM, corpus: Corpus) -> None:
+    """Refuses a prepared text with a token that the model does not embed."""
+    if corpus.vocab_size > model.embedded:  # otherwise no id can be too large
+        for split in (corpus.train, corpus.validation):
+            check_ids(split.ids, corpus.tokenizer(), model.embedded)
+
+
+def _finish(recorder: RunCallback, trainer: PonderaTrainer) -> None:
+    """The final model and the result."""
+    from pondera.models import checkpoints
+
+    run = recorder.run
+    result = recorder.result()
+    weights, _ = trainer.snapshot()
+    recorder.on_main(lambda: checkpoints.export(run, recorder.model, weights, recorder.corpus.tokenizer_path))
+    if trainer.args.world_size == 1:  # a sharded model takes all processes for a forward pass
+        recorder.on_main(recorder.write_sample)
+    recorder.on_main(lambda: run.write_result(result))
+
+
+def check_settings(settings: TrainConfig) -> None:
+    """Refuses numbers that no training can be made of."""
+    for name in ("steps", "batch_size", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
+        if getattr(settings, name) < 1:
+            raise UserError(f"train.{name}: at least 1, got {getattr(settings, name)}")
+    if settings.micro_batch_size is not None and settings.micro_batch_size < 1:
+        raise UserError(f"train.micro_batch_size: at least 1, or none; got {settings.micro_batch_size}")
+    for name in ("lr", "grad_clip"):
+        if not 0 < getattr(settings, name) < math.inf:
+            raise UserError(f"train.{name}: a number above 0, got {getattr(settings, name)}")
+    if not 0 <= settings.weight_decay < math.inf:
+        raise UserError(f"train.weight_decay: a number of at least 0, got {settings.weight_decay}")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(settings, name) < 1:
+            raise UserError(f"train.{name}: from 0 to below 1, got {getattr(settings, name)}")
+    for name in ("warmup", "min_lr"):
+        if not 0 <= getattr(settings, name) <= 1:
+            raise UserError(f"train.{name}: a share from 0 to 1, got {getattr(settings, name)}")
+    if not 0 <= settings.seed < 2**32:
+        raise UserError(f"train.seed: a whole number from 0 to 2**32 - 1, got {settings.seed}")
+    if settings.dtype not in ("float32", "bfloat16"):
+        raise unknown("train.dtype", settings.dtype, ("float32", "bfloat16"))
+    if settings.batch_size % _num_processes():
+        raise UserError(
+            f"train.batch_size: {settings.batch_size} windows cannot be shared by {_num_processes()} processes; "
+            f"use a multiple of {_num_processes()}"
+        )
+
+
+def _check_free(out: Path) -> None:
+    if out.is_file():
+        raise UserError(f"{out} is a file; give the name of a folder for the run with --out")
+    if out.is_dir() and any(out.iterdir()):
+        what, advice = (
+            ("already holds a run", "go on with it with --resume, or ") if is_run(out) else ("is not empty", "")
+        )
+        raise UserError(f"{out} {what}; {advice}give another folder with --out")
+
+
+def check_gradient_checkpointing(model: AdaptiveLM, settings: TrainConfig) -> None:
+    """Refuses gradient checkpointing for a method whose passes cannot be run a second time."""
+    if settings.gradient_checkpointing and model.method is not None and not model.method.recomputable:
+        raise UserError(
+            f"train.gradient_checkpointing: {model.chosen} reads the rows of its earlier steps from a cache, which "
+            "cannot be recomputed; leave gradient_checkpointing out and use a smaller train.micro_batch_size instead"
+        )
+
+
+def _open(config: RunConfig, out: Path) -> Run:
+    """The run to go on with, if it is the same."""
+    run = Run.open(out)
+    old, new = _flat(run.config.to_dict()), _flat(config.to_dict())
+    free = {f"train.{name}" for name in FREE}
+    changed = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
+    if changed:
+        listing = ", ".join(f"{name} ({old.get(name)} before, {new.get(name)} now)" for name in changed)
+        raise UserError(
+            f"{out} was started with other settings: {listing}; resume with {run.config_file}, or use --out"
+        )
+    return run
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+def _restored(run: Run, corpus: Corpus, main: bool) -> tuple[AdaptiveLM | None, Path | None]:
+    """The model of the newest intact checkpoint and that checkpoint; none if the run has to start anew."""
+    from pondera.inference.load import load
+    from pondera.models import checkpoints
+
+    folder, complaints = checkpoints.newest_intact(run)
+    if folder is None and complaints:
+        raise Failure(f"no checkpoint is intact: {'; '.join(complaints)}; start again with another --out")
+    if folder is not None and checkpoints.read_state(folder)["corpus"] != corpus.digest:
+        raise UserError(
+            f"the text or the tokenizer has changed since {folder.name} was saved; restore it, or start again with "
+            "another --out"
+        )
+    if main:
+        for complaint in complaints:
+            log.warning("%s; it was set aside", complaint)
+        checkpoints.quarantine(run, folder)
+        log.info("going on from %s", folder.name if folder else "the start: there is no checkpoint yet")
+        run.truncate_after(checkpoints.read_state(folder)["step"] if folder else 0)
+    return (load(folder, device="cpu").model.float(), folder) if folder else (None, None)
+
+
+def _explained(error: NotFinite, run: Run, split: Split, config: RunConfig) -> Failure:
+    """What a user needs to know about a loss that is not a number."""
+    context, windows = config.data.context, sorted(error.windows)
+    named = []
+    for window in windows[:8]:
+        first, last = (split.document_at(token) for token in (window * context, (window + 1) * context))
+        named.append(f"{window} ({first if first == last else f'{first} to {last}'})")
+    more = f" and {len(windows) - 8} more" if len(windows) > 8 else ""
+    found = run.checkpoints()
+    saved = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    return Failure(
+        f"step {error.step}: the loss is {error.measured.loss} and the gradient norm {error.measured.grad_norm}, so "
+        f"training stopped; {saved}.\nThe batch: windows {', '.join(named)}{more}.\n"
+        f"What to try: a lower learning rate (--train.lr {config.train.lr / 3:.1g}), a longer warmup (--train.warmup "
+        f"{min(1.0, 2 * config.train.warmup + 0.05):.2g}), train.dtype float32, or a look at these documents."
+    )
+
+
+def _again(run: Run) -> str:
+    return f"pondera train {shlex.quote(str(run.config_file))} --out {shlex.quote(str(run.path))} --resume"
+
+
+def _num_processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def _signals(trainer: PonderaTrainer) -> Iterator[None]:
+    """Lets the first SIGINT or SIGTERM end the training after the current step, and the second one at once."""
+    import signal
+    import threading
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number: int, _: Any) -> None:
+        trainer.stop_asked = True
+        for which, before in previous.items():
+            signal.signal(which, before)
+        if trainer.is_world_process_zero():
+            os.write(
+                2, b"\nfinishing this step and saving; once more stops at once\n"
+            )  # print may be interrupted by itself
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps transformers and accelerate from commenting on the training."""
+    from transformers.utils import logging as theirs
+
+    verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    accelerate = logging.getLogger("accelerate")
+    level = accelerate.level
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    accelerate.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(verbosity)
+        accelerate.setLevel(level)
+        if bars:
+            theirs.enable_progress_bar()

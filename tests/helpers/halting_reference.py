@@ -1,0 +1,41 @@
+"""A thinking method whose depth varies and that records all it may: what traces, probes and reports are tested on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+METHOD = '''
+import torch
+
+from pondera.cost.model import Call
+from pondera.methods.think.base import Think, Thought
+from pondera.methods.think.common.interleave import interleaved_cache
+
+
+class Halting(Think):
+    """Feeds the state back once, except at every third token, which halts after its first pass."""
+
+    paper, price = "none: for tests", "5/3 passes"
+
+    def new_cache(self, backbone):
+        return interleaved_cache(backbone, 1)
+
+    def forward(self, backbone, h_BTD, position_ids, cache=None, mask=None, *others):
+        first_BTD = backbone.step(h_BTD, None, mask, position_ids)
+        second_BTD = backbone.step(first_BTD, None, mask, position_ids)
+        goes_on_BT = (position_ids % 3 > 0).expand(h_BTD.shape[:2])
+        last_BTD = torch.where(goes_on_BT[..., None], second_BTD, first_BTD)
+        change = (last_BTD - first_BTD).abs().max().item()
+        trace = {"states": [first_BTD, last_BTD], "residuals": [change, change / 10]} if self.record else {}
+        return Thought(last_BTD, 1 + goes_on_BT.long(), trace=trace)
+
+    def calls(self, tokens, context=0, *others, **given):
+        return [Call(tokens, context + tokens, repeats=2)]
+'''
+
+
+def write_method(folder: Path) -> Path:
+    """The folder to name in PONDERA_METHODS."""
+    (folder / "think").mkdir(parents=True)
+    (folder / "think" / "halting.py").write_text(METHOD)
+    return folder

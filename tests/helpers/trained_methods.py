@@ -1,0 +1,17 @@
+"""Every method that stands between embeddings and head, with the seam it is on."""
+
+from __future__ import annotations
+
+from pondera.core import spec
+from pondera.models.method import Method
+
+
+def _is_method(found: spec.MethodInfo) -> bool:
+    return issubclass(getattr(spec._import(found), found.name), Method)
+
+
+METHODS = [
+    (found.seam, found.name)
+    for found in spec.index().values()
+    if found.seam in ("think", "segment", "memory") and _is_method(found)
+]
