@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 SUMMARY = "fits a model's cache into less memory, and shows what that costs"
 EXAMPLES = """
 pondera compress runs/plain
-pondera compress path/to/model --data.text book.txt --memory "StreamingLLM(0.25)" --memory "H2O(0.25)"
-pondera compress path/to/model --data.text book.txt --plot memory.html --out compressed
+pondera compress path/to/model --data.text book.txt --kv-cache "StreamingLLM(0.25)" --kv-cache "H2O(0.25)"
+pondera compress path/to/model --data.text book.txt --plot compress.html --out compressed
 pondera generate compressed --prompt "The sea"
 """
 
@@ -28,13 +28,13 @@ def parser() -> Parser:
     """What ``pondera compress`` takes."""
     about = (
         "Measures memories on one model, beside its full cache: bytes, bits per byte of held-out text, how often the next "
-        "token is what the full cache would have said, and how much of an early passage is recalled. Names the knee, and "
+        "token is what the full cache would have said, and how much of an early passage is recalled. Names the elbow, and "
         "writes a model with it if asked to."
     )
     found = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("the held-out text"))
     found.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
     found.add_argument(
-        "--memory",
+        "--kv-cache",
         action="append",
         default=[],
         metavar="SPEC",
@@ -54,16 +54,16 @@ def parser() -> Parser:
         "--windows", type=positive_int(1), default=8, metavar="N", help="of held-out text (default: %(default)s)"
     )
     found.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against bytes into an HTML page")
-    found.add_argument("--out", type=Path, metavar="FOLDER", help="write the model with the knee's memory there")
-    found.add_argument("--keep", metavar="SPEC", help="with --out: this memory instead of the knee's")
+    found.add_argument("--out", type=Path, metavar="FOLDER", help="write the model with the elbow's method there")
+    found.add_argument("--keep", metavar="SPEC", help="with --out: this method instead of the elbow's")
     found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     return found
 
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints, draws and writes."""
-    for text in [*args.memory, *([args.keep] if args.keep else [])]:
-        spec.find(spec.parse(text).name, "memory")
+    for text in [*args.kv_cache, *([args.keep] if args.keep else [])]:
+        spec.find(spec.parse(text).name, "kv_cache")
     if args.keep and args.out is None:
         raise UserError("--keep says what --out writes; give --out FOLDER, too")
     if args.out is not None and args.out.exists():
@@ -83,21 +83,21 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     loaded = load(args.path)
     windows = held_out(loaded, args.overrides, args.windows)
     samples = calibration(loaded, args.calibrate, args.calibrate_tokens, windows.ids_NT.shape[1] - 1)
-    wanted = [*args.memory, *([args.keep] if args.keep else [])]
+    wanted = [*args.kv_cache, *([args.keep] if args.keep else [])]
     rows, memories = compress(loaded, wanted, windows, samples, lambda line: print(line, file=sys.stderr, flush=True))
     chosen = elbow(rows)
-    found = {"name": loaded.name, "knee": chosen.memory, "rows": as_json(rows)}
+    found = {"name": loaded.name, "elbow": chosen.method, "rows": as_json(rows)}
     if not args.json:
         context = windows.ids_NT.shape[1] - 1
         print_table(list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"a cache of {context} tokens")
         print(
-            f"the knee: {chosen.memory}, {100 * chosen.of_full:.1f} % of the bytes for "
+            f"the elbow: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes for "
             f"{chosen.bits_per_byte - rows[0].bits_per_byte:+.4f} bits per byte"
         )
     if args.plot is not None:
         _draw(args.plot, loaded.name, rows, chosen)
     if args.out is not None:
-        text = spec.format(spec.parse(args.keep)) if args.keep else chosen.memory
+        text = spec.format(spec.parse(args.keep)) if args.keep else chosen.method
         save(loaded, memories[text], text, args.out)
         print(f"written with {text}: pondera generate {args.out} --prompt ...", file=sys.stderr)
     return found
@@ -106,7 +106,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
 def _row(row: SweepRow) -> dict[str, str]:
     """A line of the table."""
     return {
-        "memory": row.memory,
+        "method": row.method,
         "cache bytes": f"{row.cache_bytes:,.0f}",
         "of full": f"{100 * row.of_full:.1f} %",
         "tables": f"{row.table_bytes:,}" if row.table_bytes else "",
@@ -125,7 +125,7 @@ def _draw(out: Path, name: str, rows: list[SweepRow], chosen: SweepRow) -> None:
     def lines(height: Any) -> dict[str, list[tuple[float, float]]]:
         found: dict[str, list[tuple[float, float]]] = {}
         for row in sorted(rows, key=lambda row: row.of_full):
-            found.setdefault(spec.parse(row.memory).name, []).append((100 * row.of_full, height(row)))
+            found.setdefault(spec.parse(row.method).name, []).append((100 * row.of_full, height(row)))
         return found
 
     across = "% of the full cache's bytes"
@@ -134,5 +134,5 @@ def _draw(out: Path, name: str, rows: list[SweepRow], chosen: SweepRow) -> None:
         Plot("What is said", across, "% as the full cache", lines(lambda row: 100 * row.agreement)),
         Plot("What is recalled", across, "% of a passage", lines(lambda row: 100 * row.recall)),
     ]
-    note = f"The knee: {chosen.memory}, {100 * chosen.of_full:.1f} % of the full cache's bytes."
+    note = f"The elbow: {chosen.method}, {100 * chosen.of_full:.1f} % of the full cache's bytes."
     write_plots(plots, note, out, f"memories of {name}")

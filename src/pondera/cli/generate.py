@@ -62,10 +62,10 @@ def run(args: argparse.Namespace) -> int:
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p
     loaded = load(args.path) if args.show_concepts else None
-    if loaded is not None and loaded.model.segment is None:
+    if loaded is not None and loaded.model.chunk is None:
         raise UserError(
             f"--show-concepts: {loaded.name} has no concepts; leave it out, or give a model that was trained with "
-            'segment: "ConceptLM()"'
+            'chunk: "ConceptLM()"'
         )
     found = generate(
         loaded or args.path,

@@ -316,7 +316,7 @@ def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]]) 
         elif leader is not rows[0]:
             found = significance.gap(_scores(runs[row["name"]]), _scores(runs[leader["name"]]))
             said.append(
-                f"At about equal inference FLOPs, {verdict.sentence(row['name'], leader['name'], found, 'bits per byte')}"
+                f"At about equal inference FLOPs, {significance.sentence(row['name'], leader['name'], found, 'bits per byte')}"
             )
     return said
 

@@ -92,8 +92,9 @@ class RunConfig:
         "hf", "'hf': the architecture's own initialisation; 'scaled': std sqrt(2/5D), embeddings scaled to unit RMS"
     )
     think: str | None = option(None, "how much to compute, e.g. PonderLM2(thoughts=1)")
-    memory: str | None = option(None, "how much to remember")
-    segment: str | None = option(None, "how much to say at once, e.g. ConceptLM(chunk=4)")
+    kv_cache: str | None = option(None, "how much of the KV cache to keep, without training, e.g. SnapKV(1024)")
+    memory: str | None = option(None, "a trained memory, e.g. ElasticMemory(block=64)")
+    chunk: str | None = option(None, "how many tokens to predict at once, e.g. ConceptLM(chunk=4)")
     head: str | None = option(None, "what scores the vocabulary, e.g. VQLogits(codes=512)")
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -3,11 +3,11 @@
 A method is named by text that reads like its constructor, ``PonderLM2(thoughts=1)``: in YAML, in a checkpoint's config
 and on the command line. Its arguments are plain values or other methods. The text is parsed, never evaluated.
 
-The folder is the registry. A seam is a folder (``think/``, ``memory/``, ``segment/``), a method one file in it, and the
-file's stem without underscores is the class's name in lower case: ``think/ponder_lm2.py`` holds ``PonderLM2``. Files
-that start with ``_`` and ``contract.py`` hold no method. Files are read, not imported, until a method is built.
-``quantize/`` is such a folder, too: its methods are arguments of others. And ``probe/``: what looks at a model from
-outside is found and built in the same way.
+The folder is the registry. A seam is a folder of ``pondera/methods/`` (``think/``, ``kv_cache/``, ``memory/``, ``chunk/``,
+``head/``), a method is one file in it, and the file's stem without underscores is the class's name in lower case:
+``think/ponder_lm2.py`` holds ``PonderLM2``. Files that start with ``_`` and ``base.py`` hold no method. Files are parsed, not
+imported, until a method is built. ``quantize/`` holds methods that are arguments of others, ``probe/`` what looks at a
+model from outside; both are found and built in the same way.
 
 To try a method without touching the package, put its file under the same folder names anywhere and name that place::
 
@@ -37,10 +37,10 @@ from typing import Any, NoReturn
 from pondera.core.errors import UserError, unknown
 from pondera.core.run_config import typed
 
-SEAMS = ("think", "memory", "segment", "head")  # what a model is made of: each is a setting of a run
-PARTS = ("quantize",)  # what methods are made of: they stand among a method's arguments
+SEAMS = ("think", "kv_cache", "memory", "chunk", "head")  # what a model is made of: each is a setting of a run
+PARTS = ("quantize",)  # arguments of other methods
 PROBES = ("probe",)
-PACKAGE = Path(__file__).parent.parent
+PACKAGE = Path(__file__).parent.parent / "methods"
 
 _SCALARS = (bool, int, float, str, type(None))
 _EXAMPLE = (
@@ -138,7 +138,7 @@ def index(seams: Sequence[str] = SEAMS + PARTS) -> dict[str, MethodInfo]:
     for root in (PACKAGE, *_user_folders()):
         for seam in seams:
             for file in sorted((root / seam).glob("*.py")):
-                if file.name.startswith("_") or file.name == "contract.py":
+                if file.name.startswith("_") or file.name == "base.py":
                     continue
                 method = _read_method(file, seam, file.read_bytes())
                 if method.name in found:
@@ -265,7 +265,7 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
             f"{file}: a file in {seam}/ holds the method it is named after, but there is no class whose name in lower "
             f"case is {wanted!r}; rename the class or the file (a leading underscore: not a method)"
         )
-    module = f"pondera.{seam}.{file.stem}"
+    module = f"pondera.methods.{seam}.{file.stem}"
     if not file.is_relative_to(PACKAGE):  # the same stem may stand in several folders
         module = f"pondera_{file.stem}_{zlib.crc32(str(file).encode()):08x}"
     texts = _texts(cls)

@@ -56,7 +56,7 @@ def cost_report(
     held = prices.cache_bytes(round(slots), number_bytes, slides, newest=round(newest))
     if method is not None:
         held += method.further_bytes(context, number_bytes)
-    elif model.memory is not None and model.memory.fitted and model.device.type != "meta":
+    elif model.kv_cache is not None and model.kv_cache.fitted and model.device.type != "meta":
         held = _kept_bytes(model, context)
     return {
         "inference_flops_per_token": prices.forward(CostSchedule(tuple(decoding), head_rows=1, tokens=1)),

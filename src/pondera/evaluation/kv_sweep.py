@@ -22,7 +22,6 @@ from pondera.evaluation.chunked_forward import chunked_forward
 from pondera.evaluation.windows import HeldOutWindows
 from pondera.inference.load import Loaded
 from pondera.methods.kv_cache.base import KVCacheMethod, compressible
-from pondera.models.method import Method
 
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -46,7 +45,7 @@ class SweepRow:
     """What one memory costs and what it is worth.
 
     Args:
-        memory: its spec string.
+        method: its spec string.
         cache_bytes: of one text at the end of a window, spare room included.
         of_full: the share of what a full cache holds then.
         bits_per_byte: of the held-out text, read piece by piece behind each window's prompt.
@@ -56,7 +55,7 @@ class SweepRow:
         table_bytes: of what was fitted, once for the model.
     """
 
-    memory: str
+    method: str
     cache_bytes: float
     of_full: float
     bits_per_byte: float
@@ -120,12 +119,12 @@ def compress(
 
 def _ready(model: AdaptiveLM, text: str, calibration: Sequence[Tensor], say: Callable[[str], None]) -> KVCacheMethod:
     """A memory for this model, fitted if it has to be."""
-    memory = _made(model, text, bool(calibration))
-    memory.to(model.device)
-    if not memory.fitted:
+    method = _made(model, text, bool(calibration))
+    method.to(model.device)
+    if not method.fitted:
         say(f"{text}: fitting")
-        memory.fit(model, calibration)
-    return memory
+        method.fit(model, calibration)
+    return method
 
 
 def _made(model: AdaptiveLM, text: str, fits: bool) -> KVCacheMethod:
@@ -136,26 +135,21 @@ def _made(model: AdaptiveLM, text: str, fits: bool) -> KVCacheMethod:
         text: its spec string.
         fits: there is text to fit it to.
     """
-    memory = spec.build(text, "memory")
-    if isinstance(memory, Method):
-        raise UserError(
-            f"{text} is trained with its model, not put on one that is there: pondera train RECIPE --memory {text!r}; "
-            f"for this model give one such as {SWEEP[1]}"
-        )
+    method = spec.build(text, "kv_cache")
     config = model.backbone.config
-    memory.attach(config)
-    if memory.fitted:
-        memory.check(config, compressible(config))
+    method.attach(config)
+    if method.fitted:
+        method.check(config, compressible(config))
     elif not fits:
-        raise UserError(f"{text} is fitted to text: give some with --calibrate TEXT")
-    return memory
+        raise UserError(f"{text} needs calibration text: give some with --calibrate TEXT")
+    return method
 
 
 @torch.no_grad()
 def _measure(
     model: AdaptiveLM,
     text: str,
-    memory: KVCacheMethod,
+    method: KVCacheMethod,
     windows: HeldOutWindows,
     full: SweepRow | None,
     expected_NT: Tensor | None,
@@ -163,7 +157,7 @@ def _measure(
     """A row, and the likeliest next tokens behind the prompts, ``[N, T]``."""
     nats, held, seconds, found = 0.0, 0, 0.0, []
     for ids_T in windows.ids_NT.to(model.device):
-        cache, said = memory.cache(model), []
+        cache, said = method.cache(model), []
         began = time.perf_counter()
         for start, logits_BTV in chunked_forward(model, cache, ids_T[None, :-1], windows.prompt):
             if start < windows.prompt:
@@ -179,25 +173,25 @@ def _measure(
     agreement = 1.0 if expected_NT is None else float((said_NT == expected_NT).float().mean())
     cache_bytes = held / len(windows.ids_NT)
     measured = SweepRow(
-        memory=text,
+        method=text,
         cache_bytes=cache_bytes,
         of_full=1.0 if full is None else cache_bytes / full.cache_bytes,
         bits_per_byte=nats / math.log(2) / windows.num_bytes,
         agreement=agreement,
-        recall=_recall(model, memory, windows),
+        recall=_recall(model, method, windows),
         tokens_per_second=said_NT.numel() / seconds,
-        table_bytes=sum(tensor.numel() * tensor.element_size() for tensor in memory.state_dict().values()),
+        table_bytes=sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values()),
     )
     return measured, said_NT
 
 
 @torch.no_grad()
-def _recall(model: AdaptiveLM, memory: KVCacheMethod, windows: HeldOutWindows) -> float:
+def _recall(model: AdaptiveLM, method: KVCacheMethod, windows: HeldOutWindows) -> float:
     """How much of an early passage comes back when its beginning is repeated at the end."""
     right = total = 0
     for ids_T in windows.asked_NT.to(model.device):
         context = len(ids_T) - windows.asked
-        for start, logits_BTV in chunked_forward(model, memory.cache(model), ids_T[None], context, 1):
+        for start, logits_BTV in chunked_forward(model, method.cache(model), ids_T[None], context, 1):
             if start >= context + windows.asked // 3 - 1 and start + 1 < len(ids_T):
                 right += int(logits_BTV[0, -1].argmax() == ids_T[start + 1])
                 total += 1
@@ -212,7 +206,7 @@ def elbow(rows: Sequence[SweepRow]) -> SweepRow:
 
     Example:
         >>> row = lambda share, bits: SweepRow(f"{share}", share, share, bits, 1.0, 1.0, 1.0)
-        >>> elbow([row(1.0, 2.0), row(0.5, 2.01), row(0.25, 2.02), row(0.125, 2.5), row(0.3, 2.4)]).memory
+        >>> elbow([row(1.0, 2.0), row(0.5, 2.01), row(0.25, 2.02), row(0.125, 2.5), row(0.3, 2.4)]).method
         '0.25'
     """
     front = sorted((row for row in rows if not any(_beats(other, row) for other in rows)), key=lambda row: row.of_full)
@@ -234,19 +228,19 @@ def _beats(other: SweepRow, row: SweepRow) -> bool:
     return a != b and a[0] <= b[0] and a[1] <= b[1]
 
 
-def save(loaded: Loaded, memory: KVCacheMethod, text: str, out: Path) -> Path:
-    """Writes the model with its memory, as a model folder that `load`, ``AutoModelForCausalLM`` and every verb take.
+def save(loaded: Loaded, method: KVCacheMethod, text: str, out: Path) -> Path:
+    """Writes the model with its method, as a model folder that `load`, ``AutoModelForCausalLM`` and every verb take.
 
     Args:
         loaded: the model that it was fitted to.
-        memory: fitted.
+        method: fitted.
         text: its spec string.
         out: the folder; it must not exist, or be empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: something is there already; give another folder")
     model = loaded.model
-    model.config.memory, model.memory = text, memory
+    model.config.kv_cache, model.kv_cache = text, method
     model.save_pretrained(out)
     loaded.tokenizer.save_pretrained(out)
     return out

@@ -126,7 +126,7 @@ def sum_scores(
     was_training = model.training
     model.eval()
     try:
-        if model.memory is not None:
+        if model.kv_cache is not None:
             return _remembered(model, given["input_ids"], given["shift_labels"], budget)
         out = model(**given, **(budget or {}))
     finally:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from pondera.core.paths import cache_folder
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent / "c"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
 """No -ffast-math: kernels rely on infinities, and on comparisons with what is no number."""

@@ -119,11 +119,10 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.loss_type = "ForCausalLM"  # by which Trainer knows that labels are shifted here, and counts them so
         self.think: Think | None = spec.build(config.think, "think") if config.think else None
-        self.segment: Chunk | None = spec.build(config.segment, "segment") if config.segment else None
-        self.memory: KVCacheMethod | Method | None = spec.build(config.memory, "memory") if config.memory else None
-        self._seam = next(
-            (seam for seam in ("think", "segment", "memory") if isinstance(getattr(self, seam), Method)), None
-        )
+        self.chunk: Chunk | None = spec.build(config.chunk, "chunk") if config.chunk else None
+        self.memory: Method | None = spec.build(config.memory, "memory") if config.memory else None
+        self.kv_cache: KVCacheMethod | None = spec.build(config.kv_cache, "kv_cache") if config.kv_cache else None
+        self._seam = next((seam for seam in ("think", "chunk", "memory") if getattr(self, seam) is not None), None)
         old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
         # Training moves weights away from the unit RMS that they were drawn at, so what a new method feeds back is matched
         # to trained embeddings as on any pretrained backbone; a scale that was trained with comes along with its method.
@@ -140,8 +139,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         # ends texts; a fresh model, whose pad token is not known yet, would learn it and a resumed one would not.
         cast(nn.Embedding, self.backbone.lm.get_input_embeddings()).padding_idx = None
         put_scale(self.backbone.lm, config.embed_scale)
-        if self.memory is not None and not isinstance(self.memory, Method):
-            self.memory.attach(self.backbone.config)
+        if self.kv_cache is not None:
+            self.kv_cache.attach(self.backbone.config)
         if self.method is not None:
             attach_method(self)
             for parameter in self.method.parameters():
@@ -243,8 +242,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         """An empty cache, of the method's own kind where there is one."""
         if self.method is not None:
             return self.method.new_cache(self.backbone)
-        if self.memory is not None:
-            return cast("KVCacheMethod", self.memory).cache(self.backbone.lm)
+        if self.kv_cache is not None:
+            return self.kv_cache.cache(self.backbone.lm)
         return DynamicCache(config=self.backbone.config)
 
     def begin_step(self, step: int, seed: int) -> None:
@@ -451,7 +450,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         """`generate` asks here for its cache; a method needs one that counts tokens and slots apart."""
-        if self.method is None and self.memory is None:
+        if self.method is None and self.kv_cache is None:
             cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):

@@ -26,8 +26,9 @@ class AdaptiveConfig(PreTrainedConfig):
             checkpoint; the weights of a checkpoint are loaded when an `AdaptiveLM` is built from this config. Of another
             Pondera model the backbone is taken over, and of its method what the new method has, too.
         think: how much to compute for each token, e.g. ``"PonderLM2(thoughts=1)"``; none: one pass.
-        memory: how much of the past to keep; none: all of it.
-        segment: how much to say at once; none: a token.
+        kv_cache: how much of the KV cache to keep, without training, e.g. ``"SnapKV(1024)"``; default: all of it.
+        memory: a trained memory, e.g. ``"ElasticMemory(block=64)"``; default: `None`.
+        chunk: how many tokens to predict at once, e.g. ``"ConceptLM(chunk=4)"``; default: one.
         head: what makes scores of the vocabulary, e.g. ``"VQLogits(codes=512)"``; none: the backbone's output matrix.
         init: ``"hf"`` keeps the architecture's own initialisation; ``"scaled"`` draws linear and embedding weights
             from a truncated normal with std sqrt(2/5D), divides output projections by sqrt(2 layers) and multiplies
@@ -52,8 +53,9 @@ class AdaptiveConfig(PreTrainedConfig):
 
     backbone: dict | PreTrainedConfig | str | None = None
     think: str | None = None
+    kv_cache: str | None = None
     memory: str | None = None
-    segment: str | None = None
+    chunk: str | None = None
     head: str | None = None
     init: str = "hf"
     embed_scale: float | None = None
@@ -79,18 +81,12 @@ class AdaptiveConfig(PreTrainedConfig):
             raise unknown("init", str(self.init), INITS)
         if self._checkpoint and not self._retrofit and self.init != "hf":
             raise UserError(f"init: {self.init!r} would overwrite the weights of {self._checkpoint!r}; use init: hf")
-        if self.think is not None and self.segment is not None:
-            raise UserError(
-                f"think: {self.think} and segment: {self.segment} both decide what the layers are run on, which is not "
-                "combined yet; leave one of them out"
-            )
-        if self.memory is not None and (other := self.think or self.segment):
-            raise UserError(
-                f"memory: {self.memory} and {other} both decide what the cache holds, which is not combined yet; leave one "
-                "of them out"
-            )
         if isinstance(self.dtype, str) and self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
+        chosen = {seam: value for seam in ("think", "chunk", "memory", "kv_cache") if (value := getattr(self, seam))}
+        if len(chosen) > 1:
+            pairs = " and ".join(f"{seam}: {value}" for seam, value in chosen.items())
+            raise UserError(f"{pairs} cannot be combined yet; leave one of them out")
         for seam in spec.SEAMS:
             if getattr(self, seam) is not None:
                 parsed = spec.parse(_spec_text(seam, getattr(self, seam)))

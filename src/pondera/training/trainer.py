@@ -225,13 +225,13 @@ class PonderaTrainer(Trainer):
         The labels tell how many tokens are predicted. What a method counts may depend on what it thinks, so its terms
         cost one forward pass more, without gradient and with the same random numbers; codebooks forget it.
         """
-        if self._term_names == ("next_token",) and self.lm.segment is None:  # whose terms may begin after a warm-up
+        if self._term_names == ("next_token",) and self.lm.chunk is None:  # whose terms may begin after a warm-up
             labels = sum((batch["shift_labels"] != IGNORED).sum() for batch in batches)
             return self.over_processes({"next_token": labels})
         counts: dict[str, Any] = {}
         self.lm.train()
         with (
-            _as_it_was(self.lm.segment),
+            _as_it_was(self.lm.chunk),
             torch.no_grad(),
             torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []),
         ):

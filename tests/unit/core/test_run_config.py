@@ -10,7 +10,7 @@ from pondera.core.run_config import RunConfig
 @pytest.fixture
 def recipes(tmp_path, monkeypatch):
     """A folder of recipes with one, ``tiny``; returns the folder."""
-    monkeypatch.setattr(settings, "RECIPES", tmp_path)
+    monkeypatch.setattr(run_config, "RECIPES", tmp_path)
     (tmp_path / "tiny.yaml").write_text("backbone: {model_type: llama}\nthink: PonderLM2(thoughts=1)\ntrain:\n")
     return tmp_path
 

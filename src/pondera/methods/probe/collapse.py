@@ -81,7 +81,7 @@ class Collapse(Probe):
                 if found is None:
                     raise UserError(
                         "this model has no codebook, so none can collapse; give one that was trained with a quantizer, "
-                        'such as segment: "ConceptLM()", or a .safetensors file with latents and codebook'
+                        'such as chunk: "ConceptLM()", or a .safetensors file with latents and codebook'
                     )
                 met.append(found)
         x_NGC, table_GRKC = torch.cat([x for x, _ in met]), met[0][1]

@@ -55,7 +55,7 @@ def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) 
             if "concepts" not in trace:
                 raise UserError(
                     "this model has no concepts, so there is nothing to read; give one that was trained with "
-                    'segment: "ConceptLM()"'
+                    'chunk: "ConceptLM()"'
                 )
             size, before, ends = trace["chunk"], None, trace["ends"][0].tolist()
             codes, predicted = (trace[name][0, :, :, 0].tolist() for name in ("concepts", "predicted"))
