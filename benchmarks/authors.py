@@ -95,7 +95,7 @@ PONDERLM2 = Pair(
 )
 # Of their PonderLM files the GPT-NeoX one is the one their runs used; the Llama one reads a setting that nothing sets.
 PONDERLM = Pair(
-    "PonderLM(steps=3, top=None)",
+    "PonderLM(steps=3, top_k=None)",
     "ponderinglm",
     f"{MODELING}/modeling_gpt_neox.py",
     "GPTNeoXForCausalLM",

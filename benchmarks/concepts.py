@@ -35,7 +35,7 @@ TASKS = {"1": (1, False), "8": (8, False), "8, prompts of different lengths": (8
 def made(segment: str | None) -> AdaptiveLM:
     """A model whose codebooks, if it has any, have seen a batch."""
     torch.manual_seed(0)
-    model = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONE), segment=segment))
+    model = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONE), chunk=segment))
     if segment:
         x_BT = torch.randint(BACKBONE["vocab_size"], (4, PROMPT))
         model(x_BT, labels=x_BT)
@@ -86,7 +86,7 @@ def main() -> None:
         print(f"batch {task}: {row['speed_ratio']:.3f} of plain's speed, {by_flops:.3f} by FLOPs", flush=True)
     result = {
         "command": f"python benchmarks/concepts.py --rounds {args.rounds}",
-        "segment": SEGMENT,
+        "chunk": SEGMENT,
         "parameters": {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
         "prompt": PROMPT,
         "new_tokens": NEW,

@@ -84,7 +84,7 @@ def main() -> None:
     heads: dict[str, nn.Module] = {"full": nn.Linear(args.width, args.vocabulary, bias=False)}
     for codes, groups in ((512, 1), (4096, 1), (512, 4), (4096, 4)):
         head = VQLogits(codes, groups)
-        head.attach(args.vocabulary, args.width)
+        head.bind(args.vocabulary, args.width)
         heads[f"VQLogits(codes={codes}, groups={groups})"] = head
     jobs = {name: tasks(head, args.width, args.vocabulary, args.tokens) for name, head in heads.items()}
     memory: dict[str, int | None] = {}

@@ -36,8 +36,8 @@ PAIRS = {
         "SnapKV({n}, window=16, kernel=5, pool='mean')",
         "SnapKVPress({r}, window_size=16, kernel_size=5)",
     ),
-    "HeadBudgets(SnapKV)": (
-        "HeadBudgets(SnapKV({n}, window=16, kernel=5, pool='mean'), floor=0.25)",
+    "AdaKV(SnapKV)": (
+        "AdaKV(SnapKV({n}, window=16, kernel=5, pool='mean'), safeguard=0.25)",
         "AdaKVPress(SnapKVPress({r}, window_size=16, kernel_size=5), alpha_safeguard=0.25)",
     ),
 }
@@ -71,7 +71,7 @@ def ours(model: Any, ids_BT: torch.Tensor, memory: str) -> Kept:
     """What a policy of ours keeps of the text."""
     from pondera.core import spec
 
-    cache = spec.build(memory, "memory").cache(model)
+    cache = spec.build(memory, "kv_cache").cache(model)
     model(ids_BT, past_key_values=cache)
     heads = [[head for table in layer.tables for head in table.position[0]] for layer in cache.kept]
     return [[sorted(head[head >= 0].tolist()) for head in layer] for layer in heads]

@@ -38,7 +38,7 @@ import torch
 from memory_caches import PRESS, STOCK, build_model, fill, grow, held_bytes, new_cache
 from process import Process
 
-MEMORIES = ("Full()", "Full(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)", "VQKV()")
+MEMORIES = ("PreallocatedCache()", "PreallocatedCache(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)", "VQKV()")
 READERS = ("SnapKV(0.25)", "FastKV(SnapKV(0.25), tsp=0.2)", "LazyLLM()")
 """Further memories for reading a prompt: behind it they decode as the others."""
 # one process
@@ -62,7 +62,7 @@ class Clock:
 
 
 def resident(kind: str) -> int:
-    """``"VmRSS"`` now, ``"VmHWM"`` at most since the peak was forgotten, ``"VmSize"`` of addresses."""
+    """``"VmRSS"`` now, ``"VmHWM"`` at most since the peak was evicted_until, ``"VmSize"`` of addresses."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
@@ -137,7 +137,7 @@ class Worker:
         total = seconds(lambda: self._decode(side, tokens))
         return {"total": total / tokens, "attention": self.clock.seconds / tokens}
 
-    def forget(self) -> dict[str, Any]:
+    def evict(self) -> dict[str, Any]:
         """Lets go of all caches."""
         self.sides = {}
         trim()
@@ -333,7 +333,11 @@ def main() -> None:
     if args.room and not args.model and name not in rows:
         found = {}
         for dtype in ("float32", "bfloat16"):
-            for side in ("DynamicCache", "Full()", *MEMORIES[2:]):  # Full(exact=False) holds what Full() does
+            for side in (
+                "DynamicCache",
+                "PreallocatedCache()",
+                *MEMORIES[2:],
+            ):  # PreallocatedCache(exact=False) holds what PreallocatedCache() does
                 command = [sys.executable, __file__, "--room", str(args.room), "--capacity", side, dtype]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 last = done.stdout.splitlines()[-1:] or ['{"unable": "ended by the system"}']

@@ -54,9 +54,9 @@ def new_cache(side: str, model: LlamaForCausalLM, tokens: int) -> Any:
         return stock_cache(side, model.config, tokens)
     from pondera.core import spec
 
-    memory: Any = spec.build(side, "memory")
+    memory: Any = spec.build(side, "kv_cache")
     if not memory.fitted:  # what stands in its tables changes no time
-        memory.attach(model.config)
+        memory.bind(model.config)
         for table in memory.buffers():
             if table.is_floating_point():
                 table.normal_(std=0.1)
@@ -86,24 +86,24 @@ def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     """What `SlotLayer.attend` does, less the attention."""
     from pondera.cache.kv_store import KVStore
 
-    table = KVStore.like(keys, values, layer.memory.fresh)
+    table = KVStore.like(keys, values, layer.method.note_defaults)
     table.append(keys, values, torch.arange(keys.shape[2]).expand(len(keys), -1))
     for name in table.notes:
         table.note(name).uniform_(generator=torch.Generator().manual_seed(0))
     layer.tables, layer.state = [table], {"padding": torch.zeros(len(keys), dtype=torch.int64)}
-    layer._forget()
+    layer._evict()
 
 
 def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Exact rows at both ends, and random codes between, as finding them would take minutes."""
     from pondera.methods.kv_cache.common.ring_buffer import RingBuffer
 
-    batch, sinks, tokens = len(keys), layer.memory.sinks, keys.shape[2]
+    batch, sinks, tokens = len(keys), layer.method.sinks, keys.shape[2]
     layer.pads, layer.begins, layer.coded = [0] * batch, [0] * batch, [0] * batch
     layer.sink_keys, layer.sink_values = (rows[:, :, :sinks].clone() for rows in (keys, values))
     layer.ring = RingBuffer(keys[:, :, sinks:], values[:, :, sinks:], sinks, tokens, sinks, True)
-    exact = layer.memory.window
-    code(layer, max(0, tokens - sinks - exact) // layer.memory.every * layer.memory.every)
+    exact = layer.method.window
+    code(layer, max(0, tokens - sinks - exact) // layer.method.flush_size * layer.method.flush_size)
     layer.ring.drop(layer._exact_from())
     layer.ring.resize(layer._room)
 
@@ -157,4 +157,4 @@ def grow(side: str, cache: Any, tokens: int, dtype: torch.dtype) -> None:
             start = layer.seen
             layer.update(keys, values)
             layer.tables[0].append(keys, values, torch.arange(start, start + tokens)[None])
-            layer._forget()
+            layer._evict()

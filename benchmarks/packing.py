@@ -35,11 +35,11 @@ BACKBONE = {
     "max_position_embeddings": 1024,
 }
 METHODS = {
-    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=3, halting='random', keep=0.5)",
-    "AdaPonderLM": "AdaPonderLM(steps=3, halting='random', keep=0.5)",
-    "PonderLM3": "PonderLM3(thoughts=3, halting='random', keep=0.5)",
-    "ThinkAtHard": "ThinkAtHard(steps=1, halting='random', keep=0.25)",
-    "UniversalTransformer": "UniversalTransformer(steps=3, halting='random', keep=0.5)",
+    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=3, halting='random', continue_prob=0.5)",
+    "AdaPonderLM": "AdaPonderLM(steps=3, halting='random', continue_prob=0.5)",
+    "PonderLM3": "PonderLM3(thoughts=3, halting='random', continue_prob=0.5)",
+    "ThinkAtHard": "ThinkAtHard(steps=1, halting='random', continue_prob=0.25)",
+    "UniversalTransformer": "UniversalTransformer(steps=3, halting='random', continue_prob=0.5)",
 }
 TRAINED_SOFT = {"PonderLM3"}  # trained dense by definition: there is nothing to skip
 PROMPT, NEW = {1: 256, 16: 64}, {1: 24, 16: 12}

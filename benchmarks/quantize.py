@@ -82,7 +82,7 @@ def ours(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
         residual = Residual(VQ(codes), levels=LEVELS).build(dim).eval()
         return lambda: residual.encode(x_ND)
     if task == "train":
-        vq = VQ(codes, start=table_KD, update="ema", respawn=0.01).build(dim)
+        vq = VQ(codes, init=table_KD, update="ema", respawn=0.01).build(dim)
         x_ND.requires_grad_()
         step, gradient_ND = iter(range(10**9)), torch.ones(x_ND.shape)
 

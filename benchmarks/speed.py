@@ -69,8 +69,8 @@ def predicted(model: AdaptiveLM) -> dict[str, float]:
     """FLOPs of decoding one token in the middle of the run, and of training on one, by arithmetic."""
     prices, middle = CostModel(model.backbone.config), PROMPT + NEW // 2
     think = model.think
-    one = think.calls(1, context=middle) if think else [DecoderPass(1, middle + 1, cached=True)]
-    window = think.calls(CONTEXT, training=True) if think else [DecoderPass(CONTEXT, CONTEXT)]
+    one = think.cost_schedule(1, context=middle) if think else [DecoderPass(1, middle + 1, cached=True)]
+    window = think.cost_schedule(CONTEXT, training=True) if think else [DecoderPass(CONTEXT, CONTEXT)]
     return {
         "decode_flops": prices.forward(CostSchedule(tuple(one), 1, 1)),
         "train_flops": prices.training(CostSchedule(tuple(window), CONTEXT, CONTEXT)) / CONTEXT,

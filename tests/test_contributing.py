@@ -42,7 +42,7 @@ def test_it_keeps_the_contract(methods: Path):
         pieces = [model(x[:, t : t + 1], past_key_values=cache).logits for t in range(8)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=1e-5)
         spent = measured_flops(lambda: model(x[:1]))
-    schedule = CostSchedule(tuple(model.think.calls(8)), head_rows=8, tokens=8)
+    schedule = CostSchedule(tuple(model.think.cost_schedule(8)), head_rows=8, tokens=8)
     assert spent == pytest.approx(CostModel(model.backbone.config).forward(schedule), rel=0.02)
 
 

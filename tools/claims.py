@@ -146,7 +146,7 @@ EVICTION = {
         lambda: [first_token("FastKV(SnapKV(0.25), tsp=0.2)")],
     ),
     "H2O": policy("H2O", "Tokens with the largest accumulated attention keep quality with a fifth of the KV cache."),
-    "HeadBudgets": policy("HeadBudgets", "A layer's budget, shared among its heads by score, loses less.", PROMPT),
+    "AdaKV": policy("AdaKV", "A layer's budget, shared among its heads by score, loses less.", PROMPT),
     "Keyformer": policy("Keyformer", "Gumbel noise and temperature in H2O's score keep more of the quality."),
     "LazyLLM": policy(
         "LazyLLM",
@@ -164,7 +164,9 @@ EVICTION = {
 
 CACHES = {
     "Full": Claim(
-        "A control: transformers' cache without its copies.", "control", lambda: [decoding("Full()", (16384, 65536))]
+        "A control: transformers' cache without its copies.",
+        "control",
+        lambda: [decoding("PreallocatedCache()", (16384, 65536))],
     ),
     "KIVI": Claim(
         "Keys want rounding per channel and values per token, at 2 bits.",

@@ -39,7 +39,7 @@ LIMIT = 40
 TOKENS, PROMPT = 24, 18
 VQKV = "VQKV(2, {}codes=4, vectors=64, fitting='kmeans', branches=1)"
 CACHES = {
-    "Full": ("Full()", None),
+    "Full": ("PreallocatedCache()", None),
     "H2O": ("H2O(64)", "H2O(8)"),
     "VQKV": (VQKV.format(""), VQKV.format("window=5, sinks=1, every=2, ")),
 }
@@ -47,10 +47,10 @@ CACHES = {
 THINKING = {
     "PonderLM2": "PonderLM2(thoughts=1, eval_rounds='exact')",
     "PonderLM3": "PonderLM3(thoughts=2, threshold=0.1, eval_rounds='exact')",
-    "PonderLM": "PonderLM(steps=1, top=None)",
-    "AdaPonderLM": "AdaPonderLM(steps=2, top=None, threshold=0.3)",
+    "PonderLM": "PonderLM(steps=1, top_k=None)",
+    "AdaPonderLM": "AdaPonderLM(steps=2, top_k=None, threshold=0.3)",
     "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2)",
-    "ThinkAtHard": "ThinkAtHard(steps=1, threshold=0.5, top=8)",
+    "ThinkAtHard": "ThinkAtHard(steps=1, threshold=0.5, top_k=8)",
     "UniversalTransformer": "UniversalTransformer(steps=2, epsilon=0.3)",
     "PauseToken": "PauseToken(pauses=1)",
 }
@@ -145,7 +145,7 @@ def rows(layer: Any) -> tuple[Tensor, Tensor]:
 
 def built(form: str, model: PreTrainedModel) -> KVCacheMethod:
     """A method, fitted where it has to be."""
-    made = spec.build(form, "memory")
+    made = spec.build(form, "kv_cache")
     return made if made.fitted else made.fit(model, [text(4, 20)])
 
 

@@ -2,11 +2,11 @@
 
     python tools/versions.py                     the newest patch of each minor series that pyproject.toml allows
     python tools/versions.py 5.23.0 5.24.0       these
-    python tools/versions.py 5.24.0 -- tests/model -k cache      these tests instead of the whole suite; nothing is written
+    python tools/versions.py 5.24.0 -- tests/unit/models -k cache      these tests instead of the whole suite; nothing is written
 
 Each version gets an environment of its own in a cache folder, made once: the pinned versions of constraints.txt with only
 transformers changed. Writes results/versions.json (versions that are not run now keep their lines), docs/versions.md and,
-of what passed, src/pondera/model/versions.json, which `pondera doctor` reads.
+of what passed, src/pondera/core/versions.json, which `pondera doctor` reads.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "results/versions.json", ROOT / "docs/versions.md"
-PASSED = ROOT / "src/pondera/model/versions.json"
-SUITE = ["tests/contracts", "tests/model", "tests/jobs"]
+PASSED = ROOT / "src/pondera/core/versions.json"
+SUITE = ["tests/contracts", "tests/unit/models", "tests/unit"]
 NEEDED = ["hypothesis", "pytest", "pytest-xdist"]
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors|skipped|xfailed)")
 

@@ -62,7 +62,7 @@ def control(spec: str, passes: float) -> str:
 
     Example:
         >>> control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
-        "AdaptiveLatentCoT(steps=2, halting='random', keep=0.5)"
+        "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.5)"
     """
     head, _, rest = spec.partition("(")
     depth = rest.split(",")[0].rstrip(")")
@@ -71,7 +71,7 @@ def control(spec: str, passes: float) -> str:
     for _ in range(40):  # keep + keep^2 + ... = passes - 1, which grows with keep
         middle = (low + high) / 2
         low, high = (middle, high) if sum(middle**k for k in range(1, extra + 1)) < passes - 1 else (low, middle)
-    return f"{head}({depth}, halting='random', keep={round(high, 4):g})"
+    return f"{head}({depth}, halting='random', continue_prob={round(high, 4):g})"
 
 
 def recipe(name: str, think: str | None, overrides: dict[str, Any], folder: Path) -> str:

@@ -20,20 +20,20 @@ def settings(steps: int) -> dict[str, Setting]:
         "random, std 1": Setting("VQ(256, scale=1.0)"),
         "random, std 1/256": Setting("VQ(256, scale=0.00390625)"),
         "random, std 8": Setting("VQ(256, scale=8.0)"),
-        "k-means at step 0": Setting("VQ(256, start='kmeans')"),
-        "warm-up, then k-means": Setting(f"VQ(256, start='kmeans', start_step={late})", warmup=late),
+        "k-means at step 0": Setting("VQ(256, init='kmeans')"),
+        "warm-up, then k-means": Setting(f"VQ(256, init='kmeans', start_step={late})", warmup=late),
         "warm-up, then random": Setting(f"VQ(256, scale=1.0, start_step={late})", warmup=late),
-        "warm-up, k-means, respawn": Setting(f"VQ(256, start='kmeans', start_step={late}, respawn=0.01)", warmup=late),
+        "warm-up, k-means, respawn": Setting(f"VQ(256, init='kmeans', start_step={late}, respawn=0.01)", warmup=late),
         "random, std 1, rotation": Setting("VQ(256, scale=1.0, estimator='rotation')"),
         "SimVQ": Setting("SimVQ(256, estimator='straight_through')"),
         "SimVQ, rotation": Setting("SimVQ(256, estimator='rotation')"),
         "warm-up, then SimVQ": Setting(
-            f"SimVQ(256, start='match', start_step={late}, estimator='straight_through')", warmup=late
+            f"SimVQ(256, init='match', start_step={late}, estimator='straight_through')", warmup=late
         ),
         "warm-up, then SimVQ, rotation": Setting(
-            f"SimVQ(256, start='match', start_step={late}, estimator='rotation')", warmup=late
+            f"SimVQ(256, init='match', start_step={late}, estimator='rotation')", warmup=late
         ),
-        "encoder of width 4": Setting(f"VQ(256, start='kmeans', start_step={late})", encoder=4, warmup=late),
+        "encoder of width 4": Setting(f"VQ(256, init='kmeans', start_step={late})", encoder=4, warmup=late),
     }
 
 

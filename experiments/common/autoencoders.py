@@ -168,8 +168,8 @@ def _measured(parts: nn.ModuleList, test_ND: Tensor, label_N: Tensor | None) -> 
             together = torch.bincount(code_N * kinds + label_N, minlength=len(table_KC) * kinds).view(-1, kinds)
             said["purity"] = float(together.amax(1).sum() / len(label_N))
         if len(z_ND) >= ENOUGH * len(table_KC):
-            judged = diagnose(z_ND, table_KC).to_dict()
-            said["diagnosis"] = {key: judged[key] for key in (*JUDGED_BY, "width")}
+            deferred = diagnose(z_ND, table_KC).to_dict()
+            said["diagnosis"] = {key: deferred[key] for key in (*JUDGED_BY, "width")}
     parts.train()
     return said
 

@@ -37,7 +37,7 @@ FORMS = {
 
 def concept_model(name: str, further: str, overrides: dict[str, Any]) -> RunConfig:
     """An arm with concepts: half of the layers encode."""
-    return load("plain", {**overrides, "name": name, "segment": f"ConceptLM(chunk=4, codes=64, segments=8{further})"})
+    return load("plain", {**overrides, "name": name, "chunk": f"ConceptLM(chunk=4, codes=64, segments=8{further})"})
 
 
 def widened(name: str, wanted: float, measure: Callable[[RunConfig], float], overrides: dict[str, Any]) -> RunConfig:

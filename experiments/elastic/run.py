@@ -67,8 +67,8 @@ def memories(block: int, blocks: int, rows: int = ROWS) -> dict[str, str | None]
     pool = next(size for size in range(pool, block + 1) if block % size == 0)  # so that the rows cover the whole past
     return {
         "plain": None,
-        "blocks": f"TransformerXL(block={block}, carry=0)",
-        "transformer-xl": f"TransformerXL(block={block}, carry={rows}, tbptt=2)",
+        "blocks": f"TransformerXL(block={block}, mems=0)",
+        "transformer-xl": f"TransformerXL(block={block}, mems={rows}, tbptt=2)",
         "mean-pool": f"MeanPool(block={block}, samples={rows}, pool={pool})",
         "memorizing": f"MemorizingTransformer(block={block}, memory={block * (blocks - 1)}, top={rows})",
         "elastic-16": f"ElasticMemory(block={block}, order=16, samples={rows})",

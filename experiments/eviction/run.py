@@ -33,7 +33,7 @@ from pondera.core import spec
 SHARES = (0.5, 0.25, 0.125)
 TASKS = ("needle", "needle, later", "list", "copy", "text")
 POLICIES = {
-    "Full": "Full()",
+    "Full": "PreallocatedCache()",
     "StreamingLLM": "StreamingLLM({n})",
     "RandomEviction": "RandomEviction({n}, recent=8, sinks=4)",
     "H2O": "H2O({n})",
@@ -42,7 +42,7 @@ POLICIES = {
     "TreeKV": "TreeKV({n})",
     "SnapKV": "SnapKV({n}, window=8, kernel=5)",
     "DapQ": "DapQ(SnapKV({n}, window=8, kernel=5))",
-    "HeadBudgets": "HeadBudgets(SnapKV({n}, window=8, kernel=5), floor=0.2)",
+    "AdaKV": "AdaKV(SnapKV({n}, window=8, kernel=5), safeguard=0.2)",
     "FastKV": "FastKV(SnapKV({n}, window=8, kernel=5), tsp=0.5)",
     "TokenSelect": "TokenSelect({n} - 8, sinks=4, recent=4)",
     "RefreshKV": "RefreshKV({n}, stride=5, similarity=0.85, kernel=5)",
@@ -68,7 +68,7 @@ def measure(lm: Any, memory: str, texts: Texts, later: bool) -> dict[str, float]
         later: the last token of the prompts comes after what is read in one call.
     """
     prompt = texts.prompt - later
-    cache = spec.build(memory, "memory").cache(lm)
+    cache = spec.build(memory, "kv_cache").cache(lm)
     ids_BT = texts.ids_BT
     logits = [lm(ids_BT[:, :prompt], past_key_values=cache, logits_to_keep=1).logits]
     for at in range(prompt, ids_BT.shape[1] - 1):

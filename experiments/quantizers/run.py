@@ -1,4 +1,4 @@
-"""What do quantizers lose at equal bits? Each of them between encoder and decoder, at 8 and at 12 bits per vector.
+"""What do quantizers evict_over_budget at equal bits? Each of them between encoder and decoder, at 8 and at 12 bits per vector.
 
     python -m experiments.quantizers.run                                all of it, about a quarter of an hour on two cores
     python -m experiments.quantizers.run --data clusters --seeds 1      a first look
@@ -20,7 +20,7 @@ def settings(steps: int) -> dict[str, Setting]:
     late = steps // 4
 
     def started(codes: int) -> str:
-        return f"VQ({codes}, start='kmeans', start_step={late})"
+        return f"VQ({codes}, init='kmeans', start_step={late})"
 
     found = {}
     for bits, lattice in ((8, [8, 6, 5]), (12, [8, 8, 8, 8])):

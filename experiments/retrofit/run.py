@@ -39,7 +39,7 @@ def arm(name: str, think: str | None, overrides: dict[str, Any], checkpoint: Pat
     steps = first.train.steps // 2
     settings: dict[str, Any] = {key: value for key, value in overrides.items() if not key.startswith("backbone.")}
     settings |= {"name": name, "backbone": str(checkpoint), "train.steps": steps, "train.lr": first.train.lr / 2}
-    settings |= {"train.think_first": steps // 4 if name in LEARN_ALONE else 0}
+    settings |= {"train.freeze_backbone_steps": steps // 4 if name in LEARN_ALONE else 0}
     return load("plain", settings | ({"think": think} if think else {}))
 
 

@@ -45,41 +45,45 @@ def said(capsys):
 
 def test_everything_at_once(said, model: Path, text: Path, tmp_path: Path):
     out, plot = tmp_path / "small", tmp_path / "memory.html"
-    words = [model, "--data.text", text, "--windows", 2, "--memory", "H2O(0.5)", "--memory", "StreamingLLM(9)"]
+    words = [model, "--data.text", text, "--windows", 2, "--kv-cache", "H2O(0.5)", "--kv-cache", "StreamingLLM(9)"]
     code, shown, progress = said(*words, "--json", "--plot", plot, "--out", out, "--keep", "StreamingLLM(9)")
     found = json.loads(shown)
     full, *others = found["rows"]
-    assert code == 0 and [row["memory"] for row in found["rows"]] == ["Full()", "H2O(0.5)", "StreamingLLM(9)"]
+    assert code == 0 and [row["method"] for row in found["rows"]] == [
+        "PreallocatedCache()",
+        "H2O(0.5)",
+        "StreamingLLM(9)",
+    ]
     assert full["of_full"] == full["agreement"] == 1.0 and all(row["of_full"] < 1 for row in others)
     assert "StreamingLLM(9): " in progress and "pondera generate" in progress
     page = plot.read_text()
     assert "<svg" in page and "StreamingLLM" in page and "recalled" in page
     loaded = load(out)
-    assert loaded.model.config.memory == "StreamingLLM(9)"
+    assert loaded.model.config.kv_cache == "StreamingLLM(9)"
     assert main(["generate", str(out), "--prompt", "The", "--max-new-tokens", "4"]) == 0
 
 
 def test_codebooks_are_fitted_and_written_with_the_model(said, model: Path, text: Path, tmp_path: Path):
     fast = "VQKV(4.0, window=8, codes=16, fitting='kmeans', vectors=256)"
-    words = ["--data.text", text, "--windows", 2, "--memory", fast, "--calibrate", text, "--out", tmp_path / "small"]
+    words = ["--data.text", text, "--windows", 2, "--kv-cache", fast, "--calibrate", text, "--out", tmp_path / "small"]
     code, shown, progress = said(model, *words, "--keep", fast, "--json")
     _, row = json.loads(shown)["rows"]
     assert code == 0 and "fitting" in progress and row["table_bytes"] > 0 and row["of_full"] < 0.7
     again = load(tmp_path / "small").model
-    assert again.memory is not None and again.memory.fitted
+    assert again.kv_cache is not None and again.kv_cache.fitted
 
 
 def test_a_sweep_leaves_out_what_a_model_cannot_have(said, model: Path, text: Path):
     code, shown, progress = said(model, "--data.text", text, "--windows", 2, "--calibrate", text, "--json")
     rows = json.loads(shown)["rows"]
-    assert code == 0 and [row["memory"] for row in rows] == ["Full()", *SWEEP]
+    assert code == 0 and [row["method"] for row in rows] == ["PreallocatedCache()", *SWEEP]
     assert all(f"{text}: left out: calibration text too short" in progress for text in FITTED)
 
 
 def test_a_full_cache_scores_what_the_model_scores(model: Path, text: Path):
     loaded = load(model)
     windows = held_out(loaded, {"data.text": str(text)}, 3)
-    (full,), _ = compress(loaded, ["Full()"], windows)
+    (full,), _ = compress(loaded, ["PreallocatedCache()"], windows)
     ids_NT = windows.ids_NT
     with torch.no_grad():
         logits_NTV = loaded.model(ids_NT[:, :-1]).logits[:, windows.prompt :].double()
@@ -118,27 +122,27 @@ def test_recall_counts_what_comes_back(model: Path, text: Path, monkeypatch: pyt
 
     monkeypatch.setattr(type(loaded.model), "__call__", copies)
     made = HeldOutWindows(ids_NT, windows.num_bytes, windows.prompt, asked_NT, windows.asked)
-    assert compress(loaded, ["Full()"], made)[0][0].recall == 1.0
+    assert compress(loaded, ["PreallocatedCache()"], made)[0][0].recall == 1.0
     backwards_NT = torch.cat([ids_NT[:, :-1], ids_NT[:, 5 : 5 + windows.asked].flip(1)], dim=1)
     wrong = HeldOutWindows(ids_NT, windows.num_bytes, windows.prompt, backwards_NT, windows.asked)
-    assert compress(loaded, ["Full()"], wrong)[0][0].recall == 0.0
+    assert compress(loaded, ["PreallocatedCache()"], wrong)[0][0].recall == 0.0
 
 
 @pytest.mark.parametrize("sweep", SWEEP + FITTED)
 def test_the_sweep_can_be_built(sweep: str):
-    assert spec.format(spec.parse(sweep)) == sweep and spec.build(sweep, "memory")
+    assert spec.format(spec.parse(sweep)) == sweep and spec.build(sweep, "kv_cache")
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--memory", "StremingLLM(4)"], "did you mean 'StreamingLLM'"),
-        (["--memory", "PonderLM2()"], "is a think method"),
-        (["--memory", "StreamingLLM(0)"], "at least 5"),
-        (["--memory", "ElasticMemory(4)"], "is trained with its model"),
-        (["--memory", "VQKV(2)"], "give some with --calibrate"),
-        (["--memory", "VQKV(2)", "--calibrate", "TEXT"], "tokens after the first 4"),
-        (["--memory", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),
+        (["--kv-cache", "StremingLLM(4)"], "did you mean 'StreamingLLM'"),
+        (["--kv-cache", "PonderLM2()"], "is a think method"),
+        (["--kv-cache", "StreamingLLM(0)"], "at least 5"),
+        (["--kv-cache", "ElasticMemory(4)"], "is trained with its model"),
+        (["--kv-cache", "VQKV(2)"], "give some with --calibrate"),
+        (["--kv-cache", "VQKV(2)", "--calibrate", "TEXT"], "tokens after the first 4"),
+        (["--kv-cache", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),
         (["--data.context", "16"], "too few to forget"),
         (["--windows", "0"], "at least 1"),
     ],
@@ -150,7 +154,7 @@ def test_mistakes_are_told_in_words(said, model: Path, text: Path, words: list[s
 
 @pytest.mark.parametrize("wrong", ["StremingLLM(4)", "StreamingLLM(0)", "LazyLLM(layers=[9])", "VQKV(2)"])
 def test_what_cannot_be_had_is_told_before_anything_is_measured(said, model: Path, text: Path, wrong: str):
-    code, _, error = said(model, "--data.text", text, "--memory", "H2O(0.5)", "--memory", wrong)
+    code, _, error = said(model, "--data.text", text, "--kv-cache", "H2O(0.5)", "--kv-cache", wrong)
     assert code == 2 and "bits per byte" not in error
 
 

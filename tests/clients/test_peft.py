@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 
 ROUTER = "AdaptiveLatentCoT(steps=2, halting='router')"
-CHOSEN = [{}, {"think": "PonderLM2(thoughts=1)"}, {"think": ROUTER}, {"segment": "ConceptLM(chunk=4)"}]
+CHOSEN = [{}, {"think": "PonderLM2(thoughts=1)"}, {"think": ROUTER}, {"chunk": "ConceptLM(chunk=4)"}]
 
 
 def build(backbone: str = "llama", **chosen) -> AdaptiveLM:
@@ -58,7 +58,7 @@ def test_an_adapter_learns_and_is_loaded_again(chosen, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("seam", "method"), [("think", ROUTER), ("think", "PauseToken(pauses=1)"), ("segment", "ConceptLM(chunk=4)")]
+    ("seam", "method"), [("think", ROUTER), ("think", "PauseToken(pauses=1)"), ("chunk", "ConceptLM(chunk=4)")]
 )
 def test_a_methods_own_weights_train_where_they_are_named(seam, method, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):

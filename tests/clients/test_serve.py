@@ -22,7 +22,7 @@ from pondera import AdaptiveConfig, AdaptiveLM
 CHOSEN = {
     "plain": {},
     "thinking": {"think": "PonderLM2(thoughts=1)"},
-    "remembering": {"memory": "H2O(budget=64)"},
+    "remembering": {"kv_cache": "H2O(budget=64)"},
 }
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 PROMPT = "the sea was calm"

@@ -18,7 +18,7 @@ CHOSEN = [
     {"think": "PonderLM2(thoughts=1)"},
     {"head": "VQLogits(codes=16)"},
 ]
-OWN_TERMS = [{"think": "UniversalTransformer(steps=2)"}, {"segment": "ConceptLM(chunk=4)"}]
+OWN_TERMS = [{"think": "UniversalTransformer(steps=2)"}, {"chunk": "ConceptLM(chunk=4)"}]
 
 
 def build(**chosen) -> AdaptiveLM:
@@ -72,7 +72,7 @@ def test_how_a_step_is_split_changes_nothing(chosen, tmp_path):
     for batch, times in ((2, 4), (1, 8)):
         found = first_step(build(**chosen), tmp_path, batch, times)
         # Codebooks learn from every call, and so from other parts of the step.
-        assert found == pytest.approx(whole, rel=5e-2 if "segment" in chosen else 1e-4)
+        assert found == pytest.approx(whole, rel=5e-2 if "chunk" in chosen else 1e-4)
 
 
 def test_a_step_is_that_of_the_model_itself(tmp_path):

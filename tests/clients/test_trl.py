@@ -27,7 +27,7 @@ OWN_TERMS = [
     {"think": "PonderLM3(thoughts=1)"},
     {"think": "ThinkAtHard(steps=1)"},
     {"think": "AdaptiveLatentCoT(steps=2, halting='router')"},
-    {"segment": "ConceptLM(chunk=4)"},
+    {"chunk": "ConceptLM(chunk=4)"},
 ]
 SMALL = {"report_to": [], "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
 

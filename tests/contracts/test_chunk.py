@@ -40,8 +40,8 @@ SOME = [(method, backbone) for method, backbone in PAIRS if backbone in ("llama"
 def build(segment: str | None, backbone: str = "llama", **config) -> AdaptiveLM:
     """A model whose codebooks have seen a batch, and whose parts all move what comes out."""
     torch.manual_seed(0)
-    model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), segment=segment, **config))
-    if model.segment is not None:
+    model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), chunk=segment, **config))
+    if model.chunk is not None:
         model(ids(2, 16), labels=ids(2, 16))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -71,7 +71,7 @@ def in_pieces(model: AdaptiveLM, x: torch.Tensor, sizes: list[int], **options) -
 
 
 def test_every_method_is_tested():
-    found = {method.name for method in spec.index().values() if method.seam == "segment"}
+    found = {method.name for method in spec.index().values() if method.seam == "chunk"}
     assert {method.partition("-")[0] for method in METHODS} == found, "a new method needs its forms above"
 
 
@@ -85,7 +85,7 @@ def test_the_method_does_something(method: str, backbone: str):
 def test_cached_equals_uncached(method: str, backbone: str):
     model, x = made(method, backbone), ids(2, 13)
     whole = model(x).logits
-    for prompt in range(4, 4 + model.segment.chunk):  # every length modulo the size of a chunk
+    for prompt in range(4, 4 + model.chunk.chunk):  # every length modulo the size of a chunk
         agree(in_pieces(model, x, [prompt, *[1] * (13 - prompt)]), whole)
 
 
@@ -165,7 +165,7 @@ def test_saved_equals_loaded(method: str, backbone: str, tmp_path):
     model.save_pretrained(tmp_path)
     # A copy, because what lies in a file as it was mapped is aligned otherwise, and on some processors multiplied otherwise.
     again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
-    assert type(again) is AdaptiveLM and again.config.segment == model.config.segment
+    assert type(again) is AdaptiveLM and again.config.chunk == model.config.chunk
     assert torch.equal(again(x).logits, model(x).logits)
 
 
@@ -312,10 +312,10 @@ class TestPrice:
     @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_decoding(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 28)
-        cache, segment = model.new_cache(), model.segment
+        cache, segment = model.new_cache(), model.chunk
         model(x[:, :16], past_key_values=cache)
         spent = measured_flops(lambda: [model(x[:, t : t + 1], past_key_values=cache) for t in range(16, 28)])
-        calls = [call for t in range(16, 28) for call in segment.calls(1, context=t)]
+        calls = [call for t in range(16, 28) for call in segment.cost_schedule(1, context=t)]
         expected = CostModel(model.backbone.config).forward(CostSchedule(tuple(calls), head_rows=12, tokens=12))
         assert spent == pytest.approx(expected, rel=0.02)
 
@@ -324,12 +324,12 @@ class TestPrice:
         model, x = made(method, backbone), ids(1, 26)
         prices = CostModel(model.backbone.config)
         spent = measured_flops(lambda: model(x))
-        calls = model.segment.calls(26)
+        calls = model.chunk.cost_schedule(26)
         assert spent == pytest.approx(prices.forward(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02)
         model.train()
         with torch.enable_grad():
             spent = measured_flops(lambda: model(x, shift_labels=x).loss.backward())
-        calls = model.segment.calls(26, training=True)
+        calls = model.chunk.cost_schedule(26, training=True)
         assert spent == pytest.approx(prices.training(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02)
 
     @pytest.mark.parametrize(("method", "backbone"), PAIRS)
@@ -342,10 +342,10 @@ class TestPrice:
         assert live_cache_bytes(cache) == prices.cache_bytes(61)
         # Views keep what they were cut from until the next call, as the newest rows of a sliding window.
         rows = live_cache_bytes(cache.concepts)
-        assert rows + cache.encoded_BWD.nbytes + cache.used_BWD.nbytes == model.segment.further_bytes(61, 4)
+        assert rows + cache.encoded_BWD.nbytes + cache.used_BWD.nbytes == model.chunk.extra_cache_bytes(61, 4)
         assert held <= cache.encoded_BWD.nbytes + cache.used_BWD.nbytes + 2 * 64 * 4 * 20
         said = cost_report(model, 61)["kv_bytes_per_token"]
-        assert said == pytest.approx((prices.cache_bytes(61) + model.segment.further_bytes(61, 4)) / 61)
+        assert said == pytest.approx((prices.cache_bytes(61) + model.chunk.extra_cache_bytes(61, 4)) / 61)
 
     @pytest.mark.parametrize(("method", "backbone"), FEW)
     def test_without_effort(self, method: str, backbone: str):
@@ -371,7 +371,7 @@ def test_misfits_are_refused_by_name(method: str, backbone: str):
 
 def test_two_methods_at_once_are_refused_by_name():
     with pytest.raises(UserError, match=r"PonderLM2\(thoughts=1\).*ConceptLM\(\).*leave one of them out"):
-        AdaptiveConfig(think="PonderLM2(thoughts=1)", segment="ConceptLM()")
+        AdaptiveConfig(think="PonderLM2(thoughts=1)", chunk="ConceptLM()")
 
 
 @pytest.mark.parametrize("method", METHODS)

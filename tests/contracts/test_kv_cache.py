@@ -23,11 +23,11 @@ from pondera.methods.kv_cache.base import KVCache, KVCacheMethod
 from pondera.methods.kv_cache.common.windowed_codec import SinkWindowLayer
 from pondera.models.method import Method
 
-# Codebooks that are fitted in no time: what they are worth is for other tests.
+# Codebooks that are fitted in no time: what they are protected_score is for other tests.
 FAST = "codes=4, vectors=64, fitting='kmeans', branches=1"
 # How each training-free memory is built: so that nothing has to be forgotten in these tests, and so that much has to be.
 FORMS = {
-    "Full": ("Full()", None),
+    "Full": ("PreallocatedCache()", None),
     "StreamingLLM": ("StreamingLLM(64)", "StreamingLLM(8, sinks=2)"),
     "H2O": ("H2O(64)", "H2O(8)"),
     "H2O-share": ("H2O(1.0)", "H2O(0.5, recent=3, sinks=1)"),
@@ -37,22 +37,22 @@ FORMS = {
     "Keyformer": ("Keyformer(64)", "Keyformer(8, tau_step=0.1)"),
     "TreeKV": ("TreeKV(64)", "TreeKV(8, sinks=1, recent=2)"),
     "TokenSelect": ("TokenSelect(64, sinks=1, recent=2)", "TokenSelect(3, sinks=1, recent=2, reuse=0.5)"),
-    "HeadBudgets": ("HeadBudgets(SnapKV(64, window=4))", "HeadBudgets(SnapKV(8, window=3, kernel=3), floor=0.3)"),
-    "HeadBudgets-decoding": ("HeadBudgets(H2O(64))", "HeadBudgets(H2O(5, recent=2), floor=0.3)"),
+    "AdaKV": ("AdaKV(SnapKV(64, window=4))", "AdaKV(SnapKV(8, window=3, kernel=3), safeguard=0.3)"),
+    "AdaKV-decoding": ("AdaKV(H2O(64))", "AdaKV(H2O(5, recent=2), safeguard=0.3)"),
     "RefreshKV": ("RefreshKV(64)", "RefreshKV(5, stride=2, kernel=3)"),
     "DapQ": ("DapQ(SnapKV(64, window=4))", "DapQ(SnapKV(8, window=3, kernel=3))"),
     "FastKV": (
         "FastKV(SnapKV(64, window=4), tsp=64)",
         "FastKV(SnapKV(6, window=3, kernel=3, pool='mean'), tsp=0.8, tsp_layer=0)",
     ),
-    "HeadBudgets-FastKV": (
-        "FastKV(HeadBudgets(SnapKV(64, window=4)), tsp=64)",
-        "FastKV(HeadBudgets(SnapKV(6, window=3, kernel=3), floor=0.3), tsp=8)",
+    "AdaKV-FastKV": (
+        "FastKV(AdaKV(SnapKV(64, window=4)), tsp=64)",
+        "FastKV(AdaKV(SnapKV(6, window=3, kernel=3), safeguard=0.3), tsp=8)",
     ),
     "LazyLLM": ("LazyLLM(1.0)", "LazyLLM([0.7, 0.5], layers=[0, 1])"),
     "RandomEviction": ("RandomEviction(64)", "RandomEviction(8, sinks=1)"),
     "KIVI": ("KIVI()", "KIVI(2, group=4, window=4, sinks=1)"),
-    "VQKV": (f"VQKV(2, {FAST})", f"VQKV(2, window=5, sinks=1, every=2, {FAST})"),
+    "VQKV": (f"VQKV(2, {FAST})", f"VQKV(2, window=5, sinks=1, flush_size=2, {FAST})"),
 }
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
 ONE_BY_ONE = {name: forms for name, forms in FORMS.items() if "heads" not in name}  # of any number of layers and heads
@@ -90,7 +90,7 @@ _FITTED: dict[tuple[str, int], KVCacheMethod] = {}
 
 def memory(text: str, lm=None) -> KVCacheMethod:
     """Built anew; or, where it has to be fitted to a model first, fitted once and used again."""
-    made = spec.build(text, "memory")
+    made = spec.build(text, "kv_cache")
     if made.fitted or lm is None:
         return made
     if (text, id(lm)) not in _FITTED:
@@ -108,8 +108,8 @@ def small(name: str, lm=None) -> KVCacheMethod:
     return memory(text, lm)
 
 
-FORGETTING = [name for name in SMALL if small(name).spares == "bytes"]
-COMPUTING_LESS = [name for name in SMALL if small(name).spares == "compute"]
+FORGETTING = [name for name in SMALL if small(name).saves == "bytes"]
+COMPUTING_LESS = [name for name in SMALL if small(name).saves == "compute"]
 
 
 def feed(lm, cache, x: torch.Tensor, pieces: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -152,7 +152,7 @@ def kept(cache: KVCache, row: int = 0) -> list[list[list[int]]]:
     for layer in cache.kept:
         if isinstance(layer, SinkWindowLayer):
             tokens = range(layer.seen - layer.pads[row])
-            first, last = layer.memory.sinks, layer.memory.sinks + layer.coded[row]
+            first, last = layer.method.sinks, layer.method.sinks + layer.coded[row]
             found.append([[t for t in tokens if not first <= t < last]] * layer.ring.keys.shape[1])
             continue
         assert isinstance(layer, KVStoreLayer)
@@ -163,8 +163,8 @@ def kept(cache: KVCache, row: int = 0) -> list[list[list[int]]]:
 
 
 def test_every_memory_is_tested():
-    found = {method.name for method in spec.index().values() if method.seam == "memory"}
-    trained = {name for name in found if isinstance(spec.build(name, "memory"), Method)}
+    found = {method.name for method in spec.index().values() if method.seam == "kv_cache"}
+    trained = {name for name in found if isinstance(spec.build(name, "kv_cache"), Method)}
     assert {name.partition("-")[0] for name in FORMS} == found - trained, "a new memory needs its forms above"
 
 
@@ -326,9 +326,9 @@ def test_storage_really_falls(name: str):
     feed(lm, full, x, [60])
     feed(lm, cache, x, [50] + [1] * 10)
     if "share" not in name:
-        most = 18 if getattr(small(name), "prompt_only", False) else 8  # with the 10 that came after the prompt
+        most = 18 if getattr(small(name), "prefill_only", False) else 8  # with the 10 that came after the prompt
         assert all(sum(map(len, layer)) <= most * len(layer) for layer in kept(cache))
-        if not name.startswith("HeadBudgets"):  # where one head may have what another leaves
+        if not name.startswith("AdaKV"):  # where one head may have what another leaves
             assert all(len(head) <= most for layer in kept(cache) for head in layer)
     # A slot also holds its position and notes, and room for 16 more is spare.
     assert cache.nbytes() < (0.75 if "share" in name else 0.5) * full.nbytes()
@@ -439,7 +439,7 @@ def test_models_without_a_growing_cache_are_refused():
     config = copy.deepcopy(BACKBONES["mistral"])
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     with pytest.raises(UserError, match="nothing to compress"):
-        memory("Full()").cache(lm)
+        memory("PreallocatedCache()").cache(lm)
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ WIDTH = 6
 EXAMPLES = {
     "VQ": [
         "VQ(5)",
-        "VQ(7, update='ema', start='kmeans')",
+        "VQ(7, update='ema', init='kmeans')",
         "VQ(5, update='ema', estimator='rotation', respawn=0.2, decay=0.5)",
         "VQ(1, update='none', estimator='none')",
     ],
-    "SimVQ": ["SimVQ(5)", "SimVQ(6, hidden=7, estimator='none')", "SimVQ(8, start='match')"],
+    "SimVQ": ["SimVQ(5)", "SimVQ(6, hidden=7, estimator='none')", "SimVQ(8, init='match')"],
     "Residual": [
         "Residual(VQ(5), levels=3)",
-        "Residual(VQ(4, update='ema', start='kmeans'), levels=2, dropout=0.5)",
+        "Residual(VQ(4, update='ema', init='kmeans'), levels=2, dropout=0.5)",
         "Residual(SimVQ(6), levels=1)",
         "Residual(Product(VQ(4), groups=2, order=[0, 3, 1, 4, 2, 5]), levels=2)",
         "Residual(Residual(VQ(4), levels=2), levels=2)",
@@ -413,11 +413,11 @@ class TestWarmUp:
         "case",
         [
             "VQ(5, start_step=2)",
-            "VQ(5, start='kmeans', start_step=2)",
-            "SimVQ(5, start='match', start_step=2)",
-            "Residual(VQ(5, start='kmeans', start_step=2), levels=3)",
+            "VQ(5, init='kmeans', start_step=2)",
+            "SimVQ(5, init='match', start_step=2)",
+            "Residual(VQ(5, init='kmeans', start_step=2), levels=3)",
             "Product(Residual(VQ(5, start_step=2), levels=2), groups=2)",
-            "Residual(Product(SimVQ(4, start='match', start_step=2), groups=3), levels=2)",
+            "Residual(Product(SimVQ(4, init='match', start_step=2), groups=3), levels=2)",
         ],
     )
     def test_vectors_pass(self, case: str):
@@ -434,7 +434,7 @@ class TestWarmUp:
                 assert (found.codes != ABSENT).all() and torch.equal(found.out, quantizer.decode(found.codes))
 
     def test_waiting_for_vectors(self):
-        quantizer = described("Product(VQ(5, start='kmeans'), groups=2)").build(WIDTH)
+        quantizer = described("Product(VQ(5, init='kmeans'), groups=2)").build(WIDTH)
         assert torch.equal(quantizer.eval()(vectors(3)).out, vectors(3))
         with pytest.raises(UserError, match="before folding"):
             quantizer.fold()
@@ -537,7 +537,7 @@ def test_it_is_said_once(masked: bool, caplog: pytest.LogCaptureFixture):
 
 
 def test_a_batch_of_nothing_else_is_no_batch():
-    for case in ("VQ(4, update='ema', start='kmeans', respawn=0.5)", "Scalar(4)", "LFQ()", "SimVQ(4, start='match')"):
+    for case in ("VQ(4, update='ema', init='kmeans', respawn=0.5)", "Scalar(4)", "LFQ()", "SimVQ(4, init='match')"):
         torch.manual_seed(0)
         quantizer = described(case).build(WIDTH).train()
         before = state(quantizer)

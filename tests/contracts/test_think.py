@@ -31,12 +31,12 @@ EXACT = {
     "AdaptiveLatentCoT-router": "AdaptiveLatentCoT(steps=2, halting='router')",
     "AdaptiveLatentCoT-random": "AdaptiveLatentCoT(steps=2, halting='random')",
     "PauseToken": "PauseToken(pauses=2)",
-    "PonderLM": "PonderLM(steps=2, top=None)",
-    "PonderLM-top": "PonderLM(steps=2, top=48, start='steps')",
-    "AdaPonderLM": "AdaPonderLM(steps=3, top=9, threshold=0.3)",
-    "AdaPonderLM-random": "AdaPonderLM(steps=2, top=None, halting='random')",
-    "AdaPonderLM-dense": "AdaPonderLM(steps=2, top=None, threshold=0.3, halted='dense')",
-    "ThinkAtHard": "ThinkAtHard(steps=2, threshold=0.5, top=8)",
+    "PonderLM": "PonderLM(steps=2, top_k=None)",
+    "PonderLM-top": "PonderLM(steps=2, top_k=48, start='steps')",
+    "AdaPonderLM": "AdaPonderLM(steps=3, top_k=9, threshold=0.3)",
+    "AdaPonderLM-random": "AdaPonderLM(steps=2, top_k=None, halting='random')",
+    "AdaPonderLM-dense": "AdaPonderLM(steps=2, top_k=None, threshold=0.3, halted='dense')",
+    "ThinkAtHard": "ThinkAtHard(steps=2, threshold=0.5, top_k=8)",
     "UniversalTransformer": "UniversalTransformer(steps=2, epsilon=0.3)",
     "UniversalTransformer-fixed": "UniversalTransformer(steps=2, halting='fixed')",
     "PonderLM3": "PonderLM3(thoughts=2, threshold=0.1, train_rounds=(2, 2), eval_rounds='exact')",
@@ -46,18 +46,18 @@ NOTHING = {
     "PonderLM2": "PonderLM2(thoughts=0)",
     "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=0)",
     "AdaptiveLatentCoT-router": "AdaptiveLatentCoT(steps=0, halting='router')",
-    "AdaptiveLatentCoT-random": "AdaptiveLatentCoT(steps=2, halting='random', keep=0.0)",
+    "AdaptiveLatentCoT-random": "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.0)",
     "PauseToken": "PauseToken(pauses=0)",
     "PonderLM": "PonderLM(steps=0)",
     "PonderLM-top": "PonderLM(steps=0, start='steps')",
     "AdaPonderLM": "AdaPonderLM(steps=0)",
-    "AdaPonderLM-random": "AdaPonderLM(steps=2, halting='random', keep=0.0)",
+    "AdaPonderLM-random": "AdaPonderLM(steps=2, halting='random', continue_prob=0.0)",
     "AdaPonderLM-dense": "AdaPonderLM(steps=0, halted='dense')",
     "ThinkAtHard": "ThinkAtHard(steps=0)",
     "UniversalTransformer": "UniversalTransformer(steps=0)",
     "UniversalTransformer-fixed": "UniversalTransformer(steps=0, halting='fixed')",
     "PonderLM3": "PonderLM3(thoughts=0)",
-    "PonderLM3-random": "PonderLM3(thoughts=2, halting='random', keep=0.0)",
+    "PonderLM3-random": "PonderLM3(thoughts=2, halting='random', continue_prob=0.0)",
 }
 METHODS = sorted(EXACT)
 # cannot run on linear-attention layers
@@ -313,7 +313,7 @@ class TestPrice:
         model(x[:, :4], past_key_values=cache)
         spent = measured_flops(lambda: [model(x[:, t : t + 1], past_key_values=cache) for t in range(4, 8)])
         measured = shares(cache.passes_BT[:, 4:], think.slots_per_token)
-        calls = [call for t in range(4, 8) for call in think.calls(1, context=t, shares=measured)]
+        calls = [call for t in range(4, 8) for call in think.cost_schedule(1, context=t, shares=measured)]
         # Where tokens differ, the cached ones are priced as the mean of the new ones, which they are not to the digit.
         tolerance = 0.03 if think.adaptive else 0.02
         expected = CostModel(model.backbone.config).forward(CostSchedule(tuple(calls), head_rows=4, tokens=4))
@@ -328,7 +328,7 @@ class TestPrice:
         with torch.enable_grad():
             outputs = []
             spent = measured_flops(lambda: outputs.append(model(x, shift_labels=x)) or outputs[0].loss.backward())
-        calls = think.calls(16, training=True, shares=shares(outputs[0].passes, think.slots_per_token))
+        calls = think.cost_schedule(16, training=True, shares=shares(outputs[0].passes, think.slots_per_token))
         assert spent == pytest.approx(prices.training(CostSchedule(tuple(calls), head_rows=16, tokens=16)), rel=0.02)
 
     @pytest.mark.parametrize(("method", "backbone"), PAIRS)
@@ -338,9 +338,11 @@ class TestPrice:
         assert think is not None
         model(x[:, :8], past_key_values=cache)
         model(x[:, 8:], past_key_values=cache)
-        newest = think.calls(1, context=8)[-1].queries if not think.adaptive else 1
+        newest = think.cost_schedule(1, context=8)[-1].queries if not think.adaptive else 1
         rows = round(think.slots(9, shares(cache.passes_BT, think.slots_per_token)))
-        expected = CostModel(model.backbone.config).cache_bytes(rows, slides=think.slides, newest=newest)
+        expected = CostModel(model.backbone.config).cache_bytes(
+            rows, drops_window_rows=think.drops_window_rows, newest=newest
+        )
         assert live_cache_bytes(cache) == expected
 
     @pytest.mark.parametrize("method", METHODS)

@@ -23,13 +23,13 @@ class Halting(Think):
     def forward(self, backbone, h_BTD, position_ids, cache=None, mask=None, *others):
         first_BTD = backbone.step(h_BTD, None, mask, position_ids)
         second_BTD = backbone.step(first_BTD, None, mask, position_ids)
-        goes_on_BT = (position_ids % 3 > 0).expand(h_BTD.shape[:2])
-        last_BTD = torch.where(goes_on_BT[..., None], second_BTD, first_BTD)
+        continue_BT = (position_ids % 3 > 0).expand(h_BTD.shape[:2])
+        last_BTD = torch.where(continue_BT[..., None], second_BTD, first_BTD)
         change = (last_BTD - first_BTD).abs().max().item()
         trace = {"states": [first_BTD, last_BTD], "residuals": [change, change / 10]} if self.record else {}
-        return Thought(last_BTD, 1 + goes_on_BT.long(), trace=trace)
+        return Thought(last_BTD, 1 + continue_BT.long(), trace=trace)
 
-    def calls(self, tokens, context=0, *others, **given):
+    def cost_schedule(self, tokens, context=0, *others, **given):
         return [Call(tokens, context + tokens, repeats=2)]
 '''
 

@@ -38,7 +38,7 @@ class Watch(Policy):
     """Forgets nothing and notes what it is shown: the weights that a policy sees at the first call of each layer."""
 
     paper = price = "a test's"
-    watches = ALL
+    observation_window = ALL
 
     def __init__(self) -> None:
         super().__init__()

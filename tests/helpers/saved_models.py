@@ -38,7 +38,7 @@ def save(folder: Path, name: str = "plain") -> Path:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     words = {"vocab_size": 280, "max_position_embeddings": POSITIONS, "initializer_range": 0.3}
-    chosen = {"segment": SEGMENTS[name]} if name in SEGMENTS else {"think": THINKS[name]}
+    chosen = {"chunk": SEGMENTS[name]} if name in SEGMENTS else {"think": THINKS[name]}
     config = AdaptiveConfig(backbone={"model_type": "llama", **sizes, **words}, **chosen)
     model = AdaptiveLM(config)
     if name in SEGMENTS:  # codebooks begin with the first batch of training

@@ -13,5 +13,5 @@ def _is_method(found: spec.MethodInfo) -> bool:
 METHODS = [
     (found.seam, found.name)
     for found in spec.index().values()
-    if found.seam in ("think", "segment", "memory") and _is_method(found)
+    if found.seam in ("think", "chunk", "memory") and _is_method(found)
 ]

@@ -64,20 +64,20 @@ def verdicts(path: str) -> str:
     for data, settings in _by(found["rows"], "data"):
         best = min(mean(row["error_coded"] for row in rows) for rows in settings.values())
         for name, rows in settings.items():
-            judged = [row for row in rows if "diagnosis" in row]
-            if not judged:
+            deferred = [row for row in rows if "diagnosis" in row]
+            if not deferred:
                 continue
-            numbers = [row["diagnosis"] for row in judged]
+            numbers = [row["diagnosis"] for row in deferred]
             lines.append(
                 (
                     f"{data}: {name}",
-                    f"{mean(row['error_coded'] for row in judged) / best:.1f} ×",
+                    f"{mean(row['error_coded'] for row in deferred) / best:.1f} ×",
                     _told(numbers, "perplexity", "{:.0f}".format),
                     _told(numbers, "reachable_perplexity", "{:.0f}".format),
                     _told(numbers, "split_error"),
                     _told(numbers, "reachable_error"),
                     _told(numbers, "effective_rank_input", "{:.1f}".format),
-                    ", ".join(dict.fromkeys(verdict(row) for row in judged)),
+                    ", ".join(dict.fromkeys(verdict(row) for row in deferred)),
                 )
             )
     head = [

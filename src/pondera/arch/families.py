@@ -76,9 +76,9 @@ class Attention:
             keys = min(call.keys - call.queries, self.window - 1) + call.queries
         return 2 * self.heads * (self.head_dim + call.wider) * call.queries * keys
 
-    def cache_bytes(self, slots: int, dtype_bytes: int, slides: bool, newest: int) -> int:
+    def cache_bytes(self, slots: int, dtype_bytes: int, drops_window_rows: bool, newest: int) -> int:
         row = 2 * self.kv_heads * self.head_dim * dtype_bytes
-        if self.window is None or not slides:
+        if self.window is None or not drops_window_rows:
             return slots * row
         # What is kept is a view of the last window - 1 rows, but a view of the concatenation with the newest call's rows,
         # whose storage stays whole. The layer also holds the window's length as an int64 tensor.
@@ -130,7 +130,7 @@ class DeltaRule:
         inside = self.CHUNK**2 * (2 * self.key_dim + self.value_dim)
         return 2 * (inside + 3 * self.CHUNK * self.key_dim * self.value_dim)
 
-    def cache_bytes(self, slots: int, dtype_bytes: int, slides: bool, newest: int) -> int:
+    def cache_bytes(self, slots: int, dtype_bytes: int, drops_window_rows: bool, newest: int) -> int:
         if slots == 0:
             return 0
         state = self.value_heads * self.key_dim * self.value_dim * 4  # always float32

@@ -134,7 +134,7 @@ def _entered(write: DepthWrite, old: Tensor | None, below: Tensor | None, new: T
     rows = write.rows
     before = 0 if old is None else old.shape[-2]
     if write.column_N is None:
-        entering = rows.spread_heads(new)
+        entering = rows.pad_heads(new)
     elif write.kept_BT is not None:
         assert below is not None
         entering = below[:, :, -write.kept_BT.shape[-1] :]
@@ -219,28 +219,30 @@ class DepthCache(TokenCache):
         held = self.depths[depth]
         return 0 if held is None else held.token_BC.shape[1]
 
-    def level(self, depth: int) -> bool:
+    def is_aligned(self, depth: int) -> bool:
         """Whether the rows of all texts end at the same column."""
         held = self.depths[depth]
         return held is None or len(held.next_B) == 1 or bool((held.next_B == self.width(depth)).all())
 
-    def note(self, depth: int, token_BC: Tensor, log_weight_BC: Tensor | None = None) -> None:
+    def append_metadata(self, depth: int, token_BC: Tensor, log_weight_BC: Tensor | None = None) -> None:
         """Says what further columns of a depth hold; log-weights are given always or never."""
         old, new = self.depths[depth], DepthSlots(token_BC, log_weight_BC)
         self.depths[depth] = new if old is None else old.joined(new)
 
-    def place(self, depth: int, rows: PackedRows, token_N: Tensor, log_weight_N: Tensor | None = None) -> Tensor | None:
+    def allocate(
+        self, depth: int, rows: PackedRows, token_N: Tensor, log_weight_N: Tensor | None = None
+    ) -> Tensor | None:
         """Notes packed rows behind those that each text has at a depth; returns their columns, as `DepthWrite` takes them."""
         old, before = self.depths[depth], self.width(depth)
-        if rows.even and self.level(depth):
-            weight_BC = None if log_weight_N is None else rows.spread(log_weight_N[None])
-            self.note(depth, rows.spread(token_N[None]), weight_BC)
+        if rows.even and self.is_aligned(depth):
+            weight_BC = None if log_weight_N is None else rows.pad(log_weight_N[None])
+            self.append_metadata(depth, rows.pad(token_N[None]), weight_BC)
             return None
         next_B = token_N.new_zeros(rows.batch) if old is None else old.next_B
         column_N = next_B[rows.batch_N] + rows.order_N
         more = max(0, int(column_N.max()) + 1 - before)
         weight_BC = None if log_weight_N is None else log_weight_N.new_zeros(rows.batch, more)
-        self.note(depth, token_N.new_full((rows.batch, more), FREE), weight_BC)
+        self.append_metadata(depth, token_N.new_full((rows.batch, more), FREE), weight_BC)
         held = self.depths[depth]
         assert held is not None
         token_BC = held.token_BC.index_put((rows.batch_N, column_N), token_N)
@@ -260,7 +262,7 @@ class DepthCache(TokenCache):
         self.depths = [depth and depth.before(kept) for depth in self.depths]
         for layer in self._layers:
             layer.trim([0 if depth is None else depth.token_BC.shape[1] for depth in self.depths])
-        self.forget(abs(tokens_to_remove))
+        self.evict(abs(tokens_to_remove))
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -26,12 +26,12 @@ STOCK = ("keys", "values", "cumulative_length")
 _TENSOR, _HOLDER, _TUPLE = "tensor", "holder", "tuple"
 
 
-def save(layers: list[Any], memory: str, path: str | Path) -> Path:
+def save(layers: list[Any], method: str, path: str | Path) -> Path:
     """Writes a cache into a file.
 
     Args:
         layers: of the cache.
-        memory: describes what made them.
+        method: describes what made them.
         path: the file.
 
     Raises:
@@ -46,19 +46,19 @@ def save(layers: list[Any], memory: str, path: str | Path) -> Path:
         {name: _plain(getattr(layer, name), tensors) for name in _names(layer) if hasattr(layer, name)}
         for layer in layers
     ]
-    told = {"memory": memory, "layers": json.dumps(held)}
+    told = {"method": method, "layers": json.dumps(held)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, to_bytes(tensors, told))
     return path
 
 
-def load(layers: list[Any], memory: str, path: str | Path) -> None:
+def load(layers: list[Any], method: str, path: str | Path) -> None:
     """Fills the layers of an empty cache with what `save` wrote.
 
     Args:
         layers: of the same model.
-        memory: describes what made them, as it did when they were saved.
+        method: describes what made them, as it did when they were saved.
         path: the file.
 
     Raises:
@@ -70,14 +70,14 @@ def load(layers: list[Any], memory: str, path: str | Path) -> None:
         with safe_open(path, "pt") as file:
             told = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        described = told["memory"]
+        described = told["method"]
         found = [{name: _built(value, tensors) for name, value in one.items()} for one in json.loads(told["layers"])]
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; write it with cache.save({str(path)!r})") from None
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: this is no cache that was saved ({error})") from None
-    if described != memory:
-        raise UserError(f"{path}: holds a cache of {described}, and this is one of {memory}; use that memory")
+    if described != method:
+        raise UserError(f"{path}: holds a cache of {described}, and this is one of {method}; use that method")
     names = [[name for name in _names(layer) if name in held] for layer, held in zip(layers, found, strict=False)]
     if len(found) != len(layers) or any(list(held) != own for held, own in zip(found, names, strict=True)):
         raise UserError(f"{path}: holds {len(found)} layers of another kind of model; load it for the model it is of")

@@ -1,6 +1,6 @@
 """The rows that one decoder layer keeps of the past, and where in the text each of them stands.
 
-A **slot** is one KV row. Once something has been forgotten, a slot's place in storage says nothing about its place in the
+A **slot** is one KV row. Once something has been evicted_until, a slot's place in storage says nothing about its place in the
 text, so that is noted beside it.
 
 Shapes: B batch, G KV heads, S slots, T new tokens, k chosen slots, D head width.
@@ -28,7 +28,7 @@ class KVStore:
         keys_BGSD, values_BGSD: storage, of which the first `used` slots count.
         position_BGS: int32. The number of the token in its text, padding counted; ``-1 - number`` where it is padding;
             `EMPTY` where there is nothing.
-        notes: further numbers per slot, ``[B, G, S]`` each, by name; what a slot starts with is `fresh`.
+        notes: further numbers per slot, ``[B, G, S]`` each, by name; what a slot starts with is `note_defaults`.
         fresh: by the names of notes.
         used: slots in use.
         whole: slot i holds token i of every row: nothing has been forgotten yet.
@@ -38,12 +38,12 @@ class KVStore:
     values_BGSD: Tensor
     position_BGS: Tensor
     notes: dict[str, Tensor] = field(default_factory=dict)
-    fresh: dict[str, float] = field(default_factory=dict)
+    note_defaults: dict[str, float] = field(default_factory=dict)
     used: int = 0
     whole: bool = True
 
     @classmethod
-    def like(cls, key_BGTD: Tensor, value_BGTD: Tensor, fresh: dict[str, float]) -> KVStore:
+    def like(cls, key_BGTD: Tensor, value_BGTD: Tensor, note_defaults: dict[str, float]) -> KVStore:
         """An empty table for such keys and values."""
         B, G = key_BGTD.shape[:2]
         nothing = key_BGTD.new_empty(B, G, 0)
@@ -51,8 +51,8 @@ class KVStore:
             key_BGTD.new_empty(B, G, 0, key_BGTD.shape[-1]),
             value_BGTD.new_empty(B, G, 0, value_BGTD.shape[-1]),
             nothing.to(torch.int32),
-            {name: nothing.float() for name in fresh},
-            fresh,
+            {name: nothing.float() for name in note_defaults},
+            note_defaults,
         )
 
     @property
@@ -96,14 +96,14 @@ class KVStore:
         if free_BGT is not None:
             for name, rows in new.items():
                 getattr(self, name).scatter_(2, _as_wide(free_BGT, rows), rows)
-            for name, start in self.fresh.items():
+            for name, start in self.note_defaults.items():
                 self.notes[name].scatter_(2, free_BGT, start)
             return
         self.reserve(self.used + T)
         end = slice(self.used, self.used + T)
         for name, rows in new.items():
             getattr(self, name)[:, :, end] = rows
-        for name, start in self.fresh.items():
+        for name, start in self.note_defaults.items():
             self.notes[name][:, :, end] = start
         self.used += T
 
@@ -126,7 +126,7 @@ class KVStore:
             setattr(self, name, _resized(getattr(self, name), self.used, room))
         self.notes = {name: _resized(note, self.used, room) for name, note in self.notes.items()}
 
-    def forget(self, slot_BGk: Tensor) -> None:
+    def evict(self, slot_BGk: Tensor) -> None:
         """Empties these slots, leaving holes for tokens to come."""
         self.position.scatter_(2, slot_BGk, EMPTY)
         self.whole = False
@@ -174,7 +174,7 @@ class KVStore:
                 part(self.values_BGSD, head),
                 part(self.position_BGS, head),
                 {name: part(note, head) for name, note in self.notes.items()},
-                self.fresh,
+                self.note_defaults,
                 self.used,
                 self.whole,
             )

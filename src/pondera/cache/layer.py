@@ -64,7 +64,7 @@ class AttentionCall:
         if self.further.get(BIAS) is not None:
             raise UserError(
                 f"{type(self.module).__name__}: adds a bias by position to its attention scores, which a cache that evicts or "
-                "codes does not know; use Full() or the model's stock cache"
+                "codes does not know; use PreallocatedCache() or the model's stock cache"
             )
         cap, sink_H = self.further.get(CAP), self.further.get(SINK)
         return PLAIN if cap is None and sink_H is None else Softmax(cap, sink_H)
@@ -209,7 +209,7 @@ class KVLayer(CacheLayerMixin):
         """Bytes of the storage that it holds."""
 
     @abstractmethod
-    def take_back(self, tokens: int) -> None:
+    def rollback(self, tokens: int) -> None:
         """Forgets the tokens from this number on, and lets go of what was only kept for their sake."""
 
     @abstractmethod
@@ -248,7 +248,7 @@ class KVLayer(CacheLayerMixin):
         if kept < 0:
             raise UserError(f"crop({tokens_to_remove}): only {self.seen} tokens have been seen")
         if self.batch():
-            self.take_back(kept)
+            self.rollback(kept)
         self.seen = kept
 
     def reset(self) -> None:

@@ -32,7 +32,7 @@ class PackedRows:
 
     Example:
         >>> rows = Rows.where(torch.tensor([[True, False, True], [False, True, False]]))
-        >>> rows.spread(torch.tensor([[[1.0], [2.0], [3.0]]])).squeeze(-1).tolist()
+        >>> rows.pad(torch.tensor([[[1.0], [2.0], [3.0]]])).squeeze(-1).tolist()
         [[1.0, 2.0], [3.0, 0.0]]
     """
 
@@ -54,20 +54,20 @@ class PackedRows:
         fewest, most = (int(number) for number in torch.stack(torch.aminmax(count_B)))
         return cls(batch_N, order_N, wanted_BT.shape[0], most, fewest == most)
 
-    def spread(self, x_1ND: Tensor) -> Tensor:
+    def pad(self, x_1ND: Tensor) -> Tensor:
         """``[1, N, ...]`` -> ``[B, S, ...]``, zeros where a text has fewer rows."""
         if self.even:
             return x_1ND[0].unflatten(0, (self.batch, self.width))
         x_BSD = x_1ND.new_zeros(self.batch, self.width, *x_1ND.shape[2:])
         return x_BSD.index_put((self.batch_N, self.order_N), x_1ND[0])
 
-    def gather(self, x_BSD: Tensor) -> Tensor:
-        """The inverse of `spread`."""
+    def unpad(self, x_BSD: Tensor) -> Tensor:
+        """The inverse of `pad`."""
         return x_BSD.flatten(0, 1)[None] if self.even else x_BSD[self.batch_N, self.order_N][None]
 
-    def spread_heads(self, x_1HNd: Tensor) -> Tensor:
+    def pad_heads(self, x_1HNd: Tensor) -> Tensor:
         """``[1, H, N, d]`` -> ``[B, H, S, d]``."""
-        return x_1HNd if self.batch == 1 else self.spread(x_1HNd.transpose(1, 2)).transpose(1, 2)
+        return x_1HNd if self.batch == 1 else self.pad(x_1HNd.transpose(1, 2)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,6 @@ class Packed:
         """Attends with ``[1, H, N, d]`` queries, and keys and values ``[B, H, K, d]`` of a cache, or packed as queries are."""
         rows = self.rows
         if key.shape[0] != rows.batch:
-            key, value = rows.spread_heads(key), rows.spread_heads(value)
-        out_BSHd, _ = base(module, rows.spread_heads(query), key, value, attention_mask, **kwargs)
-        return rows.gather(out_BSHd), None
+            key, value = rows.pad_heads(key), rows.pad_heads(value)
+        out_BSHd, _ = base(module, rows.pad_heads(query), key, value, attention_mask, **kwargs)
+        return rows.unpad(out_BSHd), None

@@ -40,7 +40,7 @@ class KVStoreLayer(KVLayer):
     """One layer's past as slots.
 
     Args:
-        memory: decides.
+        method: decides.
         index: of the layer among the compressed ones.
         among: how many are compressed.
 
@@ -49,25 +49,25 @@ class KVStoreLayer(KVLayer):
         state: whatever else the memory notes per row of the batch, ``[B, ...]`` each, by name.
         prompt: tokens up to the end of the latest prompt. The first call is one, and so is every later call of several
             tokens that are no drafts; tokens that come one by one are generated.
-        forgotten: tokens up to here may have been forgotten, so that they cannot be taken back.
+        forgotten: tokens up to here may have been evicted_until, so that they cannot be taken back.
     """
 
     holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "forgotten")
 
-    def __init__(self, memory: Policy, index: int, among: int) -> None:
+    def __init__(self, method: Policy, index: int, among: int) -> None:
         super().__init__()
-        self.memory, self.index, self.among = memory, index, among
+        self.method, self.index, self.among = method, index, among
         self.tables: list[KVStore] = []
         self.state: dict[str, Tensor] = {}
-        self.prompt = self.forgotten = 0
+        self.prompt = self.evicted_until = 0
         self._drafts: list[tuple[AttentionObservation, KVStore]] = []
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `KVLayer.attend`. Attends first to all that is there, the new tokens included, and forgets then."""
         first = not self.tables
         if first:
-            self.tables = [KVStore.like(call.key_BGTD, call.value_BGTD, self.memory.fresh)]
-            if self.memory.by_head:
+            self.tables = [KVStore.like(call.key_BGTD, call.value_BGTD, self.method.note_defaults)]
+            if self.method.by_head:
                 self.tables = self.tables[0].split_heads()
         if call.start == 0 or (call.tokens > 1 and not self.record_past):
             self.prompt = self.seen
@@ -76,11 +76,11 @@ class KVStoreLayer(KVLayer):
             self.state["padding"] = torch.zeros(len(position_BT), dtype=torch.int64, device=position_BT.device)
         self.state["padding"] = self.state["padding"] + call.padding_B
         query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
-        exact = (self.memory.exact or call.tokens > FEW) and call.in_order
+        exact = (self.method.exact or call.tokens > FEW) and call.in_order
         chosen: list[Tensor | None] = []
         for heads, table in self.parts():
             table.append(call.key_BGTD[:, heads], call.value_BGTD[:, heads], position_BT)
-            slot_BGk = self._choice(call, query_BGRTD[:, heads], table) if self.memory.selects else None
+            slot_BGk = self._choice(call, query_BGRTD[:, heads], table) if self.method.sparse_attention else None
             chosen.append(slot_BGk)
             exact = exact and table.whole and slot_BGk is None
         if exact:
@@ -89,7 +89,7 @@ class KVStoreLayer(KVLayer):
         else:
             out_BTHD = self._by_table(call, query_BGRTD, position_BT, chosen)
         if not self.record_past:
-            self._forget()
+            self._evict()
         return out_BTHD
 
     @property
@@ -116,7 +116,7 @@ class KVStoreLayer(KVLayer):
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
     def _choice(self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore) -> Tensor | None:
-        return self.memory.select(self, table, query_BGRTD, call)
+        return self.method.select_kv(self, table, query_BGRTD, call)
 
     def _by_table(
         self, call: AttentionCall, query_BGRTD: Tensor, position_BT: Tensor, chosen: list[Tensor | None]
@@ -133,7 +133,7 @@ class KVStoreLayer(KVLayer):
     def _of_table(
         self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, position_BT: Tensor, slot_BGk: Tensor | None
     ) -> Tensor:
-        if slot_BGk is None and self.memory.watched(self, call) >= call.tokens:
+        if slot_BGk is None and self.method.observed_queries(self, call) >= call.tokens:
             observed = self._observe(call, query_BGRTD, table, position_BT)
             found = list(map(attend_seen, observed, itertools.repeat(table.values)))
             return found[0] if len(found) == 1 else torch.cat(found, dim=1)
@@ -168,7 +168,7 @@ class KVStoreLayer(KVLayer):
     ) -> Iterator[AttentionObservation]:
         """Shows the memory the last queries of a call, in blocks whose scores fit into memory."""
         T = query_BGRTD.shape[3]
-        begin = T - min(T, self.memory.watched(self, call))
+        begin = T - min(T, self.method.observed_queries(self, call))
         if begin == T:
             return
         block = max(1, BLOCK // max(1, math.prod(query_BGRTD.shape[:3]) * table.used))
@@ -180,7 +180,7 @@ class KVStoreLayer(KVLayer):
             if first >= drafts:
                 self._drafts.append((seen, table))
             else:
-                self.memory.observe(self, table, seen)
+                self.method.observe(self, table, seen)
             yield seen
 
     def _softmax(self, call: AttentionCall, table: KVStore) -> Softmax:
@@ -211,14 +211,14 @@ class KVStoreLayer(KVLayer):
             query_BGRTD, score_BGRTS, number_T, real_BT, call.scaling, begins, out_BTHD, softmax
         )
 
-    def _forget(self) -> None:
+    def _evict(self) -> None:
         """Brings every table within its budget."""
-        if self.memory.settle(self):
-            self.forgotten = self.seen
+        if self.method.evict_layer(self):
+            self.evicted_until = self.seen
 
-    def take_back(self, tokens: int) -> None:
-        """See `KVLayer.take_back`."""
-        if tokens < self.forgotten or (self.memory.watches and self.seen - tokens > DRAFTS):
+    def rollback(self, tokens: int) -> None:
+        """See `KVLayer.rollback`."""
+        if tokens < self.evicted_until or (self.method.observation_window and self.seen - tokens > DRAFTS):
             raise UserError(
                 f"crop: the last {self.seen - tokens} of {self.seen} tokens are to be taken back, and others have been "
                 "forgotten for their sake already; call cache.activate_past_recording() before tokens that may be drafts"
@@ -229,13 +229,13 @@ class KVStoreLayer(KVLayer):
             table.crop(tokens)
         for seen, table in self._drafts:
             if stays := int((seen.number_T < tokens).sum()):
-                self.memory.observe(self, table, seen.first(stays, table.used))
+                self.method.observe(self, table, seen.first(stays, table.used))
         self._drafts = []
-        self._forget()
+        self._evict()
 
-    def real_tokens(self, of_prompt: bool = False) -> list[int]:
+    def real_tokens(self, budget_from_prompt: bool = False) -> list[int]:
         """Tokens seen in each row of the batch, or those of its prompt, without padding."""
-        return ((self.prompt if of_prompt else self.seen) - self.state["padding"]).tolist()
+        return ((self.prompt if budget_from_prompt else self.seen) - self.state["padding"]).tolist()
 
     def number(self, table: KVStore) -> Tensor:
         """``[B, G, S]``: where in its text each slot's token stands, padding not counted."""
@@ -253,7 +253,7 @@ class KVStoreLayer(KVLayer):
 
     def clear(self) -> None:
         """See `KVLayer.clear`."""
-        self.tables, self.state, self._drafts, self.prompt, self.forgotten = [], {}, [], 0, 0
+        self.tables, self.state, self._drafts, self.prompt, self.evicted_until = [], {}, [], 0, 0
 
     def batch(self) -> int:
         """See `KVLayer.batch`."""

@@ -55,9 +55,9 @@ class TokenCache(Cache):
         """Forgets the last tokens (given as a negative number, as transformers does)."""
         count = abs(tokens_to_remove)
         self.slots.crop(-count * self.slots_per_token)
-        self.forget(count)
+        self.evict(count)
 
-    def forget(self, count: int) -> None:
+    def evict(self, count: int) -> None:
         """The last tokens are cached no more."""
         self.tokens -= count
         if self.passes_BT is not None and count:

@@ -106,7 +106,7 @@ def training_calls(model: AdaptiveLM, context: int) -> list[DecoderPass]:
     """The decoder calls that one window of training takes."""
     if model.method is None:
         return [DecoderPass(context, context)]
-    return [call for call in model.method.calls(context, training=True) if isinstance(call, DecoderPass)]
+    return [call for call in model.method.cost_schedule(context, training=True) if isinstance(call, DecoderPass)]
 
 
 def training_bytes(config: RunConfig, model: AdaptiveLM) -> dict[str, float]:

@@ -42,7 +42,9 @@ class DataConfig:
     context: int = option(256, "tokens per training window")
     column: str = option("text", "the text column of a JSON, CSV or Parquet file or HF dataset")
     validation: float = option(0.05, "share of documents held out, chosen by the hash of their name")
-    isolate: bool = option(False, "tokens of a window attend within their own document only (slower: masks are dense)")
+    document_mask: bool = option(
+        False, "tokens of a window attend within their own document only (slower: masks are dense)"
+    )
     max_bytes: int | None = option(
         None, "read at most this many bytes of training text, whole documents in their fixed order; none: all of it"
     )
@@ -53,7 +55,7 @@ class TrainConfig:
     """How it is learned: the ``train`` part of a run."""
 
     steps: int = option(500, "optimizer steps")
-    think_first: int = option(
+    freeze_backbone_steps: int = option(
         0, "in the first so many steps only what the think method adds learns, for a backbone that was trained before"
     )
     batch_size: int = option(8, "windows per optimizer step, over all processes")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import Cache, PretrainedConfig
 
-__all__ = ["DecoderPass", "CostModel", "Product", "CostSchedule", "live_cache_bytes", "measured_flops"]
+__all__ = ["DecoderPass", "CostModel", "MatMul", "CostSchedule", "live_cache_bytes", "measured_flops"]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class CostModel:
         count = len(self._stack.layers)
         return call.repeats * (count if call.layers is None else call.layers) / count
 
-    def cache_bytes(self, slots: int, dtype_bytes: int = 4, slides: bool = True, newest: int = 1) -> int:
+    def cache_bytes(self, slots: int, dtype_bytes: int = 4, drops_window_rows: bool = True, newest: int = 1) -> int:
         """Bytes that a ``DynamicCache(config=config)`` holds for one sequence after `slots` rows.
 
         Sliding-window layers are capped at their window (as they are after any decoding step; a longer prompt given in
@@ -109,7 +109,10 @@ class CostModel:
             newest: rows of the newest call, which a sliding-window layer's storage keeps whole.
             slides: false for a cache of a method's own whose sliding-window layers mask old rows instead of dropping them.
         """
-        return sum(n * layer.mixer.cache_bytes(slots, dtype_bytes, slides, newest) for layer, n in self._layers.items())
+        return sum(
+            n * layer.mixer.cache_bytes(slots, dtype_bytes, drops_window_rows, newest)
+            for layer, n in self._layers.items()
+        )
 
     def parameters(self) -> dict[str, int]:
         """Parameters: ``embedding`` (with learned positions), ``head`` (0 if tied), ``body``, their sum ``total``."""

@@ -140,9 +140,9 @@ class Split:
     def __reduce__(self) -> tuple[Any, ...]:
         return Split, self._arguments  # a data-loading process maps the files anew instead of receiving their content
 
-    def windows(self, context: int, isolate: bool = False) -> Windows:
+    def windows(self, context: int, document_mask: bool = False) -> Windows:
         """This split as windows of `context` tokens."""
-        return Windows(self, context, isolate)
+        return Windows(self, context, document_mask)
 
     def num_bytes_of(self, start: int, stop: int) -> int:
         """UTF-8 bytes of the text behind ``ids[start:stop]``.
@@ -178,12 +178,12 @@ class Windows:
     Args:
         split: where the tokens are.
         context: C, tokens per window.
-        isolate: adds ``document_ids``, counted 1, 2, ... from the window's start, for callers that forbid attention
+        document_mask: adds ``document_ids``, counted 1, 2, ... from the window's start, for callers that forbid attention
             across documents.
     """
 
-    def __init__(self, split: Split, context: int, isolate: bool = False):
-        self.split, self.context, self.isolate = split, context, isolate
+    def __init__(self, split: Split, context: int, document_mask: bool = False):
+        self.split, self.context, self.document_mask = split, context, document_mask
 
     def __len__(self) -> int:
         return max(0, (self.split.num_tokens - 1) // self.context)
@@ -197,7 +197,7 @@ class Windows:
         start = index * self.context
         tokens = torch.from_numpy(self.split.ids[start : start + self.context + 1].astype(np.int64))
         window: dict[str, Any] = {"input_ids": tokens[:-1], "targets": tokens[1:], "index": torch.tensor(index)}
-        if self.isolate:
+        if self.document_mask:
             documents_C = self.split._documents_of(np.arange(start, start + self.context))
             window["document_ids"] = torch.from_numpy(documents_C - documents_C[0] + 1)
         return window

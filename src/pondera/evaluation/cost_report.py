@@ -37,25 +37,25 @@ def cost_report(
         UserError: an architecture that has no price yet.
     """
     prices = CostModel(model.backbone.config, None if model.head is None else model.head.weights)
-    method = None if model.method is None else model.method.under(budget)
+    method = None if model.method is None else model.method.at_budget(budget)
     cached, newest, slots = context // 2, 1.0, float(context)
     if method is None:
         decoding, training = [DecoderPass(1, cached + 1, cached=True)], [DecoderPass(context, context)]
     else:
-        decoding = method.calls(1, context=cached, shares=shares)
-        training = method.calls(context, training=True, shares=shares)
+        decoding = method.cost_schedule(1, context=cached, shares=shares)
+        training = method.cost_schedule(context, training=True, shares=shares)
         newest = next(
             call.queries for call in reversed(decoding) if isinstance(call, DecoderPass) and call.layers is None
         )
         slots = method.slots(context, shares)
-    slides = method is None or method.slides
+    drops_window_rows = method is None or method.drops_window_rows
     trained = prices.training(CostSchedule(tuple(training), context, context))
     if recompute:
         trained += sum(prices.step(call) for call in training if isinstance(call, DecoderPass))
     number_bytes = next(model.parameters()).element_size()
-    held = prices.cache_bytes(round(slots), number_bytes, slides, newest=round(newest))
+    held = prices.cache_bytes(round(slots), number_bytes, drops_window_rows, newest=round(newest))
     if method is not None:
-        held += method.further_bytes(context, number_bytes)
+        held += method.extra_cache_bytes(context, number_bytes)
     elif model.kv_cache is not None and model.kv_cache.fitted and model.device.type != "meta":
         held = _kept_bytes(model, context)
     return {

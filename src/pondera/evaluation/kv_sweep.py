@@ -37,7 +37,7 @@ SWEEP = (
 """What is tried where nothing is named ..."""
 FITTED = ("VQKV(4.0)", "VQKV(2.75)")
 """... and where there is text to fit it to."""
-FULL = "Full()"
+FULL = "PreallocatedCache()"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _made(model: AdaptiveLM, text: str, fits: bool) -> KVCacheMethod:
     """
     method = spec.build(text, "kv_cache")
     config = model.backbone.config
-    method.attach(config)
+    method.bind(config)
     if method.fitted:
         method.check(config, compressible(config))
     elif not fits:

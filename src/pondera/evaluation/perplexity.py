@@ -48,7 +48,7 @@ def evaluate(
     A run is scored on what was held out of its own text, in whole windows, as at the end of its training. Any other
     text is scored whole: tokenised as it stands (documents of a folder, file of rows or dataset in a row, with EOS
     between them), in windows that do not overlap, so that every token but the very first is predicted exactly once.
-    A foreign model whose tokenizer begins texts with BOS reads it first in every window. A run with ``data.isolate``
+    A foreign model whose tokenizer begins texts with BOS reads it first in every window. A run with ``data.document_mask``
     reads the documents of other texts apart, too.
 
     Args:
@@ -171,8 +171,8 @@ def _score_held_out(
             "out is not known; give another --data.text, one that it has not seen"
         )
     held_out = corpus.validation
-    tokens, isolate = max_tokens or held_out.num_tokens, run.config.data.isolate
-    return score(loaded.model, held_out, context, tokens, _batch_size(context), isolate, budget=budget)
+    tokens, document_mask = max_tokens or held_out.num_tokens, run.config.data.document_mask
+    return score(loaded.model, held_out, context, tokens, _batch_size(context), document_mask, budget=budget)
 
 
 def _score_whole(loaded: Loaded, text: LongText, context: int, budget: dict[str, Any]) -> dict[str, Any]:
@@ -180,15 +180,15 @@ def _score_whole(loaded: Loaded, text: LongText, context: int, budget: dict[str,
     from pondera.evaluation.score import ScoreSums, measures, sum_scores
 
     model, start = loaded.model, _first_token(loaded)
-    isolate = loaded.run is not None and loaded.run.config.data.isolate
+    document_mask = loaded.run is not None and loaded.run.config.data.document_mask
     size = context - (start is not None)
-    windows, batch_size, found = text.windows(size, isolate), _batch_size(context), ScoreSums()
+    windows, batch_size, found = text.windows(size, document_mask), _batch_size(context), ScoreSums()
     for first in range(0, len(windows), batch_size):
         last = min(first + batch_size, len(windows))
         found += sum_scores(model, [windows[index] for index in range(first, last)], start, budget)
     tokens = text.num_tokens - 1
     if rest := tokens % size:
-        found += sum_scores(model, [text.after(tokens - rest).windows(rest, isolate)[0]], start, budget)
+        found += sum_scores(model, [text.after(tokens - rest).windows(rest, document_mask)[0]], start, budget)
     return measures(found, tokens, text.num_bytes_of(1, tokens + 1))
 
 

@@ -27,7 +27,7 @@ def score(
     context: int,
     max_tokens: int,
     batch_size: int = 8,
-    isolate: bool = False,
+    document_mask: bool = False,
     rank: int = 0,
     num_processes: int = 1,
     total: Callable[[ScoreSums], ScoreSums] | None = None,
@@ -43,7 +43,7 @@ def score(
         context: tokens per window; each token sees at most this many.
         max_tokens: predict at most this many tokens, but at least one window.
         batch_size: windows per forward pass.
-        isolate: tokens attend within their own document only.
+        document_mask: tokens attend within their own document only.
         rank: of this process, where several share the windows.
         num_processes: that share them.
         total: sums what was found over these processes.
@@ -54,7 +54,7 @@ def score(
         and ``bytes`` of text that were predicted, ``passes_per_token``, and ``pass_shares``, the share of the tokens
         that took each pass.
     """
-    windows = split.windows(context, isolate)
+    windows = split.windows(context, document_mask)
     count = min(len(windows), max(1, max_tokens // context))
     found = ScoreSums()
     for first in range(0, count, batch_size * num_processes):

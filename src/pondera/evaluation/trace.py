@@ -62,7 +62,7 @@ def trace(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str, cont
 
 
 def trace_halting(
-    model: AdaptiveLM, corpus: Corpus, context: int, max_tokens: int, batch_size: int = 8, isolate: bool = False
+    model: AdaptiveLM, corpus: Corpus, context: int, max_tokens: int, batch_size: int = 8, document_mask: bool = False
 ) -> dict[str, Any]:
     """How depth varies over the first windows of the held-out text.
 
@@ -72,7 +72,7 @@ def trace_halting(
         context: tokens per window.
         max_tokens: read at most this many tokens, but at least one window.
         batch_size: windows per forward pass.
-        isolate: tokens attend within their own document only.
+        document_mask: tokens attend within their own document only.
 
     Returns:
         What `halting_stats` returns, and ``residuals`` where the method refines its thoughts in rounds: the largest change in
@@ -86,7 +86,7 @@ def trace_halting(
 
     from pondera.data.sampler import collate
 
-    windows = corpus.validation.windows(context, isolate)
+    windows = corpus.validation.windows(context, document_mask)
     count = min(len(windows), max(1, max_tokens // context))
     if count * context < 2:
         raise UserError("there is no token to trace: the windows have one token each; use a larger data.context")

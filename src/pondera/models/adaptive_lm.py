@@ -39,7 +39,7 @@ from pondera.models.generation_settings import storable
 from pondera.models.keywords import SHIFT_LABELS, check_keywords
 from pondera.models.method import Method, MethodOutput
 from pondera.models.packed_documents import documents, refuse_packed_cache
-from pondera.models.self_check import attach_method, check_method
+from pondera.models.self_check import bind_method, check_method
 from pondera.models.unsupported import NoContinuousBatching
 
 if TYPE_CHECKING:
@@ -140,9 +140,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         cast(nn.Embedding, self.backbone.lm.get_input_embeddings()).padding_idx = None
         put_scale(self.backbone.lm, config.embed_scale)
         if self.kv_cache is not None:
-            self.kv_cache.attach(self.backbone.config)
+            self.kv_cache.bind(self.backbone.config)
         if self.method is not None:
-            attach_method(self)
+            bind_method(self)
             for parameter in self.method.parameters():
                 setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
         if config.dtype is not None:
@@ -199,7 +199,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     @property
     def positions(self) -> int | None:
         """How many tokens a text may have; none: any number."""
-        if self.method is not None and self.method.endless:
+        if self.method is not None and self.method.unbounded_positions:
             return None
         return getattr(self.backbone.config, "max_position_embeddings", None)
 
@@ -326,7 +326,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         elif logits_to_keep:
             h_BTD = h_BTD[:, -logits_to_keep:]
         loss, logits_BTV = None, None
-        by_head = self.training and self.head is not None and self.backbone.plain_logits and thought.judge is None
+        by_head = (
+            self.training and self.head is not None and self.backbone.plain_logits and thought.deferred_loss is None
+        )
         if shift_labels is None or not by_head:
             logits_BTV = self.backbone.head(h_BTD)
         if shift_labels is not None:
@@ -334,10 +336,12 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                 next_token = cast("Head", self.head).term(h_BTD, shift_labels)
             else:
                 next_token = next_token_term(logits_BTV, shift_labels)
-            judged = (
-                thought.judge(logits_BTV, shift_labels) if thought.judge is not None and logits_BTV is not None else {}
+            deferred = (
+                thought.deferred_loss(logits_BTV, shift_labels)
+                if thought.deferred_loss is not None and logits_BTV is not None
+                else {}
             )
-            terms = {"next_token": next_token, **terms, **judged}
+            terms = {"next_token": next_token, **terms, **deferred}
             loss = torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
             if num_items_in_batch is not None:
                 loss = loss * (
@@ -419,7 +423,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                     f"use_reentrant: {self.chosen} hands its layers tensors that reentrant checkpointing passes no gradient "
                     'to; use gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
-            if not method.recomputable:
+            if not method.supports_recompute:
                 log.warning(
                     "gradient_checkpointing: left out. %s reads the rows of its earlier steps from a cache, which cannot be "
                     "recomputed; it trains the same without, in more memory (a smaller batch takes less)",
@@ -510,7 +514,7 @@ def _put_head(lm: PreTrainedModel, config: AdaptiveConfig, old: AdaptiveLM | Non
         )
     matrix, head = cast(nn.Linear, lm.get_output_embeddings()), cast("Head", spec.build(config.head, "head"))
     trained = config._checkpoint is not None
-    head.attach(matrix.out_features, matrix.in_features, matrix.weight if trained else None)
+    head.bind(matrix.out_features, matrix.in_features, matrix.weight if trained else None)
     for parameter in head.parameters():
         setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the head; `post_init` would draw it anew)
     lm.set_output_embeddings(head)

@@ -362,7 +362,7 @@ class Backbone(nn.Module):
         if "linear_attention" in kinds:
             raise UserError(
                 f"{self.config.model_type}: its linear-attention layers read slots in storage order and cannot follow a "
-                "mask of their own; use a method that only needs causal order, such as PonderLM2, and data.isolate: false"
+                "mask of their own; use a method that only needs causal order, such as PonderLM2, and data.document_mask: false"
             )
         masks: dict[str, Tensor | None] = {}
         for kind in kinds:

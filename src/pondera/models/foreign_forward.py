@@ -63,8 +63,8 @@ class BaseModel:
         labels_BT = own.get("_labels_of_call")
         thought = model.states(input_ids, attention_mask, position_ids, None, inputs_embeds, labels_BT)
         terms = dict(thought.terms)
-        if thought.judge is not None and labels_BT is not None:
-            terms |= thought.judge(model.backbone.head(thought.h_BTD), labels_BT)
+        if thought.deferred_loss is not None and labels_BT is not None:
+            terms |= thought.deferred_loss(model.backbone.head(thought.h_BTD), labels_BT)
         if torch.is_grad_enabled() and terms:
             own["_terms_of_call"] = {name: term.weight * term.mean() for name, term in terms.items()}
         return _States(last_hidden_state=thought.h_BTD)

@@ -37,7 +37,7 @@ class MethodOutput:
     h_BTD: Tensor
     passes_BT: Tensor
     terms: dict[str, LossTerm] = field(default_factory=dict)
-    judge: Callable[[Tensor, Tensor], dict[str, LossTerm]] | None = None
+    deferred_loss: Callable[[Tensor, Tensor], dict[str, LossTerm]] | None = None
     trace: dict[str, Any] = field(default_factory=dict)
 
 
@@ -55,13 +55,13 @@ class Method(nn.Module, ABC):
     paper: ClassVar[str]
     price: ClassVar[str]
 
-    slides: ClassVar[bool] = True
+    drops_window_rows: ClassVar[bool] = True
     """Its cache drops rows that have left a sliding window; false where they are kept and masked."""
 
-    recomputable: ClassVar[bool] = True
+    supports_recompute: ClassVar[bool] = True
     """Gradient checkpointing may run its passes again; false where a pass reads rows that an earlier one left."""
 
-    endless: ClassVar[bool] = False
+    unbounded_positions: ClassVar[bool] = False
     """It counts positions anew as it goes, so that a text may be longer than the backbone has positions for."""
 
     record: bool = False
@@ -70,7 +70,7 @@ class Method(nn.Module, ABC):
     slots_per_token: int = 1
     """KV rows that a token leaves in every layer."""
 
-    def attach(self, backbone: Backbone) -> None:  # noqa: B027 (optional: a method without parameters needs none)
+    def bind(self, backbone: Backbone) -> None:  # noqa: B027 (optional: a method without parameters needs none)
         """Creates what depends on the backbone (parameters, scales). Called once, before training or loading."""
 
     def embed_scale(self, width: int) -> float:
@@ -117,7 +117,7 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
         """What processing `tokens` new tokens after `context` cached ones takes, for the price.
@@ -129,15 +129,15 @@ class Method(nn.Module, ABC):
             shares: of the tokens that take each pass, as measured, from 1 downwards; none: every token takes all.
         """
 
-    def under(self, budget: Effort) -> Method | None:
+    def at_budget(self, budget: Effort) -> Method | None:
         """What the price is of where so much is wanted and `shares` cannot say it: none where the backbone runs alone."""
         return self
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
-        """KV rows that `tokens` tokens leave in every layer of the backbone; `shares` as for `calls`."""
+        """KV rows that `tokens` tokens leave in every layer of the backbone; `shares` as for `cost_schedule`."""
         return tokens * self.slots_per_token
 
-    def further_bytes(self, tokens: int, number_bytes: int) -> float:
+    def extra_cache_bytes(self, tokens: int, number_bytes: int) -> float:
         """Bytes that its cache holds after `tokens` tokens beside those rows, for numbers of so many bytes."""
         return 0.0
 

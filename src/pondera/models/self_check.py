@@ -49,7 +49,7 @@ def check_method(model: AdaptiveLM) -> None:
         raise _misfit(model, wrong)
 
 
-def attach_method(model: AdaptiveLM) -> None:
+def bind_method(model: AdaptiveLM) -> None:
     """Shows the method its backbone; refuses an architecture that does not say of itself what the method asks.
 
     Raises:
@@ -57,7 +57,7 @@ def attach_method(model: AdaptiveLM) -> None:
     """
     method: Any = model.method
     try:
-        method.attach(model.backbone)
+        method.bind(model.backbone)
     except UserError:
         raise
     except Exception as error:  # whatever a configuration raises

@@ -61,7 +61,7 @@ class VarlenPass:
         if rows.width == 0 and self.packed:
             return x_BSD
         everyone = rows.even and rows.width == x_BSD.shape[1]
-        if not self.packed or (everyone and self.cache.level(0)):
+        if not self.packed or (everyone and self.cache.is_aligned(0)):
             return self._dense(x_BSD, slots)
         return self._packed(x_BSD, slots, rows)
 
@@ -69,7 +69,7 @@ class VarlenPass:
         """Every text gets as many columns."""
         before = self.cache.width(0)
         query_BS = torch.where(slots.wanted_BS, slots.token_BS, FREE)
-        self.cache.note(0, query_BS, slots.log_weight_BS)
+        self.cache.append_metadata(0, query_BS, slots.log_weight_BS)
         column_1S = torch.arange(before, self.cache.width(0), device=x_BSD.device)[None]
         mask = None if self._plain() else self._mask(query_BS, column_1S)
         with self.cache.writing(DepthWrite(0, range(1))) as store:
@@ -80,10 +80,10 @@ class VarlenPass:
         wanted_BS, before = slots.wanted_BS, self.cache.width(0)
         token_N = slots.token_BS[wanted_BS]
         weight_N = None if slots.log_weight_BS is None else slots.log_weight_BS[wanted_BS]
-        column_N = self.cache.place(0, rows, token_N, weight_N)
+        column_N = self.cache.allocate(0, rows, token_N, weight_N)
         order_N = before + rows.order_N if column_N is None else column_N
-        query_BS = rows.spread(token_N[None] - FREE) + FREE  # free where a text has fewer rows
-        mask = None if rows.batch == 1 and self._plain() else self._mask(query_BS, rows.spread(order_N[None]))
+        query_BS = rows.pad(token_N[None] - FREE) + FREE  # free where a text has fewer rows
+        mask = None if rows.batch == 1 and self._plain() else self._mask(query_BS, rows.pad(order_N[None]))
         write = DepthWrite(0, range(1), rows, column_N, self.cache.width(0))
         with self.cache.writing(write) as store:
             new_1ND = self.backbone.step(x_BSD[wanted_BS][None], store, mask, slots.position_BS[wanted_BS][None], rows)

@@ -75,7 +75,7 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
 
     Raises:
         UserError: no backbone, a vocabulary that is not the tokenizer's, a context that does not fit, a checkpoint that
-            is damaged, or nothing to learn in the steps of ``train.think_first``.
+            is damaged, or nothing to learn in the steps of ``train.freeze_backbone_steps``.
 
     Example:
         >>> from pondera.core.run_config import from_dict
@@ -100,13 +100,13 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
 
 def check_freeze_backbone(model: AdaptiveLM, settings: TrainConfig) -> None:
     """Refuses a first phase of training in which nothing could learn."""
-    steps = settings.think_first
+    steps = settings.freeze_backbone_steps
     if steps < 0:
-        raise UserError(f"train.think_first: at least 0, got {steps}")
+        raise UserError(f"train.freeze_backbone_steps: at least 0, got {steps}")
     if steps and not (model.method is not None and any(p.numel() for p in model.method.parameters())):
         what = f"{model.chosen} adds no parameters" if model.method is not None else "there is no think method"
         raise UserError(
-            f"train.think_first: {what}, so nothing would learn in the first {steps} steps; use --train.think_first 0"
+            f"train.freeze_backbone_steps: {what}, so nothing would learn in the first {steps} steps; use --train.freeze_backbone_steps 0"
         )
 
 
@@ -151,10 +151,10 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     inner = adaptive.get_text_config()
     _check_vocabulary(config, inner.vocab_size, vocab_size)
     _check_same_tokens(config)
-    if config.data.isolate and "linear_attention" in (getattr(inner, "layer_types", None) or ()):
+    if config.data.document_mask and "linear_attention" in (getattr(inner, "layer_types", None) or ()):
         raise UserError(
-            f"data.isolate: {inner.model_type} has linear-attention layers, whose state runs on from one document into "
-            "the next; use data.isolate: false"
+            f"data.document_mask: {inner.model_type} has linear-attention layers, whose state runs on from one document into "
+            "the next; use data.document_mask: false"
         )
     context, limit = config.data.context, getattr(inner, "max_position_embeddings", None)
     if limit is not None and limit < context:

@@ -121,7 +121,7 @@ class RunCallback(TrainerCallback):
                 data.context,
                 self.config.train.eval_tokens,
                 batch_size=self._eval_batch_size,
-                isolate=data.isolate,
+                document_mask=data.document_mask,
                 rank=trainer.args.process_index,
                 num_processes=trainer.args.world_size,
                 total=self._over_processes,
@@ -162,7 +162,7 @@ class RunCallback(TrainerCallback):
             self.run.write_trace("sample", trace(self.model, tokenizer, text, data.context))
             self.run.write_trace(
                 HALTING_STATS,
-                trace_halting(self.model, self.corpus, data.context, tokens, self._eval_batch_size, data.isolate),
+                trace_halting(self.model, self.corpus, data.context, tokens, self._eval_batch_size, data.document_mask),
             )
 
     def on_main(self, write: Callable[[], None]) -> None:

@@ -77,7 +77,7 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
         check_gradient_checkpointing(model, config.train)
         args = arguments(config.train, str(out), _num_processes())
         recorder = RunCallback(run, config, corpus, model, start, show=progress and main)
-        windows = corpus.train.windows(config.data.context, config.data.isolate)
+        windows = corpus.train.windows(config.data.context, config.data.document_mask)
         trainer = PonderaTrainer(model, args, config.train, windows, recorder.first_step, [recorder])
         trainer.accelerator.wait_for_everyone()  # nobody still looks whether the folder is free
         if main and not resume:
@@ -164,7 +164,7 @@ def _check_free(out: Path) -> None:
 
 def check_gradient_checkpointing(model: AdaptiveLM, settings: TrainConfig) -> None:
     """Refuses gradient checkpointing for a method whose passes cannot be run a second time."""
-    if settings.gradient_checkpointing and model.method is not None and not model.method.recomputable:
+    if settings.gradient_checkpointing and model.method is not None and not model.method.supports_recompute:
         raise UserError(
             f"train.gradient_checkpointing: {model.chosen} reads the rows of its earlier steps from a cache, which "
             "cannot be recomputed; leave gradient_checkpointing out and use a smaller train.micro_batch_size instead"

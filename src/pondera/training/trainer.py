@@ -164,12 +164,12 @@ class PonderaTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """AdamW, with weight decay on matrices (and embeddings) only; what `think_first` keeps waiting in own groups."""
+        """AdamW, with weight decay on matrices (and embeddings) only; what `freeze_backbone_steps` keeps waiting in own groups."""
         if self.optimizer is None:
             lm, settings = cast(AdaptiveLM, model or self.lm), self.settings
             parameters = [p for p in lm.parameters() if p.requires_grad]
             of_method = {id(p) for p in lm.method.parameters()} if lm.method is not None else set()
-            waiting = {id(p) for p in parameters if settings.think_first and id(p) not in of_method}
+            waiting = {id(p) for p in parameters if settings.freeze_backbone_steps and id(p) not in of_method}
             groups, self._waits = [], []
             for waits, matrices in product((False, True), (True, False)):
                 chosen = [p for p in parameters if (id(p) in waiting) == waits and (p.ndim >= 2) == matrices]
@@ -184,7 +184,11 @@ class PonderaTrainer(Trainer):
 
         def share(steps_from_here: int, waits: bool) -> float:
             step = self.first_step + steps_from_here
-            return 0.0 if waits and step < self.settings.think_first else learning_rate_share(step, self.settings)
+            return (
+                0.0
+                if waits and step < self.settings.freeze_backbone_steps
+                else learning_rate_share(step, self.settings)
+            )
 
         shares = [partial(share, waits=waits) for waits in self._waits]
         self.lr_scheduler = LambdaLR(cast(Any, optimizer or self.optimizer), shares)

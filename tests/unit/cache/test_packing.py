@@ -16,9 +16,9 @@ WANTED = torch.tensor([[True, False, True, True], [False, False, False, False], 
 @pytest.mark.parametrize("wanted", [WANTED, WANTED[:1], torch.ones(2, 3, dtype=torch.bool), WANTED[1:2]])
 def test_gather_takes_back_what_spread_put_out(wanted: torch.Tensor):
     rows, x = PackedRows.where(wanted), torch.randn(1, int(wanted.sum()), 5)
-    out = rows.spread(x)
+    out = rows.pad(x)
     assert out.shape == (len(wanted), int(wanted.sum(-1).max()), 5)
-    assert torch.equal(rows.gather(out), x)
+    assert torch.equal(rows.unpad(out), x)
     assert float(out.abs().sum()) == pytest.approx(float(x.abs().sum()))
 
 

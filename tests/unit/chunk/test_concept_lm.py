@@ -23,7 +23,7 @@ def build(segment: str = SPEC.format(chunk=3, merge="raw_logits"), backbone: str
     """A model whose codebooks have seen a batch, and whose concepts move what comes out."""
     torch.manual_seed(0)
     tree = copy.deepcopy(BACKBONES[backbone]) | more
-    model = AdaptiveLM(AdaptiveConfig(backbone=tree, segment=segment))
+    model = AdaptiveLM(AdaptiveConfig(backbone=tree, chunk=segment))
     with torch.no_grad():
         model(ids(2, 16), labels=ids(2, 16))
         for name, parameter in model.named_parameters():
@@ -153,13 +153,13 @@ def test_cached_decoding_equals_the_full_forward_for_every_prompt(chunk: int):
 def test_only_texts_that_complete_a_chunk_run_the_concept_module(model: AdaptiveLM, monkeypatch):
     x, mask = ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[1, 0] = 0  # its chunks end one token later
-    ran, step = [], model.segment.module.step
+    ran, step = [], model.chunk.module.step
 
     def count(h_BSD, *args):
         ran.append(h_BSD.shape[0] * h_BSD.shape[1])
         return step(h_BSD, *args)
 
-    monkeypatch.setattr(model.segment.module, "step", count)
+    monkeypatch.setattr(model.chunk.module, "step", count)
     cache = model.new_cache()
     for t in range(9):
         model(x[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache)
@@ -224,7 +224,7 @@ def test_where_the_other_losses_go(merge: str):
 
 def test_the_concept_loss_is_the_squared_error_against_what_came_without_gradient_to_it():
     model, x = build(), ids(2, 11)
-    segment, found = model.segment, {}
+    segment, found = model.chunk, {}
     pool = Chunks.pool
 
     def noted(self, *args):
@@ -250,10 +250,10 @@ def test_the_concept_loss_is_the_squared_error_against_what_came_without_gradien
 
 def test_hard_heads_learn_by_cross_entropy_to_the_codes_that_came():
     model, x = build(SPEC.format(chunk=3, merge="hard")), ids(2, 11)
-    model.segment.record = True
+    model.chunk.record = True
     out = model(x, labels=x)
     codes_BMGR, scores = out.trace["concepts"], {}
-    model.segment.heads.register_forward_hook(lambda *call: scores.update(found=call[-1]))
+    model.chunk.heads.register_forward_hook(lambda *call: scores.update(found=call[-1]))
     model(x)
     scores_BMGRK = scores["found"].unflatten(-1, (4, 1, 8))
     expected = F.cross_entropy(scores_BMGRK[:, :2].flatten(0, -2), codes_BMGR[:, 1:].flatten(), reduction="sum")
@@ -265,7 +265,7 @@ def test_hard_heads_learn_by_cross_entropy_to_the_codes_that_came():
 
 
 def test_scores_become_vectors(model: AdaptiveLM):
-    segment = model.segment
+    segment = model.chunk
     quantizer, table_GRKC = segment.quantizer, segment.quantizer.table()
     code_NGR = torch.randint(8, (5, 4, 1), generator=torch.Generator().manual_seed(0))
     one_hot = F.one_hot(code_NGR, 8).float()
@@ -274,9 +274,9 @@ def test_scores_become_vectors(model: AdaptiveLM):
     a, b = torch.randn(2, 5, 4, 1, 8)
     both = segment._merged(2 * a - 3 * b, quantizer)
     torch.testing.assert_close(both, 2 * segment._merged(a, quantizer) - 3 * segment._merged(b, quantizer))
-    hard = build(SPEC.format(chunk=3, merge="hard")).segment
+    hard = build(SPEC.format(chunk=3, merge="hard")).chunk
     torch.testing.assert_close(hard._merged(100 * one_hot, quantizer), slow)
-    soft = build(SPEC.format(chunk=3, merge="softmax")).segment
+    soft = build(SPEC.format(chunk=3, merge="softmax")).chunk
     torch.testing.assert_close(soft._merged(100 * one_hot, quantizer), slow)
 
 
@@ -286,7 +286,7 @@ def test_scores_become_vectors(model: AdaptiveLM):
 @pytest.mark.parametrize("backbone", ["llama", "gemma3", "gpt_neox", "gpt2", "qwen3"])
 def test_zero_concepts_are_the_plain_model_bit_for_bit(backbone: str):
     torch.manual_seed(0)
-    model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), segment="ConceptLM(segments=4)"))
+    model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), chunk="ConceptLM(segments=4)"))
     model.eval()  # heads as they start: all scores are zero
     plain = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]))).eval()
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("segment.")})
@@ -298,9 +298,9 @@ def test_zero_concepts_are_the_plain_model_bit_for_bit(backbone: str):
 
 
 def test_codes_are_in_range_and_segments_are_cut_and_joined_without_loss(model: AdaptiveLM):
-    model.segment.record = True
+    model.chunk.record = True
     trace = model(ids(2, 11)).trace
-    model.segment.record = False
+    model.chunk.record = False
     for name in ("concepts", "predicted"):
         assert trace[name].shape == (2, 3, 4, 1)
         assert int(trace[name].min()) >= 0 and int(trace[name].max()) < 8
@@ -310,7 +310,7 @@ def test_codes_are_in_range_and_segments_are_cut_and_joined_without_loss(model: 
     distance_NGK = (x_NGC[:, :, None] - table_GRKC[:, 0]).square().sum(-1)
     assert torch.equal(distance_NGK.argmin(-1), trace["concepts"].flatten(0, 1).squeeze(-1))
     vectors = torch.randn(7, 64)
-    assert torch.equal(model.segment.quantizer._join(vectors.unflatten(-1, (4, 16))), vectors)
+    assert torch.equal(model.chunk.quantizer._join(vectors.unflatten(-1, (4, 16))), vectors)
 
 
 # Beside the note
@@ -332,13 +332,13 @@ def test_weights_of_losses():
 
 
 def test_rotary_positions_of_concepts_are_those_of_their_first_tokens(model: AdaptiveLM, monkeypatch):
-    seen, step = [], model.segment.module.step
+    seen, step = [], model.chunk.module.step
 
     def note(h_BSD, cache, mask, position_ids, *rest):
         seen.append(position_ids.tolist())
         return step(h_BSD, cache, mask, position_ids, *rest)
 
-    monkeypatch.setattr(model.segment.module, "step", note)
+    monkeypatch.setattr(model.chunk.module, "step", note)
     model(ids(1, 11))
     cache = model.new_cache()
     model(ids(1, 5), past_key_values=cache)
@@ -351,12 +351,12 @@ def test_a_checkpoint_begins_as_it_was_and_brings_what_both_have(tmp_path):
     plain = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), init="scaled")).eval()
     plain.save_pretrained(tmp_path / "plain")
     segment = SPEC.format(chunk=3, merge="raw_logits")
-    model = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "plain"), segment=segment)).eval()
+    model = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "plain"), chunk=segment)).eval()
     x = ids(2, 10)
     assert torch.equal(model(x).logits, plain(x).logits)
     trained = build()
     trained.save_pretrained(tmp_path / "trained")
-    again = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "trained"), segment=segment)).eval()
+    again = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "trained"), chunk=segment)).eval()
     assert torch.equal(again(x).logits, trained(x).logits)
 
 
@@ -364,7 +364,7 @@ def test_it_learns():
     """A text of repeated phrases: concepts become predictable, and every loss falls."""
     torch.manual_seed(0)
     model = AdaptiveLM(
-        AdaptiveConfig(backbone=dict(BACKBONES["llama"]), segment=SPEC.format(chunk=3, merge="raw_logits"))
+        AdaptiveConfig(backbone=dict(BACKBONES["llama"]), chunk=SPEC.format(chunk=3, merge="raw_logits"))
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     x = ids(4, 6).repeat(1, 4)
@@ -382,7 +382,7 @@ def test_it_learns():
 
 
 @pytest.mark.parametrize(
-    ("segment", "message"),
+    ("chunk", "message"),
     [
         ("ConceptLM(chunk=0)", "chunk=0: give 1 or more"),
         ("ConceptLM(segments=5)", "segments=5: does not divide the width 64; the nearest that do: 4, 8"),
@@ -397,7 +397,7 @@ def test_it_learns():
 )
 def test_what_does_not_fit_is_refused_with_what_would(segment: str, message: str):
     with pytest.raises(UserError, match=message):
-        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), segment=segment))
+        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), chunk=segment))
 
 
 @pytest.fixture(autouse=True)

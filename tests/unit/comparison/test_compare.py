@@ -337,8 +337,8 @@ def test_a_random_control_spends_what_its_method_was_measured_to():
     """Of the experiment with adaptive arms: sum of keep**k over the extra steps is the measured mean of extra passes."""
     adaptive = scripts.load("experiments.adaptive.run")
     made = adaptive.control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
-    assert made == "AdaptiveLatentCoT(steps=2, halting='random', keep=0.5)"
-    assert adaptive.control("ThinkAtHard(steps=1)", 1.3) == "ThinkAtHard(steps=1, halting='random', keep=0.3)"
+    assert made == "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.5)"
+    assert adaptive.control("ThinkAtHard(steps=1)", 1.3) == "ThinkAtHard(steps=1, halting='random', continue_prob=0.3)"
 
 
 def test_every_arm_of_an_experiment_is_a_model():
@@ -352,4 +352,4 @@ def test_every_arm_of_an_experiment_is_a_model():
         assert isinstance(build(think, "think"), Think)
     for name, further in concepts.FORMS.items():
         config = concepts.concept_model(name, further, overrides)
-        assert config.name == name and isinstance(build(str(config.segment), "segment"), Chunk)
+        assert config.name == name and isinstance(build(str(config.chunk), "chunk"), Chunk)

@@ -196,7 +196,7 @@ def test_overrides(recipes):
         "name": "7",
         "about": "",
         "think": "none",
-        "memory": "VQKV(bits=2.75, sizes=[1, 2])",
+        "kv_cache": "VQKV(bits=2.75, sizes=[1, 2])",
         "backbone.hidden_size": "64",
         "backbone.rope.scaling.factor": 2.0,
     }

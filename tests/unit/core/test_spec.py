@@ -63,7 +63,7 @@ def methods(tmp_path, monkeypatch):
     write(tmp_path / "think/my_idea.py", IDEA)
     write(tmp_path / "think/hintless.py", HINTLESS)
     write(tmp_path / "think/_shared.py", "class Shared: pass")
-    write(tmp_path / "think/contract.py", "class Think: pass")
+    write(tmp_path / "think/base.py", "class Think: pass")
     write(tmp_path / "memory/keeper.py", KEEPER.replace("RAISE", "None"))
     monkeypatch.setattr(spec, "PACKAGE", tmp_path / "no package")
     monkeypatch.setenv("PONDERA_METHODS", str(tmp_path))

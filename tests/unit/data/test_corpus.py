@@ -192,7 +192,7 @@ def test_windows_predict_every_token_once(corpus, context):
 
 def test_isolated_windows_count_documents_from_their_start(corpus):
     split, eos = corpus.train, corpus.tokenizer().eos_token_id
-    windows = Windows(split, 400, isolate=True)
+    windows = Windows(split, 400, document_mask=True)
     seen = 0
     for window in (windows[index] for index in range(len(windows))):
         ids, documents = window["input_ids"].tolist(), window["document_ids"].tolist()

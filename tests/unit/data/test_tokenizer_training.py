@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pondera.core.interruptible import interruptible
-from pondera.data import tokenizer
+from pondera.data import tokenizer as tokens
 from pondera.data.tokenizer import LONGEST_WORD, _without_endless_words, train_tokenizer
 
 KINDS = {"letters": "ACGT", "digits": "0123456789", "signs": "=-_+", "blanks": " \n\t", "kana": "あいうえお"}
@@ -78,13 +78,13 @@ def test_waiting_is_told():
 
 DEAF = """
 import random
-from pondera.ground import tokens
+from pondera.data import tokenizer as tokens
 tokens._without_endless_words = lambda text: [text]
 tokens._tell_every_half_minute = lambda seconds: print("begins", flush=True)
 tokens.train_tokenizer(["".join(random.Random(0).choices("ACGT", k=3_000_000))], 4000)
 """
 READING = """
-from pondera.ground import tokens
+from pondera.data import tokenizer as tokens
 def texts():
     print("begins", flush=True)
     while True:

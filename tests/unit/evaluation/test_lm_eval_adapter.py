@@ -250,7 +250,7 @@ MEMORIES = (
     "H2O(0.25)",
     "SnapKV(36)",
     "KIVI(2, window=8, group=8)",
-    "TransformerXL(block=8, carry=8)",
+    "TransformerXL(block=8, mems=8)",
 )
 
 
@@ -286,7 +286,7 @@ def test_scores_are_those_of_eval(memory: str, with_memory: dict[str, Path]):
     assert -rolling(lm, text) == pytest.approx(sum_scores(lm.adaptive, [window]).nats, rel=1e-5)
     with torch.no_grad():
         at_once = lm.adaptive(ids[:, :-1]).logits[0].log_softmax(-1).gather(1, ids[0, 1:, None]).sum()
-    if memory != "TransformerXL(block=8, carry=8)":  # it reads block by block in one call, too
+    if memory != "TransformerXL(block=8, mems=8)":  # it reads block by block in one call, too
         assert rolling(lm, text) != pytest.approx(float(at_once), rel=1e-4), "nothing was evicted"
 
 

@@ -212,7 +212,7 @@ def test_foreign_model_reads_bos_first(context: int, book: Path, tmp_path: Path)
 def test_isolated_run_reads_other_documents_apart(run: Run, loaded: dict[str, Loaded], tmp_path: Path):
     texts = ["The quick brown fox", "jumps 🙂 over the dog", "over and over"]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    run.config_file.write_text(run.config_file.read_text().replace("isolate: false", "isolate: true"))
+    run.config_file.write_text(run.config_file.read_text().replace("document_mask: false", "document_mask: true"))
     found = load(run.path, "cpu")
     eos = found.tokenizer.eos_token_id
     rows = [[*found.tokenizer.encode(text), eos] for text in texts]
@@ -227,7 +227,7 @@ def test_isolated_run_reads_other_documents_apart(run: Run, loaded: dict[str, Lo
     assert scored["tokens"] == sum(map(len, rows)) - 1 <= 64
     assert scored["loss"] * scored["tokens"] == pytest.approx(nats, rel=1e-5)
     apart = evaluate(found, {"text": str(tmp_path / "rows.jsonl"), "context": 8})
-    run.config_file.write_text(run.config_file.read_text().replace("isolate: true", "isolate: false"))
+    run.config_file.write_text(run.config_file.read_text().replace("document_mask: true", "document_mask: false"))
     assert (
         apart["loss"] != evaluate(load(run.path, "cpu"), {"text": str(tmp_path / "rows.jsonl"), "context": 8})["loss"]
     )

@@ -18,7 +18,7 @@ V, D = 50, 12
 def made(seed: int = 0, **settings) -> VQLogits:
     torch.manual_seed(seed)
     head = VQLogits(**{"codes": 7, **settings})
-    head.attach(V, D, settings.pop("rows", None))
+    head.bind(V, D, settings.pop("rows", None))
     with torch.no_grad():
         head.table_GKC.normal_()
         if head.bias_V is not None:
@@ -82,7 +82,7 @@ def test_tokens_of_one_code_differ_by_their_biases_whatever_the_context():
 def test_with_a_code_for_each_token_it_is_the_output_matrix():
     rows_VD = torch.randn(V, D, generator=torch.Generator().manual_seed(3))
     head = VQLogits(codes=V, bias=False)
-    head.attach(V, D)
+    head.bind(V, D)
     assert torch.equal(head.code_VG[:, 0], torch.arange(V))
     with torch.no_grad():
         head.table_GKC.copy_(rows_VD[None])
@@ -93,7 +93,7 @@ def test_trained_rows_are_clustered_and_the_nearest_code_taken():
     centres_KD = 5 * torch.randn(4, D, generator=torch.Generator().manual_seed(3))
     rows_VD = centres_KD[torch.arange(V) % 4] + 0.01 * torch.randn(V, D, generator=torch.Generator().manual_seed(4))
     head = VQLogits(codes=4, bias=False)
-    head.attach(V, D, rows_VD)
+    head.bind(V, D, rows_VD)
     torch.testing.assert_close(head(states(2, 3)), states(2, 3) @ rows_VD.T, rtol=0.05, atol=0.5)
     same = head.code_VG[:, 0]
     assert all(len(set(same[at::4].tolist())) == 1 for at in range(4)) and len(set(same.tolist())) == 4
@@ -101,11 +101,11 @@ def test_trained_rows_are_clustered_and_the_nearest_code_taken():
 
 def test_of_ids_alone_frequent_tokens_own_a_code_and_combinations_differ():
     head = VQLogits(codes=8)
-    head.attach(V, D)
+    head.bind(V, D)
     hits = torch.bincount(head.code_VG[:, 0], minlength=8)
     assert hits[:4].tolist() == [1, 1, 1, 1] and hits.sum() == V and hits[4:].max() - hits[4:].min() <= 1
     pairs = VQLogits(codes=8, groups=2)
-    pairs.attach(V, D)
+    pairs.bind(V, D)
     assert len({tuple(row) for row in pairs.code_VG.tolist()}) == V
 
 
@@ -119,7 +119,7 @@ def test_odd_shapes_and_no_known_label(shape: tuple[int, int]):
 
 def test_a_code_without_tokens_has_no_share_and_no_nan():
     head = VQLogits(codes=100)
-    head.attach(V, D)
+    head.bind(V, D)
     assert head.shares()[V:].eq(-math.inf).all()
     term = head.term(states(2, 3).requires_grad_(), torch.ones(2, 3, dtype=torch.long))
     term.sum.backward()
@@ -138,7 +138,7 @@ def test_a_code_without_tokens_has_no_share_and_no_nan():
 )
 def test_mistakes(settings: dict, message: str):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        VQLogits(**settings).attach(V, D)
+        VQLogits(**settings).bind(V, D)
 
 
 def test_its_text_builds_it_again():

@@ -62,10 +62,10 @@ def test_models_and_policies_that_do_not_fit_are_refused_in_words():
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     with pytest.raises(UserError, match="gpt2: DapQ moves queries by rotary positions"):
         DapQ(SnapKV(8, window=4)).cache(lm)
-    with pytest.raises(UserError, match="watches the end of the prompt"):
+    with pytest.raises(UserError, match="observation_window the end of the prompt"):
         DapQ(H2O(8))
 
 
 def test_it_goes_around_head_budgets():
-    cache = run(DapQ(AdaKV(SnapKV(10, window=4), floor=0.5)), ids(1, 30), [30])
+    cache = run(DapQ(AdaKV(SnapKV(10, window=4), safeguard=0.5)), ids(1, 30), [30])
     assert all(sum(map(len, layer)) == 20 for layer in kept(cache))

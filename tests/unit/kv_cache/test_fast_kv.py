@@ -138,7 +138,7 @@ def test_leaving_tokens_out_is_hiding_them(family: str, pads: tuple[int, ...]):
     lm, x = of_family(family), ids(3, 60)
     mask = (torch.arange(60) >= torch.tensor(pads)[:, None]).long()
     pieces = [32, 1, 1, 20, 1, 1, 4]
-    for policy in (snap, lambda: AdaKV(snap(), floor=0.5)):
+    for policy in (snap, lambda: AdaKV(snap(), safeguard=0.5)):
         found = read(lm, FastKV(policy(), tsp=0.4, tsp_layer=0), x, mask, pieces)
         expected = read(lm, masked(FastKV(policy(), tsp=0.4, tsp_layer=0)), x, mask, pieces)
         assert found[1] == expected[1]
@@ -199,7 +199,7 @@ def test_wrappers_go_around_it_and_inside():
     inside = run(FastKV(DapQ(snap(), ahead=0), tsp=12, tsp_layer=1), x, [40], LAYERS)
     plain = run(FastKV(snap(), tsp=12, tsp_layer=1), x, [40], LAYERS)
     assert kept(outside) == kept(inside) == kept(plain) and any(isinstance(one, PrunedLayer) for one in plain.kept)
-    shared = run(FastKV(AdaKV(snap(), floor=0.5), tsp=12, tsp_layer=1), x, [40], LAYERS)
+    shared = run(FastKV(AdaKV(snap(), safeguard=0.5), tsp=12, tsp_layer=1), x, [40], LAYERS)
     assert all(sum(map(len, layer)) == 20 for layer in kept(shared)) and len(chosen(shared)[0]) == 12
     moved = [run(each, x, [40], LAYERS) for each in (DapQ(FastKV(snap(), 12, 1)), FastKV(DapQ(snap()), 12, 1))]
     assert kept(moved[0]) == kept(moved[1]) != kept(plain)

@@ -229,7 +229,7 @@ def test_a_saved_cache_and_rows_in_another_order_go_on_alike(tmp_path: Path):
     read(lm, cache, x, mask, [31, 1])
     waiting = [layer.waiting.clone() for layer in stopping(cache)]
     assert all(bool((each >= 0).any()) for each in waiting)
-    again, turned = (cache.memory.load_cache(lm, cache.save(tmp_path / "read")) for _ in range(2))
+    again, turned = (cache.method.load_cache(lm, cache.save(tmp_path / "read")) for _ in range(2))
     turned.reorder_cache(torch.tensor([1, 0]))
     expected = read(lm, cache, x, mask, [1] * 8)
     assert torch.equal(read(lm, again, x, mask, [1] * 8), expected)

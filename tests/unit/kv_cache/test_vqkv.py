@@ -71,7 +71,7 @@ def test_tables_are_counted_as_they_are_stored():
 )
 def test_live_codes_take_the_bytes_that_the_formula_says(bits: float, kwargs: dict[str, Any]):
     memory = VQKV(bits, **(FAST | kwargs))
-    memory.attach(model().config)
+    memory.bind(model().config)
     memory.is_fitted.fill_(True)  # what codebooks hold changes no byte
     cache, lm = memory.cache(model()), model()
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_rows_of_a_table_are_coded_as_themselves():
 
 def test_folding_keeps_every_bit():
     """The map of a frozen table, and the plain table that is kept of it."""
-    book = SimVQ(16, start="match").build(6).train()
+    book = SimVQ(16, init="match").build(6).train()
     x = random(300, 6)
     found = book(x)
     table = book.fold().table()
@@ -128,16 +128,16 @@ def test_folding_keeps_every_bit():
     assert torch.equal(
         torch.nn.functional.embedding(found.codes.flatten(), book.rows()), table[0, 0][found.codes.flatten()]
     )
-    tables = residual_tables(x, 2, learned(SimVQ(16, start="match"), steps=3), seed=0)
+    tables = residual_tables(x, 2, learned(SimVQ(16, init="match"), steps=3), seed=0)
     assert tables.dtype == torch.float16 and tables.shape == (2, 16, 6)
-    assert torch.equal(tables, residual_tables(x, 2, learned(SimVQ(16, start="match"), steps=3), seed=0))
+    assert torch.equal(tables, residual_tables(x, 2, learned(SimVQ(16, init="match"), steps=3), seed=0))
 
 
 def test_learning_lowers_the_error():
     x = random(2000, 8) @ random(8, 8, seed=1)
 
     def error(steps: int) -> float:
-        coder = Codebooks([residual_tables(x, 2, learned(SimVQ(16, start="match"), steps), 0)], [torch.arange(8)], 1)
+        coder = Codebooks([residual_tables(x, 2, learned(SimVQ(16, init="match"), steps), 0)], [torch.arange(8)], 1)
         return float((coder.decode(coder.encode(x[None, None])) - x).square().mean())
 
     assert error(60) < 0.97 * error(1)
@@ -231,7 +231,7 @@ def test_keys_before_rotation_are_turned_by_the_position_that_the_model_gave_the
     mask[1, :4] = 0
     position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
     memory = VQKV(16, **(FAST | {"codes": 64, "vectors": 1024, "branches": 1, "key_stage": "pre_rope"}))
-    memory.attach(lm.config)
+    memory.bind(lm.config)
     memory.get_buffer("frequency_P").copy_(lm.model.rotary_emb.inv_freq)
     memory.is_fitted.fill_(True)
     stock = DynamicCache(config=lm.config)
@@ -294,18 +294,18 @@ def test_saved_codebooks_say_the_same(tmp_path, kwargs: dict[str, Any]):
 
 
 def test_a_model_with_a_memory_carries_its_codebooks(tmp_path):
-    text = "VQKV(2, codes=4, vectors=64, fitting='kmeans', window=5, sinks=1, every=2)"
-    lm = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), memory=text)).eval()
+    text = "VQKV(2, codes=4, vectors=64, fitting='kmeans', window=5, sinks=1, flush_size=2)"
+    lm = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), kv_cache=text)).eval()
     with pytest.raises(UserError, match="not been fitted"):
         lm.generate(ids(1, 4), max_new_tokens=2)
-    assert lm.memory is not None
-    lm.memory.fit(lm.backbone.lm, [ids(4, 20)])
+    assert lm.kv_cache is not None
+    lm.kv_cache.fit(lm.backbone.lm, [ids(4, 20)])
     lm.save_pretrained(tmp_path)
     again = AdaptiveLM.from_pretrained(tmp_path).eval()
     kwargs = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(lm.generate(ids(1, 12), **kwargs), again.generate(ids(1, 12), **kwargs))
-    assert again.memory is not None and again.memory.fitted
-    assert torch.equal(again.memory.get_buffer("keys_0_1"), lm.memory.get_buffer("keys_0_1"))
+    assert again.kv_cache is not None and again.kv_cache.fitted
+    assert torch.equal(again.kv_cache.get_buffer("keys_0_1"), lm.kv_cache.get_buffer("keys_0_1"))
 
 
 # Refusals
@@ -326,7 +326,7 @@ def test_a_model_with_a_memory_carries_its_codebooks(tmp_path):
         ("VQKV(vectors=100)", "4096"),
         ("VQKV(quantizer=SimVQ(64))", "with 256 codes"),
         ("VQKV(window=-1)", "give a number of tokens"),
-        ("VQKV(every=0)", "1 or more"),
+        ("VQKV(flush_size=0)", "1 or more"),
         ("KIVI(3)", "give 1, 2, 4, 8"),
         ("KIVI(group=0)", "how many numbers share"),
         ("KIVI(keys='channels')", "did you mean 'channel'"),
@@ -334,7 +334,7 @@ def test_a_model_with_a_memory_carries_its_codebooks(tmp_path):
 )
 def test_settings_that_make_no_sense_are_refused(text: str, says: str):
     with pytest.raises(UserError, match=says):
-        spec.build(text, "memory")
+        spec.build(text, "kv_cache")
 
 
 @pytest.mark.parametrize(
@@ -391,4 +391,4 @@ def test_codebooks_of_another_model_are_refused(tmp_path):
 
 def test_heads_that_rounding_does_not_fit_are_refused():
     with pytest.raises(UserError, match="does not divide heads of width 16"):
-        spec.build("KIVI(2, group=3)", "memory").cache(model())
+        spec.build("KIVI(2, group=3)", "kv_cache").cache(model())

@@ -30,8 +30,8 @@ def no_grad() -> Iterator[None]:
 class Given(SinkWindowCache):
     """Regions whose coders a test brings."""
 
-    def __init__(self, coders: tuple[Codec, Codec], window: int, sinks: int, every: int) -> None:
-        super().__init__(window, sinks, every)
+    def __init__(self, coders: tuple[Codec, Codec], window: int, sinks: int, flush_size: int) -> None:
+        super().__init__(window, sinks, flush_size)
         self.given = coders
 
     def coders(self, config: Any, index: int) -> tuple[Codec, Codec]:
@@ -52,9 +52,9 @@ def books(stages: int = 3, codes: int = 5, joined: int = 1, seed: int = 0) -> Co
 
 
 def layer(
-    window: int = 4, sinks: int = 2, every: int = 3, coders: tuple[Codec, Codec] | None = None
+    window: int = 4, sinks: int = 2, flush_size: int = 3, coders: tuple[Codec, Codec] | None = None
 ) -> SinkWindowLayer:
-    made = Given(coders or (books(), books(seed=7)), window, sinks, every)
+    made = Given(coders or (books(), books(seed=7)), window, sinks, flush_size)
     return made.layer(cast(Any, None), 0, 1)
 
 
@@ -160,7 +160,7 @@ def test_bytes_are_those_of_the_regions():
     feed(of, given, [190, *[1] * 10])
     coded = of.coded[0]
     assert of.code_bytes() == B * G * coded * (6 + 6)  # a byte for each of two branches' three stages
-    exact = 4 * 2 * B * G * D * (of.memory.sinks + of.ring.room)
+    exact = 4 * 2 * B * G * D * (of.method.sinks + of.ring.room)
     assert of.ring.room == 2 + 4 + 3 and of.codes[0].room <= 1.125 * 190 + 16
     assert of.nbytes() == exact + 2 * B * G * 6 * of.codes[0].room
 

@@ -65,10 +65,10 @@ def slow_llama(model: AdaptiveLM, x_BT: Tensor) -> Tensor:
         for first in range(0, h.shape[1], memory.block):
             stop = min(first + memory.block, h.shape[1])
             k, v = key[:, :, first:stop], value[:, :, first:stop]
-            carry = min(first, memory.local_carry)
-            if carry:
-                before = slice(first - carry, first)
-                k = torch.cat([turned(raw[:, :, before], torch.arange(-carry, 0)), k], dim=-2)
+            mems = min(first, memory.local_context)
+            if mems:
+                before = slice(first - mems, first)
+                k = torch.cat([turned(raw[:, :, before], torch.arange(-mems, 0)), k], dim=-2)
                 v = torch.cat([value[:, :, before], v], dim=-2)
             if first and len(points):
                 k, v = (
@@ -92,7 +92,7 @@ def slow_llama(model: AdaptiveLM, x_BT: Tensor) -> Tensor:
         "ElasticMemory(block=5, order=9, points=[0.0, 0.3, 1.0, 0.7])",
         "ElasticMemory(block=3, order=2, samples=5, points='recent', tbptt=None)",
         "ElasticMemory(block=4, order=6, points=[0.1, 0.8], measure='legt', theta=11.5)",
-        "ElasticMemory(block=4, order=6, samples=3, local_carry=6)",
+        "ElasticMemory(block=4, order=6, samples=3, local_context=6)",
         "ElasticMemory(block=4, samples=0)",
     ],
 )
@@ -133,7 +133,7 @@ def test_without_samples_blocks_are_texts_of_their_own():
     model, plain, x = build("ElasticMemory(block=4, samples=0)"), build(None), ids(2, 14)
     alone = torch.cat([plain(block).logits for block in x.split(4, dim=1)], dim=1)
     agree(model(x).logits, alone)
-    agree(build("TransformerXL(block=4, carry=0)")(x).logits, alone)
+    agree(build("TransformerXL(block=4, mems=0)")(x).logits, alone)
 
 
 @torch.no_grad()
@@ -142,9 +142,9 @@ def test_memory_of_nothing_is_not_no_memory(monkeypatch: pytest.MonkeyPatch):
     without, x = build("ElasticMemory(block=4, samples=0)")(ids(1, 12)).logits, ids(1, 12)
     model = build("ElasticMemory(block=4, order=6, samples=3)")
     agree(model(x).logits[:, :4], without[:, :4])
-    remember = model.memory.remember
+    update_memory = model.memory.update_memory
     monkeypatch.setattr(
-        model.memory, "remember", lambda *given: {k: torch.zeros_like(v) for k, v in remember(*given).items()}
+        model.memory, "update_memory", lambda *given: {k: torch.zeros_like(v) for k, v in update_memory(*given).items()}
     )
     assert (model(x).logits - without)[:, 4:].abs().amax(-1).min() > 1e-3
 
@@ -165,7 +165,7 @@ def test_a_window_that_is_not_full_is_sampled_where_it_is():
     ones = torch.ones(1, 1, 8, 1)
     held, found = {}, []
     for blocks in range(6):
-        held = memory.remember(held, ones, ones, [blocks])
+        held = memory.update_memory(held, ones, ones, [blocks])
         found.append(held["rows_v"].flatten())
     assert (torch.stack(found) - 1).abs().max() < 0.1
 
@@ -174,11 +174,11 @@ def test_texts_of_one_batch_have_matrices_of_their_own():
     memory, draw = ElasticMemory(block=4, order=5, samples=3), torch.Generator().manual_seed(0)
     key, value, c = (torch.randn(2, 2, n, 3, generator=draw) for n in (4, 4, 5))
     held = {"coefficients_k": c, "coefficients_v": c}
-    together = memory.remember(held, key, value, [3, 0])
+    together = memory.update_memory(held, key, value, [3, 0])
     for text, blocks in enumerate((3, 0)):
         own = slice(text, text + 1)
         before = {name: x[own] for name, x in held.items()} if blocks else {}
-        for name, x in memory.remember(before, key[own], value[own], [blocks]).items():
+        for name, x in memory.update_memory(before, key[own], value[own], [blocks]).items():
             agree(together[name][own], x)
 
 
@@ -225,7 +225,7 @@ def test_backbones_that_do_not_fit_are_refused_by_name(backbone: str, memory: st
         build(memory, backbone)
 
 
-@pytest.mark.parametrize("other", [{"think": "PonderLM2(thoughts=1)"}, {"segment": "ConceptLM()"}])
+@pytest.mark.parametrize("other", [{"think": "PonderLM2(thoughts=1)"}, {"chunk": "ConceptLM()"}])
 def test_two_methods_at_once_are_refused_by_name(other: dict[str, str]):
     with pytest.raises(UserError, match=r"memory: ElasticMemory\(\) and .*leave one of them out"):
         AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), memory="ElasticMemory()", **other)

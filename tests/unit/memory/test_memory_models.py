@@ -33,7 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     saved_models.save(place / "plain")
     for name, memory in (("ample", "StreamingLLM(500)"), ("little", "StreamingLLM(6)")):
         loaded = load(place / "plain")
-        loaded.model.config.memory = memory
+        loaded.model.config.kv_cache = memory
         loaded.model.save_pretrained(place / name)
         loaded.tokenizer.save_pretrained(place / name)
     return {name: place / name for name in ("plain", "ample", "little")}
@@ -59,13 +59,13 @@ def test_reading_in_pieces_is_reading(folders: dict[str, Path]):
 def test_memory_in_a_config_is_saved_loaded_and_used(tmp_path: Path):
     torch.manual_seed(0)
     config = AdaptiveConfig(
-        backbone={"model_type": "llama", "vocab_size": 97, **SIZES}, memory="StreamingLLM( 6 , sinks = 2)"
+        backbone={"model_type": "llama", "vocab_size": 97, **SIZES}, kv_cache="StreamingLLM( 6 , sinks = 2)"
     )
     model = AdaptiveLM(config).eval()
-    assert isinstance(model.memory, StreamingLLM) and model.config.memory == "StreamingLLM(6, sinks=2)"
+    assert isinstance(model.kv_cache, StreamingLLM) and model.config.kv_cache == "StreamingLLM(6, sinks=2)"
     ids_BT = torch.randint(97, (2, 14), generator=torch.Generator().manual_seed(0))
     said = model.generate(ids_BT, max_new_tokens=5, do_sample=False, pad_token_id=0, return_dict_in_generate=True)
-    assert said.past_key_values.memory is model.memory and said.past_key_values.get_seq_length() == 18
+    assert said.past_key_values.method is model.kv_cache and said.past_key_values.get_seq_length() == 18
     model.save_pretrained(tmp_path)
     again = AdaptiveLM.from_pretrained(tmp_path).eval()
     found = again.generate(ids_BT, max_new_tokens=5, do_sample=False, pad_token_id=0)
@@ -79,13 +79,13 @@ def test_memory_in_a_config_is_saved_loaded_and_used(tmp_path: Path):
 def test_memory_and_thinking_are_not_combined():
     with pytest.raises(UserError, match="not combined yet"):
         AdaptiveConfig(
-            backbone={"model_type": "llama", **SIZES}, memory="StreamingLLM(6)", think="PonderLM2(thoughts=1)"
+            backbone={"model_type": "llama", **SIZES}, kv_cache="StreamingLLM(6)", think="PonderLM2(thoughts=1)"
         )
 
 
 def test_caches_of_other_kinds_are_refused_by_name():
     model = AdaptiveLM(
-        AdaptiveConfig(backbone={"model_type": "llama", "vocab_size": 97, **SIZES}, memory="Full()")
+        AdaptiveConfig(backbone={"model_type": "llama", "vocab_size": 97, **SIZES}, kv_cache="PreallocatedCache()")
     ).eval()
     with pytest.raises(UserError, match="brings its own cache"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, cache_implementation="static", pad_token_id=0)
@@ -97,7 +97,7 @@ def test_texts_longer_than_the_positions_are_for_models_that_read_block_by_block
     loaded = load(tmp_path / "plain")
     with pytest.raises(UserError, match="150 exceeds the 96 positions"):
         held_out(loaded, given, 1)
-    loaded.model.config.memory = "ElasticMemory(block=16, order=8, samples=4)"
+    loaded.model.config.kv_cache = "ElasticMemory(block=16, order=8, samples=4)"
     endless = AdaptiveLM(loaded.model.config).eval()
     endless.save_pretrained(tmp_path / "endless")
     loaded.tokenizer.save_pretrained(tmp_path / "endless")

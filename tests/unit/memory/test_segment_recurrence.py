@@ -20,17 +20,17 @@ from pondera.evaluation.cost_report import cost_report
 
 FORMS = {
     "elastic": "ElasticMemory(block=4, order=6, samples=3)",
-    "elastic-carry": "ElasticMemory(block=4, order=6, points=[0.2, 0.9], measure='legt', theta=7.0, local_carry=6)",
-    "elastic-layers": "ElasticMemory(block=4, order=6, samples=3, layers=[1], local_carry=1)",
-    "xl": "TransformerXL(block=4, carry=3)",
-    "knn": "MemorizingTransformer(block=4, memory=10, top=3)",
-    "mean": "MeanPool(block=4, samples=3, pool=2, local_carry=1)",
+    "elastic-mems": "ElasticMemory(block=4, order=6, points=[0.2, 0.9], measure='legt', theta=7.0, local_context=6)",
+    "elastic-layers": "ElasticMemory(block=4, order=6, samples=3, layers=[1], local_context=1)",
+    "xl": "TransformerXL(block=4, mems=3)",
+    "knn": "MemorizingTransformer(block=4, memory=10, top_k=3)",
+    "mean": "MeanPool(block=4, samples=3, pool=2, local_context=1)",
 }
 FITTING = [backbone for backbone in BACKBONES if backbone not in LINEAR and backbone != "mistral"]
 # A form differs from the others in ways that backbones know little of; carried rows are turned, which they do know.
 PAIRS = [
     *[("elastic", backbone) for backbone in FITTING],
-    *[("elastic-carry", backbone) for backbone in ("llama", "gemma3")],
+    *[("elastic-mems", backbone) for backbone in ("llama", "gemma3")],
     *[("elastic-layers", backbone) for backbone in ("llama", "gpt_neox")],
     *[("knn", backbone) for backbone in ("llama", "gpt2", "gemma3")],
     *[(form, "llama") for form in ("xl", "mean")],
@@ -324,7 +324,7 @@ class TestPrice:
         cache = model.new_cache()
         model(x[:, :16], past_key_values=cache)
         spent = sum(measured_flops(lambda t=t: model(x[:, t : t + 1], past_key_values=cache)) for t in range(16, 28))
-        calls = [call for t in range(16, 28) for call in model.memory.calls(1, context=t)]
+        calls = [call for t in range(16, 28) for call in model.memory.cost_schedule(1, context=t)]
         expected = CostModel(model.backbone.config).forward(CostSchedule(tuple(calls), head_rows=12, tokens=12))
         assert spent == pytest.approx(expected, rel=1e-3)
 
@@ -333,12 +333,12 @@ class TestPrice:
         model, x = build(FORMS[form], backbone), ids(1, 26)
         prices = CostModel(model.backbone.config)
         spent = measured_flops(lambda: model(x))
-        calls = model.memory.calls(26)
+        calls = model.memory.cost_schedule(26)
         assert spent == pytest.approx(prices.forward(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=1e-3)
         model.train()
         with torch.enable_grad():
             spent = measured_flops(lambda: model(x, shift_labels=x).loss.backward())
-        calls = model.memory.calls(26, training=True)
+        calls = model.memory.cost_schedule(26, training=True)
         assert spent == pytest.approx(prices.training(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.01)
 
     @pytest.mark.parametrize(("form", "backbone"), PAIRS)
@@ -348,6 +348,8 @@ class TestPrice:
         cache, prices, memory = model.new_cache(), CostModel(model.backbone.config), model.memory
         for piece in x.split(1, dim=1):
             model(piece, past_key_values=cache)
-        held = prices.cache_bytes(round(memory.slots(tokens)), slides=False) + memory.further_bytes(tokens, 4)
+        held = prices.cache_bytes(round(memory.slots(tokens)), drops_window_rows=False) + memory.extra_cache_bytes(
+            tokens, 4
+        )
         assert live_cache_bytes(cache) == held
         assert cost_report(model, tokens)["kv_bytes_per_token"] == pytest.approx(held / tokens)

@@ -38,7 +38,7 @@ def test_every_method_has_the_same_gradients_or_refuses(seam: str, name: str, ca
         torch.testing.assert_close(grads(False, **chosen), grads(None, **chosen))
     model = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), **chosen))
     checkpoint_activations(model)
-    assert is_checkpointing(model) == model.method.recomputable
-    assert ("cannot be recomputed" in caplog.text) != model.method.recomputable
+    assert is_checkpointing(model) == model.method.supports_recompute
+    assert ("cannot be recomputed" in caplog.text) != model.method.supports_recompute
     with pytest.raises(UserError, match="use_reentrant"):
         grads(True, **chosen)

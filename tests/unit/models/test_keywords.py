@@ -16,7 +16,7 @@ from pondera.core.hf import CACHE, DynamicCache
 from pondera.core.hf_config import PreTrainedConfig, written_by_transformers
 from pondera.methods.think.ponder_lm2 import PonderLM2
 
-CHOSEN = [{}, {"think": "PonderLM2(thoughts=1, eval_rounds='exact')"}, {"memory": "H2O(budget=64)"}]
+CHOSEN = [{}, {"think": "PonderLM2(thoughts=1, eval_rounds='exact')"}, {"kv_cache": "H2O(budget=64)"}]
 
 
 @copies
@@ -134,7 +134,7 @@ class TestConfig:
 
     def test_a_misspelt_setting_is_refused_when_loading(self, tmp_path):
         build().save_pretrained(tmp_path)
-        assert AdaptiveLM.from_pretrained(tmp_path, memory="H2O(budget=64)").memory is not None
+        assert AdaptiveLM.from_pretrained(tmp_path, kv_cache="H2O(budget=64)").memory is not None
         with pytest.raises(UserError, match="'memroy'; did you mean 'memory'"):
             AdaptiveLM.from_pretrained(tmp_path, memroy="H2O(budget=64)")
 

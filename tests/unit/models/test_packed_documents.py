@@ -57,7 +57,7 @@ def test_every_method_keeps_packed_texts_apart_or_refuses_them(seam: str, name: 
     torch.testing.assert_close(logits[:, :7], model(x[:, :7]).logits, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("chosen", [{}, {"think": "PonderLM2(thoughts=1)"}, {"memory": "H2O(budget=64)"}], ids=str)
+@pytest.mark.parametrize("chosen", [{}, {"think": "PonderLM2(thoughts=1)"}, {"kv_cache": "H2O(budget=64)"}], ids=str)
 def test_a_cache_holds_one_text_per_row(chosen):
     model, (x, positions, _) = build(**chosen), packed()
     with pytest.raises(UserError, match="position_ids.*leave the cache out"):

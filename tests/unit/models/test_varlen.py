@@ -102,7 +102,7 @@ def test_all_slots_of_a_token_are_taken_back_together():
     assert held.before(0).token_BC.shape == (2, 0)
     cache.crop(-1)
     assert cache.width(0) == 4 == cache.layers[0].parts[0][0].shape[-2] and cache.tokens == 2
-    assert not cache.level(0)
+    assert not cache.is_aligned(0)
 
 
 def test_reordered_texts_keep_their_weights():

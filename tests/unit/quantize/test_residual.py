@@ -63,13 +63,13 @@ class TestByHand:
             torch.testing.assert_close(part.rows_KC.grad, table.grad)
 
     def test_errors_shrink_level_by_level(self):
-        quantizer, x = made(Residual(VQ(8, start="kmeans"), levels=5)), torch.randn(300, 4)
+        quantizer, x = made(Residual(VQ(8, init="kmeans"), levels=5)), torch.randn(300, 4)
         codes = quantizer(x).codes
         errors = [(x - quantizer.decode(codes[..., :levels])).square().mean().item() for levels in range(6)]
         assert all(later < 0.9 * earlier for earlier, later in zip(errors, errors[1:], strict=False))
 
     def test_small_rests_of_16_bit_vectors_are_not_lost(self):
-        quantizer, x = made(Residual(VQ(64, start="kmeans"), levels=6), dim=2), torch.randn(400, 2).bfloat16()
+        quantizer, x = made(Residual(VQ(64, init="kmeans"), levels=6), dim=2), torch.randn(400, 2).bfloat16()
         quantizer(x)
         exact, rounded = quantizer.eval()(x.float()).out, quantizer(x).out
         assert torch.equal(rounded, exact.bfloat16()) and (exact - x.float()).square().mean() < 1e-4
@@ -148,7 +148,7 @@ class TestDropout:
 
 
 def test_levels_start_from_what_is_left_not_from_the_zeros_of_the_warm_up():
-    quantizer = made(Residual(VQ(8, start="kmeans", start_step=3), levels=3))
+    quantizer = made(Residual(VQ(8, init="kmeans", start_step=3), levels=3))
     for step in range(4):
         x = torch.randn(400, 4) + 9
         quantizer.begin_step(step, 0)

@@ -65,7 +65,7 @@ def test_autocast_maps_in_single_precision():
 
 @pytest.mark.parametrize("hidden", [None, 9])
 def test_folding_changes_no_bit(hidden: int | None):
-    quantizer, x = built(hidden=hidden, start="match"), vectors(40)
+    quantizer, x = built(hidden=hidden, init="match"), vectors(40)
     quantizer(x)
     folded = quantizer.fold()
     expected, found = quantizer.eval()(x), folded(x)
@@ -84,7 +84,7 @@ class TestMatch:
     @pytest.mark.parametrize("warm_up", [0, 2])
     @pytest.mark.parametrize("hidden", [None, 16])
     def test_rows_get_the_mean_and_covariance_of_the_vectors(self, hidden: int | None, warm_up: int):
-        quantizer = built(hidden=hidden, start="match", start_step=warm_up)
+        quantizer = built(hidden=hidden, init="match", start_step=warm_up)
         batches = [vectors(100, seed=seed) for seed in range(warm_up + 1)]
         for batch in batches:
             found = quantizer(batch)
@@ -101,7 +101,7 @@ class TestMatch:
 
     @pytest.mark.parametrize("number", [1, 2])
     def test_few_vectors_are_no_nan(self, number: int):
-        quantizer = built(codes=3, start="match")
+        quantizer = built(codes=3, init="match")
         assert quantizer(vectors(number)).out.isfinite().all() and quantizer.rows().isfinite().all()
         torch.testing.assert_close(quantizer.rows().mean(0), vectors(number).mean(0), atol=1e-3, rtol=1e-3)
 
@@ -110,7 +110,7 @@ class TestMatch:
         x = torch.randn(2000, 8, generator=torch.Generator().manual_seed(1))
         centres, _ = kmeans(x, 256, torch.Generator().manual_seed(2))
         torch.manual_seed(0)
-        quantizer = SimVQ(256, start="match").build(8).train()
+        quantizer = SimVQ(256, init="match").build(8).train()
         regressed = quantizer.base_KC @ torch.linalg.lstsq(quantizer.base_KC, centres).solution
         quantizer(x)
         kept = float(spread(regressed).trace() / spread(centres).trace())

@@ -146,7 +146,7 @@ class TestRespawn:
 def fit(share: slice, respawn: float) -> dict[str, Tensor]:
     """Five steps on this part of every batch: two of warm-up, then k-means, averages and respawn."""
     torch.manual_seed(0)
-    quantizer = VQ(6, update="ema", start="kmeans", start_step=2, respawn=respawn, decay=0.5).build(3).train()
+    quantizer = VQ(6, update="ema", init="kmeans", start_step=2, respawn=respawn, decay=0.5).build(3).train()
     for step in range(5):
         quantizer.begin_step(step, seed=1)
         x = vectors(24, 3, seed=step)

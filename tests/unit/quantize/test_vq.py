@@ -133,7 +133,7 @@ class TestWarmUp:
         assert quantizer.rows_KC.grad is not None and not quantizer.rows_KC.grad.any()
 
     def test_the_latest_vectors_are_kept(self):
-        quantizer = built(codes=2, start="kmeans", start_step=99)
+        quantizer = built(codes=2, init="kmeans", start_step=99)
         batches = [vectors(30, seed=seed) for seed in range(4)]
         for number, batch in enumerate(batches):
             quantizer(batch)
@@ -158,14 +158,14 @@ class TestKmeansStart:
     @pytest.mark.parametrize("update", UPDATES)
     def test_rows_are_means_of_their_vectors(self, update: str):
         """On two far clusters that nothing can get wrong."""
-        quantizer = built(codes=2, update=update, start="kmeans")
+        quantizer = built(codes=2, update=update, init="kmeans")
         x = 0.1 * vectors(20) + torch.tensor([[10.0], [-10.0]]).repeat(10, 1)
         quantizer(x)
         rows = quantizer.rows_KC.detach()
         torch.testing.assert_close(rows[rows[:, 0].argsort()], torch.stack([x[1::2].mean(0), x[::2].mean(0)]))
 
     def test_fewer_vectors_than_codes(self):
-        quantizer = built(codes=8, start="kmeans", update="ema")
+        quantizer = built(codes=8, init="kmeans", update="ema")
         assert quantizer(vectors(3)).out.isfinite().all() and quantizer.rows_KC.isfinite().all()
 
     def test_nothing_to_start_from_yet(self):
@@ -176,7 +176,7 @@ class TestKmeansStart:
 
 class TestUpdates:
     def test_averages_come_to_rest_on_the_clusters(self):
-        quantizer = built(codes=2, update="ema", start=[[1.0] * C, [-1.0] * C], decay=0.5)
+        quantizer = built(codes=2, update="ema", init=[[1.0] * C, [-1.0] * C], decay=0.5)
         x = vectors(40) + torch.tensor([[8.0], [-8.0]]).repeat(20, 1)
         for _ in range(30):
             quantizer(x)
@@ -210,7 +210,7 @@ class TestUpdates:
 
     @pytest.mark.parametrize("update", UPDATES)
     def test_evaluation_touches_nothing(self, update: str):
-        quantizer = built(update=update, start="kmeans", respawn=0 if update == "none" else 0.5)
+        quantizer = built(update=update, init="kmeans", respawn=0 if update == "none" else 0.5)
         for step in range(2):
             quantizer(vectors(20, seed=step))
         quantizer.eval()
@@ -270,7 +270,7 @@ class TestStart:
         assert torch.equal(quantizer.rows_KC, rows)
         rows.zero_()
         assert quantizer.rows_KC.abs().min() > 0
-        assert built(1, start=[[1, 2, 3, 4]]).rows_KC.tolist() == [[1.0, 2.0, 3.0, 4.0]]
+        assert built(1, init=[[1, 2, 3, 4]]).rows_KC.tolist() == [[1.0, 2.0, 3.0, 4.0]]
 
     def test_scale_decides_how_many_codes_are_found(self):
         """The collapse that the notes measured, and what k-means makes of it."""
@@ -283,7 +283,7 @@ class TestStart:
 
 
 def test_it_is_named_by_a_spec():
-    described = spec.build("VQ(256, update='ema', start='kmeans', respawn=0.01)", "quantize")
+    described = spec.build("VQ(256, update='ema', init='kmeans', respawn=0.01)", "quantize")
     assert isinstance(described, VQ) and described.build(C).sizes.tolist() == [[256]] and described.bits == 8
     assert not copy.deepcopy(described).dim
 

@@ -15,8 +15,8 @@ from pondera.methods.think.common.passes import Passes
 
 FAMILIES = ["llama", "gemma3", "gpt_neox", "gpt2"]  # the first two with grouped keys and values
 SPLIT = ["llama", "gemma3", "qwen3"]  # keys and values have projections of their own, which the oracle takes hold of
-GATED = "AdaPonderLM(steps=3, top=10, threshold=0.3)"
-DENSE = "AdaPonderLM(steps=3, top=10, threshold=0.3, halted='dense')"
+GATED = "AdaPonderLM(steps=3, top_k=10, threshold=0.3)"
+DENSE = "AdaPonderLM(steps=3, top_k=10, threshold=0.3, halted='dense')"
 
 
 @copies
@@ -128,9 +128,9 @@ def test_the_dense_form_is_the_papers_equations(backbone: str):
 @pytest.mark.parametrize("backbone", FAMILIES)
 @pytest.mark.parametrize("halted", ["freeze", "dense"])
 def test_open_gates_are_ponderlm_bit_for_bit(backbone: str, halted: str):
-    model = forced(50.0, f"AdaPonderLM(steps=3, top=10, halted='{halted}')", backbone)
-    ponder = build("PonderLM(steps=3, top=10)", backbone)
-    fixed, x = build("AdaPonderLM(top=10, halting='fixed')", backbone), ids(2, 9)
+    model = forced(50.0, f"AdaPonderLM(steps=3, top_k=10, halted='{halted}')", backbone)
+    ponder = build("PonderLM(steps=3, top_k=10)", backbone)
+    fixed, x = build("AdaPonderLM(top_k=10, halting='fixed')", backbone), ids(2, 9)
     expected = ponder(x).logits
     assert torch.equal(model(x).logits, expected) and torch.equal(fixed(x).logits, expected)
     caches = [model.new_cache(), ponder.new_cache()]
@@ -143,7 +143,7 @@ def test_open_gates_are_ponderlm_bit_for_bit(backbone: str, halted: str):
 @pytest.mark.parametrize("backbone", FAMILIES)
 @pytest.mark.parametrize("halted", ["freeze", "dense"])
 def test_closed_gates_are_the_backbone(backbone: str, halted: str):
-    model = forced(-20.0, f"AdaPonderLM(steps=2, top=10, halted='{halted}')", backbone)
+    model = forced(-20.0, f"AdaPonderLM(steps=2, top_k=10, halted='{halted}')", backbone)
     x, cache, inputs = ids(2, 9), model.new_cache(), []
     plain = model.backbone.head(model.backbone.step(model.backbone.embed(x)))
     original = model.backbone.step
@@ -157,7 +157,7 @@ def test_closed_gates_are_the_backbone(backbone: str, halted: str):
 
 
 @pytest.mark.parametrize("backbone", FAMILIES)
-@pytest.mark.parametrize("think", [GATED, "AdaPonderLM(halting='random', keep=0.7)"])
+@pytest.mark.parametrize("think", [GATED, "AdaPonderLM(halting='random', continue_prob=0.7)"])
 def test_who_left_off_never_comes_back(backbone: str, think: str, monkeypatch):
     model, x, seen = build(think, backbone), ids(3, 12), []
     original = Passes.deeper
@@ -189,7 +189,7 @@ def test_who_left_off_shows_its_last_keys_and_values_bit_for_bit(backbone: str, 
 
 
 @pytest.mark.parametrize("backbone", FAMILIES)
-@pytest.mark.parametrize("think", [GATED, "AdaPonderLM(halting='random', top=10)"])
+@pytest.mark.parametrize("think", [GATED, "AdaPonderLM(halting='random', top_k=10)"])
 def test_running_only_the_active_rows_is_running_all_of_them(backbone: str, think: str):
     model, x = build(think, backbone).double(), ids(3, 12)
     packed, passes = recorded(model, x)
@@ -293,7 +293,7 @@ def test_a_pass_that_nobody_takes_changes_nothing(monkeypatch):
     model.begin_step(10**6, 0)
     expected = model(x).logits
     narrow = Passes.narrow
-    monkeypatch.setattr(Passes, "narrow", lambda self, goes_on_BT: narrow(self, goes_on_BT) or True)
+    monkeypatch.setattr(Passes, "narrow", lambda self, continue_BT: narrow(self, continue_BT) or True)
     with torch.enable_grad():
         out = model(x, shift_labels=x)
         out.loss.backward()
@@ -325,7 +325,7 @@ class TestTraps:
 @pytest.mark.parametrize("backbone", FAMILIES)
 def test_gates_start_open_and_private(backbone: str):
     torch.manual_seed(0)
-    think = "AdaPonderLM(steps=3, top=10)"
+    think = "AdaPonderLM(steps=3, top_k=10)"
     model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), think=think)).train()
     said = gates_of(model)
     assert model(ids(2, 9), shift_labels=ids(2, 9)).passes.unique().tolist() == [4]
@@ -336,7 +336,7 @@ def test_gates_start_open_and_private(backbone: str):
 
 
 def test_one_gate_may_be_shared_for_all_passes():
-    model = build("AdaPonderLM(steps=3, top=10, threshold=0.3, shared_gate=True)")
+    model = build("AdaPonderLM(steps=3, top_k=10, threshold=0.3, shared_gate=True)")
     private = build(GATED)
     assert len(model.think.gates) == 1 and len(private.think.gates) == 3
     for gate in private.think.gates:
@@ -345,7 +345,7 @@ def test_one_gate_may_be_shared_for_all_passes():
 
 
 def test_the_oracle_stops_where_the_model_is_right():
-    model, x = build("AdaPonderLM(steps=3, top=10, halting='oracle')"), ids(3, 12)
+    model, x = build("AdaPonderLM(steps=3, top_k=10, halting='oracle')"), ids(3, 12)
     labels = model.backbone.head(recorded(model, x, max_passes=1)[0][0]).argmax(-1)
     labels[1] = -100  # what follows is not known
     labels[2] = (labels[2] + 1) % VOCAB
@@ -355,7 +355,7 @@ def test_the_oracle_stops_where_the_model_is_right():
 
 
 def test_random_halting_keeps_its_share_and_draws_anew_each_step():
-    model, x = build("AdaPonderLM(steps=1, top=10, halting='random', keep=0.3)"), ids(1, 100)
+    model, x = build("AdaPonderLM(steps=1, top_k=10, halting='random', continue_prob=0.3)"), ids(1, 100)
     drawn = []
     for step in (0, 0, 1):
         model.begin_step(step, 0)
@@ -365,18 +365,18 @@ def test_random_halting_keeps_its_share_and_draws_anew_each_step():
 
 
 def test_effort_moves_the_threshold_but_of_the_dense_form_the_depth():
-    gated, dense, x = build("AdaPonderLM(steps=3, top=10)"), build("AdaPonderLM(steps=3, halted='dense')"), ids(3, 12)
-    higher = build("AdaPonderLM(steps=3, top=10, threshold=0.01)")
+    gated, dense, x = build("AdaPonderLM(steps=3, top_k=10)"), build("AdaPonderLM(steps=3, halted='dense')"), ids(3, 12)
+    higher = build("AdaPonderLM(steps=3, top_k=10, threshold=0.01)")
     assert torch.equal(gated(x, effort=0.5).logits, higher(x).logits)
     assert gated(x, effort=0.5).passes.double().mean() < gated(x).passes.double().mean()
     assert dense(x, effort=0.34).passes.unique().tolist() == [2]
 
 
 def test_it_goes_on_from_a_ponderlm(tmp_path):
-    ponder, x = build("PonderLM(steps=3, top=10, start='steps')"), ids(2, 9)
+    ponder, x = build("PonderLM(steps=3, top_k=10, start='steps')"), ids(2, 9)
     ponder.save_pretrained(tmp_path)
     torch.manual_seed(1)
-    think = "AdaPonderLM(steps=3, top=10, start='steps')"
+    think = "AdaPonderLM(steps=3, top_k=10, start='steps')"
     model = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path), think=think)).eval()
     expected = ponder(x).logits
     assert (model(x).logits - expected).abs().max() < 0.05 * expected.abs().max()

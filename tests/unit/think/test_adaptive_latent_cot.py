@@ -259,7 +259,7 @@ class TestControls:
         assert torch.equal(out.passes == 2, wrong) and wrong.float().mean() < 1
 
     def test_random_draws_follow_position_and_step(self):
-        model = build(2, arguments=", halting='random', keep=0.4")
+        model = build(2, arguments=", halting='random', continue_prob=0.4")
         a, b = model(ids(4, 100, seed=1)).passes, model(ids(2, 100, seed=2)).passes
         assert torch.equal(a[0], b[0]) and torch.equal(a[0], a[3])
         model.begin_step(0, 0)
@@ -268,7 +268,7 @@ class TestControls:
         assert not torch.equal(c, model(ids(1, 100)).passes)
 
     def test_evaluation_forgets_what_training_drew(self):
-        model, x = build(2, arguments=", halting='random', keep=0.4"), ids(1, 100)
+        model, x = build(2, arguments=", halting='random', continue_prob=0.4"), ids(1, 100)
         fresh = model(x).passes
         model.train()
         model.begin_step(7, 0)
@@ -297,7 +297,7 @@ def test_pruned_bf16_runs_every_row(backbone: str):
         (1, ", halting='ruoter'", "did you mean 'router'"),
         (1, ", threshold=1.5", "threshold=1.5"),
         (1, ", penalty=-1", "penalty=-1"),
-        (1, ", halting='random', keep=2", "keep=2"),
+        (1, ", halting='random', continue_prob=2", "keep=2"),
     ],
 )
 def test_bad_arguments(steps: int, arguments: str, complaint: str):

@@ -22,7 +22,7 @@ def no_grad():
 
 @copies
 def build(think: str | None, backbone: str = "llama", spread: float = 0.3) -> AdaptiveLM:
-    """A model whose tokens differ: its router's weights have the standard deviation `spread`."""
+    """A model whose tokens differ: its router's weights have the standard deviation `pad`."""
     torch.manual_seed(0)
     model = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES[backbone]), think=think, init="scaled")).eval()
     if hasattr(model.think, "router"):
@@ -303,7 +303,7 @@ def test_training_starts_close_to_ponderlm2():
 
 
 def test_random_control_spends_as_it_is_told_and_follows_from_positions():
-    model, x = build("PonderLM3(thoughts=2, halting='random', keep=0.5)"), ids(4, 32)
+    model, x = build("PonderLM3(thoughts=2, halting='random', continue_prob=0.5)"), ids(4, 32)
     passes = model(x).passes
     assert torch.equal(passes, model(x.roll(1, 0)).passes) and torch.equal(passes[0], passes[1])
     assert float(passes.double().mean()) == pytest.approx(1 + 0.5 + 0.25, abs=0.3)
@@ -371,15 +371,17 @@ def test_prefill_costs_what_it_says(backbone: str, halting: str):
     spent = measured_flops(lambda: outputs.append(model(x)))
     passes = outputs[0].passes
     shares = [float((passes > k).double().mean()) for k in range(3)]
-    schedule = CostSchedule(tuple(think.calls(16, shares=shares)), head_rows=16, tokens=16)
+    schedule = CostSchedule(tuple(think.cost_schedule(16, shares=shares)), head_rows=16, tokens=16)
     # Rounds before the last may keep a few slots more or less.
     assert spent == pytest.approx(CostModel(model.backbone.config).forward(schedule), rel=0.05)
     assert think.slots(16, shares) == pytest.approx(int(passes.sum()))
     if halting == "fixed":
         older = twin(model, "PonderLM2(thoughts=2)").think
-        calls = [(call.queries, call.keys, call.repeats) for call in think.calls(16)]
-        assert calls == [(call.queries, call.keys, call.repeats) for call in older.calls(16)]
-        assert think.calls(16, training=True) == older.calls(16, training=True) and think.slots(16) == 48
+        calls = [(call.queries, call.keys, call.repeats) for call in think.cost_schedule(16)]
+        assert calls == [(call.queries, call.keys, call.repeats) for call in older.cost_schedule(16)]
+        assert (
+            think.cost_schedule(16, training=True) == older.cost_schedule(16, training=True) and think.slots(16) == 48
+        )
 
 
 def test_dropped_slots_are_not_run():

@@ -13,7 +13,7 @@ from pondera.evaluation.cost_report import cost_report
 from pondera.inference.load import load
 from pondera.training.train import train
 
-RANDOM = "AdaptiveLatentCoT(steps=2, halting='random', keep=0.5)"
+RANDOM = "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.5)"
 ROUTER = "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.85)"
 
 

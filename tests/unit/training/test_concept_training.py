@@ -16,9 +16,7 @@ from pondera.training.train import train
 
 CONCEPTS = "ConceptLM(chunk=2, codes=4, segments=2)"
 # With statistics, a warm-up and respawn: everything that a quantizer notes while it trains.
-NOTES = (
-    "ConceptLM(chunk=2, quantizer=Product(VQ(4, update='ema', start='kmeans', start_step=2, respawn=0.1), groups=2))"
-)
+NOTES = "ConceptLM(chunk=2, quantizer=Product(VQ(4, update='ema', init='kmeans', start_step=2, respawn=0.1), groups=2))"
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +24,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return training_worker.write_text(tmp_path_factory.mktemp("concepts") / "text")
 
 
-@pytest.mark.parametrize("segment", [CONCEPTS, NOTES])
+@pytest.mark.parametrize("chunk", [CONCEPTS, NOTES])
 def test_resumed_is_what_it_would_have_been(segment: str, text: Path, tmp_path: Path):
-    config = training_worker.tiny(text, {"think": None, "segment": segment, "train.keep": 2})
+    config = training_worker.tiny(text, {"think": None, "chunk": segment, "train.keep": 2})
     straight = train(config, tmp_path / "straight", progress=False)
     assert {"next_token", "concept"} <= straight.metrics()[-1]["terms"].keys()
     again = Run(tmp_path / "again")
@@ -45,7 +43,7 @@ def test_counting_a_step_of_micro_batches_teaches_codebooks_nothing(text: Path, 
     """Every vector is counted once: hits per step are those of one whole batch."""
     hits, segment = [], NOTES.replace("start='kmeans', start_step=2", "decay=0.5")
     for size in (4, 1):
-        config = training_worker.tiny(text, {"think": None, "segment": segment, "train.micro_batch_size": size})
+        config = training_worker.tiny(text, {"think": None, "chunk": segment, "train.micro_batch_size": size})
         run = train(config, tmp_path / str(size), progress=False)
         state = load(str(run.path)).model.state_dict()
         hits.append([tensor.sum() for name, tensor in state.items() if name.endswith("statistics.hits_K")])
@@ -55,7 +53,7 @@ def test_counting_a_step_of_micro_batches_teaches_codebooks_nothing(text: Path, 
 
 
 def test_without_effort_the_concepts_are_left_out(text: Path, tmp_path: Path):
-    run = train(training_worker.tiny(text, {"think": None, "segment": CONCEPTS}), tmp_path / "run", progress=False)
+    run = train(training_worker.tiny(text, {"think": None, "chunk": CONCEPTS}), tmp_path / "run", progress=False)
     with_concepts, without = (evaluate(run.path, max_tokens=200, effort=effort) for effort in (1.0, 0.0))
     assert with_concepts["bits_per_byte"] != without["bits_per_byte"]
     assert with_concepts["passes_per_token"] == without["passes_per_token"] == 1.0

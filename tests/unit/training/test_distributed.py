@@ -16,7 +16,7 @@ from helpers import training_worker
 from pondera.core.run_folder import Run
 from pondera.training.train import train
 
-WORKER = str(Path(__file__).parents[2] / "training_worker.py")
+WORKER = str(Path(__file__).parents[2] / "helpers" / "training_worker.py")
 FSDP2 = str(Path(__file__).parents[3] / "launch" / "fsdp2.yaml")
 
 

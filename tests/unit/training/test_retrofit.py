@@ -70,7 +70,7 @@ def onto(text: Path, backbone: Run | Path, think: str | None = PAUSE, settings: 
 
 
 def in_stages(text: Path, trained: Run):
-    settings = {"train.steps": STEPS, "train.think_first": WAITING, "train.save_every": 1, "train.keep": 100}
+    settings = {"train.steps": STEPS, "train.freeze_backbone_steps": WAITING, "train.save_every": 1, "train.keep": 100}
     return onto(text, trained, settings=settings)
 
 
@@ -224,7 +224,7 @@ def test_resumed_in_either_stage(step, text, trained, staged, tmp_path):
 @pytest.mark.parametrize("waiting", [0, 2])
 def test_groups_of_the_optimizer(waiting, tmp_path, text):
     """Two of them, as ever, unless something waits; and each learns at the pace of its own."""
-    config = tiny(text, {"think": PAUSE, "train.think_first": waiting})
+    config = tiny(text, {"think": PAUSE, "train.freeze_backbone_steps": waiting})
     model = new_model(config, 97)
     trainer = PonderaTrainer(model, arguments(config.train, str(tmp_path), 1), config.train, training_worker.Gappy())
     optimizer, scheduler = trainer.create_optimizer(), trainer.create_scheduler(config.train.steps)
@@ -256,14 +256,14 @@ def test_groups_of_the_optimizer(waiting, tmp_path, text):
             2,
             r"PonderLM2\(thoughts=1\) adds no parameters, so nothing would learn in the first 2",
         ),
-        ("PauseToken(pauses=0)", 2, r"PauseToken\(pauses=0\) adds no parameters.*use --train.think_first 0"),
+        ("PauseToken(pauses=0)", 2, r"PauseToken\(pauses=0\) adds no parameters.*use --train.freeze_backbone_steps 0"),
         (None, 2, "there is no think method, so nothing would learn"),
-        (PAUSE, -1, "train.think_first: at least 0, got -1"),
+        (PAUSE, -1, "train.freeze_backbone_steps: at least 0, got -1"),
     ],
 )
 def test_stages_that_cannot_be(think, steps, complaint, text, trained, tmp_path):
     with pytest.raises(UserError, match=complaint):
-        train(onto(text, trained, think, {"train.think_first": steps}), tmp_path / "run", progress=False)
+        train(onto(text, trained, think, {"train.freeze_backbone_steps": steps}), tmp_path / "run", progress=False)
     assert not (tmp_path / "run").exists()
 
 
@@ -328,7 +328,7 @@ def test_other_tokens_do_not_fit(text, trained, tmp_path):
 def test_command(text, trained, tmp_path):
     """As the README has it: a recipe, and the run to go on from."""
     words = ["pausetoken", "--backbone", str(trained.path), "--data.text", str(text), "--data.context", "32"]
-    words += ["--train.steps", "2", "--train.think_first", "1", "--train.eval_tokens", "512", "--out", "run"]
+    words += ["--train.steps", "2", "--train.freeze_backbone_steps", "1", "--train.eval_tokens", "512", "--out", "run"]
     done = subprocess.run(
         [sys.executable, "-m", "pondera", "train", *words],
         cwd=tmp_path,

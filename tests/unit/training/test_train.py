@@ -313,7 +313,10 @@ def test_progress_is_lines_without_a_terminal(text, tmp_path, capsys):
         ({"train.beta2": -0.1}, "train.beta2: from 0 to below 1, got -0.1"),
         ({"train.seed": -1}, r"train.seed: a whole number from 0 to 2\*\*32 - 1, got -1"),
         ({"train.seed": 2**32}, "train.seed: .*got 4294967296"),
-        ({"backbone": QWEN3_NEXT, "data.isolate": True}, "data.isolate: qwen3_next has linear-attention layers"),
+        (
+            {"backbone": QWEN3_NEXT, "data.document_mask": True},
+            "data.document_mask: qwen3_next has linear-attention layers",
+        ),
         ({"train.dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"backbone": None}, "backbone: None; give a mapping"),
         ({"backbone.vocab_size": 999}, r"999 tokens .* 'bpe-300' has 300; leave backbone.vocab_size out"),
@@ -358,12 +361,12 @@ def test_resume_is_of_the_same_run(unfinished, text, tmp_path):
 
 
 def test_isolated_documents_are_trained_and_read_apart(text: Path, tmp_path: Path):
-    """With data.isolate a token is read as if its document stood alone; without it, it is not."""
-    config = training_worker.tiny(text, {"train.steps": 2, "data.isolate": True, "data.context": 64})
+    """With data.document_mask a token is read as if its document stood alone; without it, it is not."""
+    config = training_worker.tiny(text, {"train.steps": 2, "data.document_mask": True, "data.context": 64})
     run = train(config, tmp_path / "run", progress=False)
     assert set(run.traces()) == {"sample", "depths"}
     corpus, model = prepare(config.data), load(str(run.path), "cpu").model
-    windows = corpus.train.windows(64, isolate=True)
+    windows = corpus.train.windows(64, document_mask=True)
     window = next(
         window for window in map(windows.__getitem__, range(len(windows))) if window["document_ids"].max() > 1
     )

@@ -1,1 +1,1 @@
-"""How much to say at once: one file per method, `contract.py` is the seam."""
+"""How much to say at once: one file per method, `base.py` is the seam."""

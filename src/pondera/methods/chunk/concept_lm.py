@@ -69,7 +69,7 @@ class ConceptLM(Chunk):
             product of SimVQ codebooks with a two-layer map, matched to the first batch.
 
     Example:
-        >>> ConceptLM(chunk=4, concept_layers=2).calls(tokens=8, context=64)[0]
+        >>> ConceptLM(chunk=4, concept_layers=2).cost_schedule(tokens=8, context=64)[0]
         DecoderPass(queries=2.0, keys=18, cached=False, repeats=1.0)
     """
 
@@ -108,7 +108,7 @@ class ConceptLM(Chunk):
         self.sizes: tuple[int, int, int] = (segments, 1, codes)
         self.width = 0
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Creates the concept module, the codebooks and the heads."""
         self._check(backbone)
         self.width = backbone.config.hidden_size
@@ -155,7 +155,7 @@ class ConceptLM(Chunk):
         if self._described is not None:
             return self._described
         hidden = 2 * self.width // self.segments
-        book = f"SimVQ({self.codes}, hidden={hidden}, start='match', detach_input=True)"
+        book = f"SimVQ({self.codes}, hidden={hidden}, init='match', detach_input=True)"
         return spec.build(f"Product({book}, groups={self.segments})", "quantize")
 
     def begin_step(self, step: int, seed: int) -> None:
@@ -278,10 +278,10 @@ class ConceptLM(Chunk):
             "quantized": (pooled_BMD[valid_BM].unflatten(-1, (self.sizes[0], -1)), table),
         }
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Method.calls`."""
+        """See `Method.cost_schedule`."""
         groups, levels, codes = self.sizes
         cached = context > 0
         chunks = tokens / self.chunk if cached else tokens // self.chunk
@@ -299,7 +299,7 @@ class ConceptLM(Chunk):
             found.append(MatMul(chunks, levels * codes * self.width, trained=False))
         return [*found, DecoderPass(tokens, context + tokens, cached=cached)]
 
-    def under(self, budget: Effort) -> ConceptLM | None:
+    def at_budget(self, budget: Effort) -> ConceptLM | None:
         """See `Method.under`: concepts are no passes, so no share of them tells that they were left out."""
         return self if budget.effort else None
 
@@ -309,7 +309,7 @@ class ConceptLM(Chunk):
             return 0
         return sum(layer.weight.numel() for layer in self.quantizer.modules() if isinstance(layer, nn.Linear))
 
-    def further_bytes(self, tokens: int, number_bytes: int) -> float:
+    def extra_cache_bytes(self, tokens: int, number_bytes: int) -> float:
         """The rows of chunks, and the tokens that are kept whole."""
         rows = CostModel(self.module.config).cache_bytes(tokens // self.chunk, number_bytes)
         return rows + 2 * min(tokens, REWIND + self.chunk - 1) * self.width * number_bytes

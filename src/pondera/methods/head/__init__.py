@@ -1,1 +1,1 @@
-"""How a state becomes scores of the vocabulary: one file per method, `contract.py` is the seam."""
+"""How a state becomes scores of the vocabulary: one file per method, `base.py` is the seam."""

@@ -20,7 +20,7 @@ IGNORED = -100
 class Head(SpecRepr, nn.Module, ABC):
     """Takes the place of a backbone's output matrix.
 
-    A head is described by its constructor and made by `attach`. It must give the same logits to a state whatever else is
+    A head is described by its constructor and made by `bind`. It must give the same logits to a state whatever else is
     in the batch, and `term` must equal the cross-entropy of those logits.
 
     Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
@@ -31,7 +31,7 @@ class Head(SpecRepr, nn.Module, ABC):
     price: ClassVar[str]
 
     @abstractmethod
-    def attach(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:
+    def bind(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:
         """Creates the weights. Called once, before training or loading.
 
         Args:

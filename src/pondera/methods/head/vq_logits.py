@@ -15,7 +15,7 @@ from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
 from pondera.methods.head.base import IGNORED, Head
 
-STARTS = ("auto", "order", "kmeans")
+INITS = ("auto", "order", "kmeans")
 
 
 class VQLogits(Head):
@@ -37,11 +37,11 @@ class VQLogits(Head):
         codes: K.
         groups: G, must divide D.
         bias: a learnt number for each token.
-        start: ``"kmeans"`` of trained rows, ``"order"`` of ids, or ``"auto"``: whichever can be had, k-means first.
+        init: ``"kmeans"`` of trained rows, ``"order"`` of ids, or ``"auto"``: whichever can be had, k-means first.
 
     Example:
         >>> head = VQLogits(codes=8, groups=2)
-        >>> head.attach(vocabulary=50, width=16)
+        >>> head.bind(vocabulary=50, width=16)
         >>> tuple(head(torch.zeros(1, 3, 16)).shape), head.weights
         ((1, 3, 50), 128)
     """
@@ -51,16 +51,16 @@ class VQLogits(Head):
 
     code_VG: Tensor
 
-    def __init__(self, codes: int = 512, groups: int = 1, bias: bool = True, start: str = "auto") -> None:
+    def __init__(self, codes: int = 512, groups: int = 1, bias: bool = True, init: str = "auto") -> None:
         super().__init__()
         for name, value in (("codes", codes), ("groups", groups)):
             if value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
-        if start not in STARTS:
-            raise unknown("start", start, STARTS)
-        self.codes, self.groups, self.start, self._biased = codes, groups, start, bias
+        if init not in INITS:
+            raise unknown("init", init, INITS)
+        self.codes, self.groups, self.init, self._biased = codes, groups, init, bias
 
-    def attach(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:
+    def bind(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:
         """See `Head.attach`."""
         if width % self.groups:
             fitting = [count for count in range(1, width + 1) if width % count == 0]
@@ -68,9 +68,9 @@ class VQLogits(Head):
             raise UserError(
                 f"VQLogits: groups={self.groups} does not divide the width {width}; the nearest that does is {near}"
             )
-        if self.start == "kmeans" and rows_VD is None:
-            raise UserError("VQLogits: start='kmeans' needs a backbone that was trained; use start='order'")
-        if rows_VD is not None and self.start != "order":
+        if self.init == "kmeans" and rows_VD is None:
+            raise UserError("VQLogits: init='kmeans' needs a backbone that was trained; use init='order'")
+        if rows_VD is not None and self.init != "order":
             table_GKC, code_VG = _clustered(rows_VD, self.codes, self.groups)
         else:
             table_GKC = torch.randn(self.groups, self.codes, width // self.groups) / math.sqrt(width)

@@ -1,1 +1,1 @@
-"""How much of the past is remembered: one file per method, `contract.py` is the seam."""
+"""How much of the past is remembered: one file per method, `base.py` is the seam."""

@@ -38,7 +38,7 @@ class A2SF(EvictionPolicy):
 
     paper: ClassVar[str] = "A2SF, arXiv 2407.20485"
     price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
-    watches: int = ALL
+    observation_window: int = ALL
 
     def __init__(
         self,
@@ -53,8 +53,8 @@ class A2SF(EvictionPolicy):
         self.alpha = alpha
 
     @property
-    def fresh(self) -> dict[str, float]:
-        """See `Slots.fresh`: attention received so far."""
+    def note_defaults(self) -> dict[str, float]:
+        """See `Slots.note_defaults`: attention received so far."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
@@ -64,6 +64,6 @@ class A2SF(EvictionPolicy):
         new_BGS = (seen.weight_BGRTS * self.alpha ** age_T[:, None]).sum((2, 3))
         table.note("received").mul_(self.alpha**queries).add_(new_BGS)
 
-    def priority(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
-        """See `EvictionPolicy.priority`."""
+    def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
+        """See `EvictionPolicy.score`."""
         return table.note("received")

@@ -1,4 +1,4 @@
-"""HeadBudgets: the heads of a layer share its budget by need.
+"""AdaKV: the heads of a layer share its budget by need.
 
 Shapes: B batch, G KV heads, S slots.
 """
@@ -23,7 +23,7 @@ from pondera.methods.kv_cache.snap_kv import SnapKV
 class AdaKV(PolicyWrapper):
     """Around an eviction policy: the slots of a layer go where its highest scores are, whichever KV head that is.
 
-    A head that looks at a few tokens only gives slots to one that looks at many. Each keeps at least a share `floor` of its
+    A head that looks at a few tokens only gives slots to one that looks at many. Each keeps at least a share `safeguard` of its
     even part; every KV head has storage of its own size, so what is forgotten is freed.
 
     Source: Feng et al., Ada-KV, arXiv 2407.11550.
@@ -31,15 +31,15 @@ class AdaKV(PolicyWrapper):
     the heads' keys and values are joined for it in every call.
     When not to use it: on models with one or two KV heads; around policies whose priorities mean nothing across heads
     (`StreamingLLM`, `RandomEviction`), which gain nothing.
-    Resolved: as in the authors' code heads are KV heads, and the floor is kept first; of equal scores the newer token wins.
+    Resolved: as in the authors' code heads are KV heads, and the safeguard is kept first; of equal scores the newer token wins.
     A policy that forgets in decoding shares anew with each token. Storage of a batch is as wide as its widest row.
 
     Args:
         policy: an eviction policy, whose budget is the even part of each head; none: ``SnapKV()``.
-        floor: share of the even part that no head falls below, from 0 to 1; 1 is the policy alone.
+        safeguard: share of the even part that no head falls below, from 0 to 1; 1 is the policy alone.
 
     Example:
-        >>> AdaKV(SnapKV(512), floor=0.2).by_head
+        >>> AdaKV(SnapKV(512), safeguard=0.2).by_head
         True
     """
 
@@ -47,56 +47,62 @@ class AdaKV(PolicyWrapper):
     price: ClassVar[str] = "the policy's rows, shared among heads; attention head by head"
     policy: EvictionPolicy
 
-    def __init__(self, policy: KVCacheMethod | None = None, floor: float = 0.2) -> None:
+    def __init__(self, policy: KVCacheMethod | None = None, safeguard: float = 0.2) -> None:
         policy = SnapKV() if policy is None else policy
         if not isinstance(policy, EvictionPolicy) or policy.by_head:
             raise UserError(
                 f"AdaKV({type(policy).__name__}(...)): give a policy that ranks tokens within one budget for all heads, "
                 "e.g. AdaKV(SnapKV(512))"
             )
-        if not 0 <= floor <= 1:
-            raise UserError(f"floor={floor}: give the share of its even part that each head keeps, from 0 to 1")
+        if not 0 <= safeguard <= 1:
+            raise UserError(f"safeguard={safeguard}: give the share of its even part that each head keeps, from 0 to 1")
         super().__init__(policy)
-        self.floor = floor
+        self.safeguard = safeguard
 
     @property
     def by_head(self) -> bool:
         """See `Slots.by_head`."""
         return True
 
-    def settle(self, layer: KVStoreLayer) -> bool:
+    def evict_layer(self, layer: KVStoreLayer) -> bool:
         """See `Slots.settle`."""
-        if self.policy.prompt_only and not layer.at_prompt:
+        if self.policy.prefill_only and not layer.at_prompt:
             return False
         tables, heads = layer.tables, layer.heads(slice(None))
         count_BG = torch.cat([table.real.sum(-1) for table in tables], dim=1)
         even_BG = self.policy.slots(layer, tables[0], heads)
-        if int((count_BG.sum(-1) - even_BG.sum(-1)).amax()) < self.policy.every:
+        if int((count_BG.sum(-1) - even_BG.sum(-1)).amax()) < self.policy.slack:
             return False
-        worth = [self.policy.worth(layer, table, even_BG[:, [head]]) for head, table in enumerate(tables)]
+        protected_score = [
+            self.policy.protected_score(layer, table, even_BG[:, [head]]) for head, table in enumerate(tables)
+        ]
         most = max(table.used for table in tables)
-        worth_BGS = torch.cat([F.pad(one, (0, most - one.shape[2]), value=-torch.inf) for one in worth], dim=1)
+        protected_score_BGS = torch.cat(
+            [F.pad(one, (0, most - one.shape[2]), value=-torch.inf) for one in protected_score], dim=1
+        )
         position = [F.pad(table.position, (0, most - table.used), value=EMPTY) for table in tables]
-        share_BG = shares(worth_BGS, torch.cat(position, dim=1), count_BG, even_BG, self.floor)
+        share_BG = shares(protected_score_BGS, torch.cat(position, dim=1), count_BG, even_BG, self.safeguard)
         for head, table in enumerate(tables):
-            evict_lowest(table, worth[head], (count_BG - share_BG)[:, [head]])
+            evict_lowest(table, protected_score[head], (count_BG - share_BG)[:, [head]])
         return True
 
 
-def shares(worth_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor, even_BG: Tensor, floor: float) -> Tensor:
+def shares(
+    protected_score_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor, even_BG: Tensor, safeguard: float
+) -> Tensor:
     """``[B, G]``: how many slots each head may keep, as many as are to be kept together.
 
     Args:
-        worth_BGS: of each slot; ``-inf`` where there is none.
+        protected_score_BGS: of each slot; ``-inf`` where there is none.
         position_BGS: of each in the text.
         count_BG: slots that there are.
         even_BG: slots of each head if all had the same.
-        floor: share of those that no head falls below.
+        safeguard: share of those that no head falls below.
     """
-    B, G, S = worth_BGS.shape
-    slot_BGf, kept_BGf = highest(worth_BGS, position_BGS, (even_BG * floor).long().minimum(count_BG))
-    floor_BGS = torch.zeros_like(worth_BGS).scatter(2, slot_BGf, kept_BGf.to(worth_BGS.dtype)) > 0
-    worth_B1N = worth_BGS.masked_fill(floor_BGS, torch.inf).reshape(B, 1, G * S)
+    B, G, S = protected_score_BGS.shape
+    slot_BGf, kept_BGf = highest(protected_score_BGS, position_BGS, (even_BG * safeguard).long().minimum(count_BG))
+    floor_BGS = torch.zeros_like(protected_score_BGS).scatter(2, slot_BGf, kept_BGf.to(protected_score_BGS.dtype)) > 0
+    worth_B1N = protected_score_BGS.masked_fill(floor_BGS, torch.inf).reshape(B, 1, G * S)
     total_B1 = even_BG.sum(-1, keepdim=True).minimum(count_BG.sum(-1, keepdim=True))
     slot_B1k, kept_B1k = highest(worth_B1N, position_BGS.reshape(B, 1, G * S), total_B1)
     head_Bk = slot_B1k[:, 0].div(S, rounding_mode="floor")

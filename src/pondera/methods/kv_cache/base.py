@@ -35,16 +35,16 @@ class KVCache(Cache):
 
     Args:
         layers: one per decoder layer; those that are no `KVLayer` are transformers' own.
-        memory: what made it.
+        method: what made it.
         owner: the model that it is for.
 
     Attributes:
         kept: the layers that the memory has made.
     """
 
-    def __init__(self, layers: list, memory: KVCacheMethod, owner: Owner) -> None:
+    def __init__(self, layers: list, method: KVCacheMethod, owner: Owner) -> None:
         super().__init__(layers=layers)
-        self.memory, self.owner = memory, owner
+        self.method, self.owner = method, owner
         self.kept: list[KVLayer] = [layer for layer in layers if isinstance(layer, KVLayer)]
 
     def update(
@@ -72,7 +72,7 @@ class KVCache(Cache):
         Raises:
             UserError: some tokens are drafts still.
         """
-        return save(self.layers, repr(self.memory), path)
+        return save(self.layers, repr(self.method), path)
 
 
 class KVCacheMethod(SpecRepr, nn.Module, ABC):
@@ -80,10 +80,10 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
 
     A memory works on any causal LM of transformers without touching its weights::
 
-        memory = StreamingLLM(budget=1024)
-        model.generate(**prompt, past_key_values=memory.cache(model))
+        method = StreamingLLM(budget=1024)
+        model.generate(**prompt, past_key_values=method.cache(model))
 
-    and in a run or a config as ``memory: StreamingLLM(budget=1024)``. It must give what the stock cache gives, bit for
+    and in a run or a config as ``kv_cache: StreamingLLM(budget=1024)``. It must give what the stock cache gives, bit for
     bit, while nothing has to be forgotten; what it computes padded or in a batch must equal what it computes alone. The
     contract tests check every file of this folder.
 
@@ -94,7 +94,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
     paper: ClassVar[str]
     price: ClassVar[str]
 
-    spares: ClassVar[str] = "bytes"
+    saves: ClassVar[str] = "bytes"
     """What it makes less of: the ``"bytes"`` that are kept; or it keeps everything, and makes less of ``"reading"`` it in
     attention, or of ``"compute"`` in all of a layer; or of ``"nothing"``."""
     fitted: bool = True
@@ -105,7 +105,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
         """Its layers are made for as many KV heads, as wide, as the model's configuration says."""
         return False
 
-    def attach(self, config: PreTrainedConfig) -> None:  # noqa: B027 (optional: for those that have weights)
+    def bind(self, config: PreTrainedConfig) -> None:  # noqa: B027 (optional: for those that have weights)
         """Creates what depends on the model, such as empty codebooks, so that a checkpoint can be loaded into it.
 
         Args:
@@ -162,8 +162,8 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
         """
         if not self.fitted:
             raise UserError(
-                f"{type(self).__name__} has not been fitted to a model yet: memory.fit(model, samples), or from the command "
-                "line: pondera compress MODEL --memory ... --calibrate TEXT"
+                f"{type(self).__name__} has not been fitted to a model yet: method.fit(model, samples), or from the command "
+                "line: pondera compress MODEL --kv-cache ... --calibrate TEXT"
             )
         config = model.config.get_text_config(decoder=True)
         stock = DynamicCache(config=config).layers or [None] * config.num_hidden_layers
@@ -180,7 +180,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
                 raise UserError(
                     f"{type(self).__name__}: {name(model)} is not supported: its configuration says {said[0]} KV heads of "
                     f"width {said[1]}, and {other[0]} with keys of {other[1]} and values of {other[2]} reach attention; use "
-                    "Full() or an eviction method with one budget for all heads, such as H2O(256)"
+                    "PreallocatedCache() or an eviction method with one budget for all heads, such as H2O(256)"
                 )
         cache = KVCache(layers, self, owner)
         self.prepare(model, cache)
@@ -250,6 +250,6 @@ def _said(config: PreTrainedConfig, name: str, otherwise: Callable[[], int]) -> 
         return getattr(config, name, None) or otherwise()
     except Exception as error:  # transformers raises one of its own where layers differ
         raise UserError(
-            f"{config.model_type}: its configuration has no {name} that holds for all layers; use Full() or an eviction "
+            f"{config.model_type}: its configuration has no {name} that holds for all layers; use PreallocatedCache() or an eviction "
             "method with one budget for all heads, such as H2O(256), or the stock cache"
         ) from error

@@ -1,4 +1,4 @@
-"""DapQ: the prompt is judged by queries that stand where the answer will.
+"""DapQ: the prompt is deferred by queries that stand where the answer will.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, D head width, F frequencies.
 """
@@ -37,7 +37,7 @@ class DapQ(PolicyWrapper):
     prompt. What the window holds is kept as in `SnapKV`.
 
     Args:
-        policy: `SnapKV`, or another policy that watches the end of a prompt; none: ``SnapKV()``.
+        policy: `SnapKV`, or another policy that observation_window the end of a prompt; none: ``SnapKV()``.
         ahead: positions by which queries are moved; none: as many as the window has, so that they stand on the first
             positions of the answer; 0: the policy alone.
 
@@ -51,12 +51,12 @@ class DapQ(PolicyWrapper):
 
     def __init__(self, policy: KVCacheMethod | None = None, ahead: int | None = None) -> None:
         policy = SnapKV() if policy is None else policy
-        if not isinstance(policy, Policy) or not policy.prompt_only:
+        if not isinstance(policy, Policy) or not policy.prefill_only:
             raise UserError(
-                f"DapQ({type(policy).__name__}(...)): give a policy that watches the end of the prompt, e.g. DapQ(SnapKV(512))"
+                f"DapQ({type(policy).__name__}(...)): give a policy that observation_window the end of the prompt, e.g. DapQ(SnapKV(512))"
             )
         super().__init__(policy)
-        self.ahead = policy.watches if ahead is None else ahead
+        self.ahead = policy.observation_window if ahead is None else ahead
         if self.ahead < 0:
             raise UserError(f"ahead={ahead}: give a number of positions, 0 or more")
         self.frequency_F: Tensor | None = None

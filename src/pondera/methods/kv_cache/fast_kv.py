@@ -52,7 +52,7 @@ class FastKV(PolicyWrapper):
             the sixteenth, as in the paper. At the last layer it is the policy alone.
 
     Example:
-        >>> FastKV(SnapKV(512, window=8, pool="mean"), tsp=2048, tsp_layer=15).watches
+        >>> FastKV(SnapKV(512, window=8, pool="mean"), tsp=2048, tsp_layer=15).observation_window
         8
     """
 
@@ -73,7 +73,7 @@ class FastKV(PolicyWrapper):
                 f"FastKV({type(policy).__name__}(...)): give SnapKV or a wrapper around it, e.g. FastKV(SnapKV(512, window=8))"
             )
         super().__init__(policy)
-        least = max(MIN_TOKENS, innermost.watches + innermost.sinks)
+        least = max(MIN_TOKENS, innermost.observation_window + innermost.sinks)
         if (
             isinstance(tsp, bool)
             or not isinstance(tsp, int | float)
@@ -114,11 +114,11 @@ class FastKV(PolicyWrapper):
         if self.packed:
             pack(model, cache)
 
-    def settle(self, layer: KVStoreLayer) -> bool:
+    def evict_layer(self, layer: KVStoreLayer) -> bool:
         """See `Policy.settle`: before the policy forgets, the tokens that go on are chosen by what it has noted."""
         if isinstance(layer, SelectorLayer) and layer.new_BT is not None and layer.at_prompt:
             layer.choice = self.choose(layer, layer.new_BT)
-        return super().settle(layer)
+        return super().evict_layer(layer)
 
     def choose(self, layer: SelectorLayer, new_BT: Tensor) -> Selector | None:
         """The tokens of a call that go on; none: all of them.
@@ -136,10 +136,10 @@ class FastKV(PolicyWrapper):
         score_BT = torch.zeros(new_BT.shape, device=new_BT.device)
         for _, table in layer.parts():
             place_BGS = table.position.long() - begin
-            worth_BGS = among.priority(layer, table).masked_fill(place_BGS < 0, 0)
-            score_BT.scatter_add_(1, place_BGS.clamp(min=0).flatten(1), worth_BGS.flatten(1).float())
+            protected_score_BGS = among.score(layer, table).masked_fill(place_BGS < 0, 0)
+            score_BT.scatter_add_(1, place_BGS.clamp(min=0).flatten(1), protected_score_BGS.flatten(1).float())
         first_B1 = (layer.state["padding"] + among.sinks)[:, None]
-        always_BT = (new_BT >= layer.seen - among.watches) | (new_BT < first_B1)
+        always_BT = (new_BT >= layer.seen - among.observation_window) | (new_BT < first_B1)
         score_BT = score_BT.masked_fill(always_BT, torch.inf).masked_fill(~real_BT, -torch.inf)
         count_B1 = torch.tensor(count, device=new_BT.device)[:, None]
         place_B1k, kept_B1k = highest(score_BT[:, None], new_BT[:, None], count_B1)

@@ -29,20 +29,20 @@ class H2O(EvictionPolicy):
 
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
     price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
-    watches: int = ALL
+    observation_window: int = ALL
 
     def __init__(self, budget: int | float | str | list = 0.2, recent: int | float = 0.5, sinks: int = 0) -> None:
         super().__init__(budget, sinks, recent)
 
     @property
-    def fresh(self) -> dict[str, float]:
-        """See `Slots.fresh`: attention received so far."""
+    def note_defaults(self) -> dict[str, float]:
+        """See `Slots.note_defaults`: attention received so far."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Slots.observe`."""
         table.note("received").add_(seen.weight_BGRTS.sum((2, 3)))
 
-    def priority(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
-        """See `EvictionPolicy.priority`."""
+    def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
+        """See `EvictionPolicy.score`."""
         return table.note("received")

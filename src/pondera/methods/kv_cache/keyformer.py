@@ -46,8 +46,8 @@ class Keyformer(EvictionPolicy):
 
     paper: ClassVar[str] = "Keyformer, arXiv 2403.09054"
     price: ClassVar[str] = "budget rows and one float each; a second, noisy product of queries and keys in the prompt"
-    watches: int = ALL
-    of_prompt: ClassVar[bool] = True
+    observation_window: int = ALL
+    budget_from_prompt: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -65,8 +65,8 @@ class Keyformer(EvictionPolicy):
         self.tau, self.tau_step, self.noise, self.seed = tau, tau_step, noise, seed
 
     @property
-    def fresh(self) -> dict[str, float]:
-        """See `Slots.fresh`: score received so far."""
+    def note_defaults(self) -> dict[str, float]:
+        """See `Slots.note_defaults`: score received so far."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
@@ -90,6 +90,6 @@ class Keyformer(EvictionPolicy):
         uniform = stateless_uniform(at_BGRT[..., None] + key_BGS[:, :, None, None], layer.index, self.seed)
         return -(-uniform.clamp(min=2.0**-52).log()).log()
 
-    def priority(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
-        """See `EvictionPolicy.priority`."""
+    def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
+        """See `EvictionPolicy.score`."""
         return table.note("received")

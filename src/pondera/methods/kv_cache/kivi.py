@@ -57,7 +57,7 @@ class KIVI(SinkWindowCache):
             raise UserError(f"group={group!r}: give how many numbers share a step, 1 or more; 32 is the paper's")
         if keys not in KEYS:
             raise unknown("keys", keys, KEYS)
-        super().__init__(window, sinks, every=group)
+        super().__init__(window, sinks, flush_size=group)
         self.bits, self.group, self.keys = bits, group, keys
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:

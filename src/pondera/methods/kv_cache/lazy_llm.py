@@ -48,12 +48,12 @@ class LazyLLM(ProgressivePruning):
     had a say.
 
     Args:
-        keep: share of the tokens that goes on at each layer that prunes, of those that have come so far; a list has one for
+        keep_ratio: share of the tokens that goes on at each layer that prunes, of those that have come so far; a list has one for
             each. 1 is the stock model.
         layers: those that prune, by their numbers from 0; none: at a quarter, half, and three quarters of the depth.
 
     Example:
-        >>> LazyLLM(keep=[0.8, 0.5], layers=[10, 20]).keep
+        >>> LazyLLM(keep_ratio=[0.8, 0.5], layers=[10, 20]).keep_ratio
         [0.8, 0.5]
     """
 
@@ -61,13 +61,15 @@ class LazyLLM(ProgressivePruning):
     price: ClassVar[str] = (
         "deeper layers run a part of the tokens; a hidden state for each that stopped, beside the rows of what was run"
     )
-    spares: ClassVar[str] = "compute"
+    saves: ClassVar[str] = "compute"
 
-    def __init__(self, keep: float | list[float] = 0.6, layers: list[int] | None = None) -> None:
+    def __init__(self, keep_ratio: float | list[float] = 0.6, layers: list[int] | None = None) -> None:
         super().__init__()
-        for share in keep if isinstance(keep, list) else [keep]:
+        for share in keep_ratio if isinstance(keep_ratio, list) else [keep_ratio]:
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-                raise UserError(f"keep={keep!r}: give the share that goes on, above 0 and at most 1, e.g. 0.6")
+                raise UserError(
+                    f"keep_ratio={keep_ratio!r}: give the share that goes on, above 0 and at most 1, e.g. 0.6"
+                )
         if layers is not None and (
             not isinstance(layers, list)
             or not layers
@@ -75,7 +77,7 @@ class LazyLLM(ProgressivePruning):
             or sorted(set(layers)) != layers
         ):
             raise UserError(f"layers={layers!r}: give the numbers of layers from 0, in rising order, e.g. [8, 16, 24]")
-        self.keep, self.layers = keep, layers
+        self.keep_ratio, self.layers = keep_ratio, layers
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
         """See `Memory.check`."""
@@ -91,8 +93,10 @@ class LazyLLM(ProgressivePruning):
                 "states, in which a token cannot be taken up again; use TokenSelect, which keeps everything too"
             )
         shares, numbers = self.shares(depth), self.at(depth)
-        if isinstance(self.keep, list) and len(self.keep) != len(numbers):
-            raise UserError(f"keep={self.keep}: {len(numbers)} layers prune, {numbers}; give a share for each")
+        if isinstance(self.keep_ratio, list) and len(self.keep_ratio) != len(numbers):
+            raise UserError(
+                f"keep_ratio={self.keep_ratio}: {len(numbers)} layers prune, {numbers}; give a share for each"
+            )
         if shares and max(shares) > depth - 2:
             raise UserError(
                 f"layers={self.layers}: give numbers from 0 to {depth - 2}; behind the last of {depth} is none"
@@ -108,7 +112,11 @@ class LazyLLM(ProgressivePruning):
         """What goes on at each of them."""
         numbers = self.at(depth)
         return dict(
-            zip(numbers, self.keep if isinstance(self.keep, list) else [self.keep] * len(numbers), strict=False)
+            zip(
+                numbers,
+                self.keep_ratio if isinstance(self.keep_ratio, list) else [self.keep_ratio] * len(numbers),
+                strict=False,
+            )
         )
 
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
@@ -120,8 +128,8 @@ class LazyLLM(ProgressivePruning):
         link(cache)
         pack(model, cache)
 
-    def watched(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """See `Slots.watched`."""
+    def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
+        """See `Slots.observed_queries`."""
         return 1 if isinstance(layer, RevivalLayer) and not layer.record_past else 0
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:

@@ -26,7 +26,7 @@ class PreallocatedCache(Policy):
 
     paper: ClassVar[str] = "none: the stock cache, without its copies"
     price: ClassVar[str] = "one row per token, an eighth spare"
-    spares: ClassVar[str] = "nothing"
+    saves: ClassVar[str] = "nothing"
 
     def __init__(self, exact: bool = True) -> None:
         super().__init__()

@@ -50,9 +50,9 @@ class RefreshKV(Policy):
 
     paper: ClassVar[str] = "RefreshKV, arXiv 2411.05787"
     price: ClassVar[str] = "one row per token and a float; attention over part of them in most steps"
-    spares: ClassVar[str] = "reading"
-    selects: bool = True
-    watches: int = 1
+    saves: ClassVar[str] = "reading"
+    sparse_attention: bool = True
+    observation_window: int = 1
 
     def __init__(self, part: int | float = 0.125, stride: int = 10, similarity: float = 0.85, kernel: int = 7) -> None:
         super().__init__()
@@ -62,14 +62,14 @@ class RefreshKV(Policy):
         self.part, self.stride, self.similarity, self.kernel = SlotBudget(part), stride, similarity, kernel
 
     @property
-    def fresh(self) -> dict[str, float]:
-        """See `Policy.fresh`: a new token ranks above all until the next full look."""
+    def note_defaults(self) -> dict[str, float]:
+        """See `Policy.note_defaults`: a new token ranks above all until the next full look."""
         return {"rank": torch.inf}
 
-    def select(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
-        """See `Policy.select`."""
+    def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
+        """See `Policy.select_kv`."""
         looks_B = self._looks(layer, query_BGRTD, call.start + call.tokens)
-        tokens = layer.real_tokens(of_prompt=True)
+        tokens = layer.real_tokens(budget_from_prompt=True)
         part_B = torch.tensor([self.part.slots(0, [0], count, 1, 1)[0] for count in tokens], device=looks_B.device)
         count_BG = table.real.sum(-1)
         due_BG = torch.where(looks_B[:, None], count_BG, count_BG.minimum(part_B[:, None]))
@@ -79,8 +79,8 @@ class RefreshKV(Policy):
         slot_BGk, kept_BGk = highest(rank_BGS, table.position, due_BG)
         return torch.where(kept_BGk, slot_BGk, -1)
 
-    def watched(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """See `Policy.watched`."""
+    def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
+        """See `Policy.observed_queries`."""
         if call.tokens > 1:
             return int(layer.at_prompt)
         query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])

@@ -36,7 +36,7 @@ class SnapKV(EvictionPolicy):
         sinks: first tokens that are never forgotten; the paper has none.
 
     Example:
-        >>> SnapKV(budget=512, window=16).watches
+        >>> SnapKV(budget=512, window=16).observation_window
         16
     """
 
@@ -44,7 +44,7 @@ class SnapKV(EvictionPolicy):
     price: ClassVar[str] = (
         "budget rows of the prompt and all that is generated; a few rows of scores at the end of the prompt"
     )
-    prompt_only: bool = True
+    prefill_only: bool = True
 
     def __init__(
         self,
@@ -58,11 +58,11 @@ class SnapKV(EvictionPolicy):
         check_pool(kernel, pool)
         if window < 1:
             raise UserError(f"window={window}: give a number of queries, 1 or more")
-        self.kernel, self.pool, self.watches = kernel, pool, window
+        self.kernel, self.pool, self.observation_window = kernel, pool, window
 
     @property
-    def fresh(self) -> dict[str, float]:
-        """See `Slots.fresh`: attention received from the window."""
+    def note_defaults(self) -> dict[str, float]:
+        """See `Slots.note_defaults`: attention received from the window."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
@@ -72,7 +72,7 @@ class SnapKV(EvictionPolicy):
             received.zero_()
         received.add_(seen.weight_BGRTS.sum((2, 3)))
 
-    def priority(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
-        """See `EvictionPolicy.priority`."""
-        in_window_BGS = table.position >= layer.seen - self.watches
+    def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
+        """See `EvictionPolicy.score`."""
+        in_window_BGS = table.position >= layer.seen - self.observation_window
         return pooled(table.note("received").masked_fill(in_window_BGS, 0), table.position, self.kernel, self.pool)

@@ -33,6 +33,6 @@ class StreamingLLM(EvictionPolicy):
     def __init__(self, budget: int | float | str | list = 1024, sinks: int = 4) -> None:
         super().__init__(budget, sinks, recent=1)
 
-    def priority(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
-        """See `EvictionPolicy.priority`: the newer, the more."""
+    def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
+        """See `EvictionPolicy.score`: the newer, the more."""
         return table.position.float()

@@ -48,8 +48,8 @@ class TokenSelect(Policy):
 
     paper: ClassVar[str] = "TokenSelect, arXiv 2411.02886"
     price: ClassVar[str] = "one row per token; attention over sinks + chosen + recent of them"
-    spares: ClassVar[str] = "reading"
-    selects: bool = True
+    saves: ClassVar[str] = "reading"
+    sparse_attention: bool = True
 
     def __init__(self, chosen: int = 2048, sinks: int = 128, recent: int = 512, reuse: float = 0.9) -> None:
         super().__init__()
@@ -60,12 +60,12 @@ class TokenSelect(Policy):
         self.chosen, self.sinks, self.recent, self.reuse = chosen, sinks, recent, reuse
 
     @property
-    def fresh(self) -> dict[str, float]:
-        """See `Policy.fresh`: 1 where the last choice fell."""
+    def note_defaults(self) -> dict[str, float]:
+        """See `Policy.note_defaults`: 1 where the last choice fell."""
         return {"chosen": 0.0}
 
-    def select(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
-        """See `Policy.select`."""
+    def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
+        """See `Policy.select_kv`."""
         number_BGS = layer.number(table)
         always_BGS = (number_BGS < self.sinks) | (table.position >= call.start - self.recent)
         free_BGS = table.real & ~always_BGS

@@ -27,7 +27,7 @@ class TreeKV(BudgetedPolicy):
     Source: He et al., TreeKV: smooth key-value cache compression with tree structures, arXiv 2501.04987.
     Cost: a second product of queries and keys in the prompt as `H2O`; one float per slot. A prompt longer than the budget
     takes a short step for each token beyond it.
-    When not to use it: where few, far tokens matter very much: a pair is judged by itself, not against the whole cache.
+    When not to use it: where few, far tokens matter very much: a pair is deferred by itself, not against the whole cache.
     Resolved: mean attention is the sum over queries and the query heads of a KV head, divided by the queries since the token
     came. The paper leaves open where the pair begins (at the oldest slot that is not protected), whether heads share it (each
     KV head of each text has its own; they move alike), and what it says of sinks and recent tokens (`sinks` and `recent` never
@@ -47,7 +47,7 @@ class TreeKV(BudgetedPolicy):
 
     paper: ClassVar[str] = "TreeKV, arXiv 2501.04987"
     price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
-    watches: int = ALL
+    observation_window: int = ALL
 
     def __init__(self, budget: int | float | str | list = 1024, sinks: int = 4, recent: int = 1) -> None:
         if isinstance(recent, float) or recent < 1:
@@ -55,16 +55,18 @@ class TreeKV(BudgetedPolicy):
         super().__init__(budget, sinks, recent, least=sinks + recent + 1)
 
     @property
-    def fresh(self) -> dict[str, float]:
-        """See `Slots.fresh`: attention received so far."""
+    def note_defaults(self) -> dict[str, float]:
+        """See `Slots.note_defaults`: attention received so far."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Slots.observe`."""
         table.note("received").add_(seen.weight_BGRTS.sum((2, 3)))
 
-    def lose(self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor) -> None:
-        """See `BudgetedPolicy.lose`."""
+    def evict_over_budget(
+        self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor
+    ) -> None:
+        """See `BudgetedPolicy.evict_over_budget`."""
         position_BGS, real_BGS = table.position, table.real
         mean_BGS = table.note("received") / (layer.seen - position_BGS).clamp(min=1)
         # Slots in the order of the text, those that hold a token first.
@@ -92,7 +94,7 @@ def compete(
 
     Args:
         order_BGS: the slots in the order of the text.
-        mean_BGS: what they are judged by.
+        mean_BGS: what they are deferred by.
         count_BG: how many of them there are.
         limit_BG: how many may stay.
         pair_BG: where the first pair stands.

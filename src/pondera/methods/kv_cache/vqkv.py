@@ -34,7 +34,7 @@ WIDTHS = ("head", "layer")
 FITTINGS = ("simvq", "kmeans")
 VECTORS_PER_CODE = 16
 """Calibration vectors for each code of a codebook, at least."""
-FILE = "memory.safetensors"
+FILE = "kv_cache.safetensors"
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +71,8 @@ class VQKV(SinkWindowCache):
             which every decoding turns them again and scores cannot be summed up from codes.
         width: ``"head"`` or ``"layer"``: what is one vector.
         fitting: ``"simvq"`` by gradient, or ``"kmeans"``.
-        quantizer: description of a stage that learns, with `codes` codes; none: ``SimVQ(codes, start="match")``.
-        every: tokens coded at a time; see `SinkWindowCache`.
+        quantizer: description of a stage that learns, with `codes` codes; none: ``SimVQ(codes, init="match")``.
+        flush_size: tokens coded at a time; see `SinkWindowCache`.
         steps: of fitting, per stage.
         vectors: calibration vectors per codebook, at most; none: 65,536, or as many as K codes need.
         seed: of fitting.
@@ -80,8 +80,8 @@ class VQKV(SinkWindowCache):
     Example:
         >>> from transformers import LlamaConfig
         >>> config = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
-        >>> memory = VQKV(bits=2.75)
-        >>> memory.token_bytes(config), 1 - memory.rate(config) / 16  # of a layer, for one token; and what is saved
+        >>> method = VQKV(bits=2.75)
+        >>> method.token_bytes(config), 1 - method.rate(config) / 16  # of a layer, for one token; and what is saved
         (704, 0.828125)
     """
 
@@ -102,12 +102,12 @@ class VQKV(SinkWindowCache):
         width: str = "head",
         fitting: str = "simvq",
         quantizer: Quantizer | None = None,
-        every: int = 16,
+        flush_size: int = 16,
         steps: int = 100,
         vectors: int | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(window, sinks, every)
+        super().__init__(window, sinks, flush_size)
         if isinstance(bits, bool) or not 0 < bits <= 16:
             raise UserError(f"bits={bits!r}: give bits per cached number, above 0 and at most 16; 2.75 is the paper's")
         if isinstance(codes, bool) or not isinstance(codes, int) or not 2 <= codes <= TWO_BYTES:
@@ -194,7 +194,7 @@ class VQKV(SinkWindowCache):
         exact = 2 * number_bytes * kv_heads(config) * head_dim(config)
         if tokens is None:
             return 1 - self.token_bytes(config) / exact
-        coded = max(0, tokens - self.sinks - self.window) // self.every * self.every
+        coded = max(0, tokens - self.sinks - self.window) // self.flush_size * self.flush_size
         return 1 - ((tokens - coded) * exact + coded * self.token_bytes(config)) / (tokens * exact)
 
     def table_bytes(self, config: PreTrainedConfig) -> int:
@@ -211,7 +211,7 @@ class VQKV(SinkWindowCache):
         """See `Memory.fitted`."""
         return not self.is_fitted.is_meta and bool(self.is_fitted)
 
-    def attach(self, config: PreTrainedConfig) -> None:
+    def bind(self, config: PreTrainedConfig) -> None:
         """See `Memory.attach`: empty codebooks, of the shapes that this model needs."""
         dims, keys, values = self.layout(config)
         self.fingerprint = _fingerprint(config)
@@ -230,7 +230,7 @@ class VQKV(SinkWindowCache):
         if mine != theirs:
             raise UserError(
                 f"these codebooks were fitted to {_words(mine or {})}, and this model is {_words(theirs)}; "
-                "fit codebooks to this model: memory.fit(model, samples)"
+                "fit codebooks to this model: method.fit(model, samples)"
             )
 
     def coders(self, config: PreTrainedConfig, index: int) -> tuple[Codec, Codec]:
@@ -269,7 +269,7 @@ class VQKV(SinkWindowCache):
         config = model.config.get_text_config(decoder=True)
         layers, J = compressible(config), self._joined(config)
         per_token = kv_heads(config) // J
-        self.attach(config)
+        self.bind(config)
         self.to(model.device)
         keys, values, position_N = collect(model, samples, layers, self.sinks, -(-self.vectors // per_token))
         least = -(-VECTORS_PER_CODE * self.codes // per_token)
@@ -299,7 +299,7 @@ class VQKV(SinkWindowCache):
         if self.fitting == "kmeans":
             stage = clustered(self.codes)
         else:
-            stage = learned(self.quantizer_spec or SimVQ(self.codes, start="match"), self.steps)
+            stage = learned(self.quantizer_spec or SimVQ(self.codes, init="match"), self.steps)
         dims, key_stages, value_stages = self.layout(config)
         parts = [(f"keys_{index}_{branch}", keys_GND[..., each]) for branch, each in enumerate(dims)]
         parts.append((f"values_{index}", values_GND))
@@ -333,8 +333,8 @@ class VQKV(SinkWindowCache):
             raise UserError(f"at({bits}): give at most the {self.bits} bits of codebooks that have been fitted")
         self.check(config, [])
         told = spec.parse(repr(self))
-        made = spec.build(replace(told, args=(), kwargs=told.kwargs | {"bits": bits}), "memory")
-        made.attach(config)
+        made = spec.build(replace(told, args=(), kwargs=told.kwargs | {"bits": bits}), "kv_cache")
+        made.bind(config)
         for name, table in self.named_buffers():
             wanted = made.get_buffer(name)
             made.register_buffer(name, table[: len(wanted)].clone() if wanted.ndim else table.clone())
@@ -351,10 +351,10 @@ class VQKV(SinkWindowCache):
         from safetensors.torch import save
 
         if not self.fitted:
-            raise UserError("this VQKV has no codebooks to save yet: memory.fit(model, samples)")
+            raise UserError("this VQKV has no codebooks to save yet: method.fit(model, samples)")
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"memory": repr(self), "fingerprint": json.dumps(self.fingerprint)}
+        told = {"method": repr(self), "fingerprint": json.dumps(self.fingerprint)}
         write_atomic(path, save({name: table.contiguous() for name, table in self.state_dict().items()}, told))
         return path
 
@@ -372,12 +372,12 @@ class VQKV(SinkWindowCache):
             with safe_open(path, "pt") as file:
                 told = file.metadata() or {}
                 tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            described, fingerprint = told["memory"], json.loads(told["fingerprint"])
+            described, fingerprint = told["method"], json.loads(told["fingerprint"])
         except FileNotFoundError:
-            raise UserError(f"{path}: no such file; write it with memory.save({str(folder)!r})") from None
+            raise UserError(f"{path}: no such file; write it with method.save({str(folder)!r})") from None
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path}: these are no codebooks of VQKV ({error})") from None
-        made = spec.build(described, "memory")
+        made = spec.build(described, "kv_cache")
         if not isinstance(made, cls):
             raise UserError(f"{path}: holds {described}, not a {cls.__name__}")
         for name, table in tables.items():

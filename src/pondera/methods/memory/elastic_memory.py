@@ -37,14 +37,14 @@ class ElasticMemory(SegmentRecurrence):
     so `tbptt` bounds how far gradients reach, not what activations take; and memory begins anew with each window.
     When not to use it: for a single token of the past. N coefficients over T tokens keep N/T of a signal that is independent
     from token to token; what the layers write must be smooth in time for it to be read again. Nor with FSDP on isolated
-    documents (``data.isolate``), as processes would then call the decoder different numbers of times.
+    documents (``data.document_mask``), as processes would then call the decoder different numbers of times.
     Resolved: P and the other matrices are exact for signals that are constant over a token (the paper's discretisation is
     not known). Keys are compressed before rotation; memory rows are not rotated and queries are, counted from the block's
     first token, so all memory rows stand at the block's beginning (as Algorithm 1 has it; the origin is not said there).
     Beside a text's first block there are no memory rows: zeros would take softmax mass. Each key and value head has
     coefficients of its own; sampled keys are not normalised. Points lie inside (0, 1), where the basis is bounded best. The
     horizon of gradients is not known; here it is two blocks. Blocks do not overlap, so a block's first token has no exact
-    neighbour but those of `local_carry`. Coefficients are float32 under any dtype.
+    neighbour but those of `local_context`. Coefficients are float32 under any dtype.
 
     Args:
         block: L, tokens.
@@ -54,13 +54,13 @@ class ElasticMemory(SegmentRecurrence):
             ``1 - (1 - u)^2``), or the points themselves, whose number is then S.
         measure: ``"legs"``, all that was read, evenly; ``"legt"``, a window of the last `theta` tokens.
         theta: of ``"legt"``.
-        local_carry: rows of the last tokens before a block, kept as they are.
+        local_context: rows of the last tokens before a block, kept as they are.
         tbptt: gradients are cut at every so many-th border of blocks; none: never.
         layers: numbers of the layers that have memory; none: all without a sliding window.
 
     Example:
         >>> memory = ElasticMemory(block=4, order=3, samples=2)
-        >>> held = memory.remember({}, torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1), [0])
+        >>> held = memory.update_memory({}, torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1), [0])
         >>> held["coefficients_v"].flatten().round(decimals=4).abs().tolist(), held["rows_v"].flatten().tolist()
         ([1.0, 0.0, 0.0], [1.0, 1.0])
     """
@@ -76,11 +76,11 @@ class ElasticMemory(SegmentRecurrence):
         points: str | list[float] = "uniform",
         measure: str = "legs",
         theta: float | None = None,
-        local_carry: int = 0,
+        local_context: int = 0,
         tbptt: int | None = 2,
         layers: list[int] | None = None,
     ) -> None:
-        super().__init__(block, local_carry, tbptt, layers)
+        super().__init__(block, local_context, tbptt, layers)
         for name, value, least in (("order", order, 1), ("samples", samples, 0)):
             if value < least:
                 raise UserError(f"{name}={value}: give {least} or more")
@@ -130,8 +130,10 @@ class ElasticMemory(SegmentRecurrence):
         """See `SegmentRecurrence.numbers`."""
         return self.order if blocks and self.samples else 0
 
-    def remember(self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]) -> RecurrentState:
-        """See `SegmentRecurrence.remember`."""
+    def update_memory(
+        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+    ) -> RecurrentState:
+        """See `SegmentRecurrence.update_memory`."""
         if not self.samples:
             return {}
         kind = torch.promote_types(key_BHLd.dtype, torch.float32)

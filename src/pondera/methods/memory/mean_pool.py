@@ -20,7 +20,7 @@ class MeanPool(SegmentRecurrence):
     The control for memories that compress better: as many rows, made in the simplest way.
 
     Source: mean pooling as in the Compressive Transformer, arXiv 1911.05507, without its uncompressed memory (that is
-    `local_carry`) and without its second loss. Cost: per token S further rows in attention; the cache has them once, once
+    `local_context`) and without its second loss. Cost: per token S further rows in attention; the cache has them once, once
     more as they were one block before, and two blocks. When not to use it: for what lies more than ``samples * pool``
     tokens back, which is forgotten.
     Resolved: keys are averaged without their rotation and are not rotated as rows, as in `ElasticMemory`, so that the two
@@ -30,14 +30,14 @@ class MeanPool(SegmentRecurrence):
         block: L, tokens.
         samples: S, the most rows.
         pool: tokens per row; divides the block.
-        local_carry: rows of the last tokens before a block, kept as they are.
+        local_context: rows of the last tokens before a block, kept as they are.
         tbptt: gradients are cut at every so many-th border of blocks; none: never.
         layers: numbers of the layers that have memory; none: all without a sliding window.
 
     Example:
         >>> import torch
         >>> signal = torch.arange(4.0).view(1, 1, 4, 1)
-        >>> MeanPool(block=4, samples=3, pool=2).remember({}, signal, signal, [0])["rows_v"].flatten().tolist()
+        >>> MeanPool(block=4, samples=3, pool=2).update_memory({}, signal, signal, [0])["rows_v"].flatten().tolist()
         [0.5, 2.5]
     """
 
@@ -49,11 +49,11 @@ class MeanPool(SegmentRecurrence):
         block: int = 128,
         samples: int = 64,
         pool: int = 16,
-        local_carry: int = 0,
+        local_context: int = 0,
         tbptt: int | None = 2,
         layers: list[int] | None = None,
     ) -> None:
-        super().__init__(block, local_carry, tbptt, layers)
+        super().__init__(block, local_context, tbptt, layers)
         if samples < 1:
             raise UserError(f"samples={samples}: give 1 or more")
         if pool < 1 or block % pool:
@@ -65,7 +65,9 @@ class MeanPool(SegmentRecurrence):
         """See `SegmentRecurrence.rows`."""
         return min(self.samples, blocks * (self.block // self.pool))
 
-    def remember(self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]) -> RecurrentState:
-        """See `SegmentRecurrence.remember`."""
+    def update_memory(
+        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+    ) -> RecurrentState:
+        """See `SegmentRecurrence.update_memory`."""
         key_BHSd, value_BHSd = (x_BHLd.unflatten(-2, (-1, self.pool)).mean(-2) for x_BHLd in (key_BHLd, value_BHLd))
         return newest(held, key_BHSd, value_BHSd, self.samples)

@@ -38,13 +38,13 @@ class MemorizingTransformer(SegmentRecurrence):
     Resolved: keys are kept without positions, and queries are compared without theirs, as the paper has positions in its
     local attention only. No gradient goes into memory. The paper normalises queries and keys; here they are what the
     architecture makes them. It has memory in one layer, near the top, of its twelve; `layers` says which, and without
-    it is the last one without a sliding window. Gates start at one half. Its Transformer-XL rows are `local_carry`.
+    it is the last one without a sliding window. Gates start at one half. Its Transformer-XL rows are `local_context`.
 
     Args:
         block: L, tokens.
         memory: M, the most rows that are kept.
-        top: k, rows that a query reads.
-        local_carry: rows of the last tokens before a block, beside it in its own softmax.
+        top_k: k, rows that a query reads.
+        local_context: rows of the last tokens before a block, beside it in its own softmax.
         layers: numbers of the layers that have memory; none: the last one without a sliding window.
 
     Example:
@@ -56,20 +56,25 @@ class MemorizingTransformer(SegmentRecurrence):
     price: ClassVar[str] = "1 pass; in one layer scores of M more rows; memory that does not grow"
 
     def __init__(
-        self, block: int = 128, memory: int = 1024, top: int = 32, local_carry: int = 0, layers: list[int] | None = None
+        self,
+        block: int = 128,
+        memory: int = 1024,
+        top_k: int = 32,
+        local_context: int = 0,
+        layers: list[int] | None = None,
     ) -> None:
-        super().__init__(block, local_carry, 1, layers)
-        for name, value in (("memory", memory), ("top", top)):
+        super().__init__(block, local_context, 1, layers)
+        for name, value in (("memory", memory), ("top_k", top_k)):
             if value < 1:
                 raise UserError(f"{name}={value}: give 1 or more")
-        self.memory, self.top = memory, top
+        self.memory, self.top_k = memory, top_k
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Makes the gates."""
         if self.layers is None:
             full = [index for index, kind in enumerate(backbone.layer_types) if kind == "full_attention"]
             self.layers = full[-1:] or None
-        super().attach(backbone)
+        super().bind(backbone)
         first, heads = next(backbone.lm.parameters()), backbone.config.num_attention_heads
         count = len(cast("list[int]", self.layers))
         self.gates = nn.Parameter(torch.zeros(count, heads, dtype=first.dtype, device=first.device))
@@ -78,8 +83,10 @@ class MemorizingTransformer(SegmentRecurrence):
         """See `SegmentRecurrence.rows`."""
         return min(self.memory, blocks * self.block)
 
-    def remember(self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]) -> RecurrentState:
-        """See `SegmentRecurrence.remember`."""
+    def update_memory(
+        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+    ) -> RecurrentState:
+        """See `SegmentRecurrence.update_memory`."""
         return newest(held, key_BHLd, value_BHLd, self.memory)
 
     def attention(self, backbone: Backbone, held: SegmentCache, h_ASD: Tensor, position_AS: Tensor) -> Server:
@@ -88,7 +95,7 @@ class MemorizingTransformer(SegmentRecurrence):
         width = cast(SegmentLayer, held.layers[layers[0]]).widths()[0]
         gates = dict(zip(layers, self.gates, strict=True))
         rotation = backbone.rotation("full_attention", position_AS, h_ASD)
-        return partial(nearest_attention, Nearest(gates, width, self.top, rotation))
+        return partial(nearest_attention, Nearest(gates, width, self.top_k, rotation))
 
     def attended(self, blocks: int) -> int:
         """See `SegmentRecurrence.attended`: memory is read beside the backbone's attention."""
@@ -109,13 +116,13 @@ class Nearest:
     Args:
         gates: of each layer that has memory, ``[H]`` each.
         width: M, memory columns in these layers.
-        top: k.
+        top_k: k.
         rotation: what queries are turned by; none: nothing.
     """
 
     gates: dict[int, Tensor]
     width: int
-    top: int
+    top_k: int
     rotation: Rotary | None
 
     def __call__(
@@ -126,10 +133,10 @@ class Nearest:
         groups = query.shape[1] // key_BGMd.shape[1]
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key_BGMd, value_BGMd))
         score_BHSM = (query @ key.transpose(-1, -2) * scale).masked_fill(~there_B1SM, -torch.inf)
-        if self.top < self.width:
+        if self.top_k < self.width:
             # By number, not by score: of rows that are equal, as the same token at the beginning of two blocks is, any may
             # be the k-th, but there must be k, or rounding would say how often an equal row counts.
-            nearest_BHSk = score_BHSM.topk(self.top, dim=-1).indices
+            nearest_BHSk = score_BHSM.topk(self.top_k, dim=-1).indices
             others_BHSM = torch.ones_like(score_BHSM, dtype=torch.bool).scatter(-1, nearest_BHSk, False)
             score_BHSM = score_BHSM.masked_fill(others_BHSM, -torch.inf)
         weight_BHSM = score_BHSM.float().softmax(-1).nan_to_num().to(value.dtype)  # nothing where there is nothing

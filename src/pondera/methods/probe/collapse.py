@@ -26,7 +26,7 @@ class Collapse(Probe):
     """Tells healthy codebooks from two failures that "codebook usage" confuses, and what would cure each.
 
     *Token collapse*: rows crowd or die, so that codes are wasted. *Embedding collapse*: the vectors themselves vary in few
-    directions, so that even a perfect codebook has little to tell apart. Both are judged against a codebook that k-means
+    directions, so that even a perfect codebook has little to tell apart. Both are deferred against a codebook that k-means
     fits to half of the same vectors, measured on the other half. Of a model the vectors are those that its quantizer meets
     when it reads the text; a file of tensors (safetensors) holds ``latents [N, C]`` and ``codebook [K, C]``.
 

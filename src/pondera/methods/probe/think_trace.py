@@ -180,7 +180,9 @@ def _target(token: dict[str, Any]) -> list[str]:
 
 
 def _summary(found: dict[str, Any]) -> str:
-    judged = [token["rose"] for token in found["tokens"] if token["rose"] is not None]
-    said = f"the next token became likelier from the first pass to the last at {sum(judged)} of {len(judged)} tokens"
+    deferred = [token["rose"] for token in found["tokens"] if token["rose"] is not None]
+    said = (
+        f"the next token became likelier from the first pass to the last at {sum(deferred)} of {len(deferred)} tokens"
+    )
     losses = ", ".join("–" if value is None else f"{value:.3f}" for value in found["nll"])
     return said + (f"; mean loss after each pass: {losses} nats" if losses else "")

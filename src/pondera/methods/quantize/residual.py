@@ -45,7 +45,7 @@ class Residual(Composite):
 
     Example:
         >>> from pondera.methods.quantize.vq import VQ
-        >>> quantizer = Residual(VQ(16, start="kmeans"), levels=3).build(4)
+        >>> quantizer = Residual(VQ(16, init="kmeans"), levels=3).build(4)
         >>> x = torch.randn(200, 4)
         >>> codes = quantizer(x).codes
         >>> errors = [(quantizer.decode(codes[..., :r]) - x).square().mean().item() for r in range(4)]

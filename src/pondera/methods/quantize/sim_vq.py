@@ -14,7 +14,7 @@ from pondera.core.errors import UserError, unknown
 from pondera.methods.quantize.common.codebook import Codebook
 from pondera.methods.quantize.vq import VQ, folded
 
-STARTS = ("random", "match")
+INITS = ("random", "match")
 
 
 class SimVQ(Codebook):
@@ -33,7 +33,7 @@ class SimVQ(Codebook):
     Args:
         codes: K.
         hidden: H of a two-layer map; none: one linear map.
-        start: ``"random"``: the map as its layers start; ``"match"``: matched to the vectors that came before the first
+        init: ``"random"``: the map as its layers start; ``"match"``: matched to the vectors that came before the first
             step that quantizes (without warm-up: to the first batch in training mode).
         start_step: the first optimizer step that quantizes; before it the input passes through, with codes `ABSENT` and
             without terms.
@@ -43,7 +43,7 @@ class SimVQ(Codebook):
         detach_target: false drops the stop-gradients of both terms, so that each moves vectors and codes.
 
     Example:
-        >>> quantizer = SimVQ(256, start="match").build(8)
+        >>> quantizer = SimVQ(256, init="match").build(8)
         >>> found = quantizer(3 + torch.randn(100, 8))
         >>> found.out.shape, found.codes.shape, bool(torch.equal(quantizer.fold().decode(found.codes), found.out))
         (torch.Size([100, 8]), torch.Size([100, 1, 1]), True)
@@ -58,7 +58,7 @@ class SimVQ(Codebook):
         self,
         codes: int,
         hidden: int | None = None,
-        start: str = "random",
+        init: str = "random",
         start_step: int = 0,
         estimator: str = "straight_through",
         commitment: float = 0.25,
@@ -70,16 +70,16 @@ class SimVQ(Codebook):
             raise UserError(
                 f"hidden={hidden}: give the width between two layers, 1 or more, or None for one linear map"
             )
-        if start not in STARTS:
-            raise unknown("start", start, STARTS)
-        self.hidden, self.start = hidden, start
+        if init not in INITS:
+            raise unknown("init", init, INITS)
+        self.hidden, self.init = hidden, init
 
     def _make(self) -> None:
         C, H = self.dim, self.hidden
         self.register_buffer("base_KC", torch.randn(self.codes, C) * C**-0.5)
         layers = [nn.Linear(C, C)] if H is None else [nn.Linear(C, H), nn.ReLU(), nn.Linear(H, C)]
         self.map = nn.Sequential(*layers)
-        self._make_gate(from_vectors=self.start == "match")
+        self._make_gate(from_vectors=self.init == "match")
 
     def rows(self) -> Tensor:
         """``[K, C]``, with gradient to the map."""

@@ -16,7 +16,7 @@ from pondera.methods.quantize.common.codebook import Codebook
 from pondera.methods.quantize.common.kmeans import kmeans
 from pondera.methods.quantize.common.update import UPDATES, Statistics
 
-STARTS = ("random", "kmeans")
+INITS = ("random", "kmeans")
 
 
 class VQ(Codebook):
@@ -26,15 +26,15 @@ class VQ(Codebook):
     Cost: K C multiplications per vector to encode. K C numbers; by EMA three times that, with respawn once more; with
     k-means also the vectors that it starts from, 32 per code. `fold` leaves the K C.
     When not to use it: with more than some thousand codes, most of which die; `SimVQ` moves all rows together. With rows
-    of another scale than the vectors (``start="random"``) nearly all vectors share one code.
+    of another scale than the vectors (``init="random"``) nearly all vectors share one code.
     Resolved: `pondera.methods.quantize.common.update` says it of losses, averages and respawn; `pondera.methods.quantize.common.warm_up` of
-    the warm-up. With ``start="kmeans"`` and no warm-up the first batch in training mode makes the codebook; until then the
+    the warm-up. With ``init="kmeans"`` and no warm-up the first batch in training mode makes the codebook; until then the
     input passes through.
 
     Args:
         codes: K.
         update: what moves the rows: ``"gradient"`` of the losses, ``"ema"`` (moving averages), ``"none"``.
-        start: ``"random"`` rows; ``"kmeans"``: centres of the vectors that came before the first step that quantizes; or
+        init: ``"random"`` rows; ``"kmeans"``: centres of the vectors that came before the first step that quantizes; or
             the rows themselves, ``[K, C]``.
         scale: standard deviation of random rows.
         start_step: the first optimizer step that quantizes; before it the input passes through, with codes `ABSENT` and
@@ -47,7 +47,7 @@ class VQ(Codebook):
         decay: of the moving averages of hits and vectors, per step.
 
     Example:
-        >>> quantizer = VQ(2, start=[[0.0, 0.0], [1.0, 1.0]]).build(2)
+        >>> quantizer = VQ(2, init=[[0.0, 0.0], [1.0, 1.0]]).build(2)
         >>> found = quantizer(torch.tensor([[0.9, 0.8], [0.1, -0.2], [2.0, 2.0]]))
         >>> found.out.tolist(), found.codes.flatten().tolist()
         ([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]], [1, 0, 1])
@@ -64,7 +64,7 @@ class VQ(Codebook):
         self,
         codes: int,
         update: str = "gradient",
-        start: str | Tensor | Sequence[Sequence[float]] = "random",
+        init: str | Tensor | Sequence[Sequence[float]] = "random",
         scale: float = 1.0,
         start_step: int = 0,
         estimator: str = "straight_through",
@@ -77,8 +77,8 @@ class VQ(Codebook):
         super().__init__(codes, start_step, estimator, commitment, detach_input, detach_target)
         if update not in UPDATES:
             raise unknown("update", update, UPDATES)
-        if isinstance(start, str) and start not in STARTS:
-            raise unknown("start", start, STARTS)
+        if isinstance(init, str) and init not in INITS:
+            raise unknown("init", init, INITS)
         if scale <= 0:
             raise UserError(f"scale={scale}: give the standard deviation of random rows, above 0")
         if not 0 <= decay < 1:
@@ -88,24 +88,24 @@ class VQ(Codebook):
                 f"respawn={respawn} with update={update!r}: give the hits per step under which a code is replaced, 0 or "
                 "more, and 0 where nothing may move the rows"
             )
-        self.start = start.detach() if isinstance(start, Tensor) else start
+        self.init = init.detach() if isinstance(init, Tensor) else init
         self.update, self.scale, self.decay, self.respawn = update, scale, decay, respawn
         self.learns = update == "gradient"
 
     def _make(self) -> None:
-        if isinstance(self.start, str):
+        if isinstance(self.init, str):
             rows_KC = self.scale * torch.randn(self.codes, self.dim)
         else:
-            rows_KC = torch.as_tensor(self.start).clone()
+            rows_KC = torch.as_tensor(self.init).clone()
             rows_KC = rows_KC if rows_KC.is_floating_point() else rows_KC.float()
             if rows_KC.shape != (self.codes, self.dim):
-                raise UserError(f"start: rows of shape {tuple(rows_KC.shape)}; they must be {(self.codes, self.dim)}")
-            self.start = "given"
+                raise UserError(f"init: rows of shape {tuple(rows_KC.shape)}; they must be {(self.codes, self.dim)}")
+            self.init = "given"
         if self.learns:
             self.rows_KC = nn.Parameter(rows_KC)
         else:
             self.register_buffer("rows_KC", rows_KC)
-        self._make_gate(from_vectors=self.start == "kmeans")
+        self._make_gate(from_vectors=self.init == "kmeans")
         if self.update == "ema" or self.respawn:
             self.statistics = Statistics(rows_KC, self.decay, self.update == "ema", self.respawn)
 

@@ -1,1 +1,1 @@
-"""How much to compute for each token: one file per method, `contract.py` is the seam."""
+"""How much to compute for each token: one file per method, `base.py` is the seam."""

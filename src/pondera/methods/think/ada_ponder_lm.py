@@ -51,41 +51,41 @@ class AdaPonderLM(PonderLM):
     Args:
         steps: s, the most passes before the last one; 0 is the backbone itself.
         threshold: tau, the gate below which a token leaves off.
-        top: how many of the likeliest tokens are mixed; none: all of them.
+        top_k: how many of the likeliest tokens are mixed; none: all of them.
         penalty: lambda, what a fully open gate among the lowest costs in nats.
         bottom: k_max, the share of the gates that are penalised at the end of the ramp.
         ramp: (from, to), optimizer steps between which that share grows from 0 to `bottom`.
         halting: ``"gate"`` (the paper), or a control: ``"fixed"`` (which is `PonderLM`), ``"random"``, ``"oracle"``
             (`pondera.methods.think.common.halting`); controls add the mixture unweighted.
-        keep: ``"random"``: the share of tokens that take each further pass.
+        continue_prob: ``"random"``: the share of tokens that take each further pass.
         halted: ``"freeze"`` or ``"dense"``.
         shared_gate: one MLP for all passes; in the paper it halts all tokens or none.
         start: as for `PonderLM`.
 
     Example:
-        >>> AdaPonderLM(steps=1, halting="random").calls(tokens=8, shares=[1.0, 0.5])[1:]
+        >>> AdaPonderLM(steps=1, halting="random").cost_schedule(tokens=8, shares=[1.0, 0.5])[1:]
         [DecoderPass(queries=8.0, keys=8, cached=False, repeats=1), DecoderPass(queries=4.0, keys=8, cached=False, repeats=1)]
     """
 
     paper: ClassVar[str] = "AdaPonderLM, arXiv 2603.01914"
     price: ClassVar[str] = "mean passes taken, s+1 KV rows per token; training the same passes"
-    recomputable: ClassVar[bool] = False
+    supports_recompute: ClassVar[bool] = False
 
     def __init__(
         self,
         steps: int = 3,
         threshold: float = 1e-4,
-        top: int | None = 100,
+        top_k: int | None = 100,
         penalty: float = 0.1,
         bottom: float = 0.1,
         ramp: tuple[int, int] = (100, 300),
         halting: str = "gate",
-        keep: float = 0.5,
+        continue_prob: float = 0.5,
         halted: str = "freeze",
         shared_gate: bool = False,
         start: str = "once",
     ) -> None:
-        super().__init__(steps, top, start)
+        super().__init__(steps, top_k, start)
         if not 0 < threshold < 1:
             raise UserError(f"threshold={threshold}: give a number between 0 and 1")
         if penalty < 0 or not 0 <= bottom <= 1:
@@ -95,15 +95,15 @@ class AdaPonderLM(PonderLM):
         if halted not in HALTED:
             raise unknown("halted", halted, HALTED)
         self.threshold, self.penalty, self.bottom, self.ramp = threshold, penalty, bottom, tuple(ramp)
-        self.halting = Halting(halting, "gate", keep)
+        self.halting = Halting(halting, "gate", continue_prob)
         self.dense, self.shared_gate = halted == "dense", shared_gate
         self.adaptive = self.halting.adaptive and steps > 0 and not self.dense
         self.gates = nn.ModuleList()
         self._share_now = self._share(0)
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """See `PonderLM.attach`; creates the gates."""
-        super().attach(backbone)
+        super().bind(backbone)
         if self.halting.learned:
             count = min(1, self.steps) if self.shared_gate else self.steps
             self.gates.extend(mlp_gate(backbone, start=0.99) for _ in range(count))
@@ -131,24 +131,26 @@ class AdaPonderLM(PonderLM):
         if not self.steps or not self.halting.adaptive:
             return super().forward(backbone, h_BTD, position_ids, cache, mask, budget)
         cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
-        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "own", self.packed and not self.dense)
+        passes = Passes(
+            backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth", self.packed and not self.dense
+        )
         tau = budget.threshold(self.threshold) if self.adaptive else self.threshold
         x_BTD, said = self.begin(h_BTD), []
-        states = [passes.first(x_BTD)]
+        states = [passes.run_first(x_BTD)]
         for depth in range(1, budget.passes(self.slots_per_token, self.adaptive and self.halting.learned)):
             gate_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.float32)
             if self.halting.learned:
                 gate_BT = passes.of_active(self._gate(depth), states[-1])[..., 0]
                 said.append((gate_BT, passes.active_BT))
-                goes_on_BT = gate_BT >= tau
+                continue_BT = gate_BT >= tau
             else:
                 predict = partial(_likeliest, backbone, states[-1])
-                goes_on_BT = self.halting.goes_on(depth, position_ids, labels_BT, predict)
-            if not passes.narrow(goes_on_BT) and not self.dense:
+                continue_BT = self.halting.continue_mask(depth, position_ids, labels_BT, predict)
+            if not passes.mask_active(continue_BT) and not self.dense:
                 break
             mixture_BTD = passes.of_active(partial(self.feedback, backbone), states[-1])
             x_BTD = x_BTD + gate_BT[..., None].to(x_BTD.dtype) * mixture_BTD
-            states.append(passes.deeper(depth, x_BTD, states[-1], everyone=self.dense))
+            states.append(passes.run_pass(depth, x_BTD, states[-1], everyone=self.dense))
         passes.finish()
         terms = {"thinking": self._penalty(said, passes)} if self.training and said else {}
         return MethodOutput(states[-1], passes.passes_BT, terms, trace={"states": states} if self.record else {})
@@ -165,12 +167,12 @@ class AdaPonderLM(PonderLM):
         count = round(self._share_now * len(gates_N))
         return LossTerm(gates_N.topk(count, largest=False).values.sum(), max(1, count), self.penalty)
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.calls`."""
+        """See `Think.cost_schedule`."""
         shares = shares or [1] * self.slots_per_token
-        made = super().calls(tokens, context, training, shares)
+        made = super().cost_schedule(tokens, context, training, shares)
         weights = sum(p.numel() for p in self.gates[0].parameters() if p.ndim == 2) if self.gates else 0
         return [MatMul(tokens * sum(shares[:-1]), weights), *made] if weights else made
 

@@ -54,17 +54,17 @@ class AdaptiveLatentCoT(Think):
         threshold: the mass that must reach a step for it to be taken.
         penalty: lambda, what a whole step costs in nats; more prunes more.
         beta: how much less wrong predictions pay; 0: all the same.
-        keep: ``"random"``: the share of tokens that take each further step.
+        continue_prob: ``"random"``: the share of tokens that take each further step.
 
     Example:
-        >>> AdaptiveLatentCoT(steps=1).calls(tokens=8)
+        >>> AdaptiveLatentCoT(steps=1).cost_schedule(tokens=8)
         [DecoderPass(queries=8, keys=8, cached=False, repeats=1), DecoderPass(queries=8, keys=16, cached=False, repeats=1)]
     """
 
     paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220"
     price: ClassVar[str] = "1 + mean steps taken passes and KV rows per token; training the same passes"
-    slides: ClassVar[bool] = False
-    recomputable: ClassVar[bool] = False
+    drops_window_rows: ClassVar[bool] = False
+    supports_recompute: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class AdaptiveLatentCoT(Think):
         threshold: float = 0.5,
         penalty: float = 0.05,
         beta: float = 1.0,
-        keep: float = 0.5,
+        continue_prob: float = 0.5,
     ) -> None:
         super().__init__()
         if steps < 0:
@@ -85,17 +85,17 @@ class AdaptiveLatentCoT(Think):
         self.steps, self.threshold, self.penalty, self.beta = steps, threshold, penalty, beta
         self.slots_per_token = steps + 1
         self.feedback = Feedback("hidden")
-        self.halting = Halting(halting, "router", keep)
+        self.halting = Halting(halting, "router", continue_prob)
         self.adaptive = self.halting.adaptive and steps > 0
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Refuses backbones that cannot follow the mask; measures the scale of the feedback, creates the router."""
         if self.steps and "linear_attention" in backbone.layer_types:
             raise UserError(
                 f"AdaptiveLatentCoT does not fit {backbone.config.model_type}: its linear-attention layers read slots in "
                 "storage order and cannot hide later thinking steps; use PonderLM2(thoughts=1) on this backbone"
             )
-        self.feedback.attach(backbone)
+        self.feedback.bind(backbone)
         if self.halting.learned and self.steps:
             # Training starts with all steps: 0.9 to the power of a usual number of them is above the threshold.
             self.router = router(backbone, start=0.9)
@@ -120,16 +120,16 @@ class AdaptiveLatentCoT(Think):
     ) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding are this one loop."""
         cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
-        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "lower", self.packed)
-        state_BTD = passes.first(h_BTD)
+        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "all_shallower", self.packed)
+        state_BTD = passes.run_first(h_BTD)
         states, reach = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
         offered: list[Tensor] = []  # what reaches each step before it is pruned
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
-            reach_BT, goes_on_BT = self._halt(backbone, step, state_BTD, reach[-1], position_ids, labels_BT, budget)
+            reach_BT, continue_BT = self._halt(backbone, step, state_BTD, reach[-1], position_ids, labels_BT, budget)
             offered.append(reach_BT)
-            if not passes.narrow(goes_on_BT):
+            if not passes.mask_active(continue_BT):
                 break
-            state_BTD = passes.deeper(step, self.feedback(backbone, state_BTD), state_BTD)
+            state_BTD = passes.run_pass(step, self.feedback(backbone, state_BTD), state_BTD)
             states.append(state_BTD)
             reach.append(passes.where_active(reach_BT, 0.0))
         passes.finish()
@@ -137,7 +137,7 @@ class AdaptiveLatentCoT(Think):
             state_BTD = mixture(states, exit_probabilities(reach))
         judge = self._penalty(offered) if self.training and self.halting.learned and offered else None
         trace = {"states": states} if self.record else {}
-        return MethodOutput(state_BTD, passes.passes_BT, judge=judge, trace=trace)
+        return MethodOutput(state_BTD, passes.passes_BT, deferred_loss=judge, trace=trace)
 
     def _halt(
         self,
@@ -153,30 +153,30 @@ class AdaptiveLatentCoT(Think):
         if self.halting.learned:
             reach_BT = reach_BT * self.router(state_BTD)[..., 0].float().sigmoid()
             return reach_BT, reach_BT >= budget.threshold(self.threshold)
-        goes_on_BT = self.halting.goes_on(
+        continue_BT = self.halting.continue_mask(
             step, position_ids, labels_BT, lambda: backbone.head(state_BTD.detach()).argmax(-1)
         )
-        return reach_BT, goes_on_BT
+        return reach_BT, continue_BT
 
     def _penalty(self, offered: list[Tensor]) -> Callable[[Tensor, Tensor], dict[str, LossTerm]]:
         """The correctness-aware price of going on."""
 
-        def judge(logits_BTV: Tensor, labels_BT: Tensor) -> dict[str, LossTerm]:
+        def deferred_loss(logits_BTV: Tensor, labels_BT: Tensor) -> dict[str, LossTerm]:
             known_BT = labels_BT >= 0
             true_BT = logits_BTV.detach().float().softmax(-1).gather(-1, labels_BT.clamp(min=0)[..., None])[..., 0]
             cost_BT = true_BT**self.beta * torch.stack(offered).sum(0)
             return {"thinking": LossTerm(cost_BT[known_BT].sum(), known_BT.sum(), self.penalty)}
 
-        return judge
+        return deferred_loss
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
         """See `Think.slots`: steps that were not taken leave nothing."""
         return tokens * (sum(shares) if shares else self.slots_per_token)
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.calls`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
+        """See `Think.cost_schedule`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
         shares = shares or [1] * self.slots_per_token
         made: list[DecoderPass | MatMul] = list(all_shallower_passes(tokens, context, shares))
         if self.halting.learned and self.steps:

@@ -34,7 +34,7 @@ class PauseToken(Think):
         pauses: P, pause slots per token; 0 is the backbone itself.
 
     Example:
-        >>> PauseToken(pauses=1).calls(tokens=8)
+        >>> PauseToken(pauses=1).cost_schedule(tokens=8)
         [DecoderPass(queries=16, keys=16, cached=False, repeats=1)]
     """
 
@@ -49,7 +49,7 @@ class PauseToken(Think):
         self.pauses = pauses
         self.slots_per_token = pauses + 1
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Creates the pause vectors at the RMS of the token embeddings."""
         weight = cast(nn.Embedding, backbone.lm.get_input_embeddings()).weight
         pause_PD = torch.empty(self.pauses, weight.shape[1], dtype=weight.dtype, device=weight.device)
@@ -81,9 +81,9 @@ class PauseToken(Think):
             cache.record(passes_BT)
         return MethodOutput(states[-1], passes_BT, trace={"states": states} if self.record else {})
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.calls`."""
+        """See `Think.cost_schedule`."""
         slots = len(shares or ()) or self.slots_per_token
         return [DecoderPass(tokens * slots, (context + tokens) * slots, cached=context > 0)]

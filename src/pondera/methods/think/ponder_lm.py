@@ -33,12 +33,12 @@ class PonderLM(Think):
     runs s + 1 ordinary causal passes, and decoding with s + 1 caches computes the same.
 
     Source: Pretraining language models to ponder in continuous space, arXiv 2505.20674, and the authors' public code.
-    Cost: s + 1 passes and KV rows per token, in training as at inference; s times the head, and without `top` s times the
+    Cost: s + 1 passes and KV rows per token, in training as at inference; s times the head, and without `top_k` s times the
     mixture over the vocabulary, which for a narrow model cost as much as the passes.
     When not to use it: where the KV cache is what you are short of; on a vocabulary of characters, whose mixtures say
     little; on decoders with linear-attention layers (refused by name), as no cache here keeps their states by depth.
     Resolved: the paper mixes the 100 likeliest tokens, their probabilities renormalised, and the authors' code all of
-    them; the default is the paper's, ``top=None`` the code's. E_0 is the embedding once, as in the paper's equation;
+    them; the default is the paper's, ``top_k=None`` the code's. E_0 is the embedding once, as in the paper's equation;
     ``start="steps"`` is the s-fold of the authors' larger runs, under any budget. The mixed rows are scaled as the inputs
     are: by sqrt(D) with ``init: scaled``, not at all on pretrained backbones. Initialisation is that of all methods here;
     the authors' code shrinks what enters the residual stream by a further sqrt(s + 1). A smaller budget makes fewer
@@ -47,19 +47,19 @@ class PonderLM(Think):
 
     Args:
         steps: s, passes before the last one; 0 is the backbone itself.
-        top: how many of the likeliest tokens are mixed; none: all of them.
+        top_k: how many of the likeliest tokens are mixed; none: all of them.
         start: E_0 is the embedding ``"once"`` or as many times as there are ``"steps"``.
 
     Example:
-        >>> PonderLM(steps=1).calls(tokens=8)[1:]
+        >>> PonderLM(steps=1).cost_schedule(tokens=8)[1:]
         [DecoderPass(queries=8, keys=8, cached=False, repeats=1), DecoderPass(queries=8, keys=8, cached=False, repeats=1)]
     """
 
     paper: ClassVar[str] = "PonderLM, arXiv 2505.20674"
     price: ClassVar[str] = "s+1 passes and KV rows, and s+1 heads, per token; training the same"
-    slides: ClassVar[bool] = False
+    drops_window_rows: ClassVar[bool] = False
 
-    def __init__(self, steps: int = 3, top: int | None = 100, start: str = "once") -> None:
+    def __init__(self, steps: int = 3, top_k: int | None = 100, start: str = "once") -> None:
         super().__init__()
         if steps < 0:
             raise UserError(f"steps={steps}: give 0 (no pondering) or more")
@@ -67,17 +67,17 @@ class PonderLM(Think):
             raise unknown("start", start, STARTS)
         self.steps = steps
         self.slots_per_token = steps + 1
-        self.feedback = Feedback("vocab", top)
+        self.feedback = Feedback("vocab", top_k)
         self.first_scale = max(1, steps) if start == "steps" else 1
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Refuses backbones whose states cannot be kept by depth."""
         if "linear_attention" in backbone.layer_types:
             raise UserError(
                 f"{type(self).__name__} does not fit {backbone.config.model_type}: the states of its linear-attention "
                 "layers cannot be kept by depth; use PonderLM2(thoughts=1) on this backbone"
             )
-        self.feedback.attach(backbone)
+        self.feedback.bind(backbone)
 
     def embed_scale(self, width: int) -> float:
         """The embedding multiplier that goes with mixtures."""
@@ -104,7 +104,7 @@ class PonderLM(Think):
         """See `Think.forward`. Without a cache, a pass is an ordinary causal one."""
         passes = None
         if isinstance(cache, DepthCache):
-            passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "own")
+            passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth")
         x_BTD, states = self.begin(h_BTD), []
         for depth in range(budget.passes(self.slots_per_token)):
             if depth:
@@ -112,15 +112,15 @@ class PonderLM(Think):
             if passes is None:
                 states.append(backbone.step(x_BTD, None, mask, position_ids))
             else:
-                states.append(passes.deeper(depth, x_BTD, states[-1]) if depth else passes.first(x_BTD))
+                states.append(passes.run_pass(depth, x_BTD, states[-1]) if depth else passes.run_first(x_BTD))
         if passes is not None:
             passes.finish()
         passes_BT = torch.full(h_BTD.shape[:2], len(states), device=h_BTD.device)
         return MethodOutput(states[-1], passes_BT, trace={"states": states} if self.record else {})
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.calls`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
+        """See `Think.cost_schedule`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
         shares = shares or [1] * self.slots_per_token
-        return [*self.feedback.calls(tokens * sum(shares[1:])), *same_depth_passes(tokens, context, shares)]
+        return [*self.feedback.cost_schedule(tokens * sum(shares[1:])), *same_depth_passes(tokens, context, shares)]

@@ -48,7 +48,7 @@ class PonderLM2(Think):
         feedback: ``"hidden"`` (the paper) or ``"vocab"``, the mixture of embeddings that the state predicts.
 
     Example:
-        >>> PonderLM2(thoughts=1).calls(tokens=1, context=10)
+        >>> PonderLM2(thoughts=1).cost_schedule(tokens=1, context=10)
         [DecoderPass(queries=1, keys=21, cached=True, repeats=1), DecoderPass(queries=1, keys=22, cached=True, repeats=1)]
     """
 
@@ -77,9 +77,9 @@ class PonderLM2(Think):
         self.feedback = Feedback(feedback)
         self._rounds_now = self.train_rounds[0]
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Measures the scale of the feedback."""
-        self.feedback.attach(backbone)
+        self.feedback.bind(backbone)
 
     def embed_scale(self, width: int) -> float:
         """The embedding multiplier that goes with the feedback."""
@@ -152,10 +152,10 @@ class PonderLM2(Think):
             cache.record(_filled(x_B1D, slots))
         return [torch.cat(states, dim=1) for states in outputs]
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.calls`; in training at the mean number of rounds, which may be a half."""
+        """See `Think.cost_schedule`; in training at the mean number of rounds, which may be a half."""
         slots = len(shares or ()) or self.slots_per_token
         if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
             return [DecoderPass(1, row + 1, cached=True) for row in range(context * slots, (context + tokens) * slots)]

@@ -125,19 +125,19 @@ class PonderLM3(Think):
         warmup: optimizer steps in which the penalty grows from 0.
         halting: ``"router"`` (the paper), or a control of full weights whose prediction is the last state: ``"fixed"``
             (`PonderLM2`), ``"random"`` (`pondera.methods.think.common.halting`).
-        keep: ``"random"``: the share of tokens that take each further thought.
+        continue_prob: ``"random"``: the share of tokens that take each further thought.
         refresh: ``"round"`` routes anew in every Jacobi round; ``"once"`` keeps what the first pass said, which has seen no
             thoughts. Rolling out routes each token from what it has seen, so ``"once"`` is trained for something else.
 
     Example:
-        >>> PonderLM3(thoughts=1, halting="random").calls(tokens=1, context=10, shares=[1, 0.5])
+        >>> PonderLM3(thoughts=1, halting="random").cost_schedule(tokens=1, context=10, shares=[1, 0.5])
         [DecoderPass(queries=1, keys=16.0, cached=False, repeats=1), DecoderPass(queries=1, keys=17.0, cached=False, repeats=0.5)]
     """
 
     paper: ClassVar[str] = "PonderLM-3, arXiv 2603.02023"
     price: ClassVar[str] = "1 + mean thoughts kept passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
-    slides: ClassVar[bool] = False
-    recomputable: ClassVar[bool] = False
+    drops_window_rows: ClassVar[bool] = False
+    supports_recompute: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -148,7 +148,7 @@ class PonderLM3(Think):
         penalty: float = 0.01,
         warmup: int = 100,
         halting: str = "router",
-        keep: float = 0.5,
+        continue_prob: float = 0.5,
         refresh: str = "round",
     ) -> None:
         super().__init__()
@@ -169,19 +169,19 @@ class PonderLM3(Think):
         self.train_rounds, self.penalty, self.warmup = tuple(train_rounds), penalty, warmup
         self.slots_per_token = thoughts + 1
         self.feedback = Feedback("hidden")
-        self.halting = Halting(halting, "router", keep)
+        self.halting = Halting(halting, "router", continue_prob)
         self.adaptive = self.halting.adaptive and thoughts > 0
         self._wider = 0
         self.begin_step(0, 0)
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Refuses backbones that cannot weigh slots; measures the scale of the feedback, creates the router."""
         if self.thoughts and "linear_attention" in backbone.layer_types:
             raise UserError(
                 f"PonderLM3 does not fit {backbone.config.model_type}: the state of its linear-attention layers cannot weigh "
                 "a slot or leave one out; use PonderLM2(thoughts=1) on this backbone"
             )
-        self.feedback.attach(backbone)
+        self.feedback.bind(backbone)
         if self.halting.learned and self.thoughts:
             self.router = router(backbone, start=0.5, outputs=self.slots_per_token)
             torch.nn.init.constant_(self.router.bias[-1:].detach(), math.log(0.9 / 0.1 * self.thoughts))
@@ -339,8 +339,8 @@ class PonderLM3(Think):
         """Which slots tokens have where no router says so, ``[B, T, N]``."""
         kept = [new.real_BT]
         for number in range(1, new.most):
-            goes_on_BT = self.halting.goes_on(number, new.position_BT, None, lambda: new.token_BT)
-            kept.append(kept[-1] if goes_on_BT is None else kept[-1] & goes_on_BT)
+            continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT)
+            kept.append(kept[-1] if continue_BT is None else kept[-1] & continue_BT)
         return torch.stack(kept, dim=-1)
 
     def _penalty(self, new: New, route: Route) -> LossTerm:
@@ -353,10 +353,10 @@ class PonderLM3(Think):
         """See `Think.slots`: thoughts that were not made leave nothing."""
         return tokens * (sum(shares) if shares else self.slots_per_token)
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.calls`; in training at the mean number of rounds, and a router's every slot is run."""
+        """See `Think.cost_schedule`; in training at the mean number of rounds, and a router's every slot is run."""
         every, soft = [1.0] * self.slots_per_token, training and self.learned
         shares = [share for share in (every if soft else shares or every) if share]
         kept, routed = sum(shares), self.router.weight.numel() if self.learned else 0

@@ -44,8 +44,8 @@ class ThinkAtHard(Think):
     whose sum is not the head of summed states (both refused by name); with gradient checkpointing.
     Resolved: the head is linear, so logits are added up as states, and what is read out is the sum of a token's states.
     The decider learns along with the model, where the authors train it afterwards, against a frozen one; for that,
-    train with ``halting="oracle"``, then the result with ``halting="decider"`` and ``train.think_first`` for all steps.
-    What is wrong is judged by the model itself as it learns, not by a reference model. With several steps one decider
+    train with ``halting="oracle"``, then the result with ``halting="decider"`` and ``train.freeze_backbone_steps`` for all steps.
+    What is wrong is deferred by the model itself as it learns, not by a reference model. With several steps one decider
     stands before each; whoever stopped stays. Left out: adapters (LoRA) in further passes, so that all share all
     weights; of the decider's features the states of middle layers and the likeliest logits, which would take the head
     for every token; its dropout. Its width is a quarter of the model's and its blocks are two (the paper: 512 of 1024 or
@@ -57,13 +57,13 @@ class ThinkAtHard(Think):
         steps: further passes at most; 0 is the backbone itself.
         threshold: the probability of being hard from which the decider sends a token on. With `positive_weight` w it
             stands for odds w times lower: 0.8 at 5.4 is a probability of 0.43.
-        top: how many of the likeliest tokens the mixture is made of.
+        top_k: how many of the likeliest tokens the mixture is made of.
         halting: ``"decider"`` (the paper), ``"fixed"`` (every token goes on), or a control: ``"random"``, ``"oracle"``
             (`pondera.methods.think.common.halting`).
         decider_width: W; none: a quarter of the model's.
         decider_layers: residual blocks.
         positive_weight: how many easy tokens a hard one weighs in the decider's loss.
-        keep: ``"random"``: the share of tokens that take each further pass.
+        continue_prob: ``"random"``: the share of tokens that take each further pass.
 
     Example:
         >>> ThinkAtHard(steps=1).slots(tokens=8, shares=[1, 0.25])
@@ -72,19 +72,19 @@ class ThinkAtHard(Think):
 
     paper: ClassVar[str] = "Think-at-Hard, arXiv 2511.08577"
     price: ClassVar[str] = "1 + share of hard tokens passes and KV rows per token, decider, head per mixture"
-    slides: ClassVar[bool] = False
-    recomputable: ClassVar[bool] = False
+    drops_window_rows: ClassVar[bool] = False
+    supports_recompute: ClassVar[bool] = False
 
     def __init__(
         self,
         steps: int = 1,
         threshold: float = 0.8,
-        top: int = 100,
+        top_k: int = 100,
         halting: str = "decider",
         decider_width: int | None = None,
         decider_layers: int = 2,
         positive_weight: float = 5.4,
-        keep: float = 0.5,
+        continue_prob: float = 0.5,
     ) -> None:
         super().__init__()
         if steps < 0:
@@ -102,17 +102,17 @@ class ThinkAtHard(Think):
         self.steps, self.threshold, self.positive_weight = steps, threshold, positive_weight
         self.decider_width, self.decider_layers = decider_width, decider_layers
         self.slots_per_token = steps + 1
-        self.feedback = Feedback("vocab", top)
-        self.halting = Halting(halting, "decider", keep)
+        self.feedback = Feedback("vocab", top_k)
+        self.halting = Halting(halting, "decider", continue_prob)
         self.adaptive = self.halting.adaptive and steps > 0
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Refuses backbones that cannot follow the mask or whose logits do not add up; creates the decider."""
         if not self.steps:
             return
         if why := _misfit(backbone):
             raise UserError(f"ThinkAtHard does not fit {backbone.config.model_type}: {why}")
-        self.feedback.attach(backbone)
+        self.feedback.bind(backbone)
         if self.halting.learned:
             weight, width = next(backbone.parameters()), backbone.config.hidden_size
             inner = self.decider_width or max(1, width // 4)
@@ -138,20 +138,20 @@ class ThinkAtHard(Think):
     ) -> MethodOutput:
         """See `Think.forward`. Only in training do labels decide, and the decider is told how it would have done."""
         cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
-        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "lower", self.packed)
-        state_BTD = total_BTD = passes.first(h_BTD)
+        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "all_shallower", self.packed)
+        state_BTD = total_BTD = passes.run_first(h_BTD)
         totals, lessons = [total_BTD], []
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
             predict = partial(_likeliest, backbone, passes, total_BTD)
             if self.halting.learned:
-                goes_on_BT, lesson = self._decide(passes, state_BTD, labels_BT, predict, budget)
+                continue_BT, lesson = self._decide(passes, state_BTD, labels_BT, predict, budget)
                 lessons += [lesson] if lesson is not None else []
             else:
-                goes_on_BT = self.halting.goes_on(step, position_ids, labels_BT, predict)
-            if not passes.narrow(goes_on_BT):
+                continue_BT = self.halting.continue_mask(step, position_ids, labels_BT, predict)
+            if not passes.mask_active(continue_BT):
                 break
             x_BTD = passes.of_active(partial(self.feedback, backbone), total_BTD)
-            state_BTD = passes.deeper(step, x_BTD, state_BTD)
+            state_BTD = passes.run_pass(step, x_BTD, state_BTD)
             total_BTD = passes.where_active(total_BTD + state_BTD, total_BTD)
             totals.append(total_BTD)
         passes.finish()
@@ -188,17 +188,17 @@ class ThinkAtHard(Think):
         """See `Think.slots`: passes that were not taken leave nothing."""
         return tokens * (sum(shares) if shares else self.slots_per_token)
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.calls`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
+        """See `Think.cost_schedule`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
         shares = shares or [1] * self.slots_per_token
-        judged, thinking = tokens * sum(shares[:-1]), tokens * sum(shares[1:])
-        made: list[DecoderPass | MatMul] = [*self.feedback.calls(thinking)]
+        deferred, thinking = tokens * sum(shares[:-1]), tokens * sum(shares[1:])
+        made: list[DecoderPass | MatMul] = [*self.feedback.cost_schedule(thinking)]
         if self.halting.learned and self.steps:
-            made.append(MatMul(judged, sum(p.numel() for p in self.decider.parameters() if p.ndim == 2)))
+            made.append(MatMul(deferred, sum(p.numel() for p in self.decider.parameters() if p.ndim == 2)))
             if training:  # the predictions that say which tokens are hard
-                made.append(MatMul(judged, "head", trained=False))
+                made.append(MatMul(deferred, "head", trained=False))
         return [*made, *all_shallower_passes(tokens, context, shares)]
 
 

@@ -58,7 +58,7 @@ class UniversalTransformer(Think):
             control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
         epsilon: a token halts when less than or just this much of its probability is left.
         ponder_cost: what a whole pass costs in nats; too high collapses to one pass, too low uses all.
-        keep: ``"random"``: the share of tokens that take each further pass.
+        continue_prob: ``"random"``: the share of tokens that take each further pass.
 
     Example:
         >>> UniversalTransformer(steps=3).slots(tokens=8, shares=[1, 0.5, 0.25, 0])
@@ -67,8 +67,8 @@ class UniversalTransformer(Think):
 
     paper: ClassVar[str] = "Universal Transformers, arXiv 1807.03819"
     price: ClassVar[str] = "1 + mean extra passes, R KV rows per token; training the same passes"
-    slides: ClassVar[bool] = False
-    recomputable: ClassVar[bool] = False
+    drops_window_rows: ClassVar[bool] = False
+    supports_recompute: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class UniversalTransformer(Think):
         halting: str = "act",
         epsilon: float = 0.01,
         ponder_cost: float = 0.01,
-        keep: float = 0.5,
+        continue_prob: float = 0.5,
     ) -> None:
         super().__init__()
         if steps < 0:
@@ -88,10 +88,10 @@ class UniversalTransformer(Think):
         self.steps, self.epsilon, self.ponder_cost = steps, epsilon, ponder_cost
         self.slots_per_token = steps + 1
         self.feedback = Feedback("hidden")
-        self.halting = Halting(halting, "act", keep)
+        self.halting = Halting(halting, "act", continue_prob)
         self.adaptive = self.halting.adaptive and steps > 0
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Refuses backbones without rows to copy; measures the feedback's scale, creates signals and halting unit."""
         if not self.steps:
             return
@@ -100,7 +100,7 @@ class UniversalTransformer(Think):
                 f"UniversalTransformer does not fit {backbone.config.model_type}: its linear-attention layers keep a "
                 "state in storage order, not rows of each pass; use PonderLM2(thoughts=1) on this backbone"
             )
-        self.feedback.attach(backbone)
+        self.feedback.bind(backbone)
         weight = next(backbone.parameters())
         signal_ND = torch.zeros(self.steps, backbone.config.hidden_size, dtype=weight.dtype, device=weight.device)
         self.signal_ND = nn.Parameter(signal_ND)
@@ -127,15 +127,15 @@ class UniversalTransformer(Think):
     ) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding are this one loop."""
         cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
-        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "own", self.packed)
-        state_BTD = passes.first(h_BTD)
+        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth", self.packed)
+        state_BTD = passes.run_first(h_BTD)
         states, left = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
-            left_BT, goes_on_BT = self._halt(backbone, step, state_BTD, left[-1], position_ids, labels_BT, budget)
-            if not passes.narrow(goes_on_BT):
+            left_BT, continue_BT = self._halt(backbone, step, state_BTD, left[-1], position_ids, labels_BT, budget)
+            if not passes.mask_active(continue_BT):
                 break
             x_BTD = self.feedback(backbone, state_BTD) + self.signal_ND[step - 1].to(state_BTD.dtype)
-            state_BTD = passes.deeper(step, x_BTD, state_BTD)
+            state_BTD = passes.run_pass(step, x_BTD, state_BTD)
             states.append(state_BTD)
             left.append(passes.where_active(left_BT, 0.0))
         passes.finish()
@@ -160,10 +160,10 @@ class UniversalTransformer(Think):
         if self.halting.learned:
             left_BT = left_BT - self.halting_unit(state_BTD)[..., 0].float().sigmoid()
             return left_BT, left_BT > budget.threshold(self.epsilon)
-        goes_on_BT = self.halting.goes_on(
+        continue_BT = self.halting.continue_mask(
             step, position_ids, labels_BT, lambda: backbone.head(state_BTD.detach()).argmax(-1)
         )
-        return left_BT, goes_on_BT
+        return left_BT, continue_BT
 
     def _ponder_cost(self, passes: Passes, left: list[Tensor]) -> LossTerm:
         """Passes + remainder, which is what was left for the last pass that a token took."""
@@ -171,10 +171,10 @@ class UniversalTransformer(Think):
         real_BT = passes.real(torch.ones_like(passes.passes_BT, dtype=torch.bool))
         return LossTerm((passes.passes_BT + remainder_BT)[real_BT].sum(), real_BT.sum(), self.ponder_cost)
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.calls`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
+        """See `Think.cost_schedule`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
         shares = shares or [1] * self.slots_per_token
         made: list[DecoderPass | MatMul] = list(same_depth_passes(tokens, context, shares))
         if self.halting.learned and self.steps:

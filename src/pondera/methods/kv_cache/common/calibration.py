@@ -97,7 +97,7 @@ def learned(description: Quantizer, steps: int, rate: float = 3e-3) -> Stage:
     """Stages that learn by Adam; the rate rises over a tenth of the steps and then falls to 0.
 
     Args:
-        description: of one codebook, such as ``SimVQ(256, start="match")``.
+        description: of one codebook, such as ``SimVQ(256, init="match")``.
         steps: of `BATCH` vectors.
         rate: the highest learning rate.
     """

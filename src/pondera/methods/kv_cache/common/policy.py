@@ -27,19 +27,19 @@ FEW = 8
 
 
 class Policy(KVCacheMethod):
-    """A memory whose layers keep slots. Called in each layer and forward in this order: `select`, `observe`, `forget`."""
+    """A memory whose layers keep slots. Called in each layer and forward in this order: `select_kv`, `observe`, `evict`."""
 
-    watches: int = 0
+    observation_window: int = 0
     """How many of the last queries of a call it wants to see; `ALL` of them; 0: none, which is fastest."""
-    selects: bool = False
+    sparse_attention: bool = False
     """Attends to a choice of slots."""
     exact: bool = True
     """While all tokens are there, attention is by the stock kernel, so that nothing differs in the last bit."""
-    prompt_only: bool = False
+    prefill_only: bool = False
     """Watches and forgets at the end of a prompt only; what is generated comes on top."""
 
     @property
-    def fresh(self) -> dict[str, float]:
+    def note_defaults(self) -> dict[str, float]:
         """What it notes about each slot, by name, and what a new slot starts with."""
         return {}
 
@@ -57,34 +57,34 @@ class Policy(KVCacheMethod):
         """See `KVCacheMethod.layer`."""
         return KVStoreLayer(self, index, among)
 
-    def select(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
+    def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
         """``[B, G, k]``: the slots that these queries attend to; none: all. The new tokens are in the table already.
 
         A row that attends to fewer than k slots has -1 for the others.
         """
         return None
 
-    def watched(self, layer: KVStoreLayer, call: AttentionCall) -> int:
+    def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
         """How many of the last queries of this call it wants to see; asked after `select`."""
-        return self.watches
+        return self.observation_window
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:  # noqa: B027 (optional)
         """Is shown what queries looked at, and may change the table's notes and the layer's state, but not its slots."""
 
-    def forget(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
+    def evict(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
         """Empties slots, none by default; tells whether any was that could be missed when tokens are taken back."""
         return False
 
-    def settle(self, layer: KVStoreLayer) -> bool:
+    def evict_layer(self, layer: KVStoreLayer) -> bool:
         """Has every table of a layer forget; tells whether any did."""
         forgot = False
         for part, table in layer.parts():
-            forgot |= self.forget(layer, table, layer.heads(part))
+            forgot |= self.evict(layer, table, layer.heads(part))
         return forgot
 
 
 class BudgetedPolicy(Policy):
-    """Keeps the first tokens, the latest, and as many of the others as a budget allows; `lose` decides which.
+    """Keeps the first tokens, the latest, and as many of the others as a budget allows; `evict_over_budget` decides which.
 
     Args:
         budget: slots per layer and KV head: tokens (512), a share of the tokens seen (0.25), or bytes of a sequence
@@ -94,9 +94,9 @@ class BudgetedPolicy(Policy):
         least: the smallest budget that makes sense.
     """
 
-    every: ClassVar[int] = 1
+    slack: ClassVar[int] = 1
     """Slots by which the budget may be overrun before anything is forgotten."""
-    of_prompt: ClassVar[bool] = False
+    budget_from_prompt: ClassVar[bool] = False
     """Shares are of the prompt, so that the budget does not grow with what is generated."""
 
     def __init__(
@@ -122,31 +122,33 @@ class BudgetedPolicy(Policy):
         else:
             self.budget.check(len(layers), 0)
 
-    def watched(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """See `Policy.watched`."""
-        return self.watches if not self.prompt_only or layer.at_prompt else 0
+    def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
+        """See `Policy.observed_queries`."""
+        return self.observation_window if not self.prefill_only or layer.at_prompt else 0
 
     def slots(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> Tensor:
         """``[B, g]``: the slots that these heads may have now."""
         row_bytes = table.keys_BGSD.element_size() * (table.keys_BGSD.shape[-1] + table.values_BGSD.shape[-1])
         found = []
-        for tokens in layer.real_tokens(self.of_prompt):
+        for tokens in layer.real_tokens(self.budget_from_prompt):
             found.append(self.budget.slots(layer.index, heads, tokens, row_bytes, layer.among))
         return torch.tensor(found, device=table.keys_BGSD.device)
 
-    def forget(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
+    def evict(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
         """See `Policy.forget`."""
-        if self.prompt_only and not layer.at_prompt:
+        if self.prefill_only and not layer.at_prompt:
             return False
         limit_BG = self.slots(layer, table, heads)
         over_BG = table.real.sum(-1) - limit_BG
-        if int(over_BG.amax()) < self.every:
+        if int(over_BG.amax()) < self.slack:
             return False
-        self.lose(layer, table, heads, limit_BG, over_BG)
+        self.evict_over_budget(layer, table, heads, limit_BG, over_BG)
         return True
 
     @abstractmethod
-    def lose(self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor) -> None:
+    def evict_over_budget(
+        self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor
+    ) -> None:
         """Forgets, until no head has more slots than its limit; `over_BG` are too many, or negative."""
 
     def protected(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor) -> Tensor:
@@ -161,53 +163,55 @@ class BudgetedPolicy(Policy):
 
 
 class EvictionPolicy(BudgetedPolicy):
-    """Keeps the first tokens, the latest, and of the others those with the highest priority, within a budget.
+    """Keeps the first tokens, the latest, and of the others those with the highest score, within a budget.
 
-    Most papers need one function more: `priority`, and `observe` where it comes from attention. Of slots with the same
-    priority the older is forgotten.
+    Most papers need one function more: `score`, and `observe` where it comes from attention. Of slots with the same
+    score the older is forgotten.
     """
 
     @abstractmethod
-    def priority(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
-        """``[B, G, S]``: how much each slot is worth keeping."""
+    def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
+        """``[B, G, S]``: how much each slot is protected_score keeping."""
 
-    def lose(self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor) -> None:
-        """See `BudgetedPolicy.lose`."""
-        evict_lowest(table, self.worth(layer, table, limit_BG), over_BG)
+    def evict_over_budget(
+        self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor
+    ) -> None:
+        """See `BudgetedPolicy.evict_over_budget`."""
+        evict_lowest(table, self.protected_score(layer, table, limit_BG), over_BG)
 
-    def worth(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor) -> Tensor:
-        """``[B, G, S]``: `priority`; ``inf`` for what is protected, ``-inf`` for what is not there."""
-        priority_BGS = self.priority(layer, table).masked_fill(self.protected(layer, table, limit_BG), torch.inf)
-        return priority_BGS.masked_fill(~table.real, -torch.inf)
+    def protected_score(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor) -> Tensor:
+        """``[B, G, S]``: `score`; ``inf`` for what is protected, ``-inf`` for what is not there."""
+        score_BGS = self.score(layer, table).masked_fill(self.protected(layer, table, limit_BG), torch.inf)
+        return score_BGS.masked_fill(~table.real, -torch.inf)
 
 
-def evict_lowest(table: KVStore, priority_BGS: Tensor, over_BG: Tensor) -> None:
-    """Forgets the slots of the lowest priority; of equals the older.
+def evict_lowest(table: KVStore, score_BGS: Tensor, over_BG: Tensor) -> None:
+    """Forgets the slots of the lowest score; of equals the older.
 
     Args:
         table: of slots.
-        priority_BGS: of each; ``-inf`` of those that hold nothing.
+        score_BGS: of each; ``-inf`` of those that hold nothing.
         over_BG: how many each head has to forget; none where it is negative.
     """
     fewest, most = torch.stack(torch.aminmax(over_BG)).tolist()
     if fewest == most <= FEW and not table.whole:
         for _ in range(most):
-            table.forget(_lowest(priority_BGS.masked_fill(~table.real, torch.inf), table.position))
+            table.evict(_lowest(score_BGS.masked_fill(~table.real, torch.inf), table.position))
     elif most > 0:
-        table.keep(*highest(priority_BGS, table.position, table.real.sum(-1) - over_BG.clamp(min=0)))
+        table.keep(*highest(score_BGS, table.position, table.real.sum(-1) - over_BG.clamp(min=0)))
 
 
-def _lowest(priority_BGS: Tensor, position_BGS: Tensor) -> Tensor:
-    """``[B, G, 1]``: the slot of the lowest priority; of several the oldest."""
-    lowest_BG1 = priority_BGS.amin(-1, keepdim=True)
+def _lowest(score_BGS: Tensor, position_BGS: Tensor) -> Tensor:
+    """``[B, G, 1]``: the slot of the lowest score; of several the oldest."""
+    lowest_BG1 = score_BGS.amin(-1, keepdim=True)
     newest = torch.iinfo(position_BGS.dtype).max
-    return torch.where(priority_BGS == lowest_BG1, position_BGS, newest).argmin(-1, keepdim=True)
+    return torch.where(score_BGS == lowest_BG1, position_BGS, newest).argmin(-1, keepdim=True)
 
 
-def highest(priority_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor) -> tuple[Tensor, Tensor]:
+def highest(score_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor) -> tuple[Tensor, Tensor]:
     """The slots of the highest priorities in the order of the text, and which of them are within each row's count."""
     newest_BGS = position_BGS.argsort(dim=-1, descending=True)
-    order_BGS = priority_BGS.gather(2, newest_BGS).argsort(dim=-1, descending=True, stable=True)
+    order_BGS = score_BGS.gather(2, newest_BGS).argsort(dim=-1, descending=True, stable=True)
     chosen_BGk = newest_BGS.gather(2, order_BGS)[..., : int(count_BG.max())]
     kept_BGk = torch.arange(chosen_BGk.shape[2], device=chosen_BGk.device) < count_BG[..., None]
     # In the order of the text; those that only fill up go last.

@@ -77,7 +77,7 @@ class Witness(KVLayer):
         """See `KVLayer.nbytes`."""
         return 0 if self.rows is None else sum(rows.nbytes for rows in self.rows)
 
-    def take_back(self, tokens: int) -> None:
+    def rollback(self, tokens: int) -> None:
         """Not needed here."""
 
     def select(self, rows: Tensor) -> None:

@@ -217,7 +217,7 @@ class PrunedLayer(KVStoreLayer):
         self.prompt = self.seen
         out_BkHD = super().attend(PrunedCall.of(call, choice))
         if not self.record_past:
-            self.forgotten = self.seen
+            self.evicted_until = self.seen
         for table in self.tables:
             table.whole = False
         return out_BkHD if choice.packed else choice.put_back(out_BkHD)

@@ -64,8 +64,8 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
 
     holds: ClassVar[tuple[str, ...]] = (*KVStoreLayer.holds, "stopped")
 
-    def __init__(self, memory: ProgressivePruning, index: int, among: int) -> None:
-        super().__init__(memory, index, among)
+    def __init__(self, method: ProgressivePruning, index: int, among: int) -> None:
+        super().__init__(method, index, among)
         self.stopped: list[KVStore] = []
 
     @property
@@ -84,7 +84,7 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
         if self.record_past:
             on_BS = self._as_before(position_BS)
         else:
-            on_BS = cast(ProgressivePruning, self.memory).choose(self, came)
+            on_BS = cast(ProgressivePruning, self.method).choose(self, came)
         if on_BS is None:
             self.state.pop("goes_on", None)
             return out_BTHD
@@ -92,7 +92,7 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
         present_BK = on_BS.new_zeros(len(on_BS), self.seen + 1).scatter(1, place_BS, True)[:, :-1]
         if not self.record_past:
             self.state["goes_on"] = present_BK
-            self.forgotten = self.seen
+            self.evicted_until = self.seen
         self.choice = self._taken_up(came, present_BK)
         return out_BTHD
 

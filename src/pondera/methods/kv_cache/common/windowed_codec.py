@@ -27,7 +27,7 @@ class SinkWindowCache(KVCacheMethod):
     """A memory that keeps the first tokens and the latest exactly, and codes of those between them.
 
     Attention of a call sees the new tokens exactly; after it, what no longer belongs to the latest is coded, and its exact
-    rows are freed. Tokens are coded in batches of `every`, counted from the first token of their text, so what is coded
+    rows are freed. Tokens are coded in batches of `flush_size`, counted from the first token of their text, so what is coded
     when depends on nothing but how long a text is: not on padding, on other texts, or on how it was fed in.
 
     What was coded stays coded: where tokens are taken back, codes are cut off, and the exact window is shorter until it
@@ -39,20 +39,20 @@ class SinkWindowCache(KVCacheMethod):
     what `generate` gives, while a plain call without ``position_ids`` counts padding.
 
     Args:
-        window: the latest tokens, exact; up to ``window + every - 1`` of them.
+        window: the latest tokens, exact; up to ``window + flush_size - 1`` of them.
         sinks: the first tokens of a text, exact.
-        every: tokens that are coded at a time.
+        flush_size: tokens that are coded at a time.
     """
 
     exact: bool = True
     """While nothing is coded, attention is by the stock kernel, so that nothing differs in the last bit."""
 
-    def __init__(self, window: int, sinks: int, every: int) -> None:
+    def __init__(self, window: int, sinks: int, flush_size: int) -> None:
         super().__init__()
-        for name, number, least in (("window", window, 0), ("sinks", sinks, 0), ("every", every, 1)):
+        for name, number, least in (("window", window, 0), ("sinks", sinks, 0), ("flush_size", flush_size, 1)):
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise UserError(f"{name}={number!r}: give a number of tokens, {least} or more")
-        self.window, self.sinks, self.every = window, sinks, every
+        self.window, self.sinks, self.flush_size = window, sinks, flush_size
 
     @abstractmethod
     def coders(self, config: PreTrainedConfig, index: int) -> tuple[Codec, Codec]:
@@ -85,7 +85,7 @@ class SinkWindowLayer(KVLayer):
     """One layer's past in three regions; what it does is told at `SinkWindowCache`.
 
     Args:
-        memory: says how long the regions are.
+        method: says how long the regions are.
         keys, values: the coders.
 
     Attributes:
@@ -98,11 +98,13 @@ class SinkWindowLayer(KVLayer):
 
     holds: ClassVar[tuple[str, ...]] = ("pads", "begins", "coded", "codes", "sink_keys", "sink_values", "ring")
 
-    def __init__(self, memory: SinkWindowCache, keys: Codec, values: Codec) -> None:
+    def __init__(self, method: SinkWindowCache, keys: Codec, values: Codec) -> None:
         super().__init__()
-        self.memory, self.coders = memory, (keys, values)
-        if odd := [coder.unit for coder in self.coders if memory.every % coder.unit]:
-            raise UserError(f"every={memory.every}: tokens are coded {odd[0]} together; give a multiple of {odd[0]}")
+        self.method, self.coders = method, (keys, values)
+        if odd := [coder.unit for coder in self.coders if method.flush_size % coder.unit]:
+            raise UserError(
+                f"flush_size={method.flush_size}: tokens are coded {odd[0]} together; give a multiple of {odd[0]}"
+            )
         self.clear()
 
     def clear(self) -> None:
@@ -147,7 +149,7 @@ class SinkWindowLayer(KVLayer):
         # A text begins where its padding ends; until then, that is where the call before this one ended.
         self.pads, self.begins, self.coded = [call.start] * B, [call.start] * B, [0] * B
         self.sink_keys, self.sink_values = (
-            rows.new_zeros(B, rows.shape[1], self.memory.sinks, rows.shape[-1])
+            rows.new_zeros(B, rows.shape[1], self.method.sinks, rows.shape[-1])
             for rows in (call.key_BGTD, call.value_BGTD)
         )
         self.ring = RingBuffer(call.key_BGTD[:, :, :0], call.value_BGTD[:, :, :0])
@@ -169,7 +171,7 @@ class SinkWindowLayer(KVLayer):
                 self.begins[row] = int(ids.expand(len(self.pads), -1)[row, first])
             elif any(coder.needs_position for coder in self.coders):
                 raise UserError(
-                    f"{type(self.memory).__name__}: this model does not tell its attention layers where tokens stand, which "
+                    f"{type(self.method).__name__}: this model does not tell its attention layers where tokens stand, which "
                     'key_stage="pre_rope" needs; use key_stage="post_rope"'
                 )
 
@@ -177,7 +179,7 @@ class SinkWindowLayer(KVLayer):
         """Keeps those of the new tokens that are a text's first."""
         end = call.start + call.tokens
         for row, pads in enumerate(self.pads):
-            start, stop = max(call.start, pads), min(end, pads + self.memory.sinks)
+            start, stop = max(call.start, pads), min(end, pads + self.method.sinks)
             if start < stop:
                 new, place = slice(start - call.start, stop - call.start), slice(start - pads, stop - pads)
                 self.sink_keys[row, :, place] = call.key_BGTD[row, :, new]
@@ -185,7 +187,7 @@ class SinkWindowLayer(KVLayer):
 
     def _exact_after(self, row: int) -> int:
         """The number of the first token of a row that is neither sink nor coded."""
-        return self.pads[row] + self.memory.sinks + self.coded[row]
+        return self.pads[row] + self.method.sinks + self.coded[row]
 
     def _exact_from(self) -> int:
         """The first of all rows."""
@@ -193,7 +195,7 @@ class SinkWindowLayer(KVLayer):
 
     def _settle(self) -> None:
         """Codes what does not belong to the latest tokens any more, and frees its rows."""
-        every, window, room = self.memory.every, self.memory.window, self._room
+        every, window, room = self.method.flush_size, self.method.window, self._room
         over = [self.ring.end - self._exact_after(row) - window for row in range(self.batch())]
         due = [max(0, tokens) // every * every for tokens in over]
         if any(due):
@@ -208,7 +210,7 @@ class SinkWindowLayer(KVLayer):
     @property
     def _room(self) -> int:
         """Exact tokens that there can be at most, and the one that comes."""
-        return self.memory.sinks + self.memory.window + self.memory.every
+        return self.method.sinks + self.method.window + self.method.flush_size
 
     def _alike(self, due: list[int]) -> Iterator[tuple[slice, int, int]]:
         """Rows to be coded, in one go where all do the same; with the first token's number, and how many."""
@@ -230,7 +232,7 @@ class SinkWindowLayer(KVLayer):
 
     def _position(self, start: int, tokens: int) -> Tensor:
         """``[B, S]``: position ids of coded tokens."""
-        first_B = torch.tensor(self.begins, device=self.ring.keys.device) + self.memory.sinks + start
+        first_B = torch.tensor(self.begins, device=self.ring.keys.device) + self.method.sinks + start
         return first_B[:, None] + torch.arange(tokens, device=first_B.device)
 
     # Attention over the regions
@@ -263,7 +265,7 @@ class SinkWindowLayer(KVLayer):
         self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]], queries: int
     ) -> list[CacheSection]:
         """What is kept, as segments without what is in none of the rows."""
-        end, sinks, rows = call.start + call.tokens, self.memory.sinks, range(self.batch())
+        end, sinks, rows = call.start + call.tokens, self.method.sinks, range(self.batch())
         held = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
         found: list[CacheSection] = []
         if sinks:
@@ -290,9 +292,9 @@ class SinkWindowLayer(KVLayer):
 
     # What caches do
 
-    def take_back(self, tokens: int) -> None:
-        """See `KVLayer.take_back`; what was coded stays coded, and the exact window may be shorter for a while."""
-        coded = [min(c, max(0, tokens - p - self.memory.sinks)) for c, p in zip(self.coded, self.pads, strict=True)]
+    def rollback(self, tokens: int) -> None:
+        """See `KVLayer.rollback`; what was coded stays coded, and the exact window may be shorter for a while."""
+        coded = [min(c, max(0, tokens - p - self.method.sinks)) for c, p in zip(self.coded, self.pads, strict=True)]
         unit = max(coder.unit for coder in self.coders)
         if any(now != before and now % unit for now, before in zip(coded, self.coded, strict=True)):
             raise UserError(

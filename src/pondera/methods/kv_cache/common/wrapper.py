@@ -23,13 +23,17 @@ class PolicyWrapper(Policy):
     def __init__(self, policy: Policy) -> None:
         super().__init__()
         self.policy = policy
-        self.watches, self.selects, self.exact = policy.watches, policy.selects, policy.exact
-        self.prompt_only = policy.prompt_only
+        self.observation_window, self.sparse_attention, self.exact = (
+            policy.observation_window,
+            policy.sparse_attention,
+            policy.exact,
+        )
+        self.prefill_only = policy.prefill_only
 
     @property
-    def fresh(self) -> dict[str, float]:
-        """See `Policy.fresh`."""
-        return self.policy.fresh
+    def note_defaults(self) -> dict[str, float]:
+        """See `Policy.note_defaults`."""
+        return self.policy.note_defaults
 
     @property
     def by_head(self) -> bool:
@@ -43,25 +47,25 @@ class PolicyWrapper(Policy):
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
         """See `Memory.layer`: the policy's, which asks the wrapper."""
         layer = self.policy.layer(config, index, among)
-        layer.memory = self
+        layer.method = self
         return layer
 
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
         """See `Memory.prepare`."""
         self.policy.prepare(model, cache)
 
-    def select(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
-        """See `Policy.select`."""
-        return self.policy.select(layer, table, query_BGRTD, call)
+    def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
+        """See `Policy.select_kv`."""
+        return self.policy.select_kv(layer, table, query_BGRTD, call)
 
-    def watched(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """See `Policy.watched`."""
-        return self.policy.watched(layer, call)
+    def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
+        """See `Policy.observed_queries`."""
+        return self.policy.observed_queries(layer, call)
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
         self.policy.observe(layer, table, seen)
 
-    def settle(self, layer: KVStoreLayer) -> bool:
+    def evict_layer(self, layer: KVStoreLayer) -> bool:
         """See `Policy.settle`."""
-        return self.policy.settle(layer)
+        return self.policy.evict_layer(layer)

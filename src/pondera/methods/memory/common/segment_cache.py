@@ -122,11 +122,11 @@ class SegmentCache(TokenCache):
         found = {}
         for kind in set(self.kinds):
             layers = [layer for layer, its in zip(self._layers, self.kinds, strict=True) if its == kind]
-            memory, carry = (max(width) for width in zip(*(layer.widths() for layer in layers), strict=True))
-            order_K = torch.arange(-memory - carry, turn.width, device=device)
+            memory, mems = (max(width) for width in zip(*(layer.widths() for layer in layers), strict=True))
+            order_K = torch.arange(-memory - mems, turn.width, device=device)
             own_A1 = torch.tensor([self.rows(count) for count in closed], device=device)[:, None]
-            carried_A1 = torch.tensor([min(carry, count * self.block) for count in closed], device=device)[:, None]
-            there_AK = torch.where(order_K < -carry, order_K >= -carry - own_A1, order_K >= -carried_A1)
+            carried_A1 = torch.tensor([min(mems, count * self.block) for count in closed], device=device)[:, None]
+            there_AK = torch.where(order_K < -mems, order_K >= -mems - own_A1, order_K >= -carried_A1)
             seen_ASK = (order_K <= position_AS[..., None]) & there_AK[:, None]
             found[kind] = SlotMask(seen_ASK, position_AS, order_K[None])
         return found
@@ -139,7 +139,13 @@ class SegmentCache(TokenCache):
     def mixed(self) -> bool:
         """Layers of one kind give different numbers of rows."""
         return any(
-            len({layer.remember is None for layer, its in zip(self._layers, self.kinds, strict=True) if its == kind})
+            len(
+                {
+                    layer.update_memory is None
+                    for layer, its in zip(self._layers, self.kinds, strict=True)
+                    if its == kind
+                }
+            )
             > 1
             for kind in set(self.kinds)
         )
@@ -187,7 +193,7 @@ class SegmentCache(TokenCache):
             layer.trim(max(self.fill))
         if self._real_BW is not None:
             self._real_BW = self._real_BW[:, :-count]
-        self.forget(count)
+        self.evict(count)
 
     def reset(self) -> None:
         """Forgets everything."""

@@ -145,16 +145,16 @@ class SegmentLayer(CacheLayerMixin):
     """One decoder layer's open blocks and what it holds of closed ones.
 
     Args:
-        remember: the layer's memory; none: it has none.
-        carry: rows that are carried over as they are.
+        update_memory: the layer's memory; none: it has none.
+        mems: rows that are carried over as they are.
     """
 
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, remember: Remember | None, carry: int) -> None:
+    def __init__(self, update_memory: Remember | None, mems: int) -> None:
         super().__init__()
-        self.remember, self.carry = remember, carry
+        self.update_memory, self.mems = update_memory, mems
         self.held: RecurrentState = {}
         self.before: RecurrentState = {}
         self.turn: SegmentStep | None = None
@@ -180,8 +180,8 @@ class SegmentLayer(CacheLayerMixin):
 
     def widths(self) -> tuple[int, int]:
         """Columns of memory and of carried rows."""
-        memory, carry = (self.held.get(name) for name in ("rows_k", "carry_k"))
-        return 0 if memory is None else memory.shape[-2], 0 if carry is None else carry.shape[-2]
+        memory, mems = (self.held.get(name) for name in ("rows_k", "carry_k"))
+        return 0 if memory is None else memory.shape[-2], 0 if mems is None else mems.shape[-2]
 
     def close(self, closing: SegmentEnd) -> None:
         """Puts a block behind each of these texts."""
@@ -190,9 +190,9 @@ class SegmentLayer(CacheLayerMixin):
         if closing.own is not None:
             key = closing.own.undo(key)
         new: RecurrentState = {}
-        if self.remember is not None:
-            new |= self.remember(old, key, value, closing.blocks)
-        if self.carry:
+        if self.update_memory is not None:
+            new |= self.update_memory(old, key, value, closing.blocks)
+        if self.mems:
             new |= self._carried(old, key, value, closing)
         if closing.keeps:
             self.before = closing.put(self.before, old)
@@ -207,7 +207,7 @@ class SegmentLayer(CacheLayerMixin):
             earlier, turned = old["carry_k"], closing.carried(old["carry_k"].shape[-2])
             key_AHLd = torch.cat([earlier if turned is None else turned.undo(earlier), key_AHLd], dim=-2)
             value_AHLd = torch.cat([old["carry_v"], value_AHLd], dim=-2)
-        key, value = key_AHLd[:, :, -self.carry :], value_AHLd[:, :, -self.carry :]
+        key, value = key_AHLd[:, :, -self.mems :], value_AHLd[:, :, -self.mems :]
         turned = closing.carried(key.shape[-2])
         return {"carry_k": key.clone() if turned is None else turned.apply(key), "carry_v": value.clone()}
 

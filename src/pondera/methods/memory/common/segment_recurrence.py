@@ -53,7 +53,7 @@ class Shape:
 class SegmentRecurrence(Method):
     """Reads block by block, with rows of memory beside each block.
 
-    A subclass says what the rows are: `rows` how many, `remember` which.
+    A subclass says what the rows are: `rows` how many, `update_memory` which.
 
     Positions are counted from the block's first token, for rotary and learned ones alike. Layers with sliding windows keep
     their windows as they are, across borders: the rows that they still see are carried over and turned to their places
@@ -61,24 +61,24 @@ class SegmentRecurrence(Method):
 
     Args:
         block: L, tokens.
-        local_carry: rows of the last tokens before a block, carried over as they are into layers that have memory (and
+        local_context: rows of the last tokens before a block, carried over as they are into layers that have memory (and
             those of the same kind), at the positions before the block's first.
         tbptt: gradients reach back through at most so many blocks: they are cut at every so many-th border; none: never.
         layers: numbers of the layers that have memory; none: all without a sliding window.
     """
 
-    recomputable: ClassVar[bool] = False
-    slides: ClassVar[bool] = False
-    endless: ClassVar[bool] = True
+    supports_recompute: ClassVar[bool] = False
+    drops_window_rows: ClassVar[bool] = False
+    unbounded_positions: ClassVar[bool] = True
 
     def __init__(
-        self, block: int = 128, local_carry: int = 0, tbptt: int | None = 2, layers: list[int] | None = None
+        self, block: int = 128, local_context: int = 0, tbptt: int | None = 2, layers: list[int] | None = None
     ) -> None:
         super().__init__()
-        for name, value, least in (("block", block, 1), ("local_carry", local_carry, 0), ("tbptt", tbptt, 1)):
+        for name, value, least in (("block", block, 1), ("local_context", local_context, 0), ("tbptt", tbptt, 1)):
             if value is not None and value < least:
                 raise UserError(f"{name}={value}: give {least} or more")
-        self.block, self.local_carry, self.tbptt, self.layers = block, local_carry, tbptt, layers
+        self.block, self.local_context, self.tbptt, self.layers = block, local_context, tbptt, layers
         self.shape: Shape | None = None
 
     @abstractmethod
@@ -86,7 +86,9 @@ class SegmentRecurrence(Method):
         """Memory rows beside a block, when so many were closed before it."""
 
     @abstractmethod
-    def remember(self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]) -> RecurrentState:
+    def update_memory(
+        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+    ) -> RecurrentState:
         """A layer's memory once a block is closed.
 
         Args:
@@ -105,7 +107,7 @@ class SegmentRecurrence(Method):
         return 0
 
     def products(self, blocks: int, gradient: bool = False) -> list[MatMul]:
-        """What `remember` multiplies in one layer of one text that had closed so many blocks; with `gradient` also what its
+        """What `update_memory` multiplies in one layer of one text that had closed so many blocks; with `gradient` also what its
         backward pass does."""
         return []
 
@@ -124,14 +126,14 @@ class SegmentRecurrence(Method):
 
     # What the backbone has to be
 
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Looks whether the backbone fits."""
         name, config = type(self).__name__, backbone.config
         kinds = backbone.layer_types
         if "linear_attention" in kinds:
             raise UserError(
-                f"{name} does not fit {config.model_type}: its linear-attention layers carry a state of their own from "
-                "token to token, and have no keys to remember; use a backbone with attention in every layer"
+                f"{name} does not fit {config.model_type}: its linear-attention layers mems a state of their own from "
+                "token to token, and have no keys to update_memory; use a backbone with attention in every layer"
             )
         if config.model_type not in LAYOUTS:
             raise UserError(
@@ -173,8 +175,8 @@ class SegmentRecurrence(Method):
         window = cast(Shape, self.shape).window
         layers = [
             SegmentLayer(
-                self.remember if index in cast("list[int]", self.layers) else None,
-                window - 1 if kind == "sliding_attention" else self.local_carry,
+                self.update_memory if index in cast("list[int]", self.layers) else None,
+                window - 1 if kind == "sliding_attention" else self.local_context,
             )
             for index, kind in enumerate(kinds)
         ]
@@ -257,10 +259,10 @@ class SegmentRecurrence(Method):
 
     # The price
 
-    def calls(
+    def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Method.calls`. A step with a cache is priced at the mean over the places that it may have in its block."""
+        """See `Method.cost_schedule`. A step with a cache is priced at the mean over the places that it may have in its block."""
         size, memory = self.block, cast(Shape, self.shape).memory
         found: list[DecoderPass | MatMul] = []
         if context:
@@ -281,7 +283,7 @@ class SegmentRecurrence(Method):
     def _keys(self, blocks: int, own: float) -> float:
         """Rows that a query is scored against, `own` of them in its block: the mean over the layers."""
         shape, seen = cast(Shape, self.shape), blocks * self.block
-        carried = shape.full * min(self.local_carry, seen) + (shape.layers - shape.full) * min(shape.window - 1, seen)
+        carried = shape.full * min(self.local_context, seen) + (shape.layers - shape.full) * min(shape.window - 1, seen)
         return own + (shape.memory * self.attended(blocks) + carried) / shape.layers
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
@@ -289,7 +291,7 @@ class SegmentRecurrence(Method):
         closed = self._closed(tokens)
         return tokens - closed * self.block + (self.block if closed else 0)
 
-    def further_bytes(self, tokens: int, number_bytes: int) -> float:
+    def extra_cache_bytes(self, tokens: int, number_bytes: int) -> float:
         """Memory and carried rows, as they are and as they were one block before; no more for any further token."""
         closed = self._closed(tokens)
         return sum(self._held_bytes(blocks, number_bytes) for blocks in (closed, closed - 1) if blocks > 0)
@@ -299,7 +301,7 @@ class SegmentRecurrence(Method):
 
     def _held_bytes(self, blocks: int, number_bytes: int) -> float:
         shape, seen = cast(Shape, self.shape), blocks * self.block
-        carried = shape.full * min(self.local_carry, seen) + (shape.layers - shape.full) * min(shape.window - 1, seen)
+        carried = shape.full * min(self.local_context, seen) + (shape.layers - shape.full) * min(shape.window - 1, seen)
         memory = shape.memory * (4 * self.numbers(blocks) + number_bytes * self.rows(blocks))
         return 2 * shape.kv_numbers * (memory + number_bytes * carried)
 

@@ -29,20 +29,20 @@ class Feedback(nn.Module):
 
     Args:
         kind: ``"hidden"`` or ``"vocab"``.
-        top: ``"vocab"``: mix only so many of the likeliest tokens, their probabilities renormalised; none: all of them.
+        top_k: ``"vocab"``: mix only so many of the likeliest tokens, their probabilities renormalised; none: all of them.
             At 50,000 tokens and a narrow model the full mixture costs as much as several layers.
     """
 
     scale: Tensor
 
-    def __init__(self, kind: str, top: int | None = None) -> None:
+    def __init__(self, kind: str, top_k: int | None = None) -> None:
         super().__init__()
         if kind not in KINDS:
             raise unknown("feedback", kind, KINDS)
-        if top is not None and top < 1:
-            raise UserError(f"top={top}: give the number of tokens to mix, 1 or more, or None for all")
-        self.kind, self.top = kind, top
-        self._whole = top is None
+        if top_k is not None and top_k < 1:
+            raise UserError(f"top_k={top_k}: give the number of tokens to mix, 1 or more, or None for all")
+        self.kind, self.top_k = kind, top_k
+        self._whole = top_k is None
         self.register_buffer("scale", torch.ones(()))
 
     def embed_scale(self, width: int) -> float:
@@ -50,9 +50,9 @@ class Feedback(nn.Module):
         return math.sqrt(2.5 * width) if self.kind == "hidden" else math.sqrt(width)
 
     @torch.no_grad()
-    def attach(self, backbone: Backbone) -> None:
+    def bind(self, backbone: Backbone) -> None:
         """Measures the RMS ratio on random tokens; embeddings scaled to unit RMS need none."""
-        self._whole = self.top is None or self.top >= backbone.config.vocab_size
+        self._whole = self.top_k is None or self.top_k >= backbone.config.vocab_size
         device = next(backbone.parameters()).device
         if device.type == "meta" or backbone.unit_rms or self.kind == "vocab":
             return
@@ -71,10 +71,10 @@ class Feedback(nn.Module):
             return h_BTD * self.scale
         if self._whole:
             return backbone.mix_embeddings(backbone.head(h_BTD).softmax(-1))
-        logits_BTk, ids_BTk = backbone.top(h_BTD, cast(int, self.top))
+        logits_BTk, ids_BTk = backbone.top(h_BTD, cast(int, self.top_k))
         return backbone.mix_embeddings(logits_BTk.softmax(-1), ids_BTk)
 
-    def calls(self, rows: float) -> list[MatMul]:
+    def cost_schedule(self, rows: float) -> list[MatMul]:
         """What feeding `rows` states back multiplies, for the price: the head and, over all tokens, the mixture."""
         if self.kind == "hidden":
             return []

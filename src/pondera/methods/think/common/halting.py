@@ -21,7 +21,7 @@ CONTROLS = ("fixed", "random", "oracle")
 class Halting:
     """A policy that stands in for a method's own rule, or leaves it be.
 
-    ``"fixed"``: every token takes all passes. ``"random"``: each goes on with probability `keep`, which spends what the
+    ``"fixed"``: every token takes all passes. ``"random"``: each goes on with probability `continue_prob`, which spends what the
     learned rule spends and knows nothing. ``"oracle"``: a token goes on while the model's prediction of what follows it
     is wrong, which only training and scoring can know; where the next token is not known, every token goes on.
 
@@ -31,15 +31,17 @@ class Halting:
     Args:
         kind: the method's own rule, or a control.
         own: what the method calls its own rule.
-        keep: of ``"random"``.
+        continue_prob: of ``"random"``.
     """
 
-    def __init__(self, kind: str, own: str, keep: float) -> None:
+    def __init__(self, kind: str, own: str, continue_prob: float) -> None:
         if kind not in (own, *CONTROLS):
             raise unknown("halting", kind, (own, *CONTROLS))
-        if not 0 <= keep <= 1:
-            raise UserError(f"keep={keep}: give the share of tokens that go on at each step, from 0 to 1")
-        self.kind, self.keep, self.learned = kind, keep, kind == own
+        if not 0 <= continue_prob <= 1:
+            raise UserError(
+                f"continue_prob={continue_prob}: give the share of tokens that go on at each step, from 0 to 1"
+            )
+        self.kind, self.continue_prob, self.learned = kind, continue_prob, kind == own
         self.draw = 0
         """Changes the random decisions; 0 at evaluation."""
 
@@ -48,7 +50,7 @@ class Halting:
         """Whether tokens differ."""
         return self.kind != "fixed"
 
-    def goes_on(
+    def continue_mask(
         self, depth: int, position_ids: Tensor, labels_BT: Tensor | None, predict: Callable[[], Tensor]
     ) -> Tensor | None:
         """Which tokens a control sends to `depth`; none: all of them.
@@ -60,7 +62,7 @@ class Halting:
             predict: gives the likeliest next token ``[B, T]`` at the present depth.
         """
         if self.kind == "random":
-            return stateless_uniform(position_ids, depth, self.draw) < self.keep
+            return stateless_uniform(position_ids, depth, self.draw) < self.continue_prob
         if self.kind == "oracle" and labels_BT is not None:
             return (predict() != labels_BT) | (labels_BT < 0)
         return None

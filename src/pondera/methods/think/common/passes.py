@@ -20,7 +20,7 @@ from pondera.cache.packing import PackedRows
 from pondera.cost.model import DecoderPass
 from pondera.models.backbone import Backbone, SlotMask, has_documents
 
-Sees = Literal["lower", "own"]
+Attend = Literal["all_shallower", "same_depth"]
 
 
 class Passes:
@@ -32,8 +32,8 @@ class Passes:
         cache: what came before; the new tokens' slots are added.
         mask: as for `Think.forward`.
         tokens: T.
-        sees: the visibility rule. ``"lower"``: depth k sees every slot of depths 0..k, and tokens that left off have none
-            further up (two causal axes). ``"own"``: depth k sees depth k, where tokens that left off show their last slot.
+        attend: the visibility rule. ``"all_shallower"``: depth k sees every slot of depths 0..k, and tokens that left off have none
+            further up (two causal axes). ``"same_depth"``: depth k sees depth k, where tokens that left off show their last slot.
         packed: gather the rows that go on; else all rows run and those that have left off are masked, which computes the
             same: it is what the tests hold the packed form against.
 
@@ -49,14 +49,14 @@ class Passes:
         cache: DepthCache,
         mask: Tensor | None,
         tokens: int,
-        sees: Sees = "lower",
+        attend: Attend = "all_shallower",
         packed: bool = True,
     ) -> None:
-        self.backbone, self.position_ids, self.cache, self.sees, self.packed = (
+        self.backbone, self.position_ids, self.cache, self.attend, self.packed = (
             backbone,
             position_ids,
             cache,
-            sees,
+            attend,
             packed,
         )
         self.tokens, self.total = tokens, cache.tokens + tokens
@@ -67,22 +67,22 @@ class Passes:
         self.active_BT: Tensor | None = None
         self.passes_BT = torch.zeros(0)
 
-    def first(self, h_BTD: Tensor) -> Tensor:
+    def run_first(self, h_BTD: Tensor) -> Tensor:
         """Depth 0, which every token takes; returns final states ``[B, T, D]``."""
         self.passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
         return self._dense(0, h_BTD, None)
 
-    def narrow(self, goes_on_BT: Tensor | None) -> bool:
+    def mask_active(self, continue_BT: Tensor | None) -> bool:
         """Lets only these of the active tokens go on, without padding; says whether there is a pass to make.
 
         Processes that run together make all passes, as shards wait for each other; so does the slow twin.
 
         Args:
-            goes_on_BT: none: all that are active.
+            continue_BT: none: all that are active.
         """
-        if goes_on_BT is None:
+        if continue_BT is None:
             return True
-        active_BT = goes_on_BT.expand_as(self.passes_BT)
+        active_BT = continue_BT.expand_as(self.passes_BT)
         self.active_BT = self.real(active_BT if self.active_BT is None else active_BT & self.active_BT)
         number = int(self.active_BT.sum())
         if self.packed and number == self.active_BT.numel():
@@ -90,7 +90,7 @@ class Passes:
         together = torch.distributed.is_available() and torch.distributed.is_initialized()
         return number > 0 or together or not self.packed
 
-    def deeper(self, depth: int, x_BTD: Tensor, state_BTD: Tensor, everyone: bool = False) -> Tensor:
+    def run_pass(self, depth: int, x_BTD: Tensor, state_BTD: Tensor, everyone: bool = False) -> Tensor:
         """One pass of the active tokens; the states of the others stay as they were.
 
         Args:
@@ -111,10 +111,10 @@ class Passes:
 
     def finish(self) -> None:
         """Notes the new tokens in the cache; depths that no token reached show the one below."""
-        if self.sees == "own":
+        if self.attend == "same_depth":
             for depth in range(self._deepest + 1, len(self.cache.depths)):
                 self.cache.repeat_below(depth, self.tokens)
-                self.cache.note(depth, self._new_tokens(self.passes_BT.shape[0]))
+                self.cache.append_metadata(depth, self._new_tokens(self.passes_BT.shape[0]))
         self.cache.record(self.passes_BT)
 
     def real(self, chosen_BT: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ class Passes:
         return zeros.index_put(self.active_BT.nonzero(as_tuple=True), made[0])
 
     def _reads(self, depth: int) -> range:
-        return range(depth + 1) if self.sees == "lower" else range(depth, depth + 1)
+        return range(depth + 1) if self.attend == "all_shallower" else range(depth, depth + 1)
 
     def _new_tokens(self, batch: int) -> Tensor:
         order_T = torch.arange(self.cache.tokens, self.total, device=self.position_ids.device)
@@ -145,10 +145,12 @@ class Passes:
     def _dense(self, depth: int, x_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
         """A pass of all T rows; the slots of tokens that are not active are masked or repeat the ones below."""
         token_BT = self._new_tokens(x_BTD.shape[0])
-        masked = active_BT is not None and self.sees == "lower"
-        self.cache.note(depth, torch.where(active_BT, token_BT, FREE) if masked and active_BT is not None else token_BT)
-        write = DepthWrite(depth, self._reads(depth), kept_BT=active_BT if self.sees == "own" else None)
-        if (depth == 0 or self.sees == "own") and self._plain_order:
+        masked = active_BT is not None and self.attend == "all_shallower"
+        self.cache.append_metadata(
+            depth, torch.where(active_BT, token_BT, FREE) if masked and active_BT is not None else token_BT
+        )
+        write = DepthWrite(depth, self._reads(depth), kept_BT=active_BT if self.attend == "same_depth" else None)
+        if (depth == 0 or self.attend == "same_depth") and self._plain_order:
             mask = self.mask_BK  # causal order is all there is to it, which the backbone knows by itself
         else:
             mask = self._mask(depth, token_BT)
@@ -162,19 +164,19 @@ class Passes:
             return self._for_nothing(depth, x_BTD, active_BT, state_BTD)
         token_BT = self._new_tokens(x_BTD.shape[0])
         query_BS = _left(token_BT, active_BT, rows)
-        if self.sees == "own":
-            self.cache.note(depth, token_BT)
+        if self.attend == "same_depth":
+            self.cache.append_metadata(depth, token_BT)
             everyone = rows.even and rows.width == self.tokens
             column_N = None if everyone else token_BT[active_BT] - self.total + self.cache.width(depth)
         else:
-            column_N = self.cache.place(depth, rows, token_BT[active_BT])
+            column_N = self.cache.allocate(depth, rows, token_BT[active_BT])
         write = DepthWrite(
             depth,
             self._reads(depth),
             rows,
             column_N,
             self.cache.width(depth),
-            kept_BT=active_BT if self.sees == "own" else None,
+            kept_BT=active_BT if self.attend == "same_depth" else None,
         )
         position_1N = self.position_ids.expand(active_BT.shape)[active_BT][None]
         with self.cache.writing(write) as slots:
@@ -183,9 +185,9 @@ class Passes:
 
     def _for_nothing(self, depth: int, x_BTD: Tensor, active_BT: Tensor, state_BTD: Tensor) -> Tensor:
         """A pass that no token of this process takes while others' tokens do: shards have to be gathered by all."""
-        if self.sees == "own":
+        if self.attend == "same_depth":
             self.cache.repeat_below(depth, self.tokens)
-            self.cache.note(depth, self._new_tokens(x_BTD.shape[0]))
+            self.cache.append_metadata(depth, self._new_tokens(x_BTD.shape[0]))
         return state_BTD + 0 * self.backbone.step(x_BTD[:1, :1], None, None, self.position_ids[:1, :1]).sum()
 
     def _mask(self, depth: int, query_BS: Tensor) -> SlotMask | None:
@@ -207,7 +209,7 @@ def _left(token_BT: Tensor, active_BT: Tensor, rows: PackedRows) -> Tensor:
 
 
 def all_shallower_passes(tokens: int, context: int, shares: Sequence[float]) -> list[DecoderPass]:
-    """The decoder calls of passes that see ``"lower"``.
+    """The decoder calls of passes that attend to ``"all_shallower"``.
 
     Args:
         tokens: new ones.
@@ -230,7 +232,7 @@ def all_shallower_passes(tokens: int, context: int, shares: Sequence[float]) -> 
 
 
 def same_depth_passes(tokens: int, context: int, shares: Sequence[float]) -> list[DecoderPass]:
-    """The decoder calls of passes that see ``"own"``; arguments as for `all_shallower_passes`.
+    """The decoder calls of passes that attend to ``"same_depth"``; arguments as for `all_shallower_passes`.
 
     Example:
         >>> same_depth_passes(8, 0, [1, 0.5])
