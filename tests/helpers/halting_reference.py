@@ -7,7 +7,7 @@ from pathlib import Path
 METHOD = '''
 import torch
 
-from pondera.cost.model import Call
+from pondera.cost.model import DecoderPass
 from pondera.methods.think.base import Think, Thought
 from pondera.methods.think.common.interleave import interleaved_cache
 
@@ -30,7 +30,7 @@ class Halting(Think):
         return Thought(last_BTD, 1 + continue_BT.long(), trace=trace)
 
     def cost_schedule(self, tokens, context=0, *others, **given):
-        return [Call(tokens, context + tokens, repeats=2)]
+        return [DecoderPass(tokens, context + tokens, repeats=2)]
 '''
 
 
