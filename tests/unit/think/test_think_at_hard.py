@@ -59,7 +59,7 @@ def slow(model: AdaptiveLM, x_1T: torch.Tensor) -> tuple[torch.Tensor, list[int]
             logits = logits + backbone.head(state)
             if torch.sigmoid(think.decider(state)) < think.threshold:
                 break
-            best = logits[0, 0].topk(think.feedback.top)
+            best = logits[0, 0].topk(think.feedback.top_k)
             given = (best.values.softmax(-1) @ backbone.embed(best.indices))[None, None]
         outputs.append(logits)
         taken.append(k + 1)
