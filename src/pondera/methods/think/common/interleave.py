@@ -13,6 +13,7 @@ from pondera.core.effort import Effort
 from pondera.core.errors import UserError
 from pondera.core.hf import DynamicCache
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 def interleave(stages: list[Tensor]) -> Tensor:
@@ -61,8 +62,10 @@ def interleaved_pass(
     return deinterleave(h_BSD, slots)
 
 
-def interleaved_cache(backbone: Backbone, slots: int) -> TokenCache:
-    """An empty cache of the backbone's own layer kinds, `slots` rows per token."""
+def interleaved_cache(backbone: Backbone, slots: int, kv_cache: SlotMaker | None = None) -> TokenCache:
+    """An empty cache of the backbone's own layer kinds, or of a KV-cache method's, `slots` rows per token."""
+    if kv_cache is not None:
+        return kv_cache.token_cache(backbone.lm, slots)
     return TokenCache(DynamicCache(config=backbone.config).layers, slots)
 
 
