@@ -351,10 +351,10 @@ class CompressedSlotCache(TokenCache):
 
     def record(self, passes_BT: Tensor) -> None:
         """See `TokenCache.record`. The call is complete: the method evicts or codes now."""
-        super().record(passes_BT)
-        prompt = passes_BT.shape[1] > 1 or self.tokens == passes_BT.shape[1]
+        prompt = passes_BT.shape[1] > 1 or self.tokens == 0
         for layer in self._layers:
             layer.release(prompt and not layer.record_past)
+        super().record(passes_BT)
         self._open = False
 
     def nbytes(self) -> int:

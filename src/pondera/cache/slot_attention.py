@@ -92,10 +92,13 @@ class AttentionObservation:
         return torch.where(self.real_BT[:, None, None, :, None], weight, 0)
 
     def first(self, queries: int, slots: int) -> AttentionObservation:
-        """The first so many queries, and the slots that were there for them."""
+        """The first `queries` queries, over `slots` slots; they saw none that came later."""
+        score_BGRTS = self.score_BGRTS[:, :, :, :queries, :slots]
+        if later := slots - score_BGRTS.shape[-1]:
+            score_BGRTS = F.pad(score_BGRTS, (0, later), value=-torch.inf)
         return AttentionObservation(
             self.query_BGRTD[:, :, :, :queries],
-            self.score_BGRTS[:, :, :, :queries, :slots],
+            score_BGRTS,
             self.number_T[:queries],
             self.real_BT[:, :queries],
             self.scaling,

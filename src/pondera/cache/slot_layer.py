@@ -227,9 +227,9 @@ class KVStoreLayer(KVLayer):
 
     def release(self, prompt: bool) -> None:
         """See `KVLayer.release`."""
+        held, self._observed = self.hold, []
         super().release(prompt)
-        self._observed = []
-        if not self.batch():
+        if not held or not self.batch():
             return
         if prompt:
             self.prompt = self.seen

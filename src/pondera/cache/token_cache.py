@@ -10,6 +10,7 @@ from typing import NoReturn
 import torch
 from torch import LongTensor, Tensor
 
+from pondera.cache.layer import KVLayer
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache
 from pondera.cost.model import live_cache_bytes
@@ -63,8 +64,16 @@ class TokenCache(Cache):
         """Width and offset of a token-level mask."""
         return self.tokens + query_length, 0
 
+    def hold(self) -> None:
+        """More slots of the same tokens come: layers of a KV-cache method evict nothing before `record`."""
+        for layer in self.layers:
+            layer.hold = True  # type: ignore[attr-defined]
+
     def record(self, passes_BT: Tensor) -> None:
         """Notes that these tokens are now cached, and the passes each got."""
+        for layer in self.layers:
+            if isinstance(layer, KVLayer):
+                layer.release(prompt=False)
         self.tokens += passes_BT.shape[1]
         self.passes_BT = passes_BT if self.passes_BT is None else torch.cat([self.passes_BT, passes_BT], dim=1)
 

@@ -143,6 +143,7 @@ class PonderLM2(Think):
             seen_BK = None
             if mask is not None:
                 seen_BK = mask[:, : cache.tokens].repeat_interleave(slots, dim=1)
+            cache.hold()
             for thought in range(slots):
                 if mask is not None and seen_BK is not None:
                     seen_BK = torch.cat([seen_BK, mask[:, cache.tokens : cache.tokens + 1]], dim=1)

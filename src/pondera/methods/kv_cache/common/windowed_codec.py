@@ -306,8 +306,9 @@ class SinkWindowLayer(KVLayer):
 
     def release(self, prompt: bool) -> None:
         """See `KVLayer.release`."""
+        held = self.hold
         super().release(prompt)
-        if self.batch() and not self.record_past:
+        if held and self.batch() and not self.record_past:
             self._settle()
 
     def keep_columns(self, keep_C: Tensor) -> None:

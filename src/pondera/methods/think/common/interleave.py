@@ -53,6 +53,8 @@ def interleaved_pass(
         cache: new rows are appended to its slot view.
     """
     slots = len(stages)
+    if cache is not None:
+        cache.hold()
     h_BSD = backbone.step(
         interleave(stages),
         cache=cache.slots if cache is not None else None,
