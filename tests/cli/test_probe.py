@@ -127,7 +127,7 @@ def test_the_table_has_a_line_per_token_and_drives_no_terminal(said, model, tmp_
     rows = [line for line in out.splitlines() if line.startswith("│")]
     assert len(rows) == min(32, len(saved_models.tokenizer().encode(TEXT)))
     assert all(line.split("│")[2].strip() in ("1", "2") for line in rows)
-    assert "the next token became likelier from the first pass to the last at " in out.splitlines()[-1]
+    assert "the next token became more likely from the first pass to the last at " in out.splitlines()[-1]
 
 
 def test_the_last_token_of_a_text_has_no_target(said, model):

@@ -175,7 +175,7 @@ def test_further_back_than_what_is_kept_is_refused(model: AdaptiveLM):
         for t in range(50):
             model(ids(1, 1, seed=t), past_key_values=cache)
         cache.crop(-32)
-        with pytest.raises(UserError, match="crop: 1 tokens are to be forgotten.*kept for 0"):
+        with pytest.raises(UserError, match="crop: cannot roll back 1 tokens.*kept for 0"):
             cache.crop(-1)
 
 

@@ -89,7 +89,7 @@ def test_a_file_is_told_in_words_and_drawn(said, tmp_path: Path):
     code, out, err = said("collapse", file, "--plot", page)
     assert (code, err) == (0, "") and "token collapse" in out and "start='kmeans'" in out
     html = page.read_text()
-    assert html.count("<svg") >= 2 and "Use of codes" in html and "<script" not in html and "http" not in html
+    assert html.count("<svg") >= 2 and "Code usage" in html and "<script" not in html and "http" not in html
     found = json.loads(said("collapse", file, "--json")[1])
     assert found["name"] == "codes.safetensors" and found["codebooks"][0]["kind"] in KINDS
 
