@@ -166,7 +166,7 @@ def test_models_in_which_there_is_nothing_to_see(said, methods, tmp_path):
     (methods / "think" / "silent.py").write_text(silent)
     for name, message in (
         ("plain", "this model takes one pass per token and does not think"),
-        ("silent", "Silent() does not record its states, so they cannot be read out"),
+        ("silent", "Silent() does not record its states, so the probe cannot read them"),
     ):
         code, out, err = said("think_trace", saved_models.save(tmp_path / name, name), "--text", TEXT)
         assert (code, out) == (2, "") and message in err

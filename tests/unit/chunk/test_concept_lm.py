@@ -23,7 +23,7 @@ def build(segment: str = SPEC.format(chunk=3, merge="raw_logits"), backbone: str
     """A model whose codebooks have seen a batch, and whose concepts move what comes out."""
     torch.manual_seed(0)
     tree = copy.deepcopy(BACKBONES[backbone]) | more
-    model = AdaptiveLM(AdaptiveConfig(backbone=tree, chunk=segment))
+    model = AdaptiveLM(AdaptiveConfig(backbone=tree, chunk=chunk))
     with torch.no_grad():
         model(ids(2, 16), labels=ids(2, 16))
         for name, parameter in model.named_parameters():
@@ -351,12 +351,12 @@ def test_a_checkpoint_begins_as_it_was_and_brings_what_both_have(tmp_path):
     plain = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), init="scaled")).eval()
     plain.save_pretrained(tmp_path / "plain")
     segment = SPEC.format(chunk=3, merge="raw_logits")
-    model = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "plain"), chunk=segment)).eval()
+    model = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "plain"), chunk=chunk)).eval()
     x = ids(2, 10)
     assert torch.equal(model(x).logits, plain(x).logits)
     trained = build()
     trained.save_pretrained(tmp_path / "trained")
-    again = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "trained"), chunk=segment)).eval()
+    again = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "trained"), chunk=chunk)).eval()
     assert torch.equal(again(x).logits, trained(x).logits)
 
 
@@ -385,8 +385,8 @@ def test_it_learns():
     ("chunk", "message"),
     [
         ("ConceptLM(chunk=0)", "chunk=0: give 1 or more"),
-        ("ConceptLM(segments=5)", "segments=5: does not divide the width 64; the nearest that do: 4, 8"),
-        ("ConceptLM(segments=4, encoder_layers=3)", "encoder_layers=3: of the backbone's 3 layers.*give 1 to 2"),
+        ("ConceptLM(segments=5)", "segments=5: does not divide the width 64; the nearest divisors: 4, 8"),
+        ("ConceptLM(segments=4, encoder_layers=3)", "encoder_layers=3: the backbone has 3 layers.*give 1 to 2"),
         ("ConceptLM(segments=4, encoder_layers=0)", "encoder_layers=0"),
         ("ConceptLM(concept_layers=0)", "concept_layers=0"),
         ("ConceptLM(merge='raw')", "merge.*raw_logits"),
@@ -395,9 +395,9 @@ def test_it_learns():
         ("ConceptLM(quantizer=Identity())", "Identity.*use VQ"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(segment: str, message: str):
+def test_what_does_not_fit_is_refused_with_what_would(chunk: str, message: str):
     with pytest.raises(UserError, match=message):
-        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), chunk=segment))
+        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), chunk=chunk))
 
 
 @pytest.fixture(autouse=True)
