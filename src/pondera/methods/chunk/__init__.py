@@ -1,2 +1,1 @@
-"""Chunk methods: models that read and predict units larger than a token. One file per method; `base.py` defines the
-interface."""
+"""Chunk methods, with units larger than a token. One file per method; `base.py` defines the interface."""

@@ -310,8 +310,7 @@ class ConceptLM(Chunk):
         return self if budget.effort else None
 
     def _map_weights(self) -> int:
-        """Number of matrix entries of the maps that compute the tables; every code is multiplied by its codebook's
-        maps."""
+        """Number of weights of the linear maps that compute the codebooks."""
         if not self.width:
             return 0
         return sum(layer.weight.numel() for layer in self.quantizer.modules() if isinstance(layer, nn.Linear))

@@ -124,8 +124,7 @@ class VQLogits(Head):
         return LossTerm((torch.logsumexp(scores_NK + self.shares(), 1) - own_N).sum(), known_N.sum())
 
     def shares(self) -> Tensor:
-        """The log of the total exp(bias) of each code's tokens, which is added to its score, ``[K]``; one group
-        only."""
+        """Logsumexp of the biases of each code's tokens, to add to its score, ``[K]``; one group only."""
         biases_V, code_V = self._biases(), self.code_VG[:, 0]
         most_K = torch.full((self.codes,), -math.inf, device=biases_V.device).scatter_reduce(
             0, code_V, biases_V.detach(), "amax"

@@ -103,8 +103,7 @@ def nearest_by_levels(x_NC: Tensor, table_RKC: Tensor) -> Tensor:
 
 
 def _seen(table_GKC: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The tables for scoring, ``[G, K, C]``, the origin of the vectors, ``[G, 1, C]``, and score offsets, ``[G,
-    K]``."""
+    """The tables for scoring, ``[G, K, C]``, the origin of vectors, ``[G, 1, C]``, and score offsets, ``[G, K]``."""
     if metric == "cosine":  # the norms of the vectors do not matter
         table_GKC = functional.normalize(table_GKC, dim=-1)
         return table_GKC, torch.zeros_like(table_GKC[:, :1]), table_GKC.new_zeros(table_GKC.shape[:2])
