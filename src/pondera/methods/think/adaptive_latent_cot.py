@@ -53,7 +53,7 @@ class AdaptiveLatentCoT(Think):
             paper), or a control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
         threshold: a token takes a step if the probability to reach it is at least this value.
         penalty: lambda, the cost of one full step in nats; larger values prune more.
-        beta: exponent of the correctness weight; larger values lower the penalty on wrong predictions, 0 ignores them.
+        beta: exponent of the correctness weight; larger values lower the penalty on wrong predictions; 0: no weighting.
         continue_prob: for ``"random"``: the probability that a token takes the next step.
 
     Example:

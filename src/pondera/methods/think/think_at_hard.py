@@ -47,13 +47,13 @@ class ThinkAtHard(Think):
     Resolved: the head is linear, so the method sums states instead of logits and applies the head to the sum. The
     decider trains together with the model; the authors train it afterwards against a frozen model. To do that, train
     with ``halting="oracle"``, then continue with ``halting="decider"`` and ``train.freeze_backbone_steps`` for all
-    steps. The trained model itself labels predictions as wrong, not a reference model. With several steps one decider
-    decides before each; a halted token stays halted. Left out: adapters (LoRA) in the extra passes, so all passes share
-    all weights; the decider's features from middle layers and from the most likely logits, which need the head for
-    every token; the decider's dropout. The decider has a quarter of the model's width and two blocks (the paper: 512 of
-    1024 or 2048, six blocks), about a tenth of a layer. Its activation is not published; here it is GELU. If no labeled
-    token of a training batch is hard, the first one continues, so that all parameters get a gradient. A smaller
-    `effort` replaces the threshold by threshold ** effort.
+    steps. The trained model itself labels predictions as wrong, not a reference model. With several steps one decider,
+    shared by all steps, decides before each; a halted token stays halted. Left out: adapters (LoRA) in the extra
+    passes, so all passes share all weights; the decider's features from middle layers and from the most likely logits,
+    which need the head for every token; the decider's dropout. The decider has a quarter of the model's width and two
+    blocks (the paper: 512 of 1024 or 2048, six blocks), about a tenth of a layer. Its activation is not published; here
+    it is GELU. If no labeled token of a training batch is hard, the first one continues, so that all parameters get a
+    gradient. A smaller `effort` replaces the threshold by threshold ** effort.
 
     Args:
         steps: maximum number of extra passes; 0 gives the plain backbone.

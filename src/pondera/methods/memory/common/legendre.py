@@ -60,7 +60,7 @@ def basis(x: Tensor, order: int) -> Tensor:
 
 
 def integrals(x: Tensor, order: int) -> Tensor:
-    """The integral of ``g_n`` from 0 to x, ``[..., N]``: ``P_n`` is the derivative of ``(P_{n+1} - P_{n-1}) / (2n+1)``."""
+    """The integral of ``g_n`` from 0 to x, ``[..., N]``, from ``(2n+1) P_n = (P_{n+1} - P_{n-1})'``."""
     p = polynomials(2 * x.double() - 1, order + 1)
     n = torch.arange(1, order, dtype=torch.float64)
     above = (p[..., 2:] - p[..., :-2]) / (2 * n + 1)

@@ -59,9 +59,9 @@ class SegmentCache(TokenCache):
         if not self.fill:
             self.fill, self.closed, self._reopens = [0] * batch, [0] * batch, [False] * batch
 
-    def room(self, text: int) -> int:
+    def room(self, sequence: int) -> int:
         """Number of tokens that the sequence can read before the next block boundary."""
-        return self.block - self.fill[text] % self.block
+        return self.block - self.fill[sequence] % self.block
 
     @property
     def even(self) -> bool:
@@ -76,25 +76,25 @@ class SegmentCache(TokenCache):
             counts: number of new tokens of each sequence.
             h_BTD: inputs, for their dtype and device.
         """
-        active = [text for text, count in enumerate(counts) if count]
-        self._close(backbone, [text for text in active if self.fill[text] == self.block], h_BTD)
-        fill, count = [self.fill[text] for text in active], [counts[text] for text in active]
+        active = [sequence for sequence, count in enumerate(counts) if count]
+        self._close(backbone, [sequence for sequence in active if self.fill[sequence] == self.block], h_BTD)
+        fill, count = [self.fill[sequence] for sequence in active], [counts[sequence] for sequence in active]
         together = len(active) == len(counts) and self.even and len(set(count)) == 1
-        for text in active:
-            self.fill[text] += counts[text]
+        for sequence in active:
+            self.fill[sequence] += counts[sequence]
         width = max(self.fill)
-        texts = None if together else torch.tensor(active, device=h_BTD.device)
-        turn = SegmentStep(fill, count, width, len(counts), texts)
+        sequences = None if together else torch.tensor(active, device=h_BTD.device)
+        turn = SegmentStep(fill, count, width, len(counts), sequences)
         for layer in self._layers:
             layer.trim(fill[0] if together else width)
             layer.turn = turn
         return turn
 
-    def _close(self, backbone: Backbone, texts: list[int], h_BTD: Tensor) -> None:
-        if not texts:
+    def _close(self, backbone: Backbone, sequences: list[int], h_BTD: Tensor) -> None:
+        if not sequences:
             return
-        device, blocks = h_BTD.device, [self.closed[text] for text in texts]
-        chosen = None if len(texts) == len(self.fill) else torch.tensor(texts, device=device)
+        device, blocks = h_BTD.device, [self.closed[sequence] for sequence in sequences]
+        chosen = None if len(sequences) == len(self.fill) else torch.tensor(sequences, device=device)
         cut = [self.tbptt is not None and (count + 1) % self.tbptt == 0 for count in blocks]
         closings = {}
         for kind in set(self.kinds):
@@ -108,17 +108,17 @@ class SegmentCache(TokenCache):
             )
         for layer, kind in zip(self._layers, self.kinds, strict=True):
             layer.close(closings[kind])
-        for text in texts:
-            self.closed[text] += 1
-            self.fill[text], self._reopens[text] = 0, self.keeps
+        for sequence in sequences:
+            self.closed[sequence] += 1
+            self.fill[sequence], self._reopens[sequence] = 0, self.keeps
 
     def masks(self, turn: SegmentStep, device: torch.device) -> dict[str, SlotMask]:
         """The mask of each layer type: tokens attend to memory, local context, and their block causally."""
         position_AS = turn.positions(device)
-        if turn.texts_A is None:
+        if turn.active_A is None:
             closed = self.closed[:1]
         else:
-            closed = [self.closed[text] for text in turn.texts_A.tolist()]
+            closed = [self.closed[sequence] for sequence in turn.active_A.tolist()]
         masks = {}
         for kind in set(self.kinds):
             layers = [layer for layer, its in zip(self._layers, self.kinds, strict=True) if its == kind]
@@ -178,16 +178,16 @@ class SegmentCache(TokenCache):
                 f"crop: cannot roll back {count} tokens; keys and values are kept for {min(kept)}: those of the open "
                 f"block and of the one before (block={self.block}); start with a new cache"
             )
-        back = [text for text, more in enumerate(counts) if more > self.fill[text]]
+        back = [sequence for sequence, more in enumerate(counts) if more > self.fill[sequence]]
         if back:
             device = next(iter(self._layers[0].before.values())).device
             chosen = None if len(back) == len(counts) else torch.tensor(back, device=device)
             for layer in self._layers:
                 layer.reopen(chosen, len(counts))
-            for text in back:
-                self.fill[text] += self.block
-                self.closed[text] -= 1
-                self._reopens[text] = False
+            for sequence in back:
+                self.fill[sequence] += self.block
+                self.closed[sequence] -= 1
+                self._reopens[sequence] = False
         self.fill = [have - more for have, more in zip(self.fill, counts, strict=True)]
         for layer in self._layers:
             layer.trim(max(self.fill))
@@ -218,7 +218,7 @@ class SegmentCache(TokenCache):
         super()._rows(indices)
         order = indices.tolist()
         self.fill, self.closed, self._reopens = (
-            [each[text] for text in order] for each in (self.fill, self.closed, self._reopens)
+            [each[sequence] for sequence in order] for each in (self.fill, self.closed, self._reopens)
         )
         if self._real_BW is not None:
             self._real_BW = self._real_BW[indices.to(self._real_BW.device)]
@@ -235,9 +235,9 @@ class SegmentCache(TokenCache):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores a result of `state_dict` from a model with the same method and backbone."""
         self.tokens, self.passes_BT = state["tokens"], state["passes"]
-        texts = state["texts"]
-        self.fill, self.closed, self._reopens = (list(texts[name]) for name in ("fill", "closed", "reopens"))
-        self._real_BW = texts["real"]
+        sequences = state["texts"]
+        self.fill, self.closed, self._reopens = (list(sequences[name]) for name in ("fill", "closed", "reopens"))
+        self._real_BW = sequences["real"]
         for layer, own in zip(self._layers, state["layers"], strict=True):
             layer.held, layer.before = dict(own["held"]), dict(own["before"])
             if "block_k" in layer.held:

@@ -38,7 +38,7 @@ class SegmentStep:
         fill_A: tokens already in the open block, for each active sequence.
         count_A: tokens to add.
         width: columns afterwards.
-        texts_A: batch indices of the active sequences; ``None``: all sequences, with equal `fill_A`, `count_A` and
+        active_A: batch indices of the active sequences; ``None``: all sequences, with equal `fill_A`, `count_A` and
             number of closed blocks.
         batch: B.
     """
@@ -47,11 +47,11 @@ class SegmentStep:
     count_A: list[int]
     width: int
     batch: int
-    texts_A: Tensor | None = None
+    active_A: Tensor | None = None
 
     def positions(self, device: torch.device) -> Tensor:
         """Positions of the tokens in their blocks, ``[1 or A, S]``; undefined after a sequence's last new token."""
-        if self.texts_A is None:
+        if self.active_A is None:
             return torch.arange(self.fill_A[0], self.width, device=device)[None]
         order_S = torch.arange(max(self.count_A), device=device)
         return (torch.tensor(self.fill_A, device=device)[:, None] + order_S).clamp(max=self.width - 1)
@@ -63,20 +63,20 @@ class SegmentStep:
 
     def entered(self, old: Tensor | None, new_AHSd: Tensor) -> Tensor:
         """The open blocks with the tokens of the call appended, ``[B, H, W, d]``."""
-        if self.texts_A is None:
+        if self.active_A is None:
             return new_AHSd if old is None else torch.cat([old, new_AHSd], dim=-2)
         _, heads, _, width = new_AHSd.shape
         if old is None:
             old = new_AHSd.new_zeros(self.batch, heads, 0, width)
         buffer_BWHd = F.pad(old, (0, 0, 0, self.width - old.shape[-2])).transpose(1, 2)
         valid_AS, position_AS = self.valid(old.device), self.positions(old.device)
-        text_AS = self.texts_A[:, None].expand_as(valid_AS)
-        at = (text_AS[valid_AS], position_AS[valid_AS])
+        sequence_AS = self.active_A[:, None].expand_as(valid_AS)
+        at = (sequence_AS[valid_AS], position_AS[valid_AS])
         return buffer_BWHd.index_put(at, new_AHSd.transpose(1, 2)[valid_AS]).transpose(1, 2)
 
     def of(self, x_BHWd: Tensor) -> Tensor:
         """Selects the active sequences."""
-        return x_BHWd if self.texts_A is None else x_BHWd[self.texts_A]
+        return x_BHWd if self.active_A is None else x_BHWd[self.active_A]
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class SegmentEnd:
     """The sequences whose block closes.
 
     Args:
-        texts: batch indices of the sequences; ``None``: all.
+        sequences: batch indices of the sequences; ``None``: all.
         batch: B.
         blocks: number of earlier closed blocks of each of these sequences.
         cut: whether gradients are cut at this boundary, for each of these sequences.
@@ -93,7 +93,7 @@ class SegmentEnd:
         carried: returns the rotary embedding of a local context of the given width, before and after the boundary.
     """
 
-    texts: Tensor | None
+    sequences: Tensor | None
     batch: int
     blocks: list[int]
     cut: list[bool]
@@ -103,13 +103,13 @@ class SegmentEnd:
 
     def of(self, state: RecurrentState) -> RecurrentState:
         """Selects the state of these sequences."""
-        return dict(state) if self.texts is None else {name: x[self.texts] for name, x in state.items()}
+        return dict(state) if self.sequences is None else {name: x[self.sequences] for name, x in state.items()}
 
     def put(self, state: RecurrentState, new: RecurrentState) -> RecurrentState:
         """The state of all sequences, with new tensors for these."""
-        if self.texts is None:
+        if self.sequences is None:
             return new
-        return state | {name: _put(state.get(name), x, self.texts, self.batch, name) for name, x in new.items()}
+        return state | {name: _put(state.get(name), x, self.sequences, self.batch, name) for name, x in new.items()}
 
     def without_gradient(self, new: RecurrentState) -> RecurrentState:
         """Detaches tensors where gradients are cut."""
@@ -121,7 +121,7 @@ class SegmentEnd:
         return {name: torch.where(cut_A111.to(x.device), x.detach(), x) for name, x in new.items()}
 
 
-def _put(old: Tensor | None, new: Tensor, texts: Tensor, batch: int, name: str) -> Tensor:
+def _put(old: Tensor | None, new: Tensor, sequences: Tensor, batch: int, name: str) -> Tensor:
     """Replaces some sequences of `old`; blocks are left-aligned, all other tensors right-aligned."""
     if old is None:
         old = new.new_zeros(batch, *new.shape[1:])
@@ -131,7 +131,7 @@ def _put(old: Tensor | None, new: Tensor, texts: Tensor, batch: int, name: str) 
         free = width - x.shape[-2]
         return F.pad(x, (0, 0, 0, free) if name.startswith("block") else (0, 0, free, 0))
 
-    return padded(old).index_copy(0, texts, padded(new))
+    return padded(old).index_copy(0, sequences, padded(new))
 
 
 def newest(state: RecurrentState, key_AHWd: Tensor, value_AHWd: Tensor, most: int) -> RecurrentState:
@@ -198,7 +198,7 @@ class SegmentLayer(CacheLayerMixin):
             new |= self._carried(old, key, value, closing)
         if closing.keeps:
             self.before = closing.put(self.before, old)
-        others = self.held if closing.texts is not None else {}
+        others = self.held if closing.sequences is not None else {}
         self.held = closing.put(others, closing.without_gradient(new))
 
     def _carried(
@@ -213,13 +213,13 @@ class SegmentLayer(CacheLayerMixin):
         turned = closing.carried(key.shape[-2])
         return {"carry_k": key.clone() if turned is None else turned.apply(key), "carry_v": value.clone()}
 
-    def reopen(self, texts: Tensor | None, batch: int) -> None:
+    def reopen(self, sequences: Tensor | None, batch: int) -> None:
         """Rolls back the last block boundary of these sequences."""
-        if texts is None:
+        if sequences is None:
             self.held = dict(self.before)
         else:
             for name, x in self.before.items():
-                self.held[name] = _put(self.held.get(name), x[texts], texts, batch, name)
+                self.held[name] = _put(self.held.get(name), x[sequences], sequences, batch, name)
 
     def trim(self, width: int) -> None:
         """Keeps the first `width` columns of the open blocks."""

@@ -232,7 +232,7 @@ class SegmentRecurrence(Method):
         """
         batch, tokens, _ = h_BTD.shape
         new_BT = torch.ones(batch, tokens, dtype=torch.long, device=h_BTD.device) if new_BT is None else new_BT
-        at_N, count = _by_text(new_BT, documents=cache is None)
+        at_N, count = _by_sequence(new_BT, documents=cache is None)
         if cache is None:
             cache = self._cache(backbone, keeps=False)
             cache.start(len(count))
@@ -242,11 +242,11 @@ class SegmentRecurrence(Method):
         outputs, places = [h_MD.new_zeros(0, h_MD.shape[-1])], [at_N[:0]]
         while any(have < every for have, every in zip(done, count, strict=True)):
             counts = [min(every - have, cache.room(i)) for i, (have, every) in enumerate(zip(done, count, strict=True))]
-            active = [text for text, number in enumerate(counts) if number]
-            first_A = begin[active] + torch.tensor([done[text] for text in active], device=h_BTD.device)
+            active = [sequence for sequence, number in enumerate(counts) if number]
+            first_A = begin[active] + torch.tensor([done[sequence] for sequence in active], device=h_BTD.device)
             order_S = order_L[: max(counts)]
             place_AS = at_N[(first_A[:, None] + order_S).clamp(max=len(at_N) - 1)]
-            valid_AS = order_S < torch.tensor([counts[text] for text in active], device=h_BTD.device)[:, None]
+            valid_AS = order_S < torch.tensor([counts[sequence] for sequence in active], device=h_BTD.device)[:, None]
             states_ASD = self._call(backbone, h_MD[place_AS], counts, cache)
             outputs.append(states_ASD[valid_AS])
             places.append(place_AS[valid_AS])
@@ -314,7 +314,7 @@ def _times(products: list[MatMul], count: float) -> list[MatMul]:
     return [MatMul(product.rows * count, product.weights, product.trained) for product in products]
 
 
-def _by_text(number_BT: Tensor, documents: bool) -> tuple[Tensor, list[int]]:
+def _by_sequence(number_BT: Tensor, documents: bool) -> tuple[Tensor, list[int]]:
     """The flat positions of all non-padding tokens, sequence by sequence, and the number of tokens of each.
 
     Args:
@@ -322,15 +322,15 @@ def _by_text(number_BT: Tensor, documents: bool) -> tuple[Tensor, list[int]]:
         documents: if true, each document of a row is a sequence; else each row is one, even without tokens.
 
     Example:
-        >>> _by_text(torch.tensor([[0, 1, 1], [1, 2, 2]]), documents=True)
+        >>> _by_sequence(torch.tensor([[0, 1, 1], [1, 2, 2]]), documents=True)
         (tensor([1, 2, 3, 4, 5]), [2, 1, 2])
     """
     batch, tokens = number_BT.shape
     place_N = (number_BT.flatten() > 0).nonzero()[:, 0]
-    text_N = place_N // tokens
+    sequence_N = place_N // tokens
     if not documents:
-        return place_N, text_N.bincount(minlength=batch).tolist()
-    text_N = text_N * (number_BT.max() + 1) + number_BT.flatten()[place_N]
-    order_N = text_N.argsort(stable=True)
-    _, count = text_N[order_N].unique_consecutive(return_counts=True)
+        return place_N, sequence_N.bincount(minlength=batch).tolist()
+    sequence_N = sequence_N * (number_BT.max() + 1) + number_BT.flatten()[place_N]
+    order_N = sequence_N.argsort(stable=True)
+    _, count = sequence_N[order_N].unique_consecutive(return_counts=True)
     return place_N[order_N], count.tolist()

@@ -92,9 +92,9 @@ def nearest_by_levels(x_NC: Tensor, table_RKC: Tensor) -> Tensor:
         [[1, 0], [0, 1]]
     """
     table_RKC = table_RKC.to(torch.promote_types(x_NC.dtype, torch.float32))
-    codes = _native(x_NC, *_seen(table_RKC, "euclidean"), table_RKC)
-    if codes is not None:
-        return codes
+    native_NR = _native(x_NC, *_seen(table_RKC, "euclidean"), table_RKC)
+    if native_NR is not None:
+        return native_NR
     codes: list[Tensor] = []
     for table_KC in table_RKC:
         codes.append(nearest(x_NC, table_KC))
