@@ -25,7 +25,7 @@ class ElasticMemory(SegmentRecurrence):
     """Compresses each layer's past keys and values, as signals of time, to their N lowest Legendre coefficients.
 
     The method reads a sequence in blocks. When a block is complete, two matrices, which depend only on the block's
-    index, add its keys (before rotary) and values to the coefficients. The next block then attends to S extra slots,
+    index, add its keys (before RoPE) and values to the coefficients. The next block then attends to S extra slots,
     sampled from the polynomials at S points of the past, together with its own slots in one softmax. The method has no
     parameters, and `look` can change the sampling points at any time.
 
@@ -39,7 +39,7 @@ class ElasticMemory(SegmentRecurrence):
     independent from token to token; only what varies smoothly with time can be recovered. With FSDP on isolated
     documents (``data.document_mask``), because processes would make different numbers of decoder calls.
     Resolved: all matrices are exact for signals that are constant over a token (the paper does not give its
-    discretization). Keys are compressed before rotary. Memory slots are not rotated, but queries are, by positions
+    discretization). Keys are compressed before RoPE. Memory slots are not rotated, but queries are, by positions
     counted from the block's first token, so all memory slots are at the start of the block (as in Algorithm 1, which
     does not define the origin). The first block of a sequence has no memory slots, because zero keys would take softmax
     probability. Each key and value head has its own coefficients; sampled keys are not normalized. Sampling points lie

@@ -24,7 +24,7 @@ class MeanPool(SegmentRecurrence):
     Cost: per token S extra slots in attention. The cache contains these slots, their copy before the last block (for
     rollback), and two blocks.
     When not to use it: to recall tokens more than ``samples * pool`` tokens back, which are dropped.
-    Resolved: keys are averaged before rotary, and memory slots are not rotated, as in `ElasticMemory`, so the two
+    Resolved: keys are averaged before RoPE, and memory slots are not rotated, as in `ElasticMemory`, so the two
     methods differ only in how memory slots are computed.
 
     Args:

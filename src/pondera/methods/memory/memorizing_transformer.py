@@ -162,7 +162,7 @@ def nearest_attention(
         nearest: computes memory attention.
         base: the backbone's own attention function.
         module: the attention layer.
-        query_BHSd, key_BGKd, value_BGKd: after rotary, except memory slots, which come first.
+        query_BHSd, key_BGKd, value_BGKd: after RoPE, except memory slots, which come first.
         attention_mask: ``[B, 1, S, K]`` for layers with memory, in the format of `base`.
         scaling: scale of the scores; default: ``None``, d ** -0.5.
         **kwargs: passed to `base`.
