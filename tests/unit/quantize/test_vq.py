@@ -295,7 +295,7 @@ def test_it_is_named_by_a_spec():
         ({"codes": 2.5}, "codes=2.5"),
         ({"update": "emma"}, "did you mean 'ema'"),
         ({"init": "k-means"}, "did you mean 'kmeans'"),
-        ({"start": [[1.0]]}, r"\(6, 4\)"),
+        ({"init": [[1.0]]}, r"\(6, 4\)"),
         ({"estimator": "rotate"}, "did you mean 'rotation'"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"start_step": -1}, "start_step=-1"),

@@ -271,7 +271,7 @@ def test_training_on_one_text_is_decoding_it(backbone: str):
 
 
 @pytest.mark.parametrize(("backbone", "fields", "what"), [
-    ("gemma3", {"final_logit_softcapping": 30.0}, "caps logits"),
+    ("gemma3", {"final_logit_softcapping": 30.0}, "soft-caps logits"),
     ("phi", {"model_type": "phi"}, "has a bias"),
 ])  # fmt: skip
 def test_heads_whose_logits_do_not_add_up_are_refused(backbone: str, fields: dict, what: str, monkeypatch):

@@ -1,1 +1,1 @@
-"""Ways to look at a trained model from outside, one per file."""
+"""Probes: analyses of a trained model from its outputs and traces. One file per probe."""

@@ -1,1 +1,1 @@
-"""How much to compute for each token: one file per method, `base.py` is the seam."""
+"""Think methods: how much compute each token gets. One file per method; `base.py` defines the interface."""
