@@ -5,16 +5,16 @@ Shapes: B batch, T tokens, N packed rows, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pondera.cache.masks import SlotMask
 from pondera.cache.packing import PackedRows
-from pondera.core.errors import UserError
-from pondera.models.backbone import LAYOUTS, Backbone, SlotMask
+from pondera.core.errors import UserError, described
+from pondera.core.evaluation_mode import as_it_was
+from pondera.models.backbone import LAYOUTS, Backbone
 
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -74,11 +74,6 @@ def _misfit(model: AdaptiveLM, wrong: str) -> UserError:
     )
 
 
-def described(error: Exception) -> str:
-    """An error of somebody else's code in one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-
-
 def _wrong(model: AdaptiveLM) -> str | None:
     """What is wrong; `None`: nothing was found."""
     vocabulary = model.backbone.config.vocab_size
@@ -134,17 +129,3 @@ def _in_pieces(model: AdaptiveLM, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         seen += piece.shape[1]
         found.append(model(piece, attention_mask=mask_BT[:, :seen], past_key_values=cache).logits)
     return torch.cat(found, 1)
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation, without gradients; training mode and random state are put back."""
-    training = [module for module in model.modules() if module.training]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pondera.cache.masks import has_documents, needed
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
 from pondera.core.effort import FULL, Effort
@@ -22,7 +23,7 @@ from pondera.methods.chunk.base import Chunk, MethodOutput
 from pondera.methods.chunk.common.chunks import POOLINGS, Chunks, behind
 from pondera.methods.chunk.common.concept_cache import REWIND, ConceptCache
 from pondera.methods.quantize.base import ABSENT, MERGES, Quantized, Quantizer
-from pondera.models.backbone import LAYOUTS, Backbone, has_documents, needed
+from pondera.models.backbone import LAYOUTS, Backbone
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from pondera.cache.codec import Codec
 from pondera.core import spec
 from pondera.core.errors import UserError, unknown
 from pondera.core.hf import PreTrainedConfig, PreTrainedModel
@@ -22,7 +23,6 @@ from pondera.core.run_folder import write_atomic
 from pondera.methods.kv_cache.base import compressible, head_dim, kv_heads
 from pondera.methods.kv_cache.common.calibration import clustered, collect, learned, residual_tables
 from pondera.methods.kv_cache.common.codebooks import ONE_BYTE, TWO_BYTES, Codebooks, RotaryCodebooks
-from pondera.methods.kv_cache.common.codec import Codec
 from pondera.methods.kv_cache.common.rotary_pairs import apply_rotary, rotation_pairs
 from pondera.methods.kv_cache.common.rotary_pairs import branches as by_speed
 from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pondera.cache.depth_cache import DepthCache, slot_mask
 from pondera.cache.key_bias import extra_coordinates
+from pondera.cache.masks import SlotMask
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
@@ -28,7 +29,7 @@ from pondera.methods.think.common.halting import Halting, router
 from pondera.methods.think.common.interleave import deinterleave, interleave, per_slot
 from pondera.methods.think.common.jacobi import jacobi
 from pondera.methods.think.common.readout import mixture
-from pondera.models.backbone import Backbone, SlotMask
+from pondera.models.backbone import Backbone
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
 HALTING = ("router", "fixed", "random")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pondera.methods.kv_cache.common.codec import Codec, Parts
+from pondera.cache.codec import Codec, Parts
 from pondera.methods.kv_cache.common.lut_attention import look_up, sum_by_code
 from pondera.methods.kv_cache.common.rotary_pairs import apply_rotary
 
