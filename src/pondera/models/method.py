@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.loss_terms import LossTerm
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.models.backbone import Backbone
 
 

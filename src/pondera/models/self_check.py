@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from pondera.arch.families import family, listed
 from pondera.cache.masks import SlotMask
 from pondera.cache.packing import PackedRows
 from pondera.core.errors import UserError, described
 from pondera.core.evaluation_mode import as_it_was
-from pondera.models.backbone import LAYOUTS, Backbone
+from pondera.models.backbone import Backbone
 
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -26,13 +27,12 @@ TOKENS, PADS, PIECES = 6, 2, (4, 1, 1)
 def check_method(model: AdaptiveLM) -> None:
     """Refuses a backbone on which the model's method does not run, or padding, packing or the cache change what it says.
 
-    Architectures that are mapped are known from tests, and are not run.
+    Families on which all methods are tested are known, and are not run.
 
     Raises:
         UserError: which architecture, and why.
     """
-    kind = model.backbone.config.model_type
-    if model.method is None or kind in LAYOUTS:
+    if model.method is None or _is_tested(model):
         return
     rounds = getattr(model.method, "eval_rounds", None)
     try:
@@ -61,16 +61,20 @@ def bind_method(model: AdaptiveLM) -> None:
     except UserError:
         raise
     except Exception as error:  # whatever a configuration raises
-        if model.backbone.config.model_type in LAYOUTS:
+        if _is_tested(model):
             raise
         raise _misfit(model, described(error)) from error
+
+
+def _is_tested(model: AdaptiveLM) -> bool:
+    return family(model.backbone.config).support == "tested"
 
 
 def _misfit(model: AdaptiveLM, wrong: str) -> UserError:
     return UserError(
         f"{model.chosen} does not fit {model.backbone.config.model_type}: {wrong}. Methods that run whole passes in causal "
         "order, such as PonderLM2(thoughts=1) and PauseToken(), fit more architectures; all methods fit "
-        f"{', '.join(sorted(LAYOUTS))}"
+        f"{listed(lambda each: each.support == 'tested')}"
     )
 
 

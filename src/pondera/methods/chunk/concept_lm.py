@@ -12,18 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pondera.arch.families import listed, modules
 from pondera.cache.masks import has_documents, needed
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
-from pondera.cost.model import CostModel, DecoderPass, MatMul
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.chunk.base import Chunk, MethodOutput
 from pondera.methods.chunk.common.chunks import POOLINGS, Chunks, behind
 from pondera.methods.chunk.common.concept_cache import REWIND, ConceptCache
 from pondera.methods.quantize.base import ABSENT, MERGES, Quantized, Quantizer
-from pondera.models.backbone import LAYOUTS, Backbone
+from pondera.models.backbone import Backbone
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
 
@@ -131,10 +133,10 @@ class ConceptLM(Chunk):
 
     def _check(self, backbone: Backbone) -> None:
         config = backbone.config
-        if config.model_type not in LAYOUTS:
+        if modules(config) is None:
             raise UserError(
                 f"ConceptLM does not fit {config.model_type}: it runs the first and last layers apart, and those of this "
-                f"architecture are not mapped; mapped: {', '.join(sorted(LAYOUTS))}"
+                f"architecture are not mapped; mapped: {listed(lambda each: each.modules)}"
             )
         layers, width = config.num_hidden_layers, config.hidden_size
         if self.encoder_layers is None:

@@ -15,6 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pondera.arch.dimensions import head_dim
 from pondera.cache.depth_cache import DepthCache, slot_mask
 from pondera.cache.key_bias import extra_coordinates
 from pondera.cache.masks import SlotMask
@@ -22,7 +23,7 @@ from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, router
@@ -186,10 +187,7 @@ class PonderLM3(Think):
         if self.halting.learned and self.thoughts:
             self.router = router(backbone, start=0.5, outputs=self.slots_per_token)
             torch.nn.init.constant_(self.router.bias[-1:].detach(), math.log(0.9 / 0.1 * self.thoughts))
-        heads = backbone.config.num_attention_heads
-        self._wider = extra_coordinates(
-            getattr(backbone.config, "head_dim", None) or backbone.config.hidden_size // heads
-        )
+        self._wider = extra_coordinates(head_dim(backbone.config))
 
     def embed_scale(self, width: int) -> float:
         """The embedding multiplier that goes with the feedback."""
