@@ -191,7 +191,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: an architecture whose inside Pondera does not know.
         """
-        parts = self._modules()
+        parts = self._mapped_modules()
         decoder, count = self.decoder, self.config.num_hidden_layers
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= count:
             raise UserError(
@@ -236,7 +236,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: an architecture whose inside Pondera does not know.
         """
-        parts = self._modules()
+        parts = self._mapped_modules()
         if parts.rotary is None:
             return None
         of_kind = (kind,) if parts.rotary_by_kind else ()
@@ -263,11 +263,11 @@ class Backbone(nn.Module):
         if self.unit_rms:
             scaled_init(decoder)
         decoder.set_input_embeddings(nn.Identity())
-        if positions := self._modules().positions:
+        if positions := self._mapped_modules().positions:
             setattr(decoder, positions, _NoPositions())
         return Backbone(decoder)
 
-    def _modules(self) -> Modules:
+    def _mapped_modules(self) -> Modules:
         parts = modules(self.config)
         if parts is None:
             raise UserError(
