@@ -14,6 +14,25 @@ FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention
 """The kinds of layers that Pondera knows, by the names that transformers gives them."""
 
 
+class LayersDiffer(UserError):
+    """A size that a method needs of all layers, where they differ or the config does not say.
+
+    Args:
+        model_type: of the config.
+        name: what the config calls the size.
+
+    Attributes:
+        why: the error without the advice.
+    """
+
+    def __init__(self, model_type: str, name: str) -> None:
+        self.why = f"its configuration has no {name} that holds for all layers"
+        super().__init__(
+            f"{model_type}: {self.why}; use PreallocatedCache() or an eviction method with one budget for all heads, such as "
+            "H2O(256), or the stock cache"
+        )
+
+
 def layer_kinds(config: Any) -> list[str]:
     """The kind of each layer, as transformers names it.
 
@@ -35,7 +54,7 @@ def kv_heads(config: Any) -> int:
     """KV heads of a layer.
 
     Raises:
-        UserError: the layers of the model differ, or its config does not say.
+        LayersDiffer: the layers of the model differ, or its config does not say.
     """
     return _of_all_layers(config, "num_key_value_heads", lambda: config.num_attention_heads)
 
@@ -44,7 +63,7 @@ def head_dim(config: Any) -> int:
     """Width of a head.
 
     Raises:
-        UserError: the layers of the model differ, or its config does not say.
+        LayersDiffer: the layers of the model differ, or its config does not say.
 
     Example:
         >>> from types import SimpleNamespace
@@ -58,8 +77,4 @@ def _of_all_layers(config: Any, name: str, otherwise: Callable[[], int]) -> int:
     try:
         return getattr(config, name, None) or otherwise()
     except Exception as error:  # transformers raises one of its own where layers differ
-        raise UserError(
-            f"{config.model_type}: its configuration has no {name} that holds for all layers; use a method that does not "
-            "need one: PreallocatedCache() or an eviction method with one budget for all heads, such as H2O(256), or the "
-            "stock cache"
-        ) from error
+        raise LayersDiffer(config.model_type, name) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from pondera.arch.dimensions import LayersDiffer
 from pondera.arch.families import family, listed
 from pondera.cache.masks import SlotMask
 from pondera.cache.packing import PackedRows
@@ -58,6 +59,8 @@ def bind_method(model: AdaptiveLM) -> None:
     method: Any = model.method
     try:
         method.bind(model.backbone)
+    except LayersDiffer as error:
+        raise _misfit(model, error.why) from error
     except UserError:
         raise
     except Exception as error:  # whatever a configuration raises

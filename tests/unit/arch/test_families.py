@@ -11,8 +11,8 @@ import torch
 from helpers.architectures import BACKBONES
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pondera import UserError
-from pondera.arch.dimensions import head_dim, kv_heads, layer_kinds
+from pondera import AdaptiveConfig, AdaptiveLM, UserError
+from pondera.arch.dimensions import LayersDiffer, head_dim, kv_heads, layer_kinds
 from pondera.arch.families import FAMILIES, describe, family, listed
 from pondera.core.hf import DynamicCache
 
@@ -69,6 +69,17 @@ def test_what_differs_by_layer_is_refused_by_name():
         head_dim(Differing())
     with pytest.raises(UserError, match="no num_key_value_heads"):
         kv_heads(SimpleNamespace(model_type="headless"))
+
+
+def test_a_thinking_method_that_needs_one_size_is_refused_by_its_own_name(monkeypatch: pytest.MonkeyPatch):
+    def differs(config: Any) -> int:
+        raise LayersDiffer(config.model_type, "head_dim")
+
+    monkeypatch.setattr("pondera.methods.think.ponder_lm3.head_dim", differs)
+    with pytest.raises(
+        UserError, match=r"PonderLM3\(thoughts=1\) does not fit llama: its configuration has no head_dim"
+    ):
+        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think="PonderLM3(thoughts=1)"))
 
 
 def test_a_family_without_a_known_cost_is_refused_with_those_that_have_one():
