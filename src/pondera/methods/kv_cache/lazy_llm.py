@@ -39,7 +39,7 @@ class LazyLLM(ProgressivePruning):
     and its rotary rows for each token that has stopped, beside the keys and values of what was run: it saves compute. In a
     batch every text runs as many rows as the one that takes up most.
     When not to use it: to save memory. Where logits of a prompt's tokens are wanted: of those that stop there are none. On
-    models with windows, recurrent states, or of architectures other than those of `pondera.arch.families.FAMILIES` with
+    models with windows, recurrent states, or of architectures other than those of `pondera.arch.families` with
     rotary positions: they are refused, as nothing could be taken up again.
     Resolved: the paper gives neither the layers nor the percentiles; the defaults are ours. A share is of the tokens that have
     come as far as the layer, rounded down, of equals the newer. Up to 8 new tokens of a call go on in any case, of longer calls
@@ -87,7 +87,8 @@ class LazyLLM(ProgressivePruning):
         if parts is None or not parts.layers_skip_tokens:
             raise UserError(
                 f"LazyLLM: layers of {config.model_type} cannot be given tokens again that stopped; those that can are "
-                f"{listed(lambda each: each.modules and each.modules.layers_skip_tokens)}. TokenSelect keeps everything too, and needs no such layers"
+                f"{listed(lambda each: each.modules and each.modules.layers_skip_tokens)}. "
+                "TokenSelect keeps everything too, and needs no such layers"
             )
         if len(layers) < depth:
             raise UserError(
