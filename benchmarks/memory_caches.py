@@ -96,7 +96,7 @@ def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Exact rows at both ends, and random codes between, as finding them would take minutes."""
-    from pondera.methods.kv_cache.common.ring_buffer import RingBuffer
+    from pondera.cache.ring_buffer import RingBuffer
 
     batch, sinks, tokens = len(keys), layer.method.sinks, keys.shape[2]
     layer.pads, layer.begins, layer.coded = [0] * batch, [0] * batch, [0] * batch

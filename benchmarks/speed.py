@@ -23,7 +23,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pondera import AdaptiveConfig, AdaptiveLM
 from pondera.core.run_folder import write_atomic
-from pondera.cost.model import CostModel, CostSchedule, DecoderPass
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import CostSchedule, DecoderPass
 
 BACKBONE = {
     "model_type": "llama",

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from pondera import AdaptiveConfig, AdaptiveLM
 from pondera.core.run_folder import write_atomic
-from pondera.cost.model import measured_flops
+from pondera.cost.measure import measured_flops
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 ATTENTION = "scaled_dot_product"

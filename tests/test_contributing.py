@@ -32,7 +32,9 @@ def methods(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_it_keeps_the_contract(methods: Path):
     from pondera import AdaptiveConfig, AdaptiveLM
-    from pondera.cost.model import CostModel, CostSchedule, measured_flops
+    from pondera.cost.measure import measured_flops
+    from pondera.cost.model import CostModel
+    from pondera.cost.schedule import CostSchedule
 
     torch.manual_seed(0)
     model = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think="ReadTwice()")).eval()

@@ -27,10 +27,10 @@ from transformers import DynamicCache, PreTrainedModel
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.cache.layer import AttentionCall
+from pondera.cache.self_check import difference
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core import spec
 from pondera.methods.kv_cache.base import KVCacheMethod
-from pondera.methods.kv_cache.common.self_check import difference
 from pondera.methods.kv_cache.common.windowed_codec import SinkWindowLayer
 
 ROOT = Path(__file__).resolve().parent.parent

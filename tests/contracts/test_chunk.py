@@ -17,7 +17,9 @@ from helpers.fresh_process import copies
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.core import spec
 from pondera.core.effort import Effort
-from pondera.cost.model import CostModel, CostSchedule, live_cache_bytes, measured_flops
+from pondera.cost.measure import live_cache_bytes, measured_flops
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import CostSchedule
 from pondera.evaluation.cost_report import cost_report
 
 # How a method is built, in every form that runs differently.

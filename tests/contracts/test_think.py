@@ -16,7 +16,9 @@ from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.core import spec
-from pondera.cost.model import CostModel, CostSchedule, live_cache_bytes, measured_flops
+from pondera.cost.measure import live_cache_bytes, measured_flops
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import CostSchedule
 
 
 def name(case: str) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 METHOD = '''
 import torch
 
-from pondera.cost.model import DecoderPass
+from pondera.cost.schedule import DecoderPass
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.interleave import interleaved_cache
 

@@ -18,10 +18,10 @@ import torch
 from torch import LongTensor, Tensor
 from torch.nn import functional as F
 
+from pondera.cache.masks import SlotMask, token_positions
 from pondera.cache.packing import PackedRows
 from pondera.cache.token_cache import TokenCache
 from pondera.core.hf import Cache, CacheLayerMixin
-from pondera.models.backbone import SlotMask, token_positions
 
 FREE = -1
 """Token number of a column that holds nothing."""

@@ -15,9 +15,9 @@ from torch import nn
 
 from pondera.cache.attention import SERVED, asks_for_sdpa, finder, implementation, is_routed, route, set_finder, unroute
 from pondera.cache.layer import KVLayer
+from pondera.cache.self_check import Verdict, compare_with_stock
 from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedModel
-from pondera.methods.kv_cache.common.self_check import Verdict, compare_with_stock
 
 ARGUMENTS = ("past_key_values", "layer_past", "cache", "past_key_value")
 """What attention modules of transformers call their cache."""

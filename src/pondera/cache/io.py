@@ -13,12 +13,12 @@ from typing import Any
 
 from torch import Tensor
 
+from pondera.cache.codec import Codes
 from pondera.cache.kv_store import KVStore
 from pondera.cache.layer import KVLayer
+from pondera.cache.ring_buffer import RingBuffer
 from pondera.core.errors import UserError
 from pondera.core.run_folder import write_atomic
-from pondera.methods.kv_cache.common.codec import Codes
-from pondera.methods.kv_cache.common.ring_buffer import RingBuffer
 
 HOLDERS = {holder.__name__: holder for holder in (KVStore, RingBuffer, Codes)}
 STOCK = ("keys", "values", "cumulative_length")

@@ -13,7 +13,7 @@ from torch import LongTensor, Tensor
 from pondera.cache.layer import KVLayer
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache
-from pondera.cost.model import live_cache_bytes
+from pondera.cost.measure import live_cache_bytes
 
 
 class TokenCache(Cache):

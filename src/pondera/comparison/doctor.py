@@ -18,7 +18,7 @@ from pondera.core import spec
 from pondera.core.errors import UserError
 from pondera.core.run_config import DataConfig, RunConfig, TrainConfig
 from pondera.core.versions import passed, was_tested
-from pondera.cost.model import DecoderPass
+from pondera.cost.schedule import DecoderPass
 from pondera.data.text import HUB_NAME
 from pondera.data.tokenizer import bpe_size, load_tokenizer
 

@@ -50,3 +50,8 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
     hint = f"; did you mean {' or '.join(repr(name) for name in near)}?" if near else ""
     listing = ", ".join(names) if names else "there are none yet"
     return UserError(f"unknown {kind} {given!r}{hint} (allowed: {listing})")
+
+
+def described(error: Exception) -> str:
+    """An error of somebody else's code in one short line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"

@@ -1,38 +1,19 @@
-"""The price of a token: FLOPs, cache bytes and parameters, worked out from a config and measured on a live model.
+"""The price of a token: FLOPs, cache bytes and parameters, worked out from a config.
 
-`CostModel` needs only the config of a backbone; `measured_flops` and `live_cache_bytes` look at what really happens, and
-the tests hold the two together. What is counted, and how each architecture is described, is in `pondera.arch.families`.
+`CostModel` needs only the config of a backbone; `pondera.cost.measure` looks at what really happens, and the tests hold the
+two together. What is counted, and how a layer is described, is in `pondera.arch.layers`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pondera.arch.families import DecoderPass, MatMul, describe
+from pondera.arch.families import describe
+from pondera.cost.schedule import CostSchedule, DecoderPass, MatMul
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import Cache, PretrainedConfig
-
-__all__ = ["DecoderPass", "CostModel", "MatMul", "CostSchedule", "live_cache_bytes", "measured_flops"]
-
-
-@dataclass(frozen=True)
-class CostSchedule:
-    """What a method does to process some tokens of one sequence.
-
-    Args:
-        calls: every pass through the decoder stack, and what the method multiplies beside it.
-        head_rows: rows through the output head, for the prediction.
-        tokens: tokens processed, so that a price can be given per token.
-    """
-
-    calls: tuple[DecoderPass | MatMul, ...]
-    head_rows: int
-    tokens: int
+    from transformers import PretrainedConfig
 
 
 class CostModel:
@@ -120,76 +101,3 @@ class CostModel:
         body = stack.norm + sum(layer.weights + layer.extra for layer in stack.layers)
         head = 0 if stack.tied else stack.head
         return {"total": stack.embedding + head + body, "embedding": stack.embedding, "head": head, "body": body}
-
-
-def measured_flops(fn: Callable[[], Any]) -> int:
-    """FLOPs that torch's ``FlopCounterMode`` sees while `fn` runs.
-
-    The counter is told three things that it gets wrong by itself: the CPU's fused attention and the grouped product of
-    expert layers, which it misses, and the weight gradient of a grouped convolution, where it forgets the groups and
-    charges a depthwise one a channel count too often.
-
-    Example:
-        >>> import torch
-        >>> measured_flops(lambda: torch.ones(3, 4) @ torch.ones(4, 5))
-        120
-    """
-    import torch
-    from torch.utils import flop_counter
-
-    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return flop_counter.sdpa_flop_count(q, k, v)
-
-    def attention_backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return flop_counter.sdpa_backward_flop_count(grad, q, k, v)
-
-    def grouped_product(a: Any, b: Any, *_: Any, **__: Any) -> int:
-        return 2 * a[0] * a[1] * b[-1]
-
-    def convolution_backward(grad: Any, x: Any, w: Any, *rest: Any, **_: Any) -> int:
-        transposed, (of_input, of_weight, _of_bias) = rest[4], rest[7]  # the triple: which gradients are wanted
-        return (of_input + of_weight) * flop_counter.conv_flop_count(x, w, grad, transposed)
-
-    aten = torch.ops.aten
-    formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: attention,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
-        aten._grouped_mm: grouped_product,
-        aten.convolution_backward: convolution_backward,
-    }
-    with flop_counter.FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        fn()
-    return counter.get_total_flops()
-
-
-def live_cache_bytes(cache: Cache) -> int:
-    """Bytes of every tensor storage that a cache's layers hold, each storage once.
-
-    Counts whatever tensors the layers have as attributes, also inside lists, tuples, dicts and layers of layers. A view
-    counts with the whole storage that it keeps alive.
-
-    Example:
-        >>> import torch
-        >>> from transformers import DynamicCache
-        >>> cache = DynamicCache()
-        >>> _ = cache.update(torch.zeros(1, 2, 5, 8), torch.zeros(1, 2, 5, 8), layer_idx=0)
-        >>> live_cache_bytes(cache)
-        640
-    """
-    storages = (tensor.untyped_storage() for layer in cache.layers for tensor in _tensors(vars(layer)))
-    return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "get_seq_length") or is_dataclass(value):  # a layer within a layer, or a part of one
-        yield from _tensors(vars(value))

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pondera.core.effort import FULL, Effort
-from pondera.cost.model import CostModel, CostSchedule, DecoderPass, live_cache_bytes
+from pondera.cost.measure import live_cache_bytes
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import CostSchedule, DecoderPass
 
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM

@@ -11,7 +11,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from pondera.report.svg import Point, human
+from pondera.core.format import Point, human
 
 PRICES = {
     "inference_flops_per_token": "inference FLOPs per token",

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pondera.cache.masks import token_positions
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
 from pondera.core.effort import FULL, Effort
@@ -31,7 +32,7 @@ from pondera.core.hf import (
     PreTrainedModel,
 )
 from pondera.core.loss_terms import LossTerm
-from pondera.models.backbone import Backbone, scaled_init, token_positions
+from pondera.models.backbone import Backbone, scaled_init
 from pondera.models.config import SETTINGS, AdaptiveConfig
 from pondera.models.embedding import put_scale
 from pondera.models.foreign_forward import BaseModel, watch_forward

@@ -8,15 +8,17 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pondera.arch.dimensions import layer_kinds
+from pondera.arch.families import Modules, family, listed, modules
 from pondera.cache.attention import KEYWORD, Asked, Server, route
 from pondera.cache.key_bias import LogWeight
+from pondera.cache.masks import SlotMask, document_mask, has_documents
 from pondera.cache.packing import Packed, PackedRows
 from pondera.core.errors import UserError
 from pondera.core.hf import (
@@ -30,45 +32,6 @@ from pondera.core.hf import (
 )
 from pondera.models.rotary import Rotary
 from pondera.models.top_logits import top_logits
-
-
-@dataclass
-class SlotMask:
-    """Which cached rows each row of a call may attend to, when that is not plain causal order.
-
-    Args:
-        allowed_BSK: bool; batch may be 1.
-        query_positions_BS: token position of each row.
-        key_positions_BK: token position of each cached and new row. Positions let sliding-window layers keep their
-            window in tokens, however many slots a token owns.
-        log_weight_BK: added to every attention score of that row; none: all rows count alike.
-    """
-
-    allowed_BSK: Tensor
-    query_positions_BS: Tensor
-    key_positions_BK: Tensor
-    log_weight_BK: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where one architecture keeps its parts, and how its layers take the cache."""
-
-    layers: str = "layers"
-    norm: str = "norm"
-    rotary: str | None = "rotary_emb"
-    positions: str | None = None
-    cache_argument: str = CACHE
-
-
-LAYOUTS = {
-    "llama": Layout(),
-    "mistral": Layout(),
-    "qwen3": Layout(),
-    "gemma3_text": Layout(),
-    "gpt_neox": Layout(norm="final_layer_norm", cache_argument="layer_past"),
-    "gpt2": Layout(layers="h", norm="ln_f", rotary=None, positions="wpe"),
-}
 
 
 class Backbone(nn.Module):
@@ -106,11 +69,7 @@ class Backbone(nn.Module):
     @property
     def layer_types(self) -> list[str]:
         """``full_attention``, ``sliding_attention`` or ``linear_attention`` for each layer."""
-        types = getattr(self.config, "layer_types", None)
-        if types is None:
-            kind = "sliding_attention" if getattr(self.config, "sliding_window", None) else "full_attention"
-            types = [kind] * self.config.num_hidden_layers
-        return list(types)
+        return layer_kinds(self.config)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings as the decoder takes them, ``[B, T, D]``."""
@@ -165,14 +124,14 @@ class Backbone(nn.Module):
             raise UserError(
                 f"backbone: {self.config.model_type} cannot be called by its input vectors, decoder and head apart "
                 f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); known and tested are "
-                f"{', '.join(sorted(LAYOUTS))} and qwen3_next"
+                f"{listed(lambda each: each.support != 'expected')}"
             ) from error
         finally:
             self.train(was_training)
         if not torch.allclose(ours.float(), theirs.float(), atol=1e-2 * float(theirs.abs().max()), rtol=1e-2):
             raise UserError(
                 f"backbone: {self.config.model_type} does something to its logits that Pondera does not know; "
-                f"known and tested are {', '.join(sorted(LAYOUTS))} and qwen3_next"
+                f"known and tested are {listed(lambda each: each.support != 'expected')}"
             )
 
     def step(
@@ -237,7 +196,7 @@ class Backbone(nn.Module):
         Raises:
             UserError: an architecture whose inside Pondera does not know.
         """
-        layout = self._layout()
+        parts = self._mapped_modules()
         decoder, count = self.decoder, self.config.num_hidden_layers
         if layers.step != 1 or not 0 <= layers.start <= layers.stop <= count:
             raise UserError(
@@ -250,19 +209,19 @@ class Backbone(nn.Module):
         if position_ids is None:
             seen = own_cache.get_seq_length() if own_cache is not None else 0
             position_ids = torch.arange(seen, seen + h_BSD.shape[1], device=h_BSD.device)[None]
-        if layout.positions and layers.start == 0:
-            h_BSD = h_BSD + getattr(decoder, layout.positions)(position_ids)
+        if parts.positions and layers.start == 0:
+            h_BSD = h_BSD + getattr(decoder, parts.positions)(position_ids)
         masks = self._layer_masks(h_BSD, own_cache, mask, position_ids)
         types = self.layer_types
         # Once for all layers of a kind: turning takes a dozen small operations to prepare, which decoding would feel.
         arguments = {
-            kind: {"attention_mask": masks[kind], layout.cache_argument: cache, "use_cache": cache is not None}
+            kind: {"attention_mask": masks[kind], parts.cache_argument or CACHE: cache, "use_cache": cache is not None}
             | self._turned(kind, position_ids, h_BSD)
             for kind in {types[index] for index in layers}
         }
         for index in layers:
-            h_BSD = getattr(decoder, layout.layers)[index](h_BSD, **arguments[types[index]])
-        return getattr(decoder, layout.norm)(h_BSD) if layers.stop == count else h_BSD
+            h_BSD = getattr(decoder, parts.layers)[index](h_BSD, **arguments[types[index]])
+        return getattr(decoder, parts.norm)(h_BSD) if layers.stop == count else h_BSD
 
     def _turned(self, kind: str, position_ids: Tensor, h_BSD: Tensor) -> dict[str, Any]:
         """What layers of a kind take to turn queries and keys by; nothing where positions are learned vectors."""
@@ -282,11 +241,12 @@ class Backbone(nn.Module):
         Raises:
             UserError: an architecture whose inside Pondera does not know.
         """
-        layout = self._layout()
-        if layout.rotary is None:
+        parts = self._mapped_modules()
+        if parts.rotary is None:
             return None
-        per_type = (kind,) if self.config.model_type == "gemma3_text" else ()
-        return Rotary(*getattr(self.decoder, layout.rotary)(h_BSD, position_ids, *per_type))
+        of_kind = (kind,) if parts.rotary_by_kind else ()
+        cos_BSr, sin_BSr = getattr(self.decoder, parts.rotary)(h_BSD, position_ids, *of_kind)
+        return Rotary(cos_BSr, sin_BSr, family(self.config).interleaved)
 
     def more_layers(self, count: int) -> Backbone:
         """Further layers of the same architecture and a final norm, for vectors that are no tokens, newly drawn.
@@ -308,18 +268,18 @@ class Backbone(nn.Module):
         if self.unit_rms:
             scaled_init(decoder)
         decoder.set_input_embeddings(nn.Identity())
-        if positions := self._layout().positions:
+        if positions := self._mapped_modules().positions:
             setattr(decoder, positions, _NoPositions())
         return Backbone(decoder)
 
-    def _layout(self) -> Layout:
-        layout = LAYOUTS.get(self.config.model_type)
-        if layout is None:
+    def _mapped_modules(self) -> Modules:
+        parts = modules(self.config)
+        if parts is None:
             raise UserError(
                 f"{self.config.model_type}: layer ranges are not mapped for this architecture, so methods that split the "
-                f"stack cannot run on it; mapped: {', '.join(sorted(LAYOUTS))}. Methods that use whole passes can."
+                f"stack cannot run on it; mapped: {listed(lambda each: each.modules)}. Methods that use whole passes can."
             )
-        return layout
+        return parts
 
     def _layer_masks(
         self, h_BSD: Tensor, cache: Cache | None, mask: Tensor | None, position_ids: Tensor
@@ -327,7 +287,7 @@ class Backbone(nn.Module):
         if mask is None and cache is None:
             mask = _all_real(h_BSD)
         if mask is not None and cache is None and has_documents(mask):
-            return self._masks_by_kind(h_BSD, _documents(mask))
+            return self._masks_by_kind(h_BSD, document_mask(mask))
         makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
         return {
             kind: makers[kind](
@@ -354,7 +314,7 @@ class Backbone(nn.Module):
             # slots of one token, which share a position, would each become a document of their own.
             return _all_real(h_BSD)
         if mask is not None and cache is None and has_documents(mask):
-            return self._dense_masks(h_BSD, _documents(mask))
+            return self._dense_masks(h_BSD, document_mask(mask))
         return mask
 
     def _dense_masks(self, h_BSD: Tensor, mask: SlotMask | Mapping[str, SlotMask]) -> Any:
@@ -385,49 +345,6 @@ class Backbone(nn.Module):
             return allowed_BSK[:, None]
         added = allowed_BSK.new_zeros(()) if log_weight_BK is None else log_weight_BK[:, None]
         return torch.where(allowed_BSK, added.to(dtype), torch.finfo(dtype).min)[:, None]
-
-
-def token_positions(tokens: int, mask: Tensor | None, seen: int, device: torch.device) -> Tensor:
-    """Positions ``[B or 1, T]`` of the last tokens: counted from the first token of each row's document.
-
-    Args:
-        tokens: T, new tokens.
-        mask: ``[B, seen + T]`` token mask (0 = padding, else the document's number), or none.
-        seen: tokens before them.
-
-    Example:
-        >>> token_positions(6, torch.tensor([[0, 1, 1, 1, 2, 2]]), 0, torch.device("cpu")).tolist()
-        [[0, 0, 1, 2, 0, 1]]
-    """
-    if mask is None:
-        return torch.arange(seen, seen + tokens, device=device)[None]
-    mask_BK = mask.long()
-    count_BK = (mask_BK > 0).cumsum(-1) - 1
-    begins_BK = mask_BK.diff(prepend=torch.zeros_like(mask_BK[:, :1])) != 0
-    start_BK = torch.where(begins_BK, count_BK, 0).cummax(-1).values
-    return (count_BK - start_BK).clamp(min=0)[:, -tokens:]
-
-
-def has_documents(mask: Tensor | None) -> bool:
-    """Whether a token or slot mask tells several documents apart."""
-    return mask is not None and mask.dtype != torch.bool and bool((mask > 1).any())
-
-
-def needed(mask: Tensor | None) -> Tensor | None:
-    """A token mask, or none where it says nothing: all are tokens of one document."""
-    return None if mask is None or bool((mask == 1).all()) else mask
-
-
-def _documents(mask_BS: Tensor) -> SlotMask:
-    """Causal order within each document."""
-    order_1S = torch.arange(mask_BS.shape[1], device=mask_BS.device)[None]
-    allowed_BSK = within_documents(mask_BS, mask_BS) & (order_1S[:, :, None] >= order_1S[:, None, :])
-    return SlotMask(allowed_BSK, order_1S, order_1S)
-
-
-def within_documents(queries_BS: Tensor, keys_BK: Tensor) -> Tensor:
-    """``[B, S, K]``: same document and no padding. A padding row sees its like: a softmax over nothing would be NaN."""
-    return queries_BS[:, :, None] == keys_BK[:, None, :]
 
 
 def _all_real(h_BSD: Tensor) -> Tensor:

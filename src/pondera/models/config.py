@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, ClassVar
 
+from pondera.arch.families import listed
 from pondera.core import spec
 from pondera.core.errors import UserError, unknown
 from pondera.core.hf_config import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SubConfigSpec, written_by_transformers
@@ -220,7 +221,7 @@ def backbone_config(tree: dict[str, Any], saved: bool = False) -> PreTrainedConf
     tree = dict(tree)
     name = tree.pop("model_type", None)
     if not isinstance(name, str):
-        raise UserError("backbone: needs a model_type (llama, mistral, qwen3, gemma3_text, gpt_neox, gpt2, ...)")
+        raise UserError(f"backbone: needs a model_type ({listed(lambda each: each.modules)}, ...)")
     if name not in CONFIG_MAPPING:
         raise unknown("backbone model_type", name, CONFIG_MAPPING.keys())
     config_class = CONFIG_MAPPING[name]

@@ -18,7 +18,7 @@ from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.hf import PreTrainedModel
 from pondera.core.loss_terms import LossTerm
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.models.backbone import Backbone
 
 

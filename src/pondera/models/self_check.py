@@ -5,16 +5,18 @@ Shapes: B batch, T tokens, N packed rows, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pondera.arch.dimensions import LayersDiffer
+from pondera.arch.families import family, listed
+from pondera.cache.masks import SlotMask
 from pondera.cache.packing import PackedRows
-from pondera.core.errors import UserError
-from pondera.models.backbone import LAYOUTS, Backbone, SlotMask
+from pondera.core.errors import UserError, described
+from pondera.core.evaluation_mode import as_it_was
+from pondera.models.backbone import Backbone
 
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -26,13 +28,12 @@ TOKENS, PADS, PIECES = 6, 2, (4, 1, 1)
 def check_method(model: AdaptiveLM) -> None:
     """Refuses a backbone on which the model's method does not run, or padding, packing or the cache change what it says.
 
-    Architectures that are mapped are known from tests, and are not run.
+    Families on which all methods are tested are known, and are not run.
 
     Raises:
         UserError: which architecture, and why.
     """
-    kind = model.backbone.config.model_type
-    if model.method is None or kind in LAYOUTS:
+    if model.method is None or _is_tested(model):
         return
     rounds = getattr(model.method, "eval_rounds", None)
     try:
@@ -58,25 +59,26 @@ def bind_method(model: AdaptiveLM) -> None:
     method: Any = model.method
     try:
         method.bind(model.backbone)
+    except LayersDiffer as error:
+        raise _misfit(model, error.why) from error
     except UserError:
         raise
     except Exception as error:  # whatever a configuration raises
-        if model.backbone.config.model_type in LAYOUTS:
+        if _is_tested(model):
             raise
         raise _misfit(model, described(error)) from error
+
+
+def _is_tested(model: AdaptiveLM) -> bool:
+    return family(model.backbone.config).support == "tested"
 
 
 def _misfit(model: AdaptiveLM, wrong: str) -> UserError:
     return UserError(
         f"{model.chosen} does not fit {model.backbone.config.model_type}: {wrong}. Methods that run whole passes in causal "
         "order, such as PonderLM2(thoughts=1) and PauseToken(), fit more architectures; all methods fit "
-        f"{', '.join(sorted(LAYOUTS))}"
+        f"{listed(lambda each: each.support == 'tested')}"
     )
-
-
-def described(error: Exception) -> str:
-    """An error of somebody else's code in one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _wrong(model: AdaptiveLM) -> str | None:
@@ -134,17 +136,3 @@ def _in_pieces(model: AdaptiveLM, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
         seen += piece.shape[1]
         found.append(model(piece, attention_mask=mask_BT[:, :seen], past_key_values=cache).logits)
     return torch.cat(found, 1)
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation, without gradients; training mode and random state are put back."""
-    training = [module for module in model.modules() if module.training]
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module in training:
-                module.training = True

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.depth_cache import FREE, DepthCache, DepthWrite, slot_mask
+from pondera.cache.masks import SlotMask, has_documents
 from pondera.cache.packing import PackedRows
-from pondera.models.backbone import Backbone, SlotMask, has_documents
+from pondera.models.backbone import Backbone
 
 
 @dataclass

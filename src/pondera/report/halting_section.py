@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from pondera.report.svg import COLORS, Bars, Point, Series, bar_chart, line_chart, swatch
+from pondera.core.format import Point
+from pondera.report.svg import COLORS, Bars, Series, bar_chart, line_chart, swatch
 
 SIDES = {"predicted": "the next token is harder to predict", "read": "the token itself was surprising"}
 

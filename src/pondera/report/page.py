@@ -15,13 +15,14 @@ from string import Template
 from typing import Any, TypeVar
 
 from pondera.core.errors import UserError
+from pondera.core.format import Point, human
 from pondera.core.run_config import RunConfig
 from pondera.core.run_folder import Run, write_atomic
 from pondera.evaluation import significance
 from pondera.evaluation.halting_stats import HALTING_STATS
 from pondera.report.halting_section import HaltingStats, halting_section
 from pondera.report.heatmap import shade_html
-from pondera.report.svg import COLORS, Point, Series, human, line_chart, scatter_chart, swatch
+from pondera.report.svg import COLORS, Series, line_chart, scatter_chart, swatch
 
 Anything = TypeVar("Anything")
 

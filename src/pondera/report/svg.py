@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
+from pondera.core.format import Point, human
+
 WIDTH, HEIGHT = 400, 320
 LEFT, TOP, BOTTOM = 40, 34, 46
 CUT = 0.25  # of a curve's length, before which its steep start need not be in view
@@ -27,8 +29,6 @@ MARKERS = (
 COLORS = 6
 THICK, BETWEEN = 12, 9  # a bar, and the space between two groups of them
 MOST_MARKERS = 16  # on one line
-
-Point = tuple[float, float]
 
 
 @dataclass
@@ -94,19 +94,6 @@ class Scale:
         step = unit * next(d for d in (1, 2, 2.5, 5, 10) if d * unit >= rough * 0.999)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [round(index * step, 12) if step < 1 else index * step for index in range(first, last + 1)]
-
-
-def human(value: float, digits: int = 3) -> str:
-    """A number as people say it.
-
-    Example:
-        >>> human(1_250_000), human(3.2e12), human(48), human(0.25)
-        ('1.25M', '3.2T', '48', '0.25')
-    """
-    power = 0 if abs(value) < 1 else min(6, int(math.log10(abs(value)) // 3))
-    if power < 6 and abs(float(f"{value / 1000**power:.{digits}g}")) >= 1000:
-        power += 1  # 999.9K rounds to 1M
-    return f"{float(f'{value / 1000**power:.{digits}g}'):g}{'KMGTPE'[power - 1] if power else ''}"
 
 
 def line_chart(

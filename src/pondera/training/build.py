@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pondera.arch.dimensions import LINEAR, layer_kinds
 from pondera.core.errors import UserError
 from pondera.core.run_config import DataConfig, RunConfig, TrainConfig
 from pondera.core.run_folder import Run, is_run
@@ -69,20 +70,21 @@ def _is_ours(folder: Path) -> bool:
 def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
     """The model of a run before its first step, in float32, with weights from ``train.seed`` or the checkpoint.
 
-    Args:
-        config: what it is made of.
-        vocab_size: of the tokenizer; a backbone given as a mapping takes it over.
+        Args:
+            config: what it is made of.
+            vocab_size: of the tokenizer; a backbone given as a mapping takes it over.
 
-    Raises:
-        UserError: no backbone, a vocabulary that is not the tokenizer's, a context that does not fit, a checkpoint that
-            is damaged, or nothing to learn in the steps of ``train.freeze_backbone_steps``.
+        Raises:
+            UserError: no backbone, a vocabulary that is not the tokenizer's, a context that does not fit, a checkpoint that
+                is damaged, or nothing to learn in the steps of ``train.freeze_backbone_steps``.
 
-    Example:
-        >>> from pondera.core.run_config import from_dict
-        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-        >>> model = new_model(from_dict({"backbone": {"model_type": "llama", **sizes}}), vocab_size=97)
-        >>> model.backbone.config.vocab_size
-        97
+        Example:
+            >>> from pondera.arch.dimensions import LINEAR, layer_kinds
+    from pondera.core.run_config import from_dict
+            >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+            >>> model = new_model(from_dict({"backbone": {"model_type": "llama", **sizes}}), vocab_size=97)
+            >>> model.backbone.config.vocab_size
+            97
     """
     import torch
 
@@ -151,7 +153,7 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     inner = adaptive.get_text_config()
     _check_vocabulary(config, inner.vocab_size, vocab_size)
     _check_same_tokens(config)
-    if config.data.document_mask and "linear_attention" in (getattr(inner, "layer_types", None) or ()):
+    if config.data.document_mask and LINEAR in layer_kinds(inner):
         raise UserError(
             f"data.document_mask: {inner.model_type} has linear-attention layers, whose state runs on from one document into "
             "the next; use data.document_mask: false"

@@ -11,8 +11,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pondera import AdaptiveConfig, AdaptiveLM
 from pondera.cache.key_bias import LogWeight, extra_coordinates
+from pondera.cache.masks import SlotMask
 from pondera.core.hf import sdpa_attention
-from pondera.models.backbone import Backbone, SlotMask
+from pondera.models.backbone import Backbone
 
 FAMILIES = ["llama", "mistral", "qwen3", "qwen3_mixed", "gemma3", "gpt_neox", "gpt2"]
 

@@ -7,8 +7,8 @@ import torch
 from helpers.architectures import BACKBONES, ids
 
 from pondera import AdaptiveConfig, AdaptiveLM
+from pondera.cache.masks import SlotMask
 from pondera.cache.packing import PackedRows
-from pondera.models.backbone import SlotMask
 
 WANTED = torch.tensor([[True, False, True, True], [False, False, False, False], [False, True, False, False]])
 

@@ -12,7 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pondera.core.errors import UserError
-from pondera.cost.model import CostModel, CostSchedule, DecoderPass, live_cache_bytes, measured_flops
+from pondera.cost.measure import live_cache_bytes, measured_flops
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import CostSchedule, DecoderPass
 
 WINDOW = 16
 SMALL = dict(vocab_size=97, hidden_size=64, num_hidden_layers=3, num_attention_heads=4, intermediate_size=96)

@@ -10,8 +10,9 @@ from helpers.architectures import BACKBONES, VOCAB, ids
 from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
-from pondera.arch.families import DecoderPass
-from pondera.cost.model import CostModel, CostSchedule, measured_flops
+from pondera.cost.measure import measured_flops
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import CostSchedule, DecoderPass
 from pondera.models.adaptive_lm import next_token_term
 
 HEAD = "VQLogits(codes=11, groups=2)"

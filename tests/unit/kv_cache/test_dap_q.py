@@ -10,9 +10,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pondera import UserError
 from pondera.methods.kv_cache.ada_kv import AdaKV
-from pondera.methods.kv_cache.dap_q import DapQ, rotary_frequencies, rotated
+from pondera.methods.kv_cache.dap_q import DapQ
 from pondera.methods.kv_cache.h2o import H2O
 from pondera.methods.kv_cache.snap_kv import SnapKV
+from pondera.models.rotary import rotary_frequencies, rotate_by_position
 
 
 def test_moved_by_nothing_it_is_the_policy():
@@ -31,14 +32,15 @@ def test_a_turned_query_is_one_that_stands_further_on(family: str):
         with torch.no_grad():
             lm(x, past_key_values=watch.cache(lm), position_ids=torch.arange(start, start + 7)[None])
         found.append(watch.seen[0].query_BGRTD)
-    torch.testing.assert_close(rotated(found[0], 13 * rotary_frequencies(lm)), found[1], atol=1e-3, rtol=1e-3)
+    moved = rotate_by_position(found[0], torch.tensor([13.0]), rotary_frequencies(lm, ""))
+    torch.testing.assert_close(moved, found[1], atol=1e-3, rtol=1e-3)
 
 
 def test_the_kept_set_is_that_of_moved_queries_over_the_whole_prompt():
     x, watch, lm = ids(1, 30), Watch(), model()
     lm(x, past_key_values=watch.cache(lm))
     cache = run(DapQ(SnapKV(10, window=4, kernel=1), ahead=4), x, [30])
-    frequencies = rotary_frequencies(lm)
+    frequencies = rotary_frequencies(lm, "")
     for layer, heads in zip(cache.kept, kept(cache), strict=True):
         full = Watch().cache(lm)
         lm(x, past_key_values=full)
@@ -47,7 +49,8 @@ def test_the_kept_set_is_that_of_moved_queries_over_the_whole_prompt():
             score = torch.zeros(30)
             for r in range(2):
                 for query in range(26, 30):
-                    moved = rotated(watch.seen[layer.index].query_BGRTD[0, head, r, query], 4 * frequencies)
+                    given = watch.seen[layer.index].query_BGRTD[0, head, r, query]
+                    moved = rotate_by_position(given, torch.tensor(4.0), frequencies)
                     score += (keys[head] @ moved * 16**-0.5).softmax(0)
             assert heads[head] == best(score.tolist(), 10, {26, 27, 28, 29})
 

@@ -11,12 +11,14 @@ from helpers.architectures import BACKBONES, ids
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
+from pondera.arch.families import FAMILIES
 from pondera.core import spec
 from pondera.methods.kv_cache.common.calibration import clustered, collect, learned, residual_tables
 from pondera.methods.kv_cache.common.codebooks import Codebooks, RotaryCodebooks
-from pondera.methods.kv_cache.common.rotary_pairs import INTERLEAVED, apply_rotary, branches, rotation_pairs
+from pondera.methods.kv_cache.common.rotary_pairs import branches, rotation_pairs
 from pondera.methods.kv_cache.vqkv import VQKV
 from pondera.methods.quantize.sim_vq import SimVQ
+from pondera.models.rotary import rotate_by_position
 
 LLAMA_8B = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
 FAST: dict[str, Any] = {"codes": 4, "vectors": 64, "fitting": "kmeans", "window": 5, "sinks": 1, "flush_size": 2}
@@ -180,7 +182,7 @@ def test_both_ways_of_attention_agree_in_a_model():
 # Branches and rotation
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox", *sorted(INTERLEAVED)[:1], "cohere"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "gpt_neox", "codegen", "cohere"])
 def test_branches_divide_a_head_and_no_rotation_pair(family: str):
     config = AutoConfig.for_model("gemma3_text" if family == "gemma3" else family)
     pairs = rotation_pairs(config)
@@ -217,10 +219,10 @@ def test_keys_turned_back_are_what_the_model_had_before_it_turned_them(family: s
         wide = wide.view(1, 12, 4, 48)[..., 16:32].transpose(1, 2)
     elif wide.ndim == 3:
         wide = wide.view(1, 12, -1, 16).transpose(1, 2)
-    pairs = torch.tensor(rotation_pairs(text)).T
-    found = apply_rotary(keys[0], -position, pairs, memory.get_buffer("frequency_P"))
+    frequency, interleaved = memory.get_buffer("frequency_P"), FAMILIES[text.model_type].interleaved
+    found = rotate_by_position(keys[0], -position, frequency, interleaved)
     torch.testing.assert_close(found, wide[0, :, 2:].float(), atol=1e-5, rtol=1e-5)
-    again = apply_rotary(found, position, pairs, memory.get_buffer("frequency_P"))
+    again = rotate_by_position(found, position, frequency, interleaved)
     torch.testing.assert_close(again, keys[0], atol=1e-5, rtol=1e-5)
 
 
@@ -238,12 +240,11 @@ def test_keys_before_rotation_are_turned_by_the_position_that_the_model_gave_the
     with torch.no_grad():
         expected = lm(x, attention_mask=mask, position_ids=position_ids, past_key_values=stock).logits[:, -1]
         cache = memory.cache(lm)
-        pairs = torch.tensor(rotation_pairs(lm.config)).T
         for layer, held in zip(cache.kept, stock.layers, strict=True):
-            keys = apply_rotary(held.keys, -position_ids[:, None], pairs, lm.model.rotary_emb.inv_freq)
+            keys = rotate_by_position(held.keys, -position_ids[:, None], lm.model.rotary_emb.inv_freq)
             tables = [each.transpose(0, 1).flatten(0, 2)[None] for each in (keys, held.values)]
             books = [Codebooks([table], [torch.arange(16)], 2) for table in tables]
-            layer.coders = (RotaryCodebooks(books[0], pairs, lm.model.rotary_emb.inv_freq), books[1])  # pyright: ignore
+            layer.coders = (RotaryCodebooks(books[0], lm.model.rotary_emb.inv_freq), books[1])  # pyright: ignore
         for begin, end in ((0, 10), (10, 15), (15, 16)):
             piece = {"position_ids": position_ids[:, begin:end], "attention_mask": mask[:, :end]}
             found = lm(x[:, begin:end], **piece, past_key_values=cache).logits[:, -1]

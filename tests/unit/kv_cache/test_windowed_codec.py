@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from pondera import UserError
+from pondera.cache.codec import Codec
+from pondera.cache.ring_buffer import RingBuffer
 from pondera.core.hf import sdpa_attention
 from pondera.methods.kv_cache.common.codebooks import Codebooks
-from pondera.methods.kv_cache.common.codec import Codec
-from pondera.methods.kv_cache.common.ring_buffer import RingBuffer
 from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache, SinkWindowLayer
 from pondera.methods.kv_cache.kivi import KIVI
 

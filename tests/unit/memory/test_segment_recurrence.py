@@ -15,7 +15,9 @@ import torch
 from helpers.architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
-from pondera.cost.model import CostModel, CostSchedule, live_cache_bytes, measured_flops
+from pondera.cost.measure import live_cache_bytes, measured_flops
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import CostSchedule
 from pondera.evaluation.cost_report import cost_report
 
 FORMS = {

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.core.hf import DynamicCache
-from pondera.models.backbone import LAYOUTS, Backbone
+from pondera.models.backbone import Backbone
 
 
 @copies
@@ -111,10 +111,6 @@ class TestLayerRanges:
 def test_unmapped_architecture_is_refused_by_name():
     with pytest.raises(UserError, match="qwen3_next: layer ranges are not mapped.*llama"):
         build("qwen3_next").run(torch.zeros(1, 2, 64), range(0, 1))
-
-
-def test_every_mapped_architecture_is_tested():
-    assert set(LAYOUTS) == {config["model_type"] for config in BACKBONES.values()} - {"qwen3_next"}
 
 
 @pytest.mark.parametrize("model_type", ["granite", "cohere"])

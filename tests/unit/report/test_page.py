@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from pondera.core.errors import UserError
+from pondera.core.format import human
 from pondera.core.run_config import RunConfig, TrainConfig
 from pondera.core.run_folder import Run
 from pondera.evaluation import significance
 from pondera.report.heatmap import SHADES, shade_html, shade_terminal
 from pondera.report.page import group_variants, view_run, write_report
-from pondera.report.svg import human
 
 TEXT = "The hippopotamus, which nobody had expected, sat down.\nThen it laughed, and the river laughed with it.\n"
 

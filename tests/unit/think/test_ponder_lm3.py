@@ -8,7 +8,9 @@ from helpers.architectures import BACKBONES, ids
 from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
-from pondera.cost.model import CostModel, CostSchedule, measured_flops
+from pondera.cost.measure import measured_flops
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import CostSchedule
 from pondera.methods.think.ponder_lm3 import tail_masses
 
 FAMILIES = ["llama", "gemma3", "gpt_neox", "gpt2"]  # grouped heads, windows, partial rotation, learned positions

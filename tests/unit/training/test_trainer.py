@@ -14,7 +14,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 
 from pondera.core.errors import UserError
 from pondera.core.hf import checkpoint_activations
-from pondera.cost.model import measured_flops
+from pondera.cost.measure import measured_flops
 from pondera.data.corpus import prepare
 from pondera.data.sampler import StepSampler
 from pondera.evaluation.cost_report import cost_report

@@ -12,17 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pondera.arch.families import listed, modules
+from pondera.cache.masks import has_documents, needed
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
-from pondera.cost.model import CostModel, DecoderPass, MatMul
+from pondera.cost.model import CostModel
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.chunk.base import Chunk, MethodOutput
 from pondera.methods.chunk.common.chunks import POOLINGS, Chunks, behind
 from pondera.methods.chunk.common.concept_cache import REWIND, ConceptCache
 from pondera.methods.quantize.base import ABSENT, MERGES, Quantized, Quantizer
-from pondera.models.backbone import LAYOUTS, Backbone, has_documents, needed
+from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
@@ -133,10 +136,10 @@ class ConceptLM(Chunk):
 
     def _check(self, backbone: Backbone) -> None:
         config = backbone.config
-        if config.model_type not in LAYOUTS:
+        if modules(config) is None:
             raise UserError(
                 f"ConceptLM does not fit {config.model_type}: it runs the first and last layers separately, and this "
-                f"architecture has no layer map; supported: {', '.join(sorted(LAYOUTS))}"
+                f"architecture has no layer map; supported: {listed(lambda each: each.modules)}"
             )
         layers, width = config.num_hidden_layers, config.hidden_size
         if self.encoder_layers is None:

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from pondera.arch.dimensions import FULL, head_dim, kv_heads, layer_kinds
 from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.hand_over import Owner, hand_over, name
 from pondera.cache.io import load, save
@@ -64,7 +65,7 @@ class KVCache(Cache):
 
     def nbytes(self) -> int:
         """Bytes of the storage of all layers, spare room included."""
-        from pondera.cost.model import live_cache_bytes
+        from pondera.cost.measure import live_cache_bytes
 
         return live_cache_bytes(self)
 
@@ -275,12 +276,9 @@ def compressible(config: PreTrainedConfig) -> list[int]:
     Raises:
         UserError: there is none.
     """
-    kinds = getattr(config, "layer_types", None)
-    if kinds is None:
-        kinds = ["sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"]
-        kinds *= config.num_hidden_layers
-    chosen = [number for number, kind in enumerate(kinds) if kind == "full_attention"]
-    others = sorted(set(kinds) - {"full_attention"})
+    kinds = layer_kinds(config)
+    chosen = [number for number, kind in enumerate(kinds) if kind == FULL]
+    others = sorted(set(kinds) - {FULL})
     if not chosen:
         raise UserError(
             f"{config.model_type}: all its layers are {' or '.join(others)}, and Pondera compresses full attention; there is "
@@ -289,28 +287,3 @@ def compressible(config: PreTrainedConfig) -> list[int]:
     if others:
         log.info("%d of %d layers are compressed; %s stay as they are", len(chosen), len(kinds), " and ".join(others))
     return chosen
-
-
-def kv_heads(config: PreTrainedConfig) -> int:
-    """G: KV heads of a layer."""
-    return _said(config, "num_key_value_heads", lambda: config.num_attention_heads)
-
-
-def head_dim(config: PreTrainedConfig) -> int:
-    """D: width of a head."""
-    return _said(config, "head_dim", lambda: config.hidden_size // config.num_attention_heads)
-
-
-def _said(config: PreTrainedConfig, name: str, otherwise: Callable[[], int]) -> int:
-    """What a configuration says of all layers.
-
-    Raises:
-        UserError: it says nothing, or something else of each layer.
-    """
-    try:
-        return getattr(config, name, None) or otherwise()
-    except Exception as error:  # transformers raises one of its own where layers differ
-        raise UserError(
-            f"{config.model_type}: its configuration has no {name} that holds for all layers; use PreallocatedCache() or an eviction "
-            "method with one budget for all heads, such as H2O(256), or the stock cache"
-        ) from error

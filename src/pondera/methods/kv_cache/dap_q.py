@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pondera.arch.families import family, listed
 from pondera.cache.kv_store import KVStore
 from pondera.cache.slot_attention import AttentionObservation, scores
 from pondera.cache.slot_layer import KVStoreLayer
@@ -20,7 +21,7 @@ from pondera.methods.kv_cache.base import KVCache, KVCacheMethod
 from pondera.methods.kv_cache.common.policy import Policy
 from pondera.methods.kv_cache.common.wrapper import PolicyWrapper
 from pondera.methods.kv_cache.snap_kv import SnapKV
-from pondera.models.backbone import LAYOUTS
+from pondera.models.rotary import rotary_frequencies, rotate
 
 
 class DapQ(PolicyWrapper):
@@ -60,58 +61,43 @@ class DapQ(PolicyWrapper):
         if self.ahead < 0:
             raise UserError(f"ahead={ahead}: give a number of positions, 0 or more")
         self.frequency_F: Tensor | None = None
+        self.interleaved = False
 
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
         """See `KVCacheMethod.prepare`."""
-        frequency_F = rotary_frequencies(model) if self.ahead else None
+        config = model.config.get_text_config(decoder=True)
+        frequency_F = _frequencies(model) if self.ahead else None
         if self.frequency_F is not None and not (
             frequency_F is not None and torch.equal(frequency_F, self.frequency_F)
         ):
             raise UserError(
                 "this DapQ has made caches for a model with other rotary positions; build one for each model"
             )
-        self.frequency_F = frequency_F
+        self.frequency_F, self.interleaved = frequency_F, family(config).interleaved
         super().prepare(model, cache)
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
         if self.frequency_F is not None:
-            query_BGRTD = rotated(seen.query_BGRTD, self.ahead * self.frequency_F)
+            angle_F = self.ahead * self.frequency_F
+            cos_F, sin_F = (part.to(seen.query_BGRTD) for part in (angle_F.cos(), angle_F.sin()))
+            query_BGRTD = rotate(seen.query_BGRTD, cos_F, sin_F, self.interleaved)
             score_BGRTS = scores(query_BGRTD, table.keys, table.real[:, :, None], seen.scaling, seen.softmax)
             seen = dataclasses.replace(seen, query_BGRTD=query_BGRTD, score_BGRTS=score_BGRTS)
         self.policy.observe(layer, table, seen)
 
 
-def rotated(query_BGRTD: Tensor, angle_F: Tensor) -> Tensor:
-    """Queries after rotary embedding, as if they stood further on.
-
-    Args:
-        query_BGRTD: of which the first ``2 F`` coordinates are rotated, the first half with the second.
-        angle_F: by how much.
-    """
-    cos_F, sin_F = (part.to(query_BGRTD) for part in (angle_F.cos(), angle_F.sin()))
-    F = len(angle_F)
-    first, second, rest = query_BGRTD.split([F, F, query_BGRTD.shape[-1] - 2 * F], dim=-1)
-    return torch.cat([first * cos_F - second * sin_F, second * cos_F + first * sin_F, rest], dim=-1)
-
-
-def rotary_frequencies(model: PreTrainedModel) -> Tensor:
+def _frequencies(model: PreTrainedModel) -> Tensor:
     """``[F]``: angle per position of each pair of coordinates, in the layers that attend to everything.
 
     Raises:
         UserError: an architecture whose rotary positions are not known, or that change with the length of the text.
     """
     config = model.config.get_text_config(decoder=True)
-    layout = LAYOUTS.get(config.model_type)
-    if layout is None or layout.rotary is None:
-        known = ", ".join(sorted(name for name, each in LAYOUTS.items() if each.rotary))
+    modules = family(config).modules
+    if modules is None or modules.rotary is None:
         raise UserError(
-            f"{config.model_type}: DapQ moves queries by rotary positions, and is known to work on {known}; use SnapKV"
+            f"{config.model_type}: DapQ moves queries by rotary positions, and is known to work on "
+            f"{listed(lambda each: each.modules and each.modules.rotary)}; use SnapKV"
         )
-    rotary = getattr(model.get_decoder(), layout.rotary)
-    kind = rotary.rope_type
-    kind = kind["full_attention"] if isinstance(kind, dict) else kind
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise UserError(f"rotary positions of type {kind!r} change with the length of the text; use SnapKV")
-    name = "full_attention_inv_freq" if hasattr(rotary, "full_attention_inv_freq") else "inv_freq"
-    return getattr(rotary, name).detach().float()
+    return rotary_frequencies(model, "use SnapKV")

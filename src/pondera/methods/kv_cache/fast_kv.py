@@ -33,7 +33,7 @@ class FastKV(PolicyWrapper):
 
     Source: Jo et al., FastKV, arXiv 2502.01068.
     Cost: in the prompt, later layers run `tsp` tokens instead of all; decoding is as the policy's. That holds for the
-    architectures of `pondera.models.backbone.LAYOUTS` whose layers are given their cache by name (not GPT-2), where every later
+    architectures of `pondera.arch.families` whose layers are given their cache by name (not GPT-2), where every later
     layer is compressed; in other models later layers are spared the attention of the other tokens, and nothing else.
     When not to use it: where the logits or hidden states of a prompt's tokens are wanted: those of the window count, and of
     tokens that did not go on they mean nothing, or are not there. For prompts in pieces of up to 8 tokens, which go on whole.

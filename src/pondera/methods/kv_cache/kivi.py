@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from pondera.arch.dimensions import head_dim, kv_heads
+from pondera.cache.codec import Codec
 from pondera.core.errors import UserError, unknown
 from pondera.core.hf import PreTrainedConfig
-from pondera.methods.kv_cache.base import head_dim, kv_heads
-from pondera.methods.kv_cache.common.codec import Codec
 from pondera.methods.kv_cache.common.uniform_quantizer import BITS, UniformQuantizer, check_bits
 from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
 

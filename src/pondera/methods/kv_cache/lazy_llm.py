@@ -11,6 +11,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from pondera.arch.families import listed, modules
 from pondera.cache.kv_store import KVStore
 from pondera.cache.layer import AttentionCall
 from pondera.cache.slot_attention import AttentionObservation
@@ -20,7 +21,7 @@ from pondera.core.hf import PreTrainedConfig, PreTrainedModel
 from pondera.methods.kv_cache.base import KVCache
 from pondera.methods.kv_cache.common.policy import highest
 from pondera.methods.kv_cache.common.token_pruning import MIN_TOKENS, PrunedLayer, Selector, link
-from pondera.methods.kv_cache.common.token_pruning_hooks import SERVED, pack
+from pondera.methods.kv_cache.common.token_pruning_hooks import pack
 from pondera.methods.kv_cache.common.token_revival import ProgressivePruning, RevivalLayer
 
 
@@ -38,7 +39,7 @@ class LazyLLM(ProgressivePruning):
     and its rotary rows for each token that has stopped, beside the keys and values of what was run: it saves compute. In a
     batch every text runs as many rows as the one that takes up most.
     When not to use it: to save memory. Where logits of a prompt's tokens are wanted: of those that stop there are none. On
-    models with windows, recurrent states, or of architectures other than those of `pondera.models.backbone.LAYOUTS` with
+    models with windows, recurrent states, or of architectures other than those of `pondera.arch.families` with
     rotary positions: they are refused, as nothing could be taken up again.
     Resolved: the paper gives neither the layers nor the percentiles; the defaults are ours. A share is of the tokens that have
     come as far as the layer, rounded down, of equals the newer. Up to 8 new tokens of a call go on in any case, of longer calls
@@ -83,10 +84,12 @@ class LazyLLM(ProgressivePruning):
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
         """See `Memory.check`."""
         depth = config.num_hidden_layers
-        if config.model_type not in SERVED:
+        parts = modules(config)
+        if parts is None or not parts.layers_skip_tokens:
             raise UserError(
                 f"LazyLLM: layers of {config.model_type} cannot be given tokens again that stopped; those that can are "
-                f"{', '.join(sorted(SERVED))}. TokenSelect keeps everything too, and needs no such layers"
+                f"{listed(lambda each: each.modules and each.modules.layers_skip_tokens)}. "
+                "TokenSelect keeps everything too, and needs no such layers"
             )
         if len(layers) < depth:
             raise UserError(

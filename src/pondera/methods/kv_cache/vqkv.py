@@ -15,19 +15,22 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from pondera.arch.dimensions import head_dim, kv_heads
+from pondera.arch.families import family
+from pondera.cache.codec import Codec
 from pondera.core import spec
 from pondera.core.errors import UserError, unknown
 from pondera.core.hf import PreTrainedConfig, PreTrainedModel
 from pondera.core.run_folder import write_atomic
-from pondera.methods.kv_cache.base import compressible, head_dim, kv_heads
+from pondera.methods.kv_cache.base import compressible
 from pondera.methods.kv_cache.common.calibration import clustered, collect, learned, residual_tables
 from pondera.methods.kv_cache.common.codebooks import ONE_BYTE, TWO_BYTES, Codebooks, RotaryCodebooks
-from pondera.methods.kv_cache.common.codec import Codec
-from pondera.methods.kv_cache.common.rotary_pairs import apply_rotary, rotation_pairs
 from pondera.methods.kv_cache.common.rotary_pairs import branches as by_speed
+from pondera.methods.kv_cache.common.rotary_pairs import rotation_pairs
 from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
 from pondera.methods.quantize.base import Quantizer
 from pondera.methods.quantize.sim_vq import SimVQ
+from pondera.models.rotary import rotary_frequencies, rotate_by_position
 
 KEY_STAGES = ("post_rope", "pre_rope")
 WIDTHS = ("head", "layer")
@@ -251,8 +254,7 @@ class VQKV(SinkWindowCache):
         G, J, device = kv_heads(config), self._joined(config), values.device
         of_keys: Codec = Codebooks(keys, [torch.tensor(each, device=device) for each in dims], G, J)
         if self.key_stage == "pre_rope":
-            pairs_2P = torch.tensor(rotation_pairs(config), device=device).T
-            of_keys = RotaryCodebooks(of_keys, pairs_2P, self.get_buffer("frequency_P"))
+            of_keys = RotaryCodebooks(of_keys, self.get_buffer("frequency_P"), family(config).interleaved)
         return of_keys, Codebooks([values], [torch.arange(head_dim(config), device=device)], G, J)
 
     def fit(self, model: PreTrainedModel, samples: Iterable[Tensor]) -> Self:
@@ -284,9 +286,10 @@ class VQKV(SinkWindowCache):
                 f"heads have {head_dim(config)}; VQKV does not know this layout"
             )
         if self.key_stage == "pre_rope":
-            self.get_buffer("frequency_P").copy_(_frequencies(model, config))
-            pairs_2P = torch.tensor(rotation_pairs(config), device=model.device).T
-            keys = [apply_rotary(each, -position_N, pairs_2P, self.get_buffer("frequency_P")) for each in keys]
+            frequency_P = self.get_buffer("frequency_P")
+            frequency_P.copy_(rotary_frequencies(model, 'use key_stage="post_rope"'))
+            interleaved = family(config).interleaved
+            keys = [rotate_by_position(each, -position_N, frequency_P, interleaved) for each in keys]
         for index in range(len(layers)):
             self._fit_layer(config, index, keys[index], values[index])
             error = self._errors(config, index, keys[index], values[index])
@@ -402,19 +405,3 @@ def _words(fingerprint: dict[str, Any]) -> str:
     if not fingerprint:
         return "nothing"
     return "{model_type} with {layers} layers to compress, {heads} KV heads of width {width}".format(**fingerprint)
-
-
-def _frequencies(model: PreTrainedModel, config: PreTrainedConfig) -> Tensor:
-    """``[P]``: radians per position of the model's own rotary embedding."""
-    rotary = getattr(model.get_decoder(), "rotary_emb", None)
-    found = getattr(rotary, "inv_freq", None)
-    found = getattr(rotary, "full_attention_inv_freq", None) if found is None else found
-    told = getattr(config, "rope_parameters", None) or {}
-    kind = told.get("full_attention", told).get("rope_type", "default")
-    if found is None or kind in ("dynamic", "longrope"):
-        why = f"rope_type={kind!r} changes frequencies with the length of a text" if found is not None else "not found"
-        raise UserError(
-            f'key_stage="pre_rope" needs fixed rotary frequencies, and those of {config.model_type} are not: {why}; '
-            'use key_stage="post_rope"'
-        )
-    return found.detach().float()

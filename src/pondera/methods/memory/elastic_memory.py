@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pondera.core.errors import UserError, unknown
-from pondera.cost.model import MatMul
+from pondera.cost.schedule import MatMul
 from pondera.methods.memory.common import legendre
 from pondera.methods.memory.common.segment_layer import RecurrentState
 from pondera.methods.memory.common.segment_recurrence import SegmentRecurrence

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pondera.cache.attention import Attention, Server
 from pondera.core.errors import UserError
-from pondera.cost.model import MatMul
+from pondera.cost.schedule import MatMul
 from pondera.methods.memory.common.segment_cache import SegmentCache
 from pondera.methods.memory.common.segment_layer import RecurrentState, SegmentLayer, newest
 from pondera.methods.memory.common.segment_recurrence import SegmentRecurrence

@@ -24,7 +24,7 @@ WINDOW = 256
 
 
 @dataclass(frozen=True)
-class Chunk:
+class CodedChunk:
     """A chunk of a text.
 
     Args:
@@ -38,7 +38,7 @@ class Chunk:
     predicted: list[int] | None
 
 
-def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[Chunk]:
+def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[CodedChunk]:
     """Reads a text window by window and returns its complete chunks.
 
     Raises:
@@ -64,7 +64,7 @@ def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) 
             for end, own, following in zip(ends, codes, predicted, strict=True):
                 if end >= 0:
                     words = tokenizer.decode(piece[end + 1 - size : end + 1], clean_up_tokenization_spaces=False)
-                    chunks.append(Chunk(str(words), own, before))
+                    chunks.append(CodedChunk(str(words), own, before))
                     before = following
     return chunks
 

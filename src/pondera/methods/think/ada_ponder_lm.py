@@ -16,7 +16,7 @@ from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput
 from pondera.methods.think.common.halting import Halting, router
 from pondera.methods.think.common.passes import Passes, SlotCache

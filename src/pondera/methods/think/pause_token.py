@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.models.backbone import Backbone

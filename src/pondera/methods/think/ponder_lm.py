@@ -14,7 +14,7 @@ from torch import Tensor
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.passes import Passes, SlotCache, new_slot_cache, same_depth_passes

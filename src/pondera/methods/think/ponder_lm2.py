@@ -13,15 +13,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pondera.cache.masks import has_documents
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.methods.think.common.jacobi import jacobi
-from pondera.models.backbone import Backbone, has_documents
+from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 
 

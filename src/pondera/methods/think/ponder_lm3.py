@@ -15,13 +15,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pondera.arch.dimensions import head_dim
 from pondera.cache.depth_cache import slot_mask
 from pondera.cache.key_bias import extra_coordinates
+from pondera.cache.masks import SlotMask
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, router
@@ -29,7 +31,7 @@ from pondera.methods.think.common.interleave import deinterleave, interleave, pe
 from pondera.methods.think.common.jacobi import jacobi
 from pondera.methods.think.common.passes import SlotCache, new_slot_cache
 from pondera.methods.think.common.readout import mixture
-from pondera.models.backbone import Backbone, SlotMask
+from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
@@ -189,10 +191,7 @@ class PonderLM3(Think):
         if self.halting.learned and self.thoughts:
             self.router = router(backbone, start=0.5, outputs=self.slots_per_token)
             torch.nn.init.constant_(self.router.bias[-1:].detach(), math.log(0.9 / 0.1 * self.thoughts))
-        heads = backbone.config.num_attention_heads
-        self._wider = extra_coordinates(
-            getattr(backbone.config, "head_dim", None) or backbone.config.hidden_size // heads
-        )
+        self._wider = extra_coordinates(head_dim(backbone.config))
 
     def embed_scale(self, width: int) -> float:
         """The embedding multiplier for this feedback."""

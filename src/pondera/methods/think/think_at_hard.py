@@ -17,7 +17,7 @@ from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
 from pondera.core.loss_terms import LossTerm
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting

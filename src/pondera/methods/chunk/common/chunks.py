@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pondera.cache.masks import token_positions
 from pondera.core.errors import unknown
-from pondera.models.backbone import token_positions
 
 POOLINGS = ("mean", "first", "last")
 

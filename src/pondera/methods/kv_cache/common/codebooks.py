@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pondera.methods.kv_cache.common.codec import Codec, Parts
+from pondera.cache.codec import Codec, Parts
 from pondera.methods.kv_cache.common.lut_attention import look_up, sum_by_code
-from pondera.methods.kv_cache.common.rotary_pairs import apply_rotary
+from pondera.models.rotary import rotate_by_position
 
 ONE_BYTE, TWO_BYTES = 2**8, 2**15
 """How many codes fit into a byte, and into two of a signed number."""
@@ -128,14 +128,14 @@ class RotaryCodebooks(Codec):
 
     Args:
         of: the other coder.
-        pairs_2P: see `rotation_pairs`.
         frequency_P: radians per position.
+        interleaved: see `rotate`.
     """
 
     needs_position = True
 
-    def __init__(self, of: Codec, pairs_2P: Tensor, frequency_P: Tensor) -> None:
-        self.of, self.pairs_2P, self.frequency_P = of, pairs_2P, frequency_P
+    def __init__(self, of: Codec, frequency_P: Tensor, interleaved: bool = False) -> None:
+        self.of, self.frequency_P, self.interleaved = of, frequency_P, interleaved
         self.unit = of.unit
 
     def entry(self, name: str) -> int:
@@ -145,12 +145,14 @@ class RotaryCodebooks(Codec):
     def encode(self, x_BGSD: Tensor, position_BS: Tensor | None = None) -> Parts:
         """See `Codec.encode`."""
         assert position_BS is not None
-        return self.of.encode(apply_rotary(x_BGSD, -position_BS[:, None], self.pairs_2P, self.frequency_P), position_BS)
+        unrotated = rotate_by_position(x_BGSD, -position_BS[:, None], self.frequency_P, self.interleaved)
+        return self.of.encode(unrotated, position_BS)
 
     def decode(self, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
         """See `Codec.decode`."""
         assert position_BS is not None
-        return apply_rotary(self.of.decode(parts, position_BS), position_BS[:, None], self.pairs_2P, self.frequency_P)
+        rows_BGSD = self.of.decode(parts, position_BS)
+        return rotate_by_position(rows_BGSD, position_BS[:, None], self.frequency_P, self.interleaved)
 
 
 def _index(codes_ML: Tensor, size: int) -> Tensor:

@@ -11,13 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pondera.arch.dimensions import kv_heads
 from pondera.cache.kv_store import KVStore
 from pondera.cache.layer import AttentionCall
 from pondera.cache.slot_attention import AttentionObservation
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedConfig
-from pondera.methods.kv_cache.base import KVCacheMethod, kv_heads
+from pondera.methods.kv_cache.base import KVCacheMethod
 from pondera.methods.kv_cache.common.budget import SlotBudget
 
 ALL = 2**62

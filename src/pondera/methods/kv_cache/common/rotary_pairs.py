@@ -1,6 +1,6 @@
 """Which dimensions of a key turn with its position, and how fast.
 
-Shapes: P rotation pairs of a head, D head width, S tokens. In docstrings ``...`` are any leading dimensions.
+Shapes: P rotation pairs of a head, D head width.
 """
 
 from __future__ import annotations
@@ -8,27 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from pondera.arch.dimensions import head_dim
+from pondera.arch.families import family
 from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedConfig
-from pondera.methods.kv_cache.base import head_dim
-
-INTERLEAVED = {
-    "codegen",
-    "cohere",
-    "cohere2",
-    "cohere2_moe",
-    "ernie4_5",
-    "ernie4_5_moe",
-    "glm",
-    "glm4",
-    "gptj",
-    "helium",
-    "llama4_text",
-}
-"""Models that turn dimensions 0 and 1, 2 and 3, ...; all others turn dimension i with i + P."""
 
 
 def rotation_pairs(config: PreTrainedConfig) -> list[tuple[int, int]]:
@@ -53,7 +36,7 @@ def rotation_pairs(config: PreTrainedConfig) -> list[tuple[int, int]]:
             f'{config.model_type} {why}, so its keys have no rotation pairs; use branches=1 and key_stage="post_rope"'
         )
     pairs = int(width * turning) // 2
-    if config.model_type in INTERLEAVED:
+    if family(config).interleaved:
         return [(2 * pair, 2 * pair + 1) for pair in range(pairs)]
     return [(pair, pair + pairs) for pair in range(pairs)]
 
@@ -95,21 +78,3 @@ def branches(pairs: list[tuple[int, int]], width: int, cut: int) -> list[list[in
             + (f"give 1 to {most}, or use branches=1" if most else "use branches=1")
         )
     return [fast, slow]
-
-
-def apply_rotary(x: Tensor, position: Tensor, pairs_2P: Tensor, frequency_P: Tensor) -> Tensor:
-    """Turns every rotation pair by its frequency times a position; by minus a position it turns back.
-
-    Args:
-        x: ``[..., S, D]``.
-        position: ``[..., S]``, of shapes that broadcast.
-        pairs_2P: the dimensions of each rotation pair.
-        frequency_P: radians per position.
-    """
-    angle = position[..., None] * frequency_P
-    cosine, sine = angle.cos(), angle.sin()
-    one, two = x[..., pairs_2P[0]], x[..., pairs_2P[1]]
-    turned = x.to(torch.promote_types(x.dtype, angle.dtype)).clone()
-    turned[..., pairs_2P[0]] = one * cosine - two * sine
-    turned[..., pairs_2P[1]] = two * cosine + one * sine
-    return turned

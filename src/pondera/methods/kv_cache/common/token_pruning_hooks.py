@@ -13,12 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pondera.core.hf import Cache, PreTrainedModel
+from pondera.arch.families import modules
+from pondera.core.hf import CACHE, Cache, PreTrainedModel
 from pondera.methods.kv_cache.common.token_pruning import PrunedLayer, SelectorLayer
-from pondera.models.backbone import LAYOUTS
-
-SERVED = {name: layout for name, layout in LAYOUTS.items() if layout.rotary is not None}
-"""Architectures whose layers can do so, by name; those of GPT-2 are not told by name which cache is theirs."""
 
 
 def pack(model: PreTrainedModel, cache: Cache) -> None:
@@ -26,19 +23,22 @@ def pack(model: PreTrainedModel, cache: Cache) -> None:
 
     The hooks are set once for a model, and do nothing for calls with other caches.
     """
-    layout = SERVED.get(model.config.get_text_config(decoder=True).model_type)
+    parts = modules(model.config.get_text_config(decoder=True))
     choosers = [layer for layer in cache.layers if isinstance(layer, SelectorLayer)]
     behind = cache.layers[cache.layers.index(choosers[0]) + 1 :] if choosers else []
-    if layout is None or not behind or not all(isinstance(layer, PrunedLayer) for layer in behind):
+    if parts is None or not parts.layers_skip_tokens:
+        return
+    if not behind or not all(isinstance(layer, PrunedLayer) for layer in behind):
         return
     for chooser in choosers:
         chooser.packs = True
-    layers: nn.ModuleList = getattr(model.get_decoder(), layout.layers)
+    layers: nn.ModuleList = getattr(model.get_decoder(), parts.layers)
     if any(isinstance(hook, _LeaveOut) for hook in layers[0]._forward_pre_hooks.values()):
         return
+    argument = parts.cache_argument or CACHE
     for number, layer in enumerate(layers):
-        layer.register_forward_pre_hook(_LeaveOut(number, layout.cache_argument), with_kwargs=True)
-    layers[-1].register_forward_hook(_PutBack(len(layers) - 1, layout.cache_argument), with_kwargs=True)
+        layer.register_forward_pre_hook(_LeaveOut(number, argument), with_kwargs=True)
+    layers[-1].register_forward_hook(_PutBack(len(layers) - 1, argument), with_kwargs=True)
 
 
 @dataclass(frozen=True)

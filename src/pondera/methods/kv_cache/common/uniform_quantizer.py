@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pondera.cache.codec import Codec, Parts
 from pondera.core.errors import UserError
-from pondera.methods.kv_cache.common.codec import Codec, Parts
 
 BITS = (1, 2, 4, 8)
 

@@ -14,13 +14,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from pondera.cache.codec import Codec, Codes, Parts
 from pondera.cache.layer import AttentionCall, KVLayer
+from pondera.cache.ring_buffer import RingBuffer
 from pondera.cache.slot_attention import BLOCK, grouped
 from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedConfig
 from pondera.methods.kv_cache.base import KVCacheMethod
-from pondera.methods.kv_cache.common.codec import Codec, Codes, Parts
-from pondera.methods.kv_cache.common.ring_buffer import RingBuffer
 
 
 class SinkWindowCache(KVCacheMethod):

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor
 
+from pondera.cache.masks import SlotMask
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.methods.memory.common.segment_layer import SegmentEnd, SegmentLayer, SegmentStep
-from pondera.models.backbone import Backbone, SlotMask
+from pondera.models.backbone import Backbone
 from pondera.models.rotary import Rotary
 
 

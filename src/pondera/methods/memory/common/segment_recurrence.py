@@ -18,14 +18,16 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor
 
+from pondera.arch.dimensions import head_dim, kv_heads
+from pondera.arch.families import listed, modules
 from pondera.cache.attention import Server
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
-from pondera.cost.model import DecoderPass, MatMul
+from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.memory.common.segment_cache import SegmentCache
 from pondera.methods.memory.common.segment_layer import RecurrentState, SegmentLayer, fewer_rows
-from pondera.models.backbone import LAYOUTS, Backbone
+from pondera.models.backbone import Backbone
 from pondera.models.method import Method, MethodOutput, SlotMaker
 
 
@@ -137,10 +139,11 @@ class SegmentRecurrence(Method):
                 f"{name} does not fit {config.model_type}: its linear-attention layers have a recurrent state "
                 "and no keys to store in memory; use a backbone with attention in every layer"
             )
-        if config.model_type not in LAYOUTS:
+        parts = modules(config)
+        if parts is None:
             raise UserError(
                 f"{name} does not fit {config.model_type}: the rotary layout of this architecture is not known; "
-                f"supported: {', '.join(sorted(LAYOUTS))}"
+                f"supported: {listed(lambda each: each.modules)}"
             )
         full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
         if not full:
@@ -157,12 +160,11 @@ class SegmentRecurrence(Method):
                 f"{config.model_type} without one are {full}"
             )
         most = config.max_position_embeddings
-        if LAYOUTS[config.model_type].positions and self.block > most:
+        if parts.positions and self.block > most:
             raise UserError(
                 f"block={self.block}: {config.model_type} has learned positions for {most} tokens; give {most} or less"
             )
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, width = kv_heads(config), head_dim(config)
         window = config.sliding_window if len(full) < len(kinds) else 1
         self.shape = Shape(
             heads * width, config.num_attention_heads * width, len(set(self.layers)), len(full), len(kinds), window

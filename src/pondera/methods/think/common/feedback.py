@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pondera.core.errors import UserError, unknown
-from pondera.cost.model import MatMul
+from pondera.cost.schedule import MatMul
 from pondera.models.backbone import Backbone
 
 KINDS = ("hidden", "vocab")

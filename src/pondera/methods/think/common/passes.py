@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.depth_cache import FREE, DepthCache, DepthWrite, slot_mask
+from pondera.cache.masks import SlotMask, has_documents
 from pondera.cache.packing import PackedRows
-from pondera.cost.model import DecoderPass
-from pondera.models.backbone import Backbone, SlotMask, has_documents
+from pondera.cost.schedule import DecoderPass
+from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 
 Attend = Literal["all_shallower", "same_depth"]

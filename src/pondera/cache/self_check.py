@@ -17,9 +17,9 @@ from torch import Tensor
 
 from pondera.cache.layer import AttentionCall, KVLayer
 from pondera.cache.slot_attention import attend, grouped
-from pondera.core.errors import UserError
+from pondera.core.errors import UserError, described
+from pondera.core.evaluation_mode import as_it_was
 from pondera.core.hf import Cache, DynamicCache, PreTrainedModel
-from pondera.models.self_check import as_it_was, described
 
 if TYPE_CHECKING:
     from pondera.cache.hand_over import Owner
