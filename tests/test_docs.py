@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 from helpers import scripts
 
-build, models, study = (scripts.load(f"tools.docs.{name}") for name in ("build", "models", "study"))
+from pondera.core import spec
+
+build, models, names, study = (scripts.load(f"tools.docs.{name}") for name in ("build", "models", "names", "study"))
 
 HEALTHY = {"split_error": 0.1, "reachable_error": 0.09, "perplexity": 60.0, "reachable_perplexity": 64.0, "width": 16}
 
@@ -94,6 +96,19 @@ def test_concepts_zeroed(tmp_path: Path):
 def test_a_result_that_is_not_there_is_not_made_up():
     part = "<!-- generated: versus results/nothing.json#mine -->\nold\n<!-- end -->"
     assert "*not run yet*" in build.built(part) and "old" not in build.built(part)
+
+
+def test_a_renamed_class_has_its_new_name_wherever_a_result_names_it():
+    recorded = {
+        "command": "run --cache Full()",
+        "rows": {"Full() float32": [{"policy": "HeadBudgets(SnapKV)", "of": "Full"}]},
+    }
+    assert names.with_current_names(recorded) == {
+        "command": "run --cache Full()",
+        "rows": {"PreallocatedCache() float32": [{"policy": "AdaKV(SnapKV)", "of": "PreallocatedCache"}]},
+    }
+    assert names.with_current_names(["Full attention", "Fuller()"]) == ["Full attention", "Fuller()"]
+    assert not set(names.RENAMED) & set(spec.index()) and set(names.RENAMED.values()) <= set(spec.index())
 
 
 def test_a_comparison_says_the_difference_to_the_first_and_at_equal_cost():
