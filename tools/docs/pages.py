@@ -70,7 +70,7 @@ def page(method: MethodInfo) -> str:
     """The page of one method."""
     said = of_method(method)
     source = said.sections.get("Source", method.paper)
-    cost = " ".join(filter(None, (said.sections.get("Cost"), f"In short: {method.price}." if method.price else "")))
+    cost = "\n\n".join(filter(None, (said.sections.get("Cost"), f"In short: {method.price}." if method.price else "")))
     parts = [
         f"# {method.name}",
         NOTE,
@@ -82,7 +82,7 @@ def page(method: MethodInfo) -> str:
         _titled("How to use it", use(method)),
         _titled("Arguments", arguments(method, said)),
         _titled("Example", _example(said.sections.get("Example", ""))),
-        _titled("What the paper leaves open", said.sections.get("Resolved", "")),
+        _titled("Choices made here", said.sections.get("Resolved", "")),
         _titled("What was measured", measured(method)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -99,7 +99,18 @@ def use(method: MethodInfo) -> str:
         where = f"In a config: `{seam}: {method.name}(...)`. On the command line: `--{seam.replace('_', '-')}`."
         where += f" In Python: `load(MODEL, {seam}=...)`." if seam == "kv_cache" else ""
     guide = f" See the [guide](../guides/{GUIDES[seam]}.md)." if seam in GUIDES else ""
-    return f"```python\n{method.signature}\n```\n\n{where}{guide}"
+    return f"```python\n{_signature(method)}\n```\n\n{where}{guide}"
+
+
+def _signature(method: MethodInfo) -> str:
+    """The signature, with a line for each argument where it is long."""
+    if len(method.signature) <= 100:
+        return method.signature
+    lines = [
+        f"    {name}{f': {kind}' if kind else ''}{f' = {default}' if default else ''},\n"
+        for name, kind, default in parameters(method.signature)
+    ]
+    return f"{method.name}(\n{''.join(lines)})"
 
 
 def arguments(method: MethodInfo, said: Docstring) -> str:
