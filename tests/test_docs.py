@@ -104,11 +104,15 @@ def test_a_result_that_is_not_there_is_not_made_up():
 def test_a_renamed_class_has_its_new_name_wherever_a_result_names_it():
     recorded = {
         "command": "run --cache Full()",
-        "rows": {"Full() float32": [{"policy": "HeadBudgets(SnapKV)", "of": "Full"}]},
+        "rows": {"Full() float32": [{"policy": "Around(Full(exact=False))", "of": "Full"}]},
     }
     assert names.with_current_names(recorded) == {
         "command": "run --cache Full()",
-        "rows": {"PreallocatedCache() float32": [{"policy": "AdaKV(SnapKV)", "of": "PreallocatedCache"}]},
+        "rows": {
+            "PreallocatedCache() float32": [
+                {"policy": "Around(PreallocatedCache(exact=False))", "of": "PreallocatedCache"}
+            ]
+        },
     }
     assert names.with_current_names(["Full attention", "Fuller()"]) == ["Full attention", "Fuller()"]
     assert not set(names.RENAMED) & set(spec.index()) and set(names.RENAMED.values()) <= set(spec.index())

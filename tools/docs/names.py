@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-RENAMED = {"Full": "PreallocatedCache", "HeadBudgets": "AdaKV"}
+RENAMED = {"Full": "PreallocatedCache"}
 _OLD = "|".join(RENAMED)
 _ALONE_OR_CALLED = re.compile(rf"^(?:{_OLD})$|\b(?:{_OLD})(?=\()")
 _AS_RECORDED = frozenset({"command"})

@@ -94,10 +94,10 @@ def use(method: MethodInfo) -> str:
     if seam in spec.PROBES:
         where = f"On the command line: `pondera probe {method.file.stem} MODEL`."
     elif seam in spec.PARTS:
-        where = f'It is an argument of other methods, and works alone: `spec.build("{method.name}(...)", "{seam}")`.'
+        where = f"An argument of other methods. Alone: `from pondera import {method.name}`, then `.build(width)`."
     else:
         where = f"In a config: `{seam}: {method.name}(...)`. On the command line: `--{seam.replace('_', '-')}`."
-        where += f" In Python: `load(MODEL, {seam}=...)`." if seam == "kv_cache" else ""
+        where += f" In Python: `load(MODEL, {seam}=...)`." if seam in ("think", "kv_cache") else ""
     guide = f" See the [guide](../guides/{GUIDES[seam]}.md)." if seam in GUIDES else ""
     return f"```python\n{_signature(method)}\n```\n\n{where}{guide}"
 
