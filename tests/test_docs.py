@@ -172,7 +172,6 @@ class OwnIdea:
     """
 
     paper = "a paper"
-    price = "n rows"
 
     def __init__(self, tokens: int, mode: str | None = None, *, last: bool) -> None: ...
 '''
@@ -187,7 +186,7 @@ def test_a_page_has_the_parts_of_the_docstring(tmp_path: Path, monkeypatch: pyte
     page = pages.page(method)
     parts = dict(re.findall(r"^## (.*?)\n\n(.*?)(?=\n\n## |\Z)", page, re.DOTALL | re.MULTILINE))
     assert page.startswith("# OwnIdea\n") and "**Keeps n tokens.**\n\nThe latest ones.\n" in page
-    assert parts["Source"] == "A paper." and parts["Cost"] == "One pass.\n\nIn short: n rows."
+    assert parts["Source"] == "A paper." and parts["Cost"] == "One pass."
     assert parts["When not to use it"] == "Never | always."
     assert parts["Choices made here"] == "Nothing,\nover two lines."
     assert parts["Example"] == "```python\n>>> 1 + 1\n2\n```" and "not run yet" in parts["What was measured"]

@@ -70,14 +70,13 @@ def page(method: MethodInfo) -> str:
     """The page of one method."""
     said = of_method(method)
     source = said.sections.get("Source", method.paper)
-    cost = "\n\n".join(filter(None, (said.sections.get("Cost"), f"In short: {method.price}." if method.price else "")))
     parts = [
         f"# {method.name}",
         NOTE,
         f"**{said.summary}**",
         said.body,
         _titled("Source", source),
-        _titled("Cost", cost),
+        _titled("Cost", said.sections.get("Cost", "")),
         _titled("When not to use it", said.sections.get("When not to use it", "")),
         _titled("How to use it", use(method)),
         _titled("Arguments", arguments(method, said)),
