@@ -68,14 +68,14 @@ def gains(_: str) -> str:
 
 
 def figures() -> dict[Path, str]:
-    """The picture: decoding speed and peak memory of the cache against the length of the context."""
+    """The picture: decoding speed and peak memory against the length of the context."""
     return {PICTURE: picture(read(SPEED))}
 
 
 def picture(found: dict[str, Any]) -> str:
     """Two charts in one SVG, which follows the reader's light or dark scheme and has its own ground."""
     speed = _chart(found, "Decoding speed", "tokens per second", "tokens_per_second", 1)
-    peak = _chart(found, "Peak memory of the cache", "MB", "peak_bytes", 1e-6)
+    peak = _chart(found, "Peak memory in addition to the model", "MB", "peak_bytes", 1e-6)
     (head, left), (_, right) = (_parts(figure(chart, list(DRAWN.values()))) for chart in (speed, peak))
     height = re.search(r'viewBox="0 0 \d+ (\d+)"', head)
     assert height
