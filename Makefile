@@ -1,6 +1,7 @@
 # make demo   trains three small models on your own Python library and compares them
 # make test   lint, types and the whole test suite
-# Both set themselves up in .venv with the pinned versions of constraints.txt.
+# make docs   writes the cards, the pages of methods, the figures and the tables from docstrings and results/
+# All set themselves up in .venv with the pinned versions of constraints.txt.
 
 PYTHON ?= python3
 VENV := .venv

@@ -6,11 +6,16 @@ import json
 import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from helpers import scripts
 
-build, models, study = (scripts.load(f"tools.docs.{name}") for name in ("build", "models", "study"))
+from pondera.core import spec
+
+build, docstrings, front, models, names, pages, study = (
+    scripts.load(f"tools.docs.{name}") for name in ("build", "docstrings", "front", "models", "names", "pages", "study")
+)
 
 HEALTHY = {"split_error": 0.1, "reachable_error": 0.09, "perplexity": 60.0, "reachable_perplexity": 64.0, "width": 16}
 
@@ -96,6 +101,23 @@ def test_a_result_that_is_not_there_is_not_made_up():
     assert "*not run yet*" in build.built(part) and "old" not in build.built(part)
 
 
+def test_a_renamed_class_has_its_new_name_wherever_a_result_names_it():
+    recorded = {
+        "command": "run --cache Full()",
+        "rows": {"Full() float32": [{"policy": "Around(Full(exact=False))", "of": "Full"}]},
+    }
+    assert names.with_current_names(recorded) == {
+        "command": "run --cache Full()",
+        "rows": {
+            "PreallocatedCache() float32": [
+                {"policy": "Around(PreallocatedCache(exact=False))", "of": "PreallocatedCache"}
+            ]
+        },
+    }
+    assert names.with_current_names(["Full attention", "Fuller()"]) == ["Full attention", "Fuller()"]
+    assert not set(names.RENAMED) & set(spec.index()) and set(names.RENAMED.values()) <= set(spec.index())
+
+
 def test_a_comparison_says_the_difference_to_the_first_and_at_equal_cost():
     def arm(name: str, values: list[float], cost: float) -> dict[str, Any]:
         return {
@@ -125,6 +147,78 @@ def test_sentences_of_committed_comparisons_are_those_that_were_recorded(file: P
         sign = "-" if "below" in recorded else "+"
         assert f"{sign}{number} bits per byte (95 % CI ± {margin}," in sentence
         assert ("not significant" in sentence) == ("cannot tell from noise" in recorded)
+
+
+METHOD = '''
+class OwnIdea:
+    """Keeps n tokens.
+
+    The latest ones.
+
+    Source: a paper.
+    Cost: one pass.
+    When not to use it: never | always.
+    Resolved: nothing,
+    over two lines.
+
+    Args:
+        tokens: how many,
+            1 or more.
+        mode: ``"a"`` or ``"b"``.
+
+    Example:
+        >>> 1 + 1
+        2
+    """
+
+    paper = "a paper"
+
+    def __init__(self, tokens: int, mode: str | None = None, *, last: bool) -> None: ...
+'''
+
+
+def test_a_page_has_the_parts_of_the_docstring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    file = tmp_path / "kv_cache" / "own_idea.py"
+    file.parent.mkdir()
+    file.write_text(METHOD)
+    monkeypatch.setenv("PONDERA_METHODS", str(tmp_path))
+    method = spec.find("OwnIdea")
+    page = pages.page(method)
+    parts = dict(re.findall(r"^## (.*?)\n\n(.*?)(?=\n\n## |\Z)", page, re.DOTALL | re.MULTILINE))
+    assert page.startswith("# OwnIdea\n") and "**Keeps n tokens.**\n\nThe latest ones.\n" in page
+    assert parts["Source"] == "A paper." and parts["Cost"] == "One pass."
+    assert parts["When not to use it"] == "Never | always."
+    assert parts["Choices made here"] == "Nothing,\nover two lines."
+    assert parts["Example"] == "```python\n>>> 1 + 1\n2\n```" and "not run yet" in parts["What was measured"]
+    assert cells(parts["Arguments"], "`tokens`") == ["`int`", "required", "how many, 1 or more."]
+    assert [argument for argument, _, _ in docstrings.parameters(method.signature)] == ["tokens", "mode", "last"]
+
+
+def test_every_argument_of_a_method_is_explained_on_its_page():
+    for method in (spec.index() | spec.index(spec.PROBES)).values():
+        wanted = {name for name, _, _ in docstrings.parameters(method.signature)}
+        assert wanted == set(docstrings.of_method(method).arguments), method.name
+
+
+def test_a_package_of_methods_has_a_heading_and_a_guide():
+    for seam in (*spec.SEAMS, *spec.PARTS, *spec.PROBES):
+        assert seam in pages.SEAMS and (scripts.ROOT / "docs/guides" / f"{pages.GUIDES[seam]}.md").is_file()
+
+
+def test_the_picture_shows_every_length_of_every_cache_in_both_charts():
+    def measured(speed: float) -> dict[str, float]:
+        return {"tokens_per_second": speed, "peak_bytes": 1e8 / speed}
+
+    def row(factor: float) -> dict[str, Any]:
+        return {name: measured(factor * number) for number, name in enumerate(front.DRAWN, start=1)}
+
+    rows = {"decode 4096 x 1": row(8.0), "decode 65536 x 1": row(1.0), "decode 4096 x 8": {}, "first 4096": {}}
+    svg = front.picture({"rows": rows})
+    drawn = ElementTree.fromstring(svg)
+    notes = [title.text for title in drawn.iter("{http://www.w3.org/2000/svg}title")]
+    assert {"VQKV: 24.0000 at 4.1K", "VQKV: 3.0000 at 65.5K", "DynamicCache: 100.0000 at 65.5K"} <= set(notes)
+    assert len([note for note in notes if note and " at " in note]) == 2 * 2 * len(front.DRAWN)
+    assert "prefers-color-scheme: dark" in svg and svg.count("<style>") == 1
 
 
 PAGES = sorted((scripts.ROOT / "docs/results").glob("*.md"))

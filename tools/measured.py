@@ -10,6 +10,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from pondera.evaluation.significance import gap
+from tools.docs.names import with_current_names
 
 ROOT = Path(__file__).parents[1]
 RECALL = "results/eviction/recall.json"
@@ -70,8 +71,8 @@ def _rounded(value: Any) -> Any:
 
 @cache
 def read(file: str) -> dict[str, Any]:
-    """A results file, by its path from the root of the repository."""
-    return json.loads((ROOT / file).read_text())
+    """A results file, by its path from the root of the repository, with today's class names."""
+    return with_current_names(json.loads((ROOT / file).read_text()))
 
 
 def arm(file: str, name: str) -> dict[str, Any]:

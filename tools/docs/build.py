@@ -1,33 +1,22 @@
-"""Writes figures and the generated parts of README.md and docs/ from the index of methods and the files under results/.
+"""Writes figures, the pages of methods and the generated parts of README.md and docs/ from docstrings and results/.
 
     python -m tools.docs.build            rewrites them
     python -m tools.docs.build --check    exits 1 if one of them is not what it would write
 
-A generated part stands between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``. Figures are files of their own
-beside the pages that show them.
+A generated part is between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``. Figures and the pages under
+docs/methods/ are generated as a whole.
 """
 
 from __future__ import annotations
 
 import re
 import sys
+from pathlib import Path
 
-from pondera.core import spec
-from pondera.core.cards import cards
-from tools.docs import blocks, models, past, study, times  # noqa: F401  (these files register what they can generate)
-from tools.docs.tables import MAKERS, ROOT, generated, table
+from tools.docs import blocks, findings, front, models, pages, past, study, times  # noqa: F401  (these register makers)
+from tools.docs.tables import MAKERS, ROOT, generated
 
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-@generated
-def methods(_: str) -> str:
-    """The index of methods."""
-    rows = [
-        (f"`{m.name}`", m.seam, m.paper, m.price, f"[{cards()[m.name].verdict}](results/cards/{m.name}.json)")
-        for m in spec.index().values()
-    ]
-    return table(["method", "seam", "source", "price", "claim at our scale"], rows)
 
 
 @generated
@@ -47,18 +36,28 @@ def built(text: str) -> str:
     return PART.sub(made, text)
 
 
+def wanted() -> dict[Path, str]:
+    """Every file that is generated, or holds generated parts, and its text."""
+    whole = pages.files() | study.figures() | front.figures()
+    written = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    in_parts = {page: built(page.read_text()) for page in written if page.parent != pages.FOLDER}
+    return in_parts | whole
+
+
 def main() -> None:
-    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-    wanted = {page: built(page.read_text()) for page in pages} | study.figures()
-    stale = [path for path, text in wanted.items() if not path.is_file() or path.read_text() != text]
+    files = wanted()
+    stale = [path for path, text in files.items() if not path.is_file() or path.read_text() != text]
+    gone = [path for path in pages.FOLDER.glob("*.md") if path not in files]
     if "--check" not in sys.argv:
         for path in stale:
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(wanted[path])
-    if stale:
-        names = (str(path.relative_to(ROOT)) for path in stale)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(files[path])
+        for path in gone:
+            path.unlink()
+    if stale or gone:
+        names = (str(path.relative_to(ROOT)) for path in stale + gone)
         print("not what the results say:" if "--check" in sys.argv else "rewrote:", *names)
-    sys.exit(bool(stale) and "--check" in sys.argv)
+    sys.exit(bool(stale or gone) and "--check" in sys.argv)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from tools.docs.names import with_current_names
+
 ROOT = Path(__file__).parents[2]
 MAKERS: dict[str, Callable[[str], str]] = {}
 """What can be generated, by the name that a page calls it by."""
@@ -20,8 +22,8 @@ def generated(maker: Callable[[str], str]) -> Callable[[str], str]:
 
 
 def read(path: str) -> dict[str, Any]:
-    """A result file, by its path from the root of the repository."""
-    return json.loads((ROOT / path).read_text())
+    """A result file, by its path from the root of the repository, with today's class names."""
+    return with_current_names(json.loads((ROOT / path).read_text()))
 
 
 def table(head: list[str], rows: Sequence[tuple[str, ...]]) -> str:
