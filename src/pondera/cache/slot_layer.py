@@ -38,6 +38,33 @@ DRAFTS = 256
 """The latest tokens of a call that may be taken back while tokens are recorded."""
 
 
+class KeepAll:
+    """The policy of layers that keep every slot: nothing is observed, chosen or evicted."""
+
+    observation_window = 0
+    sparse_attention = by_head = False
+    exact = True
+
+    @property
+    def note_defaults(self) -> dict[str, float]:
+        """No notes."""
+        return {}
+
+    def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
+        """None."""
+        return 0
+
+    def evict_layer(self, layer: KVStoreLayer) -> bool:
+        """Evicts nothing."""
+        return False
+
+    def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> None:
+        """All slots."""
+
+    def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
+        """Never called."""
+
+
 class KVStoreLayer(KVLayer):
     """One layer's past as slots.
 
@@ -56,7 +83,7 @@ class KVStoreLayer(KVLayer):
 
     holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "evicted_until")
 
-    def __init__(self, method: Policy, index: int, among: int) -> None:
+    def __init__(self, method: Policy | KeepAll, index: int, among: int) -> None:
         super().__init__()
         self.method, self.index, self.among = method, index, among
         self.tables: list[KVStore] = []

@@ -18,6 +18,7 @@ from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.hand_over import Owner, hand_over, name
 from pondera.cache.io import load, save
 from pondera.cache.layer import KVLayer
+from pondera.cache.slot_layer import KeepAll, KVStoreLayer
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -214,7 +215,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
 
         def make() -> list[KVLayer]:
             layers = self.cache(model).layers
-            return [layer if isinstance(layer, KVLayer) else self.exact_layer() for layer in layers]
+            return [layer if isinstance(layer, KVLayer) else KVStoreLayer(KeepAll(), 0, 1) for layer in layers]
 
         def cache_of(layers: list) -> KVCache:
             return KVCache(layers, self, view.owner)
@@ -248,12 +249,6 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
                 f"{type(self).__name__} drops tokens from the hidden states between layers, and a method that thinks feeds the "
                 "final state of every token back; use a method that works on the cache alone, such as SnapKV(1024)"
             )
-
-    def exact_layer(self) -> KVLayer:
-        """An empty layer that keeps every slot, for layers that are not compressed."""
-        from pondera.methods.kv_cache.preallocated_cache import PreallocatedCache
-
-        return PreallocatedCache().empty_layer()
 
     def load_cache(self, model: PreTrainedModel, path: str | Path) -> KVCache:
         """A cache that `KVCache.save` has written, on the model's device; `generate` goes on as if it had never left.
