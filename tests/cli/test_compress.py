@@ -77,7 +77,7 @@ def test_a_sweep_leaves_out_what_a_model_cannot_have(said, model: Path, text: Pa
     code, shown, progress = said(model, "--data.text", text, "--windows", 2, "--calibrate", text, "--json")
     rows = json.loads(shown)["rows"]
     assert code == 0 and [row["method"] for row in rows] == ["PreallocatedCache()", *SWEEP]
-    assert all(f"{text}: left out: calibration text too short" in progress for text in FITTED)
+    assert all(f"{text}: skipped: calibration text too short" in progress for text in FITTED)
 
 
 def test_a_full_cache_scores_what_the_model_scores(model: Path, text: Path):
@@ -143,7 +143,7 @@ def test_the_sweep_can_be_built(sweep: str):
         (["--kv-cache", "VQKV(2)"], "give some with --calibrate"),
         (["--kv-cache", "VQKV(2)", "--calibrate", "TEXT"], "tokens after the first 4"),
         (["--kv-cache", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),
-        (["--data.context", "16"], "too few to forget"),
+        (["--data.context", "16"], "too few to compress"),
         (["--windows", "0"], "at least 1"),
     ],
 )
@@ -159,7 +159,7 @@ def test_what_cannot_be_had_is_told_before_anything_is_measured(said, model: Pat
 
 
 def test_a_text_is_needed_and_must_be_long_enough(said, model: Path, tmp_path: Path):
-    assert "say what to measure it on" in said(model)[2]
+    assert "give a text to measure on" in said(model)[2]
     short = tmp_path / "short.txt"
     short.write_text("The quick brown fox.")
     code, _, error = said(model, "--data.text", short)
@@ -169,7 +169,7 @@ def test_a_text_is_needed_and_must_be_long_enough(said, model: Path, tmp_path: P
 def test_models_with_a_cache_of_their_own_are_refused(said, text: Path, tmp_path: Path):
     thinking = saved_models.save(tmp_path / "thinking", "ponderlm2")
     code, _, error = said(thinking, "--data.text", text)
-    assert code == 2 and "keeps a cache of its own" in error
+    assert code == 2 and "uses a cache of its own" in error
 
 
 def test_nothing_is_overwritten(said, model: Path, text: Path):

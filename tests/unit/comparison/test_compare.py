@@ -98,12 +98,16 @@ def verdict_of(folder: Path, plain: list[float], other: list[float]) -> str:
 @pytest.mark.parametrize(
     "plain, other, said",
     [
-        ([2.0], [1.9], "0.100 bits per byte below plain; one seed, so this may be luck."),
-        ([2.0, 2.1], [1.95, 2.09], "0.030 bits per byte below plain, which 2 seeds cannot tell from noise (± 0.254"),
-        ([2.0, 2.2, 2.1], [1.9, 2.11, 2.0], "0.097 bits per byte below plain (± 0.014 at 95 % over 3 seeds, paired;"),
-        ([2.0, 2.2, 2.1], [2.1, 2.31, 2.2], "0.103 bits per byte above plain (± 0.014 at 95 % over 3 seeds, paired;"),
+        ([2.0], [1.9], "0.100 bits per byte below plain (one seed: significance unknown)."),
+        (
+            [2.0, 2.1],
+            [1.95, 2.09],
+            "0.030 bits per byte below plain (95 % CI ± 0.254, paired, 2 seeds: not significant).",
+        ),
+        ([2.0, 2.2, 2.1], [1.9, 2.11, 2.0], "0.097 bits per byte below plain (95 % CI ± 0.014, paired, 3 seeds: sig"),
+        ([2.0, 2.2, 2.1], [2.1, 2.31, 2.2], "0.103 bits per byte above plain (95 % CI ± 0.014, paired, 3 seeds: sig"),
         # All of one sign, twice the standard error: the rule of thumb would have called it a finding.
-        ([2.0, 2.0, 2.0], [1.99, 1.97, 1.95], "0.030 bits per byte below plain, which 3 seeds cannot tell from noise"),
+        ([2.0, 2.0, 2.0], [1.99, 1.97, 1.95], "0.030 bits per byte below plain (95 % CI ± 0.050, paired, 3 seeds: not"),
     ],
 )
 def test_verdict(tmp_path, plain, other, said):

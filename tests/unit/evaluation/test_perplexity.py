@@ -136,7 +136,7 @@ def test_run_is_scored_on_what_it_held_out(run: Run, book: Path):
 def test_run_whose_text_has_changed(run: Run):
     path = Path(run.config.data.text)
     path.write_text(path.read_text().replace("Line", "Row") * 2)
-    with pytest.raises(UserError, match="is not what it was"):
+    with pytest.raises(UserError, match="has changed since"):
         evaluate(run.path)
 
 
@@ -149,13 +149,13 @@ def test_run_whose_text_has_changed_under_the_same_tokenizer(run: Run, tmp_path:
     run.write_result({"corpus": prepare(config.data).digest})
     evaluate(run.path, max_tokens=32)
     path.write_text(path.read_text().replace("Line 300 ", "Line three hundred "))
-    with pytest.raises(UserError, match="is not what it was.*give another --data.text"):
+    with pytest.raises(UserError, match="has changed since.*give another --data.text"):
         evaluate(run.path, max_tokens=32)
     run.result_file.unlink()  # an unfinished run: its checkpoint tells
     evaluate(run.path, max_tokens=32)
     with run.saving(1) as folder:
         (folder / "state.json").write_text(json.dumps({"corpus": "another"}))
-    with pytest.raises(UserError, match="is not what it was"):
+    with pytest.raises(UserError, match="has changed since"):
         evaluate(run.path, max_tokens=32)
 
 

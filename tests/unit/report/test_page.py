@@ -216,27 +216,25 @@ def entry(name: str, scores: list[float], price: float = 1.0, first_seed: int = 
 
 def test_verdict_calls_a_gap_within_the_noise_level():
     said = significance.sentences([entry("a", [2.00, 2.02, 2.01], 2.0), entry("b", [2.03, 2.01, 2.02])], "loss")
-    assert said[0] == "a and b are level: 2.010 and 2.020 loss."
+    assert said[0] == "a and b do not differ: 2.010 and 2.020 loss."
     # Differences -.03, .01, -.01: mean -.01, standard deviation .02, margin 4.30 * .02 / sqrt 3.
-    assert said[1] == "a is 0.010 loss below b, which 3 seeds cannot tell from noise (± 0.050 at 95 %, paired)."
-    assert said[2].startswith("For 0.010 loss less than b, which 3 seeds cannot tell from noise, a spends 2×")
+    assert said[1] == "a is 0.010 loss below b (95 % CI ± 0.050, paired, 3 seeds: not significant)."
+    assert said[2].startswith("For 0.010 loss less than b (not significant), a spends 2×")
 
 
 def test_verdict_names_best_and_its_price():
     deep = entry("deep", [1.80, 1.82, 1.81], price=2.0)
     said = significance.sentences([entry("plain", [2.00, 2.01, 2.02]), deep], "loss")
     assert said[0] == "deep is best: 1.810 loss."
-    assert said[1] == (
-        "deep is 0.200 loss below plain (± 0.025 at 95 % over 3 seeds, paired; more than seeds explain)."
-    )
+    assert said[1] == "deep is 0.200 loss below plain (95 % CI ± 0.025, paired, 3 seeds: significant)."
     assert said[2].startswith("For 0.200 loss less than plain, deep spends") and "2× the training FLOPs" in said[2]
     assert "deep is 0.400 behind" in said[3]  # at 8 FLOPs: plain 2.2, deep (its point 4.0) 2.6
 
 
 def test_verdict_with_one_seed_warns():
     said = significance.sentences([entry("a", [1.0], price=2.0), entry("b", [2.0])], "loss")
-    assert said[1] == "a is 1.000 loss below b; one seed, so this may be luck."
-    assert "less than b, which with one seed may be luck, a spends" in said[2]
+    assert said[1] == "a is 1.000 loss below b (one seed: significance unknown)."
+    assert "less than b (one seed: significance unknown), a spends" in said[2]
 
 
 def test_verdict_pairs_seeds_and_says_when_it_cannot():
