@@ -159,7 +159,7 @@ def _first(best: Entry, second: Entry, score: str) -> list[str]:
         return [f"{best.name} is ahead: {best.mean:.3f} {score}.", why]
     if found.clear and found.mean < 0:
         return [f"{best.name} is best: {best.mean:.3f} {score}.", why]
-    return [f"{best.name} and {second.name} do not differ: {best.mean:.3f} and {second.mean:.3f} {score}.", why]
+    return [f"{best.name} and {second.name} do not differ significantly: {best.mean:.3f} and {second.mean:.3f} {score}.", why]
 
 
 def _price(best: Entry, cheapest: Entry, score: str) -> list[str]:

@@ -171,7 +171,7 @@ def test_a_budget_sets_the_steps(text):
     cost = flops_per_step(config)
     [set_to] = at_equal_flops([config], 7.2 * cost)
     assert set_to.train.steps == 7 and config.train.steps == 8
-    with pytest.raises(UserError, match="one step of tiny already costs"):
+    with pytest.raises(UserError, match="one step of tiny costs"):
         at_equal_flops([config], 0.4 * cost)
 
 
@@ -185,11 +185,11 @@ def test_finished_runs_are_reused_and_json_is_all_that_is_printed(arms, out, mon
 
 
 def test_another_config_or_text_is_refused(arms, out):
-    with pytest.raises(UserError, match=r"plain-4steps-seed0: holds a run with another config; choose another --out"):
+    with pytest.raises(UserError, match=r"plain-4steps-seed0: contains a run with another config; use another --out"):
         compare(arms, 2, out=out, overrides={"train.lr": 1e-4}, progress=False)
     run = Run.open(out / "runs" / "ponder-4steps-seed1")
     run.write_result({**(run.result() or {}), "corpus": "of another text"})
-    with pytest.raises(UserError, match=r"ponder-4steps-seed1: holds a run on another text, .*remove that folder"):
+    with pytest.raises(UserError, match=r"ponder-4steps-seed1: contains a run on another text, .*remove that folder"):
         compare(arms, 2, out=out, progress=False)
 
 
@@ -207,7 +207,7 @@ def test_interrupted_and_gone_on_with(arms, out, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(PonderaTrainer, "get_batch_samples", interrupt)
-        with pytest.raises(Interrupted, match=r"go on with:\npondera compare .*--seeds 2 .*--out ") as stopped:
+        with pytest.raises(Interrupted, match=r"continue with:\npondera compare .*--seeds 2 .*--out ") as stopped:
             compare(arms, 2, out=out, progress=False)
     assert str(out) in str(stopped.value) and last.result() is None and len(last.metrics()) == 2
     compare(arms, 2, out=out, progress=False)
