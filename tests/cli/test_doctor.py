@@ -54,7 +54,7 @@ def test_native_kernels(examine, monkeypatch):
     monkeypatch.setattr(build, "why_not", lambda name: "")
     assert examine({})["ok", "native"] == "kernels in use: " + ", ".join(build.kernels())
     monkeypatch.setattr(build, "why_not", lambda name: build.OFF)
-    assert examine({})["ok", "native"].endswith("more slowly: PONDERA_NATIVE=0 turns them off")
+    assert examine({})["ok", "native"].endswith("so the slower torch code runs: PONDERA_NATIVE=0 turns them off")
     monkeypatch.setattr(build, "why_not", lambda name: "no C compiler")
     assert examine({})["warning", "native"].endswith("more slowly: no C compiler")
 
@@ -106,7 +106,7 @@ def test_time_follows_the_price(examine):
             "model",
             "AdaptiveLatentCoT does not fit qwen3_next: its linear-attention layers",
         ),
-        ({"train.keep": 10**9}, "disk", "1000000000 checkpoints take about"),
+        ({"train.keep": 10**9}, "disk", "1000000000 checkpoints need about"),
     ],
 )
 def test_what_cannot_run(examine, overrides, topic, message):
@@ -139,7 +139,7 @@ def test_the_installed_transformers_is_held_against_those_that_were_tested(exami
 def test_windows_are_shared_by_processes(examine, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert "8 windows cannot be split over 3 processes" in problems(examine({}))["train"]
-    assert examine({"train.batch_size": 9})["ok", "batch"] == "9 windows per step, 3 on each of 3 processes"
+    assert examine({"train.batch_size": 9})["ok", "batch"] == "9 windows per step, 3 per process on 3 processes"
 
 
 def test_an_architecture_without_a_price(examine):

@@ -291,7 +291,7 @@ def _time(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     yield Finding("ok", "training", f"{_count(tokens)} tokens, {flops:.2g} FLOPs")
     basis = f"{speed / 1e9:,.0f} GFLOP/s measured now, at {EFFICIENCY:.0%} efficiency"
     yield Finding(
-        "ok", "time", f"about {_duration(seconds)}, estimated from {basis}, without tokenising and validation"
+        "ok", "time", f"about {_duration(seconds)}: estimated from {basis}, without tokenising and validation"
     )
 
 
