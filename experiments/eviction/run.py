@@ -4,8 +4,8 @@
     python -m experiments.eviction.run --seeds 1 --texts 8        a first look
     python -m experiments.eviction.run --smoke      a check that it runs
 
-For each seed a Llama of 3 layers is trained on the recall sequences of `sequences.py`; `Full` shows that it has learnt to
-recall. Every policy prefills the prompt in one call, with the question as the last token, and then receives the answer token
+For each seed a Llama of 3 layers is trained on the recall sequences of `sequences.py`; `PreallocatedCache`
+shows that it has learnt to recall. Every policy prefills the prompt in one call, with the question as the last token, and then receives the answer token
 by token. The results are the top-1 accuracy on the answer and its loss; sequences without a question have only a loss. With
 ``later``, the question comes after prefill, so that no policy knows it when it evicts. Budgets are KV slots per layer and KV
 head, as shares of the prompt. For policies that keep all slots and attend to some, the budget is the number of attended slots
@@ -33,7 +33,7 @@ from pondera.core import spec
 SHARES = (0.5, 0.25, 0.125)
 TASKS = ("needle", "needle, later", "list", "copy", "text")
 POLICIES = {
-    "Full": "PreallocatedCache()",
+    "PreallocatedCache": "PreallocatedCache()",
     "StreamingLLM": "StreamingLLM({n})",
     "RandomEviction": "RandomEviction({n}, recent=8, sinks=4)",
     "H2O": "H2O({n})",
@@ -86,7 +86,8 @@ def measure(lm: Any, memory: str, texts: Texts, later: bool) -> dict[str, float]
 
 def arms() -> list[tuple[str, float]]:
     """Policies and shares; the uncompressed cache runs only once."""
-    return [("Full", 1.0), *((name, share) for share in SHARES for name in POLICIES if name != "Full")]
+    full = "PreallocatedCache"
+    return [(full, 1.0), *((name, share) for share in SHARES for name in POLICIES if name != full)]
 
 
 def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
