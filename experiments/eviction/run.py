@@ -5,12 +5,12 @@
     python -m experiments.eviction.run --smoke      a check that it runs
 
 For each seed a Llama of 3 layers is trained on the recall sequences of `sequences.py`; `PreallocatedCache`
-shows that it has learnt to recall. Every policy prefills the prompt in one call, with the question as the last token, and then receives the answer token
-by token. The results are the top-1 accuracy on the answer and its loss; sequences without a question have only a loss. With
-``later``, the question comes after prefill, so that no policy knows it when it evicts. Budgets are KV slots per layer and KV
-head, as shares of the prompt. For policies that keep all slots and attend to some, the budget is the number of attended slots
-(for `LazyLLM` after its first layer, which attends to all). Each row is written when it is done; finished rows are not
-repeated.
+shows that it has learnt to recall. Every policy prefills the prompt in one call, with the question as the last token, and then
+receives the answer token by token. The results are the top-1 accuracy on the answer and its loss; sequences without a question
+have only a loss. With ``later``, the question comes after prefill, so that no policy knows it when it evicts. Budgets are KV
+slots per layer and KV head, as shares of the prompt. For policies that keep all slots and attend to some, the budget is the
+number of attended slots (for `LazyLLM` after its first layer, which attends to all). Each row is written when it is done;
+finished rows are not repeated.
 """
 
 from __future__ import annotations

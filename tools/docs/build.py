@@ -1,10 +1,10 @@
-"""Writes figures and the generated parts of README.md and docs/ from the index of methods and the files under results/.
+"""Writes figures and the generated parts of README.md and docs/, from the index of methods and the files under results/.
 
     python -m tools.docs.build            rewrites them
-    python -m tools.docs.build --check    exits 1 if one of them is not what it would write
+    python -m tools.docs.build --check    exits with 1 if one of them is out of date
 
-A generated part stands between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``. Figures are files of their own
-beside the pages that show them.
+A generated part is between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``. Figures are separate files next to the
+pages that show them.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def methods(_: str) -> str:
 
 @generated
 def output(path: str) -> str:
-    """What a command printed."""
+    """The recorded output of a command."""
     return f"```text\n{(ROOT / path).read_text().rstrip()}\n```"
 
 
 def built(text: str) -> str:
-    """`text` with every generated part made anew."""
+    """`text` with every generated part replaced by its current content."""
 
     def made(part: re.Match[str]) -> str:
-        # A result that no command has written yet leaves its place empty, never filled by hand.
+        # If there is no results file yet, the part says so; nothing is filled in by hand.
         there = not part[3] or (ROOT / part[3].partition("#")[0]).is_file()
         return f"{part[1]}{MAKERS[part[2]](part[3]) if there else '*not run yet*'}\n{part[4]}"
 
@@ -57,7 +57,7 @@ def main() -> None:
             path.write_text(wanted[path])
     if stale:
         names = (str(path.relative_to(ROOT)) for path in stale)
-        print("not what the results say:" if "--check" in sys.argv else "rewrote:", *names)
+        print("out of date; run make docs:" if "--check" in sys.argv else "rewrote:", *names)
     sys.exit(bool(stale) and "--check" in sys.argv)
 
 
