@@ -64,20 +64,20 @@ def verdicts(path: str) -> str:
     for data, settings in _by(found["rows"], "data"):
         best = min(mean(row["error_coded"] for row in rows) for rows in settings.values())
         for name, rows in settings.items():
-            deferred = [row for row in rows if "diagnosis" in row]
-            if not deferred:
+            diagnosed = [row for row in rows if "diagnosis" in row]
+            if not diagnosed:
                 continue
-            numbers = [row["diagnosis"] for row in deferred]
+            numbers = [row["diagnosis"] for row in diagnosed]
             lines.append(
                 (
                     f"{data}: {name}",
-                    f"{mean(row['error_coded'] for row in deferred) / best:.1f} ×",
+                    f"{mean(row['error_coded'] for row in diagnosed) / best:.1f} ×",
                     _mean(numbers, "perplexity", "{:.0f}".format),
                     _mean(numbers, "reachable_perplexity", "{:.0f}".format),
                     _mean(numbers, "split_error"),
                     _mean(numbers, "reachable_error"),
                     _mean(numbers, "effective_rank_input", "{:.1f}".format),
-                    ", ".join(dict.fromkeys(verdict(row) for row in deferred)),
+                    ", ".join(dict.fromkeys(verdict(row) for row in diagnosed)),
                 )
             )
     head = [

@@ -300,7 +300,8 @@ def summarise(names: Iterable[str], folders: list[Path]) -> dict[str, Any]:
     rows = [_row(name, members, runs[baseline]) for name, members in runs.items()]
     gaps = [significance.gap(_scores(runs[name]), _scores(runs[baseline])) for name in runs]
     verdict = [
-        significance.sentence(name, baseline, found, "bits per byte") for name, found in zip(runs, gaps, strict=True)
+        significance.sentence(name, baseline, difference, "bits per byte")
+        for name, difference in zip(runs, gaps, strict=True)
     ]
     return {"baseline": baseline, "rows": rows, "verdict": verdict[1:] + _at_equal_inference(rows, runs)}
 
@@ -316,10 +317,9 @@ def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]]) 
         if leader is None:
             leaders.append(row)
         elif leader is not rows[0]:
-            found = significance.gap(_scores(runs[row["name"]]), _scores(runs[leader["name"]]))
-            verdict.append(
-                f"At about equal inference FLOPs, {significance.sentence(row['name'], leader['name'], found, 'bits per byte')}"
-            )
+            difference = significance.gap(_scores(runs[row["name"]]), _scores(runs[leader["name"]]))
+            sentence = significance.sentence(row["name"], leader["name"], difference, "bits per byte")
+            verdict.append(f"At about equal inference FLOPs, {sentence}")
     return verdict
 
 

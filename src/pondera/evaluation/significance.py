@@ -89,7 +89,7 @@ def t95(freedom: float) -> float:
     return T95[max(known for known in T95 if known <= freedom + 1e-9)]
 
 
-def sentence(name: str, other: str, found: Gap, score: str) -> str:
+def sentence(name: str, other: str, difference: Gap, score: str) -> str:
     """A difference as a sentence.
 
     Example:
@@ -98,11 +98,11 @@ def sentence(name: str, other: str, found: Gap, score: str) -> str:
         >>> sentence("deep", "plain", gap({0: 1.90}, {0: 2.00}), "bits per byte")
         'deep is 0.100 bits per byte below plain (one seed: significance unknown).'
     """
-    statement = f"{name} is {abs(found.mean):.3f} {score} {'below' if found.mean < 0 else 'above'} {other}"
-    if found.margin is None:
-        return f"{statement} ({found.doubt})."
-    verdict = found.doubt or "significant"
-    return f"{statement} (95 % CI ± {found.margin:.3f}, {found.how}, {found.seeds}: {verdict})."
+    statement = f"{name} is {abs(difference.mean):.3f} {score} {'below' if difference.mean < 0 else 'above'} {other}"
+    if difference.margin is None:
+        return f"{statement} ({difference.doubt})."
+    verdict = difference.doubt or "significant"
+    return f"{statement} (95 % CI ± {difference.margin:.3f}, {difference.how}, {difference.seeds}: {verdict})."
 
 
 @dataclass
@@ -153,13 +153,16 @@ def _alone(entry: Entry) -> list[str]:
 
 
 def _first(best: Entry, second: Entry, score: str) -> list[str]:
-    found = gap(best.scores, second.scores)
-    why = sentence(best.name, second.name, found, score)
-    if found.margin is None:
+    difference = gap(best.scores, second.scores)
+    why = sentence(best.name, second.name, difference, score)
+    if difference.margin is None:
         return [f"{best.name} is ahead: {best.mean:.3f} {score}.", why]
-    if found.clear and found.mean < 0:
+    if difference.clear and difference.mean < 0:
         return [f"{best.name} is best: {best.mean:.3f} {score}.", why]
-    return [f"{best.name} and {second.name} do not differ significantly: {best.mean:.3f} and {second.mean:.3f} {score}.", why]
+    return [
+        f"{best.name} and {second.name} do not differ significantly: {best.mean:.3f} and {second.mean:.3f} {score}.",
+        why,
+    ]
 
 
 def _price(best: Entry, cheapest: Entry, score: str) -> list[str]:

@@ -63,21 +63,21 @@ class HaltingStats:
         return Series(self.name, self.index, [points], points)
 
 
-def halting_section(found: Sequence[HaltingStats]) -> str:
+def halting_section(stats: Sequence[HaltingStats]) -> str:
     """The section as HTML; empty if all tokens take the same number of passes and there are no Jacobi rounds.
 
     Args:
-        found: at most one run per variant.
+        stats: at most one run per variant.
     """
-    whole = [one for one in found if _is_whole(one)]
+    whole = [one for one in stats if _is_whole(one)]
     figures = _figures(whole)
     items = [
         f'<li class="c{one.index % COLORS}">{swatch(one.index)}<b>{escape(one.name)}</b>'
         f"<span>, {escape(one.said())}</span></li>"
         for one in whole
     ]
-    items += [f"<li>{escape(one.name)}: its halting statistics are damaged.</li>" for one in found if one not in whole]
-    if not figures and len(whole) == len(found):
+    items += [f"<li>{escape(one.name)}: its halting statistics are damaged.</li>" for one in stats if one not in whole]
+    if not figures and len(whole) == len(stats):
         return ""
     charts = "".join(
         f'<figure class="card">{chart}<figcaption>{caption}</figcaption></figure>' for chart, caption in figures
@@ -98,10 +98,10 @@ def _is_whole(one: HaltingStats) -> bool:
     return True
 
 
-def _figures(found: Sequence[HaltingStats]) -> list[tuple[str, str]]:
+def _figures(stats: Sequence[HaltingStats]) -> list[tuple[str, str]]:
     """Charts with their captions."""
     drawn: list[tuple[str, str]] = []
-    if varying := [one for one in found if one.varies]:
+    if varying := [one for one in stats if one.varies]:
         x, y = "loss in nats, mean of each decile", "passes per token"
         drawn = [
             (
@@ -125,26 +125,26 @@ def _figures(found: Sequence[HaltingStats]) -> list[tuple[str, str]]:
                 "By frequency rank of the token in the training text; rank 1 is the most frequent.",
             ),
         ]
-    if rounds := [series for one in found if (series := one.rounds()).mean]:
+    if rounds := [series for one in stats if (series := one.rounds()).mean]:
         chart = line_chart("Convergence", "Jacobi round", "largest change", rounds, log_y=True, cut=0.0)
         drawn.append((chart, "The largest change of a thought in each Jacobi round."))
     return drawn
 
 
-def _tie(found: dict[str, Any], where: str) -> str:
+def _tie(correlation: dict[str, Any], where: str) -> str:
     """A correlation of passes and loss as a sentence."""
-    pearson, spearman = (_with_interval(found[kind]) for kind in ("pearson", "spearman"))
-    low, high = found["spearman"]["low"], found["spearman"]["high"]
+    pearson, spearman = (_with_interval(correlation[kind]) for kind in ("pearson", "spearman"))
+    low, high = correlation["spearman"]["low"], correlation["spearman"]["high"]
     if low is None or high is None or low <= 0 <= high:
         return f"Passes do not correlate significantly with {where} (Pearson {pearson}; Spearman {spearman})."
     return f"Passes {'increase' if low > 0 else 'decrease'} with {where} (Pearson {pearson}; Spearman {spearman})."
 
 
-def _with_interval(found: dict[str, Any]) -> str:
-    if found["value"] is None:
+def _with_interval(correlation: dict[str, Any]) -> str:
+    if correlation["value"] is None:
         return "unknown"
-    interval = "" if found["low"] is None else f", {found['low']:z.2f} to {found['high']:z.2f}"
-    return f"{found['value']:z.2f}{interval}"
+    interval = "" if correlation["low"] is None else f", {correlation['low']:z.2f} to {correlation['high']:z.2f}"
+    return f"{correlation['value']:z.2f}{interval}"
 
 
 def _percent(share: float) -> str:

@@ -136,15 +136,15 @@ def write_report(
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file, e.g. {out / 'report.html'}")
-    arms = group_variants(view_run(path, (names or {}).get(Path(path))) for path in runs)
+    variants = group_variants(view_run(path, (names or {}).get(Path(path))) for path in runs)
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        headline=_headline(arms),
-        charts=_charts(arms),
-        table=_table(arms),
-        depths=_depths(arms),
-        samples=_samples(arms),
-        runs="\n".join(_made(run) for arm in arms for run in arm.runs),
+        headline=_headline(variants),
+        charts=_charts(variants),
+        table=_table(variants),
+        depths=_depths(variants),
+        samples=_samples(variants),
+        runs="\n".join(_made(run) for variant in variants for run in variant.runs),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(out, page.encode("utf-8", "backslashreplace"))  # file names may contain invalid Unicode
@@ -185,58 +185,58 @@ def view_run(path: str | Path, name: str | None = None) -> RunView:
 
 def group_variants(runs: Iterable[RunView]) -> list[Variant]:
     """Groups runs by name, in the order in which the names first appear."""
-    arms: dict[str, Variant] = {}
+    variants: dict[str, Variant] = {}
     for run in runs:
-        arms.setdefault(run.config.name, Variant(run.config.name, len(arms))).runs.append(run)
-    return list(arms.values())
+        variants.setdefault(run.config.name, Variant(run.config.name, len(variants))).runs.append(run)
+    return list(variants.values())
 
 
-def score_key(arms: Iterable[Variant]) -> str:
+def score_key(variants: Iterable[Variant]) -> str:
     """The score that all finished runs have: bits per byte if possible, otherwise loss."""
-    finished = [run for arm in arms for run in arm.finished]
+    finished = [run for variant in variants for run in variant.finished]
     return "bits_per_byte" if all(run.result.get("bits_per_byte") is not None for run in finished) else "loss"
 
 
-def measure_of(arms: Iterable[Variant]) -> Measure:
+def measure_of(variants: Iterable[Variant]) -> Measure:
     """The best measure that all validated runs have; the training loss if there was no validation yet."""
-    runs = [run for arm in arms for run in arm.runs]
+    runs = [run for variant in variants for run in variant.runs]
     validated = [run for run in runs if run.points(LOSS, "step") or run.points(BITS, "step")]
     if not validated:
         return TRAINING_LOSS
     return BITS if all(run.points(BITS, "step") for run in validated) else LOSS
 
 
-def _headline(arms: list[Variant]) -> str:
-    key, measure = score_key(arms), measure_of(arms)
+def _headline(variants: list[Variant]) -> str:
+    key, measure = score_key(variants), measure_of(variants)
     entries = [
         significance.Entry(
-            name=arm.name,
-            scores=arm.scores(key),
-            prices={price: _mean(arm.values(price)) for price in significance.PRICES},
-            curve=arm.curve(measure, "train_flops").mean,
+            name=variant.name,
+            scores=variant.scores(key),
+            prices={price: _mean(variant.values(price)) for price in significance.PRICES},
+            curve=variant.curve(measure, "train_flops").mean,
         )
-        for arm in arms
-        if arm.values(key)
+        for variant in variants
+        if variant.values(key)
     ]
     first, *rest = significance.sentences(entries, SCORES[key])
-    runs = [run for arm in arms for run in arm.runs]
+    runs = [run for variant in variants for run in variant.runs]
     seeds = sorted({run.config.train.seed for run in runs})
-    counts = f"{_several(len(arms), 'variant')}, {_several(len(runs), 'run')}, seeds {', '.join(map(str, seeds))}"
+    counts = f"{_several(len(variants), 'variant')}, {_several(len(runs), 'run')}, seeds {', '.join(map(str, seeds))}"
     lead = f'<p class="lead">{escape(" ".join(rest))}</p>' if rest else ""
-    return f'<p class="headline">{escape(first)}</p>{lead}<p class="facts">{counts}.</p>{_warnings(arms)}'
+    return f'<p class="headline">{escape(first)}</p>{lead}<p class="facts">{counts}.</p>{_warnings(variants)}'
 
 
-def _warnings(arms: list[Variant]) -> str:
-    warnings = [f"{run.where}: {problem}." for arm in arms for run in arm.runs for problem in run.problems]
-    for arm in arms:
-        first, *others = (set(_flat(run.config.to_dict()).items()) for run in arm.runs)
+def _warnings(variants: list[Variant]) -> str:
+    warnings = [f"{run.where}: {problem}." for variant in variants for run in variant.runs for problem in run.problems]
+    for variant in variants:
+        first, *others = (set(_flat(run.config.to_dict()).items()) for run in variant.runs)
         differ = sorted({name for other in others for name, _ in first ^ other} - {"train.seed", "about"})
         if differ:
-            warnings.append(f"The runs named {arm.name} differ in more than the seed: {', '.join(differ)}.")
-        seeds = [run.config.train.seed for run in arm.runs]
+            warnings.append(f"The runs named {variant.name} differ in more than the seed: {', '.join(differ)}.")
+        seeds = [run.config.train.seed for run in variant.runs]
         if len(set(seeds)) < len(seeds):
             warnings.append(
-                f"Several runs named {arm.name} have the same seed, so their standard deviation is not over seeds."
+                f"Several runs named {variant.name} have the same seed, so their standard deviation is not over seeds."
             )
     if not warnings:
         return ""
@@ -244,10 +244,12 @@ def _warnings(arms: list[Variant]) -> str:
     return f'<div class="card warning" role="note"><strong>Warnings</strong><ul>{items}</ul></div>'
 
 
-def _charts(arms: list[Variant]) -> str:
-    measure, key = measure_of(arms), score_key(arms)
-    by_tokens, by_flops = ([arm.curve(measure, x_key) for arm in arms] for x_key in ("tokens", "train_flops"))
-    by_price = [_price_series(arm, key) for arm in arms]
+def _charts(variants: list[Variant]) -> str:
+    measure, key = measure_of(variants), score_key(variants)
+    by_tokens, by_flops = (
+        [variant.curve(measure, x_key) for variant in variants] for x_key in ("tokens", "train_flops")
+    )
+    by_price = [_price_series(variant, key) for variant in variants]
     drawn = (
         (
             line_chart("By training tokens", "training tokens", measure.label, by_tokens),
@@ -263,9 +265,9 @@ def _charts(arms: list[Variant]) -> str:
         ),
     )
     legend = "".join(
-        f'<li class="c{arm.index % COLORS}">{swatch(arm.index)}<b style="color:var(--ink)">{escape(arm.name)}</b> '
-        f"<span>{escape(arm.runs[0].config.about)}</span></li>"
-        for arm in arms
+        f'<li class="c{variant.index % COLORS}">{swatch(variant.index)}<b style="color:var(--ink)">{escape(variant.name)}</b> '
+        f"<span>{escape(variant.runs[0].config.about)}</span></li>"
+        for variant in variants
     )
     figures = "".join(
         f'<figure class="card">{chart}<figcaption>{caption}</figcaption></figure>' for chart, caption in drawn
@@ -274,26 +276,29 @@ def _charts(arms: list[Variant]) -> str:
     return f'<ul class="legend">{legend}</ul><div class="charts">{figures}</div><p class="note">{note}</p>'
 
 
-def _price_series(arm: Variant, key: str) -> Series:
-    read = ((run.result.get("inference_flops_per_token"), run.result.get(key)) for run in arm.finished)
+def _price_series(variant: Variant, key: str) -> Series:
+    read = ((run.result.get("inference_flops_per_token"), run.result.get(key)) for run in variant.finished)
     points = [(float(x), float(y)) for x, y in read if x is not None and y is not None]
     runs = [[point] for point in points]
     if not points:
-        return Series(arm.name, arm.index, runs, [])
-    return Series(arm.name, arm.index, runs, [_middle(points)], [_spread([y for _, y in points])])
+        return Series(variant.name, variant.index, runs, [])
+    return Series(variant.name, variant.index, runs, [_middle(points)], [_spread([y for _, y in points])])
 
 
-def _table(arms: list[Variant]) -> str:
-    best = {key: min((_mean(arm.values(key)) for arm in arms if arm.values(key)), default=None) for key in SCORES}
+def _table(variants: list[Variant]) -> str:
+    best = {
+        key: min((_mean(variant.values(key)) for variant in variants if variant.values(key)), default=None)
+        for key in SCORES
+    }
     head = "".join(f'<th scope="col">{name}</th>' for _, name, _ in COLUMNS)
     rows = []
-    for arm in arms:
-        done, all_runs = len(arm.finished), len(arm.runs)
+    for variant in variants:
+        done, all_runs = len(variant.finished), len(variant.runs)
         seeds = _several(all_runs, "seed")
         state = seeds if done == all_runs else f"incomplete: {done} of {seeds} finished"
-        cells = "".join(_cell(arm.values(key), show, best.get(key)) for key, _, show in COLUMNS)
+        cells = "".join(_cell(variant.values(key), show, best.get(key)) for key, _, show in COLUMNS)
         rows.append(
-            f'<tr><th scope="row"><span class="c{arm.index % COLORS}">{swatch(arm.index)}</span>{escape(arm.name)}'
+            f'<tr><th scope="row"><span class="c{variant.index % COLORS}">{swatch(variant.index)}</span>{escape(variant.name)}'
             f"<small>{state}</small></th>{cells}</tr>"
         )
     return (
@@ -312,24 +317,28 @@ def _cell(values: list[float], show: Callable[[float], str], best: float | None)
     return f"<td{style}>{show(mean)}{f' <small>± {show(spread)}</small>' if spread else ''}</td>"
 
 
-def _depths(arms: list[Variant]) -> str:
+def _depths(variants: list[Variant]) -> str:
     """The halting section, with one run per variant."""
-    chosen = ((arm, next((run for run in arm.runs if run.depths), None)) for arm in arms)
+    chosen = ((variant, next((run for run in variant.runs if run.depths), None)) for variant in variants)
     return halting_section(
-        [HaltingStats(arm.name, arm.index, run.config.train.seed, run.depths) for arm, run in chosen if run is not None]
+        [
+            HaltingStats(variant.name, variant.index, run.config.train.seed, run.depths)
+            for variant, run in chosen
+            if run is not None
+        ]
     )
 
 
-def _samples(arms: list[Variant]) -> str:
+def _samples(variants: list[Variant]) -> str:
     cards = []
-    for arm in arms:
-        run = next((run for run in arm.runs if run.traces), None)
+    for variant in variants:
+        run = next((run for run in variant.runs if run.traces), None)
         if run is None:
-            cards.append(f'<p class="empty">{escape(arm.name)}: its run folders contain no trace.</p>')
+            cards.append(f'<p class="empty">{escape(variant.name)}: its run folders contain no trace.</p>')
             continue
         for name, trace in run.traces.items():
             about = f"seed {run.config.train.seed}" + (f", {name}" if len(run.traces) > 1 else "")
-            title = f"<h3>{escape(arm.name)} <small>{escape(about)}</small></h3>"
+            title = f"<h3>{escape(variant.name)} <small>{escape(about)}</small></h3>"
             cards.append(f'<article class="card sample">{title}{_sample(trace, f"view-{len(cards)}")}</article>')
     return "\n".join(cards)
 

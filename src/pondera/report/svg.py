@@ -86,9 +86,9 @@ class Scale:
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1,), (1, 3), (1, 2, 5)):
-                found = [d * 10.0**e for e in decades for d in digits if self.low <= d * 10.0**e <= self.high]
-                if len(found) >= min(3, count):
-                    return found[:: math.ceil(len(found) / (count + 1))]
+                ticks = [d * 10.0**e for e in decades for d in digits if self.low <= d * 10.0**e <= self.high]
+                if len(ticks) >= min(3, count):
+                    return ticks[:: math.ceil(len(ticks) / (count + 1))]
         rough = (self.high - self.low) / count
         unit = 10.0 ** math.floor(math.log10(rough))
         step = unit * next(d for d in (1, 2, 2.5, 5, 10) if d * unit >= rough * 0.999)
