@@ -167,11 +167,18 @@ def try_thinking(kind: str, name: str) -> str:
 
 
 def noise(model: AdaptiveLM) -> float:
-    """The change of the logits when the embeddings change by 1e-6, because recurrent states amplify rounding."""
+    """The change of the logits when the embeddings change by 1e-6, or by the error of the backbone's own cache.
+
+    Recurrent states amplify rounding, and some models of transformers compute them differently token by token.
+    """
     ids_BT, mask_BT = padded(2)
+    real_BT, backbone = mask_BT.bool(), model.backbone.lm
+    plain = backbone(input_ids=ids_BT, attention_mask=mask_BT).logits[real_BT]
+    own = difference(read(backbone, stock_cache(backbone), ids_BT, mask_BT)[real_BT], plain)
     h_BTD = model.backbone.embed(ids_BT)
-    moved_BTD = h_BTD * (1 + 1e-6 * torch.randn(h_BTD.shape, generator=torch.Generator().manual_seed(0)))
-    a, b = (model(inputs_embeds=h, attention_mask=mask_BT).logits[mask_BT.bool()] for h in (h_BTD, moved_BTD))
+    drawn_BTD = torch.randn(h_BTD.shape, generator=torch.Generator().manual_seed(0))
+    moved_BTD = h_BTD * (1 + max(1e-6, own) * drawn_BTD)
+    a, b = (model(inputs_embeds=h, attention_mask=mask_BT).logits[real_BT] for h in (h_BTD, moved_BTD))
     return difference(a, b)
 
 
@@ -210,7 +217,7 @@ def in_a_process(kind: str) -> Found:
     try:
         while len(found) < len(COLUMNS) and "*" not in found:
             if not receive.poll(LIMIT):
-                found["*"] = f"failed: more than {LIMIT} seconds"
+                found["*"] = f"not built: not done within {LIMIT} seconds"
                 break
             column, result = receive.recv()
             found[column] = result

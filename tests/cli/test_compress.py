@@ -15,6 +15,8 @@ from pondera.core import spec
 from pondera.evaluation.kv_sweep import FITTED, SWEEP, compress
 from pondera.evaluation.windows import HeldOutWindows, held_out
 from pondera.inference.load import load
+from pondera.models.adaptive_lm import AdaptiveLM
+from pondera.models.config import AdaptiveConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog. It does so every morning, and nobody knows why. " * 30
 
@@ -111,7 +113,7 @@ def test_recall_counts_what_comes_back(model: Path, text: Path, monkeypatch: pyt
     ids_NT = torch.stack([torch.randperm(279)[: windows.ids_NT.shape[1]] + 1 for _ in range(2)])
     asked_NT = torch.cat([ids_NT[:, :-1], ids_NT[:, 5 : 5 + windows.asked]], dim=1)
 
-    def copies(self, part_BT, past_key_values):
+    def copies(self, part_BT, past_key_values, **unused):
         seen = past_key_values.read = [*getattr(past_key_values, "read", []), *part_BT[0].tolist()]
         logits = torch.zeros(1, part_BT.shape[1], 281)
         for place in range(part_BT.shape[1]):
@@ -139,7 +141,7 @@ def test_the_sweep_can_be_built(sweep: str):
         (["--kv-cache", "StremingLLM(4)"], "did you mean 'StreamingLLM'"),
         (["--kv-cache", "PonderLM2()"], "is a think method"),
         (["--kv-cache", "StreamingLLM(0)"], "at least 5"),
-        (["--kv-cache", "ElasticMemory(4)"], "is trained with its model"),
+        (["--kv-cache", "ElasticMemory(4)"], "is a memory method; write memory: ElasticMemory"),
         (["--kv-cache", "VQKV(2)"], "give it with --calibrate"),
         (["--kv-cache", "VQKV(2)", "--calibrate", "TEXT"], "tokens after the first 4"),
         (["--kv-cache", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),
@@ -166,10 +168,14 @@ def test_a_text_is_needed_and_must_be_long_enough(said, model: Path, tmp_path: P
     assert code == 2 and "give a longer --data.text" in error
 
 
-def test_models_with_a_cache_of_their_own_are_refused(said, text: Path, tmp_path: Path):
-    thinking = saved_models.save(tmp_path / "thinking", "ponderlm2")
-    code, _, error = said(thinking, "--data.text", text)
-    assert code == 2 and "uses a cache of its own" in error
+def test_models_with_a_trained_memory_are_refused(said, text: Path, tmp_path: Path):
+    model = load(saved_models.save(tmp_path / "plain")).model
+    backbone = {**model.backbone.config.to_dict(), "model_type": "llama"}
+    folder = tmp_path / "memory"
+    AdaptiveLM(AdaptiveConfig(backbone=backbone, memory="TransformerXL(block=8, mems=8)")).save_pretrained(folder)
+    saved_models.tokenizer().save_pretrained(folder)
+    code, _, error = said(folder, "--data.text", text)
+    assert code == 2 and "memory: TransformerXL(block=8, mems=8) and a kv_cache method cannot be combined" in error
 
 
 def test_nothing_is_overwritten(said, model: Path, text: Path):

@@ -22,6 +22,7 @@ from pondera.evaluation.chunked_forward import chunked_forward
 from pondera.evaluation.windows import HeldOutWindows
 from pondera.inference.load import Loaded
 from pondera.methods.kv_cache.base import KVCacheMethod, compressible
+from pondera.models.config import IMPOSSIBLE
 
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -75,7 +76,7 @@ def compress(
     """Measures KV cache methods on one model, the full cache first.
 
     Args:
-        loaded: a model without a method of its own.
+        loaded: a model without a trained memory; it may have a think or chunk method.
         memories: spec strings; empty for those methods of `SWEEP` and `FITTED` that support this model.
         windows: the held-out text.
         calibration: token ids ``[B, T]`` for methods that need calibration.
@@ -85,13 +86,13 @@ def compress(
         A row for each method, and the calibrated methods by spec string.
 
     Raises:
-        UserError: a method does not exist or does not support the model, or the model has a method of its own.
+        UserError: a method does not exist or does not support the model, or the model has a trained memory.
     """
     model = loaded.model
-    if model.method is not None:
+    if model.memory is not None:
+        memory = model.config.memory
         raise UserError(
-            f"{loaded.name}: {model.chosen} uses a cache of its own, which `compress` does not support yet; give a plain "
-            "model"
+            f"{loaded.name}: memory: {memory} and a kv_cache method cannot be combined: {IMPOSSIBLE['memory', 'kv_cache']}"
         )
     texts = [spec.format(spec.parse(text)) for text in memories or (*SWEEP, *(FITTED if calibration else ()))]
     for text in memories:  # fails before anything is measured
@@ -141,9 +142,20 @@ def _build(model: AdaptiveLM, text: str, has_calibration: bool) -> KVCacheMethod
     method.bind(config)
     if method.fitted:
         method.check(config, compressible(config))
+        if model.think is not None:
+            method.check_passes()
     elif not has_calibration:
         raise UserError(f"{text} needs calibration text: give it with --calibrate TEXT")
     return method
+
+
+def _cache(model: AdaptiveLM, method: KVCacheMethod) -> Any:
+    """An empty cache of the model, whose slots this method keeps."""
+    before, model.kv_cache = model.kv_cache, method
+    try:
+        return model.new_cache()
+    finally:
+        model.kv_cache = before
 
 
 @torch.no_grad()
@@ -158,7 +170,7 @@ def _measure(
     """A row, and the predicted next tokens after the prompts, ``[N, T]``."""
     nats, total_bytes, seconds, predicted = 0.0, 0, 0.0, []
     for ids_T in windows.ids_NT.to(model.device):
-        cache, tops = method.cache(model), []
+        cache, tops = _cache(model, method), []
         began = time.perf_counter()
         for start, logits_BTV in chunked_forward(model, cache, ids_T[None, :-1], windows.prompt):
             if start < windows.prompt:
@@ -192,7 +204,7 @@ def _recall(model: AdaptiveLM, method: KVCacheMethod, windows: HeldOutWindows) -
     right = total = 0
     for ids_T in windows.asked_NT.to(model.device):
         context = len(ids_T) - windows.asked
-        for start, logits_BTV in chunked_forward(model, method.cache(model), ids_T[None], context, 1):
+        for start, logits_BTV in chunked_forward(model, _cache(model, method), ids_T[None], context, 1):
             if start >= context + windows.asked // 3 - 1 and start + 1 < len(ids_T):
                 right += int(logits_BTV[0, -1].argmax() == ids_T[start + 1])
                 total += 1

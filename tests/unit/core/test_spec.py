@@ -207,7 +207,7 @@ def test_index_reads_files_without_importing(methods):
 def test_shipped_methods_say_what_they_are(monkeypatch):
     monkeypatch.delenv("PONDERA_METHODS", raising=False)
     for name, method in spec.index().items():
-        assert method.module == f"pondera.{method.seam}.{method.file.stem}"
+        assert method.module == f"pondera.methods.{method.seam}.{method.file.stem}"
         assert all((method.summary, method.paper, method.price)), name
 
 
@@ -220,7 +220,7 @@ def test_a_missing_seam_is_empty(tmp_path, monkeypatch):
 
 def test_several_user_folders(methods, tmp_path_factory, monkeypatch):
     other = tmp_path_factory.mktemp("other")
-    write(other / "segment/cutter.py", "class Cutter: pass")
+    write(other / "chunk/cutter.py", "class Cutter: pass")
     monkeypatch.setenv("PONDERA_METHODS", f"{methods}{os.pathsep}{other}{os.pathsep}")
     assert {"MyIdea", "Cutter"} <= spec.index().keys()
     write(other / "think/my_idea.py", IDEA)

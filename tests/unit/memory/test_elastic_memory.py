@@ -227,7 +227,7 @@ def test_backbones_that_do_not_fit_are_refused_by_name(backbone: str, memory: st
 
 @pytest.mark.parametrize("other", [{"think": "PonderLM2(thoughts=1)"}, {"chunk": "ConceptLM()"}])
 def test_two_methods_at_once_are_refused_by_name(other: dict[str, str]):
-    with pytest.raises(UserError, match=r"memory: ElasticMemory\(\) and .*leave one of them out"):
+    with pytest.raises(UserError, match=r"memory: ElasticMemory\(\) cannot be combined: .*leave one of them out"):
         AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), memory="ElasticMemory()", **other)
 
 

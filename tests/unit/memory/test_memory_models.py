@@ -76,13 +76,6 @@ def test_memory_in_a_config_is_saved_loaded_and_used(tmp_path: Path):
     )
 
 
-def test_memory_and_thinking_are_not_combined():
-    with pytest.raises(UserError, match="not combined yet"):
-        AdaptiveConfig(
-            backbone={"model_type": "llama", **SIZES}, kv_cache="StreamingLLM(6)", think="PonderLM2(thoughts=1)"
-        )
-
-
 def test_caches_of_other_kinds_are_refused_by_name():
     model = AdaptiveLM(
         AdaptiveConfig(backbone={"model_type": "llama", "vocab_size": 97, **SIZES}, kv_cache="PreallocatedCache()")

@@ -158,7 +158,7 @@ def test_a_model_that_is_loaded_goes_on_exactly(stop: int):
     [
         ({"codes": -3}, "codes=-3"),
         ({"hidden": 0}, "hidden=0"),
-        ({"init": "kmeans"}, "unknown start 'kmeans'"),
+        ({"init": "kmeans"}, "unknown init 'kmeans'"),
         ({"estimator": "straight"}, "did you mean 'straight_through'"),
     ],
     ids=str,

@@ -23,6 +23,7 @@ from pondera.methods.chunk.common.chunks import POOLINGS, Chunks, behind
 from pondera.methods.chunk.common.concept_cache import REWIND, ConceptCache
 from pondera.methods.quantize.base import ABSENT, MERGES, Quantized, Quantizer
 from pondera.models.backbone import LAYOUTS, Backbone, has_documents, needed
+from pondera.models.method import SlotMaker
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
 
@@ -163,14 +164,14 @@ class ConceptLM(Chunk):
         if self.width:
             self.quantizer.begin_step(step, seed)
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
         """A row per token and per chunk, and codebooks as they now stand."""
         try:
             quantizer = self.quantizer.fold()
             table = quantizer.table()
         except UserError:  # it still warms up, so what it may become is not settled; its tables are made for each chunk
             quantizer, table = self.quantizer, None
-        return ConceptCache(backbone, self.module, self.chunk, quantizer, table)
+        return ConceptCache(backbone, self.module, self.chunk, quantizer, table, kv_cache)
 
     def forward(
         self,

@@ -57,6 +57,7 @@ class FastKV(PolicyWrapper):
     """
 
     paper: ClassVar[str] = "FastKV, arXiv 2502.01068"
+    prunes_hidden_states = True
     price: ClassVar[str] = "the policy's rows; later layers read a part of the prompt's tokens"
     packed: bool = True
     """Decoder layers leave out what does not go on; false: they run it, and only the layers of the cache leave it out."""

@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
@@ -20,7 +19,7 @@ from pondera.core.loss_terms import LossTerm
 from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput
 from pondera.methods.think.common.halting import Halting, router
-from pondera.methods.think.common.passes import Passes
+from pondera.methods.think.common.passes import Passes, SlotCache
 from pondera.methods.think.ponder_lm import PonderLM
 from pondera.models.backbone import Backbone
 
@@ -130,7 +129,7 @@ class AdaPonderLM(PonderLM):
         """See `Think.forward`. Training, prefill and decoding are this one loop."""
         if not self.steps or not self.halting.adaptive:
             return super().forward(backbone, h_BTD, position_ids, cache, mask, budget)
-        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(
             backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth", self.packed and not self.dense
         )

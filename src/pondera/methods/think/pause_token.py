@@ -18,6 +18,7 @@ from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 class PauseToken(Think):
@@ -58,9 +59,9 @@ class PauseToken(Think):
             nn.init.normal_(pause_PD, std=backbone.embed(ids_1V).detach().float().square().mean().sqrt().item())
         self.pause_PD = nn.Parameter(pause_PD)
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
         """One cache with P + 1 rows per token."""
-        return interleaved_cache(backbone, self.slots_per_token)
+        return interleaved_cache(backbone, self.slots_per_token, kv_cache)
 
     def forward(
         self,

@@ -11,15 +11,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
-from pondera.methods.think.common.passes import Passes, same_depth_passes
+from pondera.methods.think.common.passes import Passes, SlotCache, new_slot_cache, same_depth_passes
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 STARTS = ("once", "steps")
 
@@ -83,9 +83,9 @@ class PonderLM(Think):
         """The embedding multiplier that goes with mixtures."""
         return self.feedback.embed_scale(width)
 
-    def new_cache(self, backbone: Backbone) -> DepthCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One sub-cache per pass in every layer."""
-        return DepthCache(backbone.config.num_hidden_layers, self.slots_per_token)
+        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
 
     def begin(self, h_BTD: Tensor) -> Tensor:
         """E_0, from the token embeddings."""
@@ -103,7 +103,7 @@ class PonderLM(Think):
     ) -> MethodOutput:
         """See `Think.forward`. Without a cache, a pass is an ordinary causal one."""
         passes = None
-        if isinstance(cache, DepthCache):
+        if isinstance(cache, SlotCache):
             passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth")
         x_BTD, states = self.begin(h_BTD), []
         for depth in range(budget.passes(self.slots_per_token)):

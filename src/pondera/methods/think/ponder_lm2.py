@@ -22,6 +22,7 @@ from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.methods.think.common.jacobi import jacobi
 from pondera.models.backbone import Backbone, has_documents
+from pondera.models.method import SlotMaker
 
 
 class PonderLM2(Think):
@@ -89,9 +90,9 @@ class PonderLM2(Think):
         """Draws this optimizer step's number of rounds; the same on every rank and for every part of the batch."""
         self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
         """One cache with K + 1 rows per token."""
-        return interleaved_cache(backbone, self.slots_per_token)
+        return interleaved_cache(backbone, self.slots_per_token, kv_cache)
 
     def forward(
         self,
@@ -142,6 +143,7 @@ class PonderLM2(Think):
             seen_BK = None
             if mask is not None:
                 seen_BK = mask[:, : cache.tokens].repeat_interleave(slots, dim=1)
+            cache.hold()
             for thought in range(slots):
                 if mask is not None and seen_BK is not None:
                     seen_BK = torch.cat([seen_BK, mask[:, cache.tokens : cache.tokens + 1]], dim=1)

@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pondera.cache.depth_cache import DepthCache, slot_mask
+from pondera.cache.depth_cache import slot_mask
 from pondera.cache.key_bias import extra_coordinates
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
@@ -27,8 +27,10 @@ from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, router
 from pondera.methods.think.common.interleave import deinterleave, interleave, per_slot
 from pondera.methods.think.common.jacobi import jacobi
+from pondera.methods.think.common.passes import SlotCache, new_slot_cache
 from pondera.methods.think.common.readout import mixture
 from pondera.models.backbone import Backbone, SlotMask
+from pondera.models.method import SlotMaker
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
 HALTING = ("router", "fixed", "random")
@@ -200,9 +202,9 @@ class PonderLM3(Think):
         self._penalty_now = self.penalty * min(1.0, step / self.warmup) if self.warmup else self.penalty
         self._draw_now = 1 + step
 
-    def new_cache(self, backbone: Backbone) -> DepthCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One store for the slots of all depths."""
-        return DepthCache(backbone.config.num_hidden_layers, 1)
+        return new_slot_cache(backbone, 1, kv_cache)
 
     def forward(
         self,
@@ -228,7 +230,7 @@ class PonderLM3(Think):
             soft=self.training and self.learned and cache is None,
         )
         self.halting.draw = self._draw_now if self.training else 0
-        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         residuals: list[float] = []
         if seen or not self.training and (tokens == 1 or self.eval_rounds == "exact"):
             states, route = self._roll_out(new, h_BTD, cache)
@@ -240,9 +242,7 @@ class PonderLM3(Think):
         trace = {"states": states, "residuals": residuals} if self.record else {}
         return MethodOutput(out_BTD, route.passes(), terms, trace=trace)
 
-    def _iterate(
-        self, new: New, h_BTD: Tensor, cache: DepthCache, residuals: list[float]
-    ) -> tuple[list[Tensor], Route]:
+    def _iterate(self, new: New, h_BTD: Tensor, cache: SlotCache, residuals: list[float]) -> tuple[list[Tensor], Route]:
         """All tokens at once: Jacobi rounds, each on what the states of the one before decided."""
         route = self._route(new)
 
@@ -260,7 +260,7 @@ class PonderLM3(Think):
         cache.record(route.passes())
         return states, route
 
-    def _roll_out(self, new: New, h_BTD: Tensor, cache: DepthCache) -> tuple[list[Tensor], Route]:
+    def _roll_out(self, new: New, h_BTD: Tensor, cache: SlotCache) -> tuple[list[Tensor], Route]:
         """The sequential definition: token by token, as many single-slot calls into one cache as it keeps slots."""
         found: list[list[Tensor]] = []
         routes: list[Route] = []
@@ -281,7 +281,7 @@ class PonderLM3(Think):
         joined = Route(kept_BTN, torch.cat(shares, dim=1) if shares else None)
         return [torch.cat(states, dim=1) for states in zip(*found, strict=True)], joined
 
-    def _pass(self, new: New, stages: list[Tensor], route: Route, cache: DepthCache) -> list[Tensor]:
+    def _pass(self, new: New, stages: list[Tensor], route: Route, cache: SlotCache) -> list[Tensor]:
         """One pass over the slots of all tokens; tokens that lack a slot repeat the state of the one below."""
         if new.soft:
             return self._soft_pass(new, stages, route)

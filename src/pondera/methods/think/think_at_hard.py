@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
@@ -22,8 +21,9 @@ from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting
-from pondera.methods.think.common.passes import Passes, all_shallower_passes
+from pondera.methods.think.common.passes import Passes, SlotCache, all_shallower_passes, new_slot_cache
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 class ThinkAtHard(Think):
@@ -122,9 +122,9 @@ class ThinkAtHard(Think):
         """Lets a random control draw anew."""
         self.halting.draw = 1 + step
 
-    def new_cache(self, backbone: Backbone) -> DepthCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One sub-cache per depth in every layer."""
-        return DepthCache(backbone.config.num_hidden_layers, self.slots_per_token)
+        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
 
     def forward(
         self,
@@ -137,7 +137,7 @@ class ThinkAtHard(Think):
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
         """See `Think.forward`. Only in training do labels decide, and the decider is told how it would have done."""
-        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "all_shallower", self.packed)
         state_BTD = total_BTD = passes.run_first(h_BTD)
         totals, lessons = [total_BTD], []

@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
@@ -20,9 +19,10 @@ from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, exit_probabilities, router
-from pondera.methods.think.common.passes import Passes, same_depth_passes
+from pondera.methods.think.common.passes import Passes, SlotCache, new_slot_cache, same_depth_passes
 from pondera.methods.think.common.readout import mixture
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 class UniversalTransformer(Think):
@@ -111,9 +111,9 @@ class UniversalTransformer(Think):
         """Lets a random control draw anew."""
         self.halting.draw = 1 + step
 
-    def new_cache(self, backbone: Backbone) -> DepthCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One sub-cache per pass in every layer, with a row of every token in each."""
-        return DepthCache(backbone.config.num_hidden_layers, self.slots_per_token)
+        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
 
     def forward(
         self,
@@ -126,7 +126,7 @@ class UniversalTransformer(Think):
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding are this one loop."""
-        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth", self.packed)
         state_BTD = passes.run_first(h_BTD)
         states, left = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]

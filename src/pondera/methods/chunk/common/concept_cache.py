@@ -14,6 +14,7 @@ from pondera.core.errors import UserError
 from pondera.core.hf import DynamicCache
 from pondera.methods.quantize.base import Quantizer
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 REWIND = 32
 """So many of the last tokens, or those of the last call if they are more, can be taken back again."""
@@ -31,6 +32,7 @@ class ConceptCache(TokenCache):
         chunk: k, tokens per chunk.
         quantizer: folded: what predictions are decoded with while this cache is in use.
         table: its tables, so that they are joined once; none: they are asked for with each chunk.
+        kv_cache: a KV-cache method that keeps the slots of tokens, or `None`. Slots of chunks are few and all kept.
 
     Attributes:
         concepts: the rows of chunks; each is noted under the number of its last token.
@@ -40,9 +42,16 @@ class ConceptCache(TokenCache):
     """
 
     def __init__(
-        self, backbone: Backbone, module: Backbone, chunk: int, quantizer: Quantizer, table: Tensor | None = None
+        self,
+        backbone: Backbone,
+        module: Backbone,
+        chunk: int,
+        quantizer: Quantizer,
+        table: Tensor | None = None,
+        kv_cache: SlotMaker | None = None,
     ) -> None:
-        super().__init__(DynamicCache(config=backbone.config).layers, 1)
+        view = DynamicCache(config=backbone.config) if kv_cache is None else kv_cache.token_cache(backbone.lm, 1).slots
+        super().__init__(view.layers, 1, None if kv_cache is None else view)
         self.concepts = DepthCache(module.config.num_hidden_layers, 1)
         self.chunk, self.quantizer, self.table = chunk, quantizer, table
         self.encoded_BWD: Tensor | None = None

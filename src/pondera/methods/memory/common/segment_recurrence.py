@@ -26,7 +26,7 @@ from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.memory.common.segment_cache import SegmentCache
 from pondera.methods.memory.common.segment_layer import RecurrentState, SegmentLayer, fewer_rows
 from pondera.models.backbone import LAYOUTS, Backbone
-from pondera.models.method import Method, MethodOutput
+from pondera.models.method import Method, MethodOutput, SlotMaker
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class SegmentRecurrence(Method):
             heads * width, config.num_attention_heads * width, len(set(self.layers)), len(full), len(kinds), window
         )
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
         """An open block, what is held of closed ones, and the last closed block, so that tokens can be taken back."""
         return self._cache(backbone, keeps=True)
 

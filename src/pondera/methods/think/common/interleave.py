@@ -13,6 +13,7 @@ from pondera.core.effort import Effort
 from pondera.core.errors import UserError
 from pondera.core.hf import DynamicCache
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 def interleave(stages: list[Tensor]) -> Tensor:
@@ -52,6 +53,8 @@ def interleaved_pass(
         cache: new rows are appended to its slot view.
     """
     slots = len(stages)
+    if cache is not None:
+        cache.hold()
     h_BSD = backbone.step(
         interleave(stages),
         cache=cache.slots if cache is not None else None,
@@ -61,8 +64,10 @@ def interleaved_pass(
     return deinterleave(h_BSD, slots)
 
 
-def interleaved_cache(backbone: Backbone, slots: int) -> TokenCache:
-    """An empty cache of the backbone's own layer kinds, `slots` rows per token."""
+def interleaved_cache(backbone: Backbone, slots: int, kv_cache: SlotMaker | None = None) -> TokenCache:
+    """An empty cache of the backbone's own layer kinds, or of a KV-cache method's, `slots` rows per token."""
+    if kv_cache is not None:
+        return kv_cache.token_cache(backbone.lm, slots)
     return TokenCache(DynamicCache(config=backbone.config).layers, slots)
 
 

@@ -9,18 +9,35 @@ Shapes: B batch, T new tokens, S rows of a call in one text, N packed rows, C co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.distributed
 from torch import Tensor
 
+from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.depth_cache import FREE, DepthCache, DepthWrite, slot_mask
 from pondera.cache.packing import PackedRows
 from pondera.cost.model import DecoderPass
 from pondera.models.backbone import Backbone, SlotMask, has_documents
+from pondera.models.method import SlotMaker
 
 Attend = Literal["all_shallower", "same_depth"]
+SlotCache = DepthCache | CompressedSlotCache
+
+
+def new_slot_cache(backbone: Backbone, slots_per_token: int, kv_cache: SlotMaker | None = None) -> SlotCache:
+    """An empty cache for passes: one store per depth, or layers of a KV-cache method.
+
+    Args:
+        backbone: runs the passes.
+        slots_per_token: the most slots that a token can have.
+        kv_cache: the KV-cache method, or `None`.
+    """
+    if kv_cache is None:
+        return DepthCache(backbone.config.num_hidden_layers, slots_per_token)
+    windowed = [kind == "sliding_attention" for kind in backbone.layer_types]
+    return kv_cache.slot_cache(backbone.lm, windowed, slots_per_token)
 
 
 class Passes:
@@ -46,7 +63,7 @@ class Passes:
         self,
         backbone: Backbone,
         position_ids: Tensor,
-        cache: DepthCache,
+        cache: SlotCache,
         mask: Tensor | None,
         tokens: int,
         attend: Attend = "all_shallower",
@@ -70,6 +87,8 @@ class Passes:
     def run_first(self, h_BTD: Tensor) -> Tensor:
         """Depth 0, which every token takes; returns final states ``[B, T, D]``."""
         self.passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
+        if isinstance(self.cache, CompressedSlotCache):
+            return self._compressed(self.cache, 0, h_BTD, None)
         return self._dense(0, h_BTD, None)
 
     def mask_active(self, continue_BT: Tensor | None) -> bool:
@@ -102,6 +121,9 @@ class Passes:
         active_BT = self.active_BT
         self._deepest = depth
         self.passes_BT = self.passes_BT + (1 if active_BT is None or everyone else active_BT.long())
+        if isinstance(self.cache, CompressedSlotCache):
+            new_BTD = self._compressed(self.cache, depth, x_BTD, active_BT)
+            return new_BTD if active_BT is None else torch.where(active_BT[..., None], new_BTD, state_BTD)
         if active_BT is None:
             return self._dense(depth, x_BTD, None)
         if self.packed and not everyone:
@@ -111,10 +133,10 @@ class Passes:
 
     def finish(self) -> None:
         """Notes the new tokens in the cache; depths that no token reached show the one below."""
-        if self.attend == "same_depth":
-            for depth in range(self._deepest + 1, len(self.cache.depths)):
-                self.cache.repeat_below(depth, self.tokens)
-                self.cache.append_metadata(depth, self._new_tokens(self.passes_BT.shape[0]))
+        if self.attend == "same_depth" and isinstance(self.cache, DepthCache):
+            for depth in range(self._deepest + 1, len(self._depths.depths)):
+                self._depths.repeat_below(depth, self.tokens)
+                self._depths.append_metadata(depth, self._new_tokens(self.passes_BT.shape[0]))
         self.cache.record(self.passes_BT)
 
     def real(self, chosen_BT: Tensor) -> Tensor:
@@ -135,6 +157,10 @@ class Passes:
         zeros = made.new_zeros(*self.active_BT.shape, made.shape[-1])
         return zeros.index_put(self.active_BT.nonzero(as_tuple=True), made[0])
 
+    @property
+    def _depths(self) -> DepthCache:
+        return cast(DepthCache, self.cache)
+
     def _reads(self, depth: int) -> range:
         return range(depth + 1) if self.attend == "all_shallower" else range(depth, depth + 1)
 
@@ -142,11 +168,19 @@ class Passes:
         order_T = torch.arange(self.cache.tokens, self.total, device=self.position_ids.device)
         return order_T.expand(batch, -1)
 
+    def _compressed(self, cache: CompressedSlotCache, depth: int, x_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
+        """A pass of the active tokens, without padding, whose slots a KV-cache method keeps."""
+        everyone_BT = torch.ones(x_BTD.shape[:2], dtype=torch.bool, device=x_BTD.device)
+        wanted_BT = self.real(everyone_BT if active_BT is None else active_BT)
+        position_BT = self.position_ids.expand(len(x_BTD), -1)
+        token_BT = self._new_tokens(len(x_BTD))
+        return cache.run(self.backbone.step, x_BTD, wanted_BT, token_BT, position_BT, depth, cast(Attend, self.attend))
+
     def _dense(self, depth: int, x_BTD: Tensor, active_BT: Tensor | None) -> Tensor:
         """A pass of all T rows; the slots of tokens that are not active are masked or repeat the ones below."""
         token_BT = self._new_tokens(x_BTD.shape[0])
         masked = active_BT is not None and self.attend == "all_shallower"
-        self.cache.append_metadata(
+        self._depths.append_metadata(
             depth, torch.where(active_BT, token_BT, FREE) if masked and active_BT is not None else token_BT
         )
         write = DepthWrite(depth, self._reads(depth), kept_BT=active_BT if self.attend == "same_depth" else None)
@@ -154,7 +188,7 @@ class Passes:
             mask = self.mask_BK  # causal order is all there is to it, which the backbone knows by itself
         else:
             mask = self._mask(depth, token_BT)
-        with self.cache.writing(write) as slots:
+        with self._depths.writing(write) as slots:
             return self.backbone.step(x_BTD, slots, mask, self.position_ids)
 
     def _packed(self, depth: int, x_BTD: Tensor, active_BT: Tensor, state_BTD: Tensor) -> Tensor:
@@ -165,34 +199,34 @@ class Passes:
         token_BT = self._new_tokens(x_BTD.shape[0])
         query_BS = _left(token_BT, active_BT, rows)
         if self.attend == "same_depth":
-            self.cache.append_metadata(depth, token_BT)
+            self._depths.append_metadata(depth, token_BT)
             everyone = rows.even and rows.width == self.tokens
-            column_N = None if everyone else token_BT[active_BT] - self.total + self.cache.width(depth)
+            column_N = None if everyone else token_BT[active_BT] - self.total + self._depths.width(depth)
         else:
-            column_N = self.cache.allocate(depth, rows, token_BT[active_BT])
+            column_N = self._depths.allocate(depth, rows, token_BT[active_BT])
         write = DepthWrite(
             depth,
             self._reads(depth),
             rows,
             column_N,
-            self.cache.width(depth),
+            self._depths.width(depth),
             kept_BT=active_BT if self.attend == "same_depth" else None,
         )
         position_1N = self.position_ids.expand(active_BT.shape)[active_BT][None]
-        with self.cache.writing(write) as slots:
+        with self._depths.writing(write) as slots:
             new_1ND = self.backbone.step(x_BTD[active_BT][None], slots, self._mask(depth, query_BS), position_1N, rows)
         return state_BTD.index_put(active_BT.nonzero(as_tuple=True), new_1ND[0].to(state_BTD.dtype))
 
     def _for_nothing(self, depth: int, x_BTD: Tensor, active_BT: Tensor, state_BTD: Tensor) -> Tensor:
         """A pass that no token of this process takes while others' tokens do: shards have to be gathered by all."""
         if self.attend == "same_depth":
-            self.cache.repeat_below(depth, self.tokens)
-            self.cache.append_metadata(depth, self._new_tokens(x_BTD.shape[0]))
+            self._depths.repeat_below(depth, self.tokens)
+            self._depths.append_metadata(depth, self._new_tokens(x_BTD.shape[0]))
         return state_BTD + 0 * self.backbone.step(x_BTD[:1, :1], None, None, self.position_ids[:1, :1]).sum()
 
     def _mask(self, depth: int, query_BS: Tensor) -> SlotMask | None:
         """Which slots each row sees: earlier tokens' and its own, of its document."""
-        held = [self.cache.depths[index] for index in self._reads(depth)]
+        held = [self._depths.depths[index] for index in self._reads(depth)]
         key_BK = torch.cat([depth.token_BC for depth in held if depth is not None], dim=1)
         newest = self.tokens == 1 and len(query_BS) == 1 and self.mask_BK is None
         if newest and self.packed and not self._by_position:
