@@ -150,7 +150,7 @@ def _build(model: AdaptiveLM, text: str, has_calibration: bool) -> KVCacheMethod
 
 
 def _cache(model: AdaptiveLM, method: KVCacheMethod) -> Any:
-    """An empty cache of the model, whose slots this method keeps."""
+    """An empty cache of the model with this KV cache method."""
     before, model.kv_cache = model.kv_cache, method
     try:
         return model.new_cache()
