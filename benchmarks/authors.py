@@ -1,4 +1,4 @@
-"""Training speed of PonderLM-2 and PonderLM beside their authors' public modelling code, in one run.
+"""Training speed of PonderLM-2 and PonderLM compared with the authors' public code, in one run.
 
     git clone https://github.com/LUMIA-Group/PonderLM-2 /tmp/ponderlm2
     git clone https://github.com/LUMIA-Group/PonderingLM /tmp/ponderinglm
@@ -7,10 +7,10 @@
     python benchmarks/authors.py --ponderlm2 /tmp/ponderlm2 --ponderinglm /tmp/ponderinglm \\
         --python peers/bin/python --out results/authors.json
 
-Their code was written for transformers 4.46, hence an environment of its own; give it the torch that Pondera runs with.
-Each side lives in its own process and computes only when told to, in turn. Both have the same architecture, weights,
-tokens, loss, precision, Jacobi rounds and threads. Before they are timed, Pondera takes over the authors' weights, and
-loss, logits and gradients of one step are compared. FLOPs are counted on both sides by torch's counter.
+The authors' code needs transformers 4.46, so it runs in an environment of its own, with the same torch as Pondera. Each
+side runs in its own process, and the two take turns. Both use the same architecture, weights, tokens, loss, precision,
+Jacobi rounds and threads. Before timing, Pondera loads the authors' weights, and the script compares loss, logits and
+gradients of one step. torch's counter counts the FLOPs of both sides.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pondera.core.run_folder import write_atomic
 
 WORKER = Path(__file__).with_name("authors_worker.py")
 TOLERANCE = 1e-4
-"""How far gradients may be apart, relative to their size, before two sides do not compute the same thing."""
+"""Maximum relative difference of the gradients; above it, the two sides do not compute the same thing."""
 MODELING = "src/llamafactory/model/modeling"
 SIZES = {
     "hidden_size": 384,
@@ -47,17 +47,17 @@ GPT_NEOX = {"model_type": "gpt_neox", "intermediate_size": 1536, **SIZES}
 
 @dataclass(frozen=True)
 class Pair:
-    """A method of ours and the authors' model that it is timed against.
+    """A method of Pondera and the authors' model to compare it with.
 
     Args:
-        think: our spec string.
+        think: the spec string of the method.
         checkout: which of the authors' repositories.
-        file: their modelling file in it.
+        file: the modelling file in that repository.
         model: the class in that file.
         backbone: the config of both sides.
-        settings: what their loader puts on the config.
-        renamed: modules that transformers has renamed since.
-        note: how the two differ in what they compute; empty: not at all.
+        settings: the settings that the authors' loader adds to the config.
+        renamed: modules that transformers has renamed since then.
+        note: how the two computations differ; empty if they are the same.
     """
 
     think: str
@@ -93,7 +93,7 @@ PONDERLM2 = Pair(
     LLAMA,
     JACOBI,
 )
-# Of their PonderLM files the GPT-NeoX one is the one their runs used; the Llama one reads a setting that nothing sets.
+# The authors' runs used their GPT-NeoX file; their Llama file reads a setting that nothing sets.
 PONDERLM = Pair(
     "PonderLM(steps=3, top_k=None)",
     "ponderinglm",
@@ -115,14 +115,14 @@ PAIRS = {
 
 
 class Side:
-    """A worker process that answers one line of JSON to each line it is sent."""
+    """A worker process that answers each line with one line of JSON."""
 
     def __init__(self, python: str, job: dict[str, Any], folder: Path) -> None:
         path = folder / f"{job['side']}.json"
         path.write_text(json.dumps(job))
         environment = {**os.environ, "OMP_NUM_THREADS": str(job["threads"])}
         if job["side"] == "theirs":
-            environment.pop("PYTHONPATH", None)  # Pondera's transformers is not theirs
+            environment.pop("PYTHONPATH", None)  # the other side needs its own transformers
         self.process = subprocess.Popen(
             [python, str(WORKER), str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
@@ -135,7 +135,7 @@ class Side:
             print(line, file=self.process.stdin, flush=True)
             answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"{self.process.args}: stopped when asked to {line!r}; its own message is above")
+            raise SystemExit(f"{self.process.args}: ended at the command {line!r}; see its message above")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ def start(pair: Pair, args: argparse.Namespace, folder: Path) -> dict[str, Side]
 
 
 def agree(pair: Pair, sides: dict[str, Side], folder: Path) -> dict[str, Any]:
-    """Gives ours the weights of theirs and says how far apart the two are; refuses to go on if that was not announced."""
+    """Copies the authors' weights to our model and compares the two; stops if they differ and the pair has no note."""
     weights = str(folder / "weights.safetensors")
     theirs, ours = sides["theirs"].ask(f"write {weights}"), sides["ours"].ask(f"compare {weights}")
     if not pair.note and not ours["gradient_difference"] <= TOLERANCE:
@@ -164,7 +164,7 @@ def agree(pair: Pair, sides: dict[str, Side], folder: Path) -> dict[str, Any]:
 
 
 def race(sides: dict[str, Side], rounds: int, tokens: int) -> dict[str, Any]:
-    """FLOPs and speed; in each round one side after the other, so that a round's ratio is of the same moment."""
+    """FLOPs and speed; the sides alternate in each round, so that both see the same load of the machine."""
     flops = {name: side.ask("flops")["flops"] for name, side in sides.items()}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds):
@@ -184,7 +184,7 @@ def race(sides: dict[str, Side], rounds: int, tokens: int) -> dict[str, Any]:
 
 
 def measure(pair: Pair, args: argparse.Namespace) -> dict[str, Any]:
-    """A pair's row of the result."""
+    """The result row of a pair."""
     with tempfile.TemporaryDirectory() as name:
         sides = start(pair, args, Path(name))
         try:
@@ -205,19 +205,21 @@ def measure(pair: Pair, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def commit(checkout: Path) -> str | None:
-    """Which version of their code it is, if it is a clone."""
+    """The commit of the authors' code, if the folder is a clone."""
     done = subprocess.run(["git", "-C", str(checkout), "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or None
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ponderlm2", help="checkout of LUMIA-Group/PonderLM-2; left out: not measured")
-    parser.add_argument("--ponderinglm", help="checkout of LUMIA-Group/PonderingLM; left out: not measured")
-    parser.add_argument("--python", required=True, help="python of an environment that their code runs in")
+    parser.add_argument("--ponderlm2", help="checkout of LUMIA-Group/PonderLM-2 (default: not measured)")
+    parser.add_argument("--ponderinglm", help="checkout of LUMIA-Group/PonderingLM (default: not measured)")
+    parser.add_argument("--python", required=True, help="python of the environment for the authors' code")
     parser.add_argument("--out", type=Path, default=Path("results/authors.json"))
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides, which take turns")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="threads of each side; the sides take turns"
+    )
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=256)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""One side of `benchmarks/authors.py` in a process of its own: builds a model, then does what each line on stdin asks.
+"""Worker process of `benchmarks/authors.py`: builds a model, then runs the command of each line on stdin.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -19,18 +19,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 OURS = "backbone.lm."
-"""What stands before the names of an inner model's parameters in `AdaptiveLM`."""
+"""The prefix of the backbone's parameter names in `AdaptiveLM`."""
 
 
 def ours(job: dict[str, Any]) -> torch.nn.Module:
-    """AdaptiveLM with the initialisation of the papers, whose embedding scale goes with it."""
+    """AdaptiveLM with the initialisation of the papers and its embedding scale."""
     from pondera import AdaptiveConfig, AdaptiveLM
 
     return AdaptiveLM(AdaptiveConfig(backbone=dict(job["backbone"]), think=job["think"], init="scaled"))
 
 
 def theirs(job: dict[str, Any]) -> torch.nn.Module:
-    """The authors' class, straight from their file, with the settings that their loader puts on the config."""
+    """The authors' class, loaded from their file, with the settings of their loader on the config."""
     spec = importlib.util.spec_from_file_location("authors_modeling", job["file"])
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -38,14 +38,16 @@ def theirs(job: dict[str, Any]) -> torch.nn.Module:
     spec.loader.exec_module(module)
     model_class = getattr(module, job["model"])
     fields = {key: value for key, value in job["backbone"].items() if key != "model_type"}
-    config = model_class.config_class(**fields, use_cache=False)  # theirs would fill an unused cache while training
+    config = model_class.config_class(
+        **fields, use_cache=False
+    )  # otherwise their model fills an unused cache in training
     for name, value in job["settings"].items():
         setattr(config, name, value)
     return model_class(config)
 
 
 class Worker:
-    """A model, one batch of random tokens, and what can be asked of them."""
+    """A model and a batch of random tokens; each public method is a command."""
 
     def __init__(self, job: dict[str, Any]) -> None:
         torch.set_num_threads(job["threads"])
@@ -56,7 +58,7 @@ class Worker:
         self.x_BT = torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(0))
 
     def describe(self) -> dict[str, Any]:
-        """Versions, and the attention that transformers chose."""
+        """Versions, and the attention implementation."""
         import transformers
 
         config: Any = getattr(self.model, "backbone", self.model).config
@@ -81,13 +83,13 @@ class Worker:
         return {"seconds": time.perf_counter() - start}
 
     def flops(self) -> dict[str, int]:
-        """FLOPs of one step. Attention is made of plain products meanwhile: torch does not count the CPU's fused one."""
+        """FLOPs of one step, with attention as plain matrix products: torch does not count the fused CPU kernel."""
         with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             self.step()
         return {"flops": counter.get_total_flops()}
 
     def write(self, path: str) -> dict[str, float]:
-        """Saves every weight that takes part, its gradient and the logits; returns the loss."""
+        """Saves each weight that has a gradient, with its gradient, and the logits; returns the loss."""
         out = self.step()
         tensors = {"logits": out.logits.detach().contiguous()}
         for name, parameter in self.model.named_parameters():
@@ -98,21 +100,21 @@ class Worker:
         return {"loss": out.loss.item(), "parameters": count}
 
     def own_name(self, name: str) -> str:
-        """What Pondera calls a parameter of theirs."""
+        """Pondera's name of a parameter of the authors' model."""
         module, _, rest = name.partition(".")
         return f"{OURS}{self.renamed.get(module, module)}.{rest}"
 
     def compare(self, path: str) -> dict[str, float]:
-        """Takes the other side's weights over and says how far loss, logits and gradients then are from theirs.
+        """Loads the other side's weights and compares loss, logits and gradients.
 
         Raises:
-            SystemExit: the two models do not have the same parameters.
+            SystemExit: the parameters of the two models differ.
         """
         other = load_file(path)
         names = [name.removeprefix("weight ") for name in other if name.startswith("weight ")]
         parameters = dict(self.model.named_parameters())
         if differing := {self.own_name(name) for name in names} ^ parameters.keys():
-            raise SystemExit(f"not the same parameters on both sides: {sorted(differing)[:8]}")
+            raise SystemExit(f"the parameters of the two sides differ: {sorted(differing)[:8]}")
         pairs = [(parameters[self.own_name(name)], name) for name in names]
         with torch.no_grad():
             for parameter, name in pairs:
@@ -131,7 +133,7 @@ class Worker:
 
 
 def main() -> None:
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is not an answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # keeps prints of libraries out of the answers
     worker = Worker(json.loads(Path(sys.argv[1]).read_text()))
     for line in sys.stdin:
         command, *arguments = line.split(maxsplit=1)

@@ -1,12 +1,12 @@
-"""What ConceptLM costs in decoding, beside its backbone alone, in one run.
+"""Decoding speed of ConceptLM compared with its backbone alone, in one run.
 
     python benchmarks/concepts.py --out results/concepts-speed.json
 
-Greedy decoding through `generate`, plain and with concepts (k = 4, half of the layers encode, a concept module of a quarter of
-the layers), at batch 1 and 8, and at batch 8 with prompts of different lengths, whose chunks end at different tokens. Rounds
-are interleaved; ratios are medians of the rounds' ratios. By arithmetic, both sides take the FLOPs of a token in the middle
-of the run; how far the measured ratio is below that of the FLOPs is what the decode path adds (target: at least 0.9).
-The model is the Llama of about 16M parameters of ``speed.py``, so that matrix products and not Python dominate.
+Greedy decoding through `generate`, with and without concepts (k = 4; half of the layers encode; the concept module has a
+quarter of the layers), at batch 1 and 8, and at batch 8 with prompts of different lengths, whose chunks end at different
+tokens. Rounds are interleaved; ratios are medians of the ratios per round. FLOPs are those of a token in the middle of the
+run. The measured ratio divided by the ratio of FLOPs shows the overhead of the decoding code (target: at least 0.9). The
+model is the Llama of about 16M parameters from ``speed.py``, so that matrix products dominate, not Python.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ PROMPT, NEW = 64, 128
 TASKS = {"1": (1, False), "8": (8, False), "8, prompts of different lengths": (8, True)}
 
 
-def made(segment: str | None) -> AdaptiveLM:
-    """A model whose codebooks, if it has any, have seen a batch."""
+def built(segment: str | None) -> AdaptiveLM:
+    """A model; its codebooks, if any, are initialised with one batch."""
     torch.manual_seed(0)
     model = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONE), chunk=segment))
     if segment:
@@ -43,7 +43,7 @@ def made(segment: str | None) -> AdaptiveLM:
 
 
 def decoding(model: AdaptiveLM, batch: int, uneven: bool) -> Callable[[], object]:
-    """What is timed. Uneven prompts are padded on the left, by one token more in each text."""
+    """The task to time. Uneven prompts are left-padded, with one more padding token in each sequence."""
     x_BT = torch.randint(BACKBONE["vocab_size"], (batch, PROMPT), generator=torch.Generator().manual_seed(0))
     padding_B = torch.arange(batch) * uneven
     mask_BT = (torch.arange(PROMPT) >= padding_B[:, None]).long()
@@ -59,8 +59,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    models = {"plain": made(None), "concepts": made(SEGMENT)}
-    # A price is that of decoding with half a context cached.
+    models = {"plain": built(None), "concepts": built(SEGMENT)}
+    # `cost_report` assumes half a context in the cache.
     flops = {name: cost_report(model, 2 * PROMPT + NEW)["inference_flops_per_token"] for name, model in models.items()}
     by_flops = flops["plain"] / flops["concepts"]
     rows = []
@@ -70,7 +70,7 @@ def main() -> None:
         for number in range(args.rounds + 1):
             for name in work if number % 2 else reversed(work):
                 seconds = timed(work[name])
-                if number:  # the first is to warm up
+                if number:  # the first round is a warm-up
                     taken[name].append(seconds)
         ratios = [plain / concepts for plain, concepts in zip(*taken.values(), strict=True)]
         row = {

@@ -1,11 +1,11 @@
-"""Time and size of a head of codes beside the full output matrix, in one run.
+"""Time and memory of VQ-Logits heads compared with the full output matrix, in one run.
 
     python benchmarks/heads.py --out results/heads.json
 
-Logits of one state and of many, and a training step of the loss (forward and backward), which a head of one group takes
-without any tensor as wide as the vocabulary. All heads in turn; seconds are medians over rounds, ratios medians of the
-rounds' ratios. Memory: the bytes that a head holds (weights, and for codes the map from tokens to them), and how far the
-resident set of the process rises in a training step, gradients among it (Linux).
+Tasks: logits of one state, logits of many states, and a training step of the loss (forward and backward). A head with one
+group needs no tensor of vocabulary width in training. The heads take turns; seconds are medians over rounds, ratios are
+medians of the ratios per round. Memory: the bytes of a head (weights, and the map from tokens to codes), and the rise of the
+resident set of the process in a training step, including gradients (Linux).
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from pondera.models.adaptive_lm import next_token_term
 
 
 def seconds(job: Callable[[], Any]) -> float:
-    """Of one call."""
+    """Seconds of one call."""
     began = time.perf_counter()
     job()
     return time.perf_counter() - began
 
 
 def tasks(head: nn.Module, width: int, vocabulary: int, tokens: int) -> dict[str, Callable[[], Any]]:
-    """What is timed."""
+    """The tasks to time."""
     one_BTD, many_BTD = torch.randn(1, 1, width), torch.randn(1, tokens, width)
     labels_BT = torch.randint(vocabulary, (1, tokens))
 
@@ -46,7 +46,7 @@ def tasks(head: nn.Module, width: int, vocabulary: int, tokens: int) -> dict[str
             head(h_BTD)
 
     def learn() -> None:
-        head.zero_grad(set_to_none=True)  # adding to an old gradient would be charged to the wide matrix
+        head.zero_grad(set_to_none=True)  # accumulating gradients would cost the full matrix more time
         h_BTD = many_BTD.clone().requires_grad_()
         loss = head.term(h_BTD, labels_BT) if isinstance(head, VQLogits) else next_token_term(head(h_BTD), labels_BT)
         loss.mean().backward()
@@ -55,17 +55,17 @@ def tasks(head: nn.Module, width: int, vocabulary: int, tokens: int) -> dict[str
 
 
 def rise(job: Callable[[], Any]) -> int | None:
-    """Bytes that a job takes beyond what was there before it."""
+    """The rise of the resident set during a job, in bytes."""
     before = resident("VmRSS")
     if before is None:
         return None
-    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     job()
     peak = resident("VmHWM")
     return None if peak is None else max(0, peak - before)
 
 
-def held(head: nn.Module) -> int:
+def state_bytes(head: nn.Module) -> int:
     """Bytes of weights and maps."""
     return sum(tensor.nbytes for tensor in head.state_dict().values())
 
@@ -89,7 +89,7 @@ def main() -> None:
     jobs = {name: tasks(head, args.width, args.vocabulary, args.tokens) for name, head in heads.items()}
     memory: dict[str, int | None] = {}
     for name, own in jobs.items():
-        own["training"]()  # what a library sets up once is there already
+        own["training"]()  # warm-up: libraries allocate their one-time memory here
         heads[name].zero_grad(set_to_none=True)
         memory[name] = rise(own["training"])
     times: dict[tuple[str, str], list[float]] = {}
@@ -97,13 +97,13 @@ def main() -> None:
         for name, own in jobs.items():
             for task, job in own.items():
                 took = seconds(job)
-                if number:  # the first is to warm up
+                if number:  # the first round is a warm-up
                     times.setdefault((name, task), []).append(took)
     rows = [
         {
             "head": name,
             "parameters": sum(p.numel() for p in heads[name].parameters()),
-            "bytes": held(heads[name]),
+            "bytes": state_bytes(heads[name]),
             "training_bytes": memory[name],
             "seconds": {task: statistics.median(times[name, task]) for task in own},
             "faster": {

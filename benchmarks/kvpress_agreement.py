@@ -1,11 +1,11 @@
-"""Which tokens we keep and which kvpress keeps, of the same models and texts, where both define the same score.
+"""Kept tokens of Pondera compared with kvpress, on the same models and sequences, for policies with the same score.
 
     python -m venv peers
     peers/bin/pip install torch==2.13.0 kvpress==0.5.5
     python benchmarks/kvpress_agreement.py --python peers/bin/python
 
-kvpress 0.5.5 needs a transformers before 5.3, hence an environment of its own; this file runs in both. Models are random
-Llamas in float64 with two query heads for each KV head. A kept set is one of a text, layer and KV head.
+kvpress 0.5.5 needs transformers below 5.3, so it runs in an environment of its own; this file runs in both. Models are random
+Llamas in float64 with two query heads per KV head. A kept set is the set of tokens kept in one sequence, layer and KV head.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ PAIRS = {
         "AdaKVPress(SnapKVPress({r}, window_size=16, kernel_size=5), alpha_safeguard=0.25)",
     ),
 }
-"""By name: our spec with a number of slots, their expression with a share to be dropped."""
+"""By name: Pondera's spec with the number of slots, kvpress's expression with the share to evict."""
 SHARES = (0.5, 0.25, 0.125)
 
 Kept = list[list[list[int]]]
-"""By layer and KV head: token numbers in order."""
+"""By layer and KV head: sorted token indices."""
 
 
 def make(folder: Path, seed: int) -> None:
-    """A random model whose weights are large enough to look at something, and a text."""
+    """Saves a random model, with weights large enough for peaked attention, and a sequence."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -59,7 +59,7 @@ def make(folder: Path, seed: int) -> None:
 
 
 def load(folder: Path, seed: int) -> tuple[Any, torch.Tensor]:
-    """The same on either side."""
+    """Loads the model and the sequence, in either environment."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).double().eval()
@@ -68,7 +68,7 @@ def load(folder: Path, seed: int) -> tuple[Any, torch.Tensor]:
 
 
 def ours(model: Any, ids_BT: torch.Tensor, memory: str) -> Kept:
-    """What a policy of ours keeps of the text."""
+    """The tokens that a policy of Pondera keeps."""
     from pondera.core import spec
 
     cache = spec.build(memory, "kv_cache").cache(model)
@@ -78,7 +78,7 @@ def ours(model: Any, ids_BT: torch.Tensor, memory: str) -> Kept:
 
 
 def theirs(model: Any, ids_BT: torch.Tensor, expression: str) -> Kept:
-    """What a press keeps of the text: which keys of an uncut cache it left, or did not mark as masked."""
+    """The tokens that a press keeps: keys of the full cache that remain and are not marked as masked."""
     import kvpress
     from transformers import DynamicCache
 
@@ -88,7 +88,7 @@ def theirs(model: Any, ids_BT: torch.Tensor, expression: str) -> Kept:
     with press(model):
         model(ids_BT, past_key_values=cut)
         masked = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
-    found: Kept = []
+    kept_sets: Kept = []
     for layer, before, after in zip(masked, whole.layers, cut.layers, strict=True):
         gone = set() if layer is None else set(zip(layer[1].tolist(), layer[2].tolist(), strict=True))
         heads = []
@@ -96,12 +96,12 @@ def theirs(model: Any, ids_BT: torch.Tensor, expression: str) -> Kept:
             place = {tuple(row): number for number, row in enumerate(all_TD.tolist())}
             numbers = sorted(place[tuple(row)] for row in left_SD.tolist())
             heads.append([number for number in numbers if (head, number) not in gone])
-        found.append(heads)
-    return found
+        kept_sets.append(heads)
+    return kept_sets
 
 
 def kept(side: str, folder: Path) -> dict[str, Kept]:
-    """Every kept set of one side, by name, share and seed."""
+    """All kept sets of one side, by name, share and seed."""
     found = {}
     with torch.no_grad():
         for seed in SEEDS:
@@ -117,7 +117,7 @@ def kept(side: str, folder: Path) -> dict[str, Kept]:
 
 
 def compare(mine: dict[str, Kept], other: dict[str, Kept]) -> list[dict[str, Any]]:
-    """For each policy and share: how many kept sets are the same, and the share of tokens that both keep."""
+    """For each policy and share: the number of identical kept sets, and the share of tokens that both keep."""
     rows = []
     for name in PAIRS:
         for share in SHARES:
@@ -136,7 +136,7 @@ def compare(mine: dict[str, Kept], other: dict[str, Kept]) -> list[dict[str, Any
 
 
 def agreement(python: str) -> dict[str, Any]:
-    """Runs both sides; theirs in their Python."""
+    """Runs both sides, kvpress with the given Python."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for seed in SEEDS:
@@ -153,9 +153,9 @@ def agreement(python: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Compares, or is the other side."""
+    """Compares both sides, or runs as the kvpress side."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", default=sys.executable, help="of an environment with kvpress")
+    parser.add_argument("--python", default=sys.executable, help="python of an environment with kvpress")
     parser.add_argument("--out", type=Path, default=Path("results/kvpress.json"))
     parser.add_argument("--theirs", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

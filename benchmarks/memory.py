@@ -1,20 +1,20 @@
-"""Decoding over a long past: memories beside transformers' caches and kvpress, and beside what the machine allows, in one run.
+"""Long-context decoding: KV cache methods compared with transformers' caches, kvpress and the memory bandwidth, in one run.
 
-    pip install optimum-quanto==0.2.7                 # beside Pondera, for transformers' quantized cache
+    pip install optimum-quanto==0.2.7                 # in Pondera's environment, for transformers' quantized cache
     python -m venv kvpress
     kvpress/bin/pip install torch==2.13.0 kvpress==0.5.5     # it needs an older transformers
     python benchmarks/memory.py --kvpress kvpress/bin/python --contexts 4096 16384 --out results/memory.json
 
-The model is a Llama of 107M random weights with 8 query heads, 2 KV heads and heads of 128. A cache is filled with random
-keys and values of so many tokens, as reading them would take minutes, and then decodes, one forward after another. All sides
-take turns, in rounds; seconds are medians, ratios medians of the rounds' ratios. kvpress lives in a process of its own.
+The model is a random Llama with 107M parameters, 8 query heads, 2 KV heads and head width 128. A cache is filled with random
+keys and values, because a real prefill would take minutes, and then decodes token by token. The sides take turns in rounds;
+seconds are medians, ratios are medians of the ratios per round. kvpress runs in a process of its own.
 
-``attention`` is the time in caches and attention functions alone. ``floor`` is what reading all weights and what the cache
-holds would take at the machine's rate: the better of a sum and a copy of 512 MiB. Peak memory is how far the process's
-resident set rises over what it was before the cache was filled, while it decodes (Linux). ``first`` reads a prompt and makes
-one token. ``capacity`` gives a process so much memory beside model and libraries, and fills the cache and decodes until there
-is no more. Rows that are in the file already are not measured again. With ``--model`` a trained Llama takes the place of the
-random one (``pondera train`` makes one), its cache is filled as the other's, and what needs that one's sizes is left out.
+``attention`` is the time in caches and attention functions alone. ``floor`` is the time to read all weights and the cache at
+the memory bandwidth of the machine, the higher of a sum and a copy of 512 MiB. Peak memory is the rise of the resident set
+while decoding, above its value before the cache was filled (Linux). ``first`` prefills a prompt and generates one token.
+``capacity`` limits the memory of a process to ``--room`` bytes in addition to model and libraries; it fills the cache and
+decodes until the memory is full. Rows that are already in the file are not measured again. ``--model`` replaces the random
+Llama by a trained one (from ``pondera train``); kvpress and ``capacity`` are then skipped.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from process import Process
 
 MEMORIES = ("PreallocatedCache()", "PreallocatedCache(exact=False)", "StreamingLLM(0.25)", "H2O(0.25)", "VQKV()")
 READERS = ("SnapKV(0.25)", "FastKV(SnapKV(0.25), tsp=0.2)", "LazyLLM()")
-"""Further memories for reading a prompt: behind it they decode as the others."""
+"""Further methods for ``first``; after prefill they decode like the others."""
 # one process
 
 
 class Clock:
-    """The time in some functions."""
+    """Accumulates the time spent in some functions."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -62,13 +62,13 @@ class Clock:
 
 
 def resident(kind: str) -> int:
-    """``"VmRSS"`` now, ``"VmHWM"`` at most since the peak was evicted_until, ``"VmSize"`` of addresses."""
+    """Memory of this process: ``"VmRSS"`` is the current value, ``"VmHWM"`` the peak, ``"VmSize"`` the address space."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
 
 
 class Worker:
-    """Fills caches and decodes when told to."""
+    """Fills caches and decodes on request."""
 
     def __init__(self, threads: int, trained: str | None = None) -> None:
         torch.set_num_threads(threads)
@@ -88,7 +88,7 @@ class Worker:
         AttentionInterface.register(name, self.clock.timed(ALL_ATTENTION_FUNCTIONS[name]))
 
     def machine(self) -> dict[str, Any]:
-        """How fast memory is read, in bytes per second; and how many bytes of weights a token needs."""
+        """The memory bandwidth in bytes per second, and the bytes of weights that each token reads."""
         numbers = torch.ones(2**27)
         copy = torch.empty_like(numbers)
         rates = []
@@ -99,7 +99,7 @@ class Worker:
         return {"read": rates[0], "copy": rates[1], "weights": weights, "parameters": self.model.num_parameters()}
 
     def prepare(self, side: str, tokens: int, batch: int) -> dict[str, Any]:
-        """Fills a cache and decodes three tokens; tells what they looked like, and what the cache takes."""
+        """Fills a cache and decodes three tokens; returns a digest of their logits and the memory of the cache."""
         self.sides.pop(side, None)
         trim()
         before = resident("VmRSS")
@@ -122,29 +122,29 @@ class Worker:
         implementation, cache, position_B1 = self.sides[side]
         if self.model.config._attn_implementation != implementation:
             self.model.set_attn_implementation(implementation)
-        x_B1, found = torch.zeros_like(position_B1), []
+        x_B1, logits = torch.zeros_like(position_B1), []
         for _ in range(tokens):
             logits_BV = self.model(x_B1, position_ids=position_B1, past_key_values=cache).logits[:, -1]
             x_B1 = logits_BV.argmax(-1, keepdim=True)
             position_B1 += 1
-            found.append(logits_BV)
-        return torch.stack(found)
+            logits.append(logits_BV)
+        return torch.stack(logits)
 
     def go(self, side: str, tokens: int) -> dict[str, float]:
-        """Seconds per token, in all and in attention."""
+        """Seconds per token: in total and in attention."""
         self._decode(side, 1)
         self.clock.seconds = 0.0
         total = seconds(lambda: self._decode(side, tokens))
         return {"total": total / tokens, "attention": self.clock.seconds / tokens}
 
-    def evict(self) -> dict[str, Any]:
-        """Lets go of all caches."""
+    def release(self) -> dict[str, Any]:
+        """Frees all caches."""
         self.sides = {}
         trim()
         return {}
 
     def first(self, side: str, tokens: int) -> dict[str, Any]:
-        """Reads a prompt and makes a token."""
+        """Prefills a prompt and generates one token."""
         x_1T = torch.randint(self.model.config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
         cache = new_cache(side, self.model, tokens)
         trim()
@@ -164,13 +164,13 @@ class Worker:
         return {"seconds": total, "peak": max(0, resident("VmHWM") - before)}
 
     def serve(self) -> None:
-        """Answers each line of JSON with one."""
-        answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is not an answer
+        """Answers each line of JSON with one line of JSON."""
+        answers, sys.stdout = sys.stdout, sys.stderr  # keeps prints of libraries out of the answers
         for line in sys.stdin:
             request = json.loads(line)
             try:
                 answer = getattr(self, request.pop("do"))(**request)
-            except Exception as error:  # a peer that cannot do something is a result
+            except Exception as error:  # a side that cannot do something is a result
                 answer = {"unable": f"{type(error).__name__}: {error}".splitlines()[0]}
             print(json.dumps(answer), file=answers, flush=True)
 
@@ -182,23 +182,23 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def trim() -> None:
-    """Gives freed memory back, so that the resident set tells what is held."""
+    """Returns freed memory to the system, so that the resident set shows the memory in use."""
     import gc
 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
-# how much fits
+# capacity
 
 
 def capacity(side: str, room: int, dtype: str, step: int = 1024) -> dict[str, Any]:
-    """Fills a cache, and decodes after every so many tokens, until there is no memory left."""
+    """Fills a cache by `step` tokens at a time, with a decoding step after each, until the memory is full."""
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     model = build_model(getattr(torch, dtype))
     cache, tokens = new_cache(side, model, 0), 0
-    model(torch.zeros(1, 8, dtype=torch.long))  # whatever is loaded at first use
+    model(torch.zeros(1, 8, dtype=torch.long))  # warm-up: allocates the one-time memory of libraries
     trim()
     limit = resident("VmSize") + room
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -211,13 +211,13 @@ def capacity(side: str, room: int, dtype: str, step: int = 1024) -> dict[str, An
         return {"tokens": tokens, "ended": str(error).splitlines()[0][:120]}
 
 
-# the whole
+# the comparison
 
 
 def measure(
     tokens: int, batch: int, workers: dict[str, Process], machine: dict[str, Any], rounds: int
 ) -> dict[str, Any]:
-    """All sides at one length."""
+    """Measures all sides at one length."""
     sides = [*STOCK, *MEMORIES, *([PRESS] if "kvpress" in workers else [])]
     ask = {side: workers["kvpress" if side == PRESS else "ours"].ask for side in sides}
     asked = {side: ask[side](do="prepare", side=side, tokens=tokens, batch=batch) for side in sides}
@@ -226,12 +226,12 @@ def measure(
     new = 8 if tokens * batch <= 2**15 else 3
     for number in range(rounds):
         for side in able if number % 2 else reversed(able):
-            told = ask[side](do="go", side=side, tokens=new)
-            if "unable" in told:
-                raise SystemExit(f"{side} stopped in the middle: {told['unable']}")
-            each[side].append(told)
+            answer = ask[side](do="go", side=side, tokens=new)
+            if "unable" in answer:
+                raise SystemExit(f"{side} failed after its preparation: {answer['unable']}")
+            each[side].append(answer)
     for worker in workers.values():
-        worker.ask(do="forget")
+        worker.ask(do="release")
     base = each["DynamicCache"]
     found: dict[str, Any] = {side: asked[side] for side in sides if side not in able}
     for side in able:
@@ -259,26 +259,28 @@ def _ratio(base: list[dict[str, float]], ours: list[dict[str, float]], kind: str
 def show(name: str, row: dict[str, Any]) -> None:
     print(name)
     for side, one in row.items():
-        told = one.get("unable") or "  ".join(
+        text = one.get("unable") or "  ".join(
             f"{key} {value:.4g}" for key, value in one.items() if isinstance(value, (int, float))
         )
-        print(f"  {side:24} {told}", flush=True)
+        print(f"  {side:24} {text}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kvpress", help="python of an environment that has kvpress; left out: not measured")
+    parser.add_argument("--kvpress", help="python of an environment with kvpress (default: not measured)")
     parser.add_argument(
-        "--model", help="run or folder of a trained Llama to take instead; what fills its cache is random too"
+        "--model", help="run or folder of a trained Llama that replaces the random one; its cache is random too"
     )
     parser.add_argument("--out", type=Path, default=Path("results/memory.json"))
     parser.add_argument("--contexts", type=int, nargs="*", default=[4096, 16384, 32768, 65536])
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 8])
-    parser.add_argument("--most", type=int, default=2**17, help="tokens of a batch, all rows together")
+    parser.add_argument("--most", type=int, default=2**17, help="maximum tokens of a batch, over all sequences")
     parser.add_argument("--first", type=int, nargs="*", default=[4096], help="lengths of prompts")
-    parser.add_argument("--room", type=int, default=2**29, help="bytes, for capacity; 0: not measured")
+    parser.add_argument("--room", type=int, default=2**29, help="memory for capacity in bytes; 0: not measured")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of all sides, which take turns")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="threads of each side; the sides take turns"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--capacity", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -314,8 +316,8 @@ def main() -> None:
             "threads": args.threads,
             "rounds": args.rounds,
         }
-        said = f" --model {Path(args.model).name}" if args.model else ""
-        result |= {"command": f"python benchmarks/memory.py{said}", "rates": machine, **about}
+        option = f" --model {Path(args.model).name}" if args.model else ""
+        result |= {"command": f"python benchmarks/memory.py{option}", "rates": machine, **about}
         for name, (tokens, batch) in wanted.items():
             if name not in rows:
                 keep(name, measure(tokens, batch, workers, machine, args.rounds))
@@ -337,7 +339,7 @@ def main() -> None:
                 "DynamicCache",
                 "PreallocatedCache()",
                 *MEMORIES[2:],
-            ):  # PreallocatedCache(exact=False) holds what PreallocatedCache() does
+            ):  # PreallocatedCache(exact=False) needs the same memory as PreallocatedCache()
                 command = [sys.executable, __file__, "--room", str(args.room), "--capacity", side, dtype]
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 last = done.stdout.splitlines()[-1:] or ['{"unable": "ended by the system"}']

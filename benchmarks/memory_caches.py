@@ -1,4 +1,4 @@
-"""The model and the caches of the benchmark of decoding over a long past, and what fills them without reading a text."""
+"""The model and the caches of the long-context benchmark, and functions that fill caches without a forward pass."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 LAYERS, HEADS, KV_HEADS, WIDTH, VOCABULARY = 8, 8, 2, 128, 8192
 STOCK = ("DynamicCache", "StaticCache", "QuantizedCache")
-"""Sides that are transformers' own; `PRESS` is kvpress's; every other one is a memory of Pondera."""
+"""The caches of transformers. `PRESS` is from kvpress; every other side is a KV cache method of Pondera."""
 PRESS = "StreamingLLMPress(0.75)"
 SPARE = 64
-"""Tokens that a cache of fixed size has room for beyond the context."""
+"""Additional tokens in a cache of fixed size, beyond the context."""
 
 
 def build_model(dtype: torch.dtype = torch.float32, trained: str | None = None) -> LlamaForCausalLM:
@@ -20,7 +20,9 @@ def build_model(dtype: torch.dtype = torch.float32, trained: str | None = None) 
         from pondera.inference.load import load
 
         lm = load(trained).model.backbone.lm.eval().to(dtype)
-        assert isinstance(lm, LlamaForCausalLM), "the bytes that are counted, and how a cache is filled, are a Llama's"
+        assert isinstance(lm, LlamaForCausalLM), (
+            "only Llama is supported: the byte counts and the cache filling assume it"
+        )
         return lm
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -37,7 +39,7 @@ def build_model(dtype: torch.dtype = torch.float32, trained: str | None = None) 
 
 
 def stock_cache(side: str, config: LlamaConfig, tokens: int) -> Any:
-    """A cache of transformers for so many tokens."""
+    """A cache of transformers for `tokens` tokens."""
     from transformers import QuantizedCache, StaticCache
 
     if side == "StaticCache":
@@ -48,14 +50,14 @@ def stock_cache(side: str, config: LlamaConfig, tokens: int) -> Any:
 
 
 def new_cache(side: str, model: LlamaForCausalLM, tokens: int) -> Any:
-    """An empty cache, whose attention the model is told of."""
+    """An empty cache; also sets the attention implementation that it needs on the model."""
     if side in (*STOCK, PRESS):
         model.set_attn_implementation("sdpa")
         return stock_cache(side, model.config, tokens)
     from pondera.core import spec
 
     memory: Any = spec.build(side, "kv_cache")
-    if not memory.fitted:  # what stands in its tables changes no time
+    if not memory.fitted:  # the contents of the codebooks do not affect the speed
         memory.bind(model.config)
         for table in memory.buffers():
             if table.is_floating_point():
@@ -65,7 +67,7 @@ def new_cache(side: str, model: LlamaForCausalLM, tokens: int) -> Any:
 
 
 def fill(side: str, cache: Any, config: LlamaConfig, tokens: int, batch: int) -> None:
-    """Puts random keys and values in, and lets a memory forget what it would have forgotten."""
+    """Fills a cache with random keys and values, and evicts what the method would have evicted."""
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     for number in range(config.num_hidden_layers):
         generator = torch.Generator().manual_seed(number)
@@ -77,13 +79,13 @@ def fill(side: str, cache: Any, config: LlamaConfig, tokens: int, batch: int) ->
 
 
 def remember(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Puts keys and values into an empty layer of a memory."""
+    """Puts keys and values into an empty cache layer of Pondera."""
     layer.update(keys, values)
     (fill_slots if hasattr(layer, "tables") else fill_regions)(layer, keys, values)
 
 
 def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """What `SlotLayer.attend` does, less the attention."""
+    """Does what `KVStoreLayer.attend` does, without the attention."""
     from pondera.cache.kv_store import KVStore
 
     table = KVStore.like(keys, values, layer.method.note_defaults)
@@ -95,7 +97,7 @@ def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
-    """Exact rows at both ends, and random codes between, as finding them would take minutes."""
+    """Fills both ends with exact rows and the middle with random codes, because real encoding would take minutes."""
     from pondera.cache.ring_buffer import RingBuffer
 
     batch, sinks, tokens = len(keys), layer.method.sinks, keys.shape[2]
@@ -109,7 +111,7 @@ def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
 
 
 def code(layer: Any, tokens: int) -> None:
-    """Random codes for so many tokens more."""
+    """Appends random codes for `tokens` tokens."""
     batch, coded = layer.batch(), layer.coded[0]
     for coder, codes in zip(layer.coders, layer.codes, strict=True):
         like = coder.encode(layer.sink_keys[:, :, :1], None)
@@ -122,7 +124,7 @@ def code(layer: Any, tokens: int) -> None:
 
 
 def held_bytes(cache: Any) -> int:
-    """Bytes of the keys, values, codes and tables of codes in use: what a step has to read."""
+    """Bytes of the keys, values, codes and codebooks in use: what a decoding step must read."""
     total = 0
     for layer in cache.layers:
         if hasattr(layer, "coders"):
@@ -141,7 +143,7 @@ def held_bytes(cache: Any) -> int:
 
 
 def grow(side: str, cache: Any, tokens: int, dtype: torch.dtype) -> None:
-    """More random keys and values."""
+    """Appends random keys and values."""
     keys, values = (torch.randn(1, KV_HEADS, tokens, WIDTH).to(dtype) for _ in range(2))
     for number, layer in enumerate(cache.layers):
         if side in STOCK:

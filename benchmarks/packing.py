@@ -1,12 +1,12 @@
-"""Does skipping save time? Packed passes beside their dense twins, in one run.
+"""Speed of packed passes compared with the dense reference implementation, in one run.
 
     python benchmarks/packing.py --out results/packing.json
 
-Every method that halts tokens is measured with random halting, so that how many tokens go on is known and nothing has to
-be trained: prefill of a prompt, a training step, and decoding, at batch 1 and 16. ``dense`` runs all rows in every pass and
-masks; ``packed`` runs the rows that go on. With n passes at most and m on average, arithmetic allows packed = m/n x dense;
-the table says how far above that it is (target: at most 1.15). The model is a Llama of about 25M parameters, so that
-matrix products and not Python dominate. Rounds are interleaved and the median of their ratios is taken.
+Every method that halts tokens runs with random halting, so that the share of active tokens is known and no training is
+needed. Tasks: prefill, a training step, and decoding, at batch 1 and 16. ``dense`` runs all rows in every pass under a mask;
+``packed`` runs only the active rows. With at most n passes and m on average, the ideal is packed = m/n x dense; the result
+is the ratio to this ideal (target: at most 1.15). The model is a Llama of about 25M parameters, so that matrix products
+dominate, not Python. Rounds are interleaved; results are medians of the ratios per round.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ METHODS = {
     "ThinkAtHard": "ThinkAtHard(steps=1, halting='random', continue_prob=0.25)",
     "UniversalTransformer": "UniversalTransformer(steps=3, halting='random', continue_prob=0.5)",
 }
-TRAINED_SOFT = {"PonderLM3"}  # trained dense by definition: there is nothing to skip
+TRAINED_SOFT = {"PonderLM3"}  # its training is dense by definition, so packing saves nothing
 PROMPT, NEW = {1: 256, 16: 64}, {1: 24, 16: 12}
 
 
@@ -54,7 +54,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def prefill(model: AdaptiveLM, x_BT: torch.Tensor) -> Callable[[], float]:
-    """Mean passes of a prompt read into a new cache."""
+    """Prefills a new cache; returns the mean passes."""
 
     def work() -> float:
         with torch.no_grad():
@@ -64,7 +64,7 @@ def prefill(model: AdaptiveLM, x_BT: torch.Tensor) -> Callable[[], float]:
 
 
 def training(model: AdaptiveLM, x_BT: torch.Tensor) -> Callable[[], float]:
-    """Mean passes of a forward and backward pass."""
+    """Runs a forward and a backward pass; returns the mean passes."""
 
     def work() -> float:
         model.train().zero_grad(set_to_none=True)
@@ -77,7 +77,7 @@ def training(model: AdaptiveLM, x_BT: torch.Tensor) -> Callable[[], float]:
 
 
 def decoding(model: AdaptiveLM, x_BT: torch.Tensor, new: int) -> Callable[[], float]:
-    """Mean passes of tokens decoded one by one behind a prompt; positions differ between texts, as they do in use."""
+    """Decodes tokens one by one after a prompt, with different positions per sequence; returns the mean passes."""
     length = x_BT.shape[1]
     mask_BT = torch.ones(x_BT.shape[0], length + new, dtype=torch.long, device=x_BT.device)
     for row in range(x_BT.shape[0]):
@@ -101,7 +101,7 @@ def decoding(model: AdaptiveLM, x_BT: torch.Tensor, new: int) -> Callable[[], fl
 
 
 def compare(model: AdaptiveLM, work: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Dense and packed seconds, and how far the packed ones are above what arithmetic allows."""
+    """Dense and packed seconds, and the ratio of the packed time to the ideal."""
     seconds: dict[bool, list[float]] = {False: [], True: []}
     for packed in (False, True):
         model.think.packed = packed
@@ -146,7 +146,7 @@ def main() -> None:
                 print(
                     f"{name:22}{task:8} batch {batch:2}  {row['mean_passes']:.2f} of {row['passes']:.0f} passes  "
                     f"dense {row['dense_seconds']:.3f} s  packed {row['packed_seconds']:.3f} s  "
-                    f"{row['over_arithmetic']:.2f} x what arithmetic allows",
+                    f"{row['over_arithmetic']:.2f} x the ideal",
                     flush=True,
                 )
     result = {

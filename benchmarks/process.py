@@ -1,4 +1,4 @@
-"""Sides of a benchmark that need a process of their own, and what a process holds of memory."""
+"""Worker processes of benchmarks, and the memory use of a process."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from typing import Any
 
 
 class Process:
-    """A benchmark's own script as a worker, in a process of its own, perhaps of another environment.
+    """Runs the script of a benchmark as a worker process, possibly in another environment.
 
     Args:
-        script: answers each line of JSON with one, given ``--worker``.
-        python: that runs it.
-        threads: of torch.
-        words: further ones of its command.
+        script: with ``--worker``, it answers each line of JSON with one line of JSON.
+        python: the interpreter.
+        threads: the number of torch threads.
+        words: further arguments of the command.
     """
 
     def __init__(self, script: str, python: str, threads: int, *words: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if python != sys.executable:
-            environment.pop("PYTHONPATH", None)  # our packages are not theirs
+            environment.pop("PYTHONPATH", None)  # the other environment has its own packages
         command = [python, script, "--worker", "--threads", str(threads), *words]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -35,18 +35,18 @@ class Process:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"a process ended early, asked for {request}; what it said stands above")
+            raise SystemExit(f"a worker ended at the request {request}; see its message above")
         return json.loads(answer)
 
     def close(self) -> None:
-        """Ends it."""
+        """Ends the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()
 
 
 def resident(kind: str) -> int | None:
-    """``"VmRSS"`` now, ``"VmHWM"`` at most since the peak was forgotten; none where there is no such file."""
+    """Memory of this process: ``"VmRSS"`` is the current value, ``"VmHWM"`` the peak; `None` if not on Linux."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

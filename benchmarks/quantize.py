@@ -1,18 +1,18 @@
-"""Quantizing beside vector-quantize-pytorch, a plain loop and the machine's own rate of matrix products, in one run.
+"""Quantizer speed compared with vector-quantize-pytorch, a plain loop and the machine's matmul rate, in one run.
 
     python -m venv peers
     peers/bin/pip install torch==2.13.0 vector-quantize-pytorch==1.32.0
     python benchmarks/quantize.py --python peers/bin/python --out results/quantize.json
 
-Tasks: ``assign``, codes for all vectors (the other package looks up their rows, too); ``train``, a whole training step
-(forward, backward, averages, respawn); ``residual``, encoding by eight levels; ``kmeans`` (ours also draws a start with
-centres far from each other). Tasks and sizes can be measured in several calls; each puts its rows into the same file.
+Tasks: ``assign``, codes for all vectors (the other package also looks up the rows); ``train``, a training step (forward,
+backward, moving averages, respawn); ``residual``, encoding with eight levels; ``kmeans`` (ours also does a k-means++ style
+initialisation). Tasks and sizes can be measured in several calls, which add their rows to the same file.
 
-FLOPs are those of the scores alone, 2 N K d per level or iteration; ``matmul`` is torch.mm of two large square matrices,
-so its rate is what the machine allows, and a share of it is of FLOPs by second. ``loop`` is what one would write: addmm and
-argmin, by parts. Both packages live in processes of their own, and compute in turn; seconds are the least of all rounds, as
-whatever else a machine does only adds to them, and are compared by vector: ours gets `--vectors`, the others fewer where those
-take long or do not fit into memory. Memory is how far a process's resident set rises over what it was before (Linux).
+FLOPs are those of the scores alone: 2 N K d per level or iteration. ``matmul`` is torch.mm of two large square matrices and
+gives the maximum rate of the machine. ``loop`` is the obvious code: addmm and argmin, in chunks. Each package runs in a
+process of its own, and the two take turns. Seconds are the minimum over all rounds, because other load only adds time. They
+are compared per vector: ours gets `--vectors`, the others get fewer if they are slow or need too much memory. Memory is the
+rise of the resident set of a process (Linux).
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from process import Process, resident
 from torch import Tensor
 
 LEVELS, ITERATIONS, BATCH = 8, 5, 65536
-"""Levels of a residual, rounds of k-means, and its vectors."""
+"""Levels of the residual quantizer, iterations of k-means, vectors of k-means."""
 PEER_SCORES = 2**26
-"""Scores that the other package computes at once: it keeps several matrices of them, one in int64."""
+"""Scores that the other package computes in one call: it keeps several matrices of them, one in int64."""
 SECONDS, MOST = 0.5, 9
-"""A round repeats a task for so long, but not more often."""
+"""A round repeats a task for this many seconds, at most this many times."""
 SQUARE = 1024
 TASKS = ("assign", "train", "residual", "kmeans")
 SIDES = {"matmul": "ours", "loop": "ours", "ours": "ours", "theirs": "theirs"}
-"""Who does a task, and in which process."""
+"""The sides of the comparison, and the process of each."""
 Work = Callable[[], Tensor | None]
 
 
-# what each side does
+# the tasks of each side
 
 
 def matmul(task: str, x_ND: Tensor, table_KD: Tensor) -> Work:
-    """A product that is as fast as products get here."""
+    """A matrix product at the maximum rate of the machine."""
     a, out = torch.randn(SQUARE, SQUARE), torch.empty(SQUARE, SQUARE)
     return lambda: torch.mm(a, a, out=out)
 
@@ -139,14 +139,14 @@ MAKERS = {"matmul": matmul, "loop": loop, "ours": ours, "theirs": theirs}
 
 
 class Worker:
-    """Prepares tasks and does them when told to."""
+    """Prepares tasks and runs them on request."""
 
     def __init__(self, threads: int) -> None:
         torch.set_num_threads(threads)
         self.work: dict[str, Work] = {}
 
     def prepare(self, by: str, task: str, vectors: int, dim: int, codes: int) -> dict[str, Any]:
-        """Makes a task and does it once; tells its memory and its first codes."""
+        """Prepares a task and runs it once; returns its memory and its first codes."""
         self.work.pop(by, None)
         x_ND = torch.randn(vectors, dim, generator=torch.Generator().manual_seed(0))
         table_KD = torch.randn(codes, dim, generator=torch.Generator().manual_seed(1))
@@ -168,7 +168,7 @@ class Worker:
         }
 
     def go(self, by: str) -> dict[str, float]:
-        """Seconds of doing a task once more; of a short one, the least of some times."""
+        """Seconds of one run of a task; the minimum of several runs for a short task."""
         spent: list[float] = []
         while sum(spent) < SECONDS and len(spent) < MOST:
             start = time.perf_counter()
@@ -177,22 +177,22 @@ class Worker:
         return {"seconds": min(spent)}
 
     def serve(self) -> None:
-        """Answers each line of JSON with one."""
-        answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is not an answer
+        """Answers each line of JSON with one line of JSON."""
+        answers, sys.stdout = sys.stdout, sys.stderr  # keeps prints of libraries out of the answers
         for line in sys.stdin:
             request = json.loads(line)
             print(json.dumps(getattr(self, request.pop("do"))(**request)), file=answers, flush=True)
 
 
-# the whole
+# the comparison
 
 
 def measure(task: str, dim: int, codes: int, sides: dict[str, Process], args: argparse.Namespace) -> dict[str, Any]:
-    """A task's row of the result."""
+    """The result row of a task."""
     repeats = {"residual": LEVELS, "kmeans": ITERATIONS}.get(task, 1)
     most = {"kmeans": BATCH, "residual": min(args.vectors, 2**30 // codes)}.get(task, args.vectors)
     fewer = min(most, args.peer_vectors // repeats)
-    # The other package's step is one of all vectors, and needs all scores at once.
+    # A training step of the other package needs the scores of all vectors at once.
     rarest = most if task == "kmeans" else min(fewer, 2 * PEER_SCORES // repeats // codes)
     flops = 2 * codes * dim * repeats
     vectors = {"ours": most, "matmul": 2 * SQUARE**3 // flops, "loop": fewer, "theirs": rarest}
@@ -229,7 +229,7 @@ def measure(task: str, dim: int, codes: int, sides: dict[str, Process], args: ar
 
 
 def name_of(row: dict[str, Any]) -> tuple[int, int, int]:
-    """What tells one row from the others, in their order."""
+    """The key of a row, which also gives the order of the rows."""
     return TASKS.index(row["task"]), row["dim"], row["codes"]
 
 
@@ -245,7 +245,7 @@ def show(row: dict[str, Any]) -> None:
 
 
 def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
-    """Puts a row into the file of results, among those that are there."""
+    """Adds a row to the results file."""
     from pondera.core.run_folder import write_atomic
 
     result: dict[str, Any] = {
@@ -257,7 +257,7 @@ def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
     }
     known = json.loads(args.out.read_text()) if args.out.exists() else result | {"rows": []}
     if {key: known[key] for key in result} != result:
-        raise SystemExit(f"{args.out} was measured otherwise than this: {result}; give another --out")
+        raise SystemExit(f"{args.out} was measured with other settings than {result}; give another --out")
     others = [other for other in known["rows"] if name_of(other) != name_of(row)]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out, json.dumps(result | {"rows": sorted([*others, row], key=name_of)}, indent=1) + "\n")
@@ -265,7 +265,9 @@ def keep(row: dict[str, Any], args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", help="python of an environment that has the other package; left out: not measured")
+    parser.add_argument(
+        "--python", help="python of an environment with vector-quantize-pytorch (default: not measured)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results/quantize.json"))
     parser.add_argument("--vectors", type=int, default=1_000_000)
     parser.add_argument("--peer-vectors", type=int, default=131_072)
@@ -273,7 +275,9 @@ def main() -> None:
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--codes", type=int, nargs="+", default=[256, 1024, 8192])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides, which take turns")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="threads of each side; the sides take turns"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -284,7 +288,7 @@ def main() -> None:
     for task in [(task, dim, codes) for task in args.tasks for dim in args.dims for codes in args.codes]:
         sides = {
             name: Process(__file__, python, args.threads) for name, python in pythons.items()
-        }  # memory starts anew
+        }  # new processes, so that memory is measured from the start
         try:
             row = measure(*task, sides, args)
         finally:

@@ -1,11 +1,10 @@
-"""What thinking costs in time, beside the bare Hugging Face model, in one run.
+"""Speed of thinking methods compared with the plain Hugging Face model, in one run.
 
     python benchmarks/speed.py --out results/speed.json
 
-Measures, interleaved and with the median of several rounds: decoding (tokens/s, batch 1, greedy, through `generate`)
-and training (tokens/s of forward + backward) for the bare model, AdaptiveLM with nothing chosen, and each method; beside
-them the ratio that arithmetic predicts. The model is a Llama of about 16M parameters, so that matrix products and not
-Python dominate.
+Measures decoding (tokens/s, batch 1, greedy, through `generate`) and training (tokens/s of forward + backward) of the bare
+transformers model, AdaptiveLM without a method, and each method, and computes the ratios that the FLOPs predict. Rounds are
+interleaved; results are medians. The model is a Llama of about 16M parameters, so that matrix products dominate, not Python.
 """
 
 from __future__ import annotations
@@ -67,7 +66,7 @@ def training(model: torch.nn.Module) -> Callable[[], object]:
 
 
 def predicted(model: AdaptiveLM) -> dict[str, float]:
-    """FLOPs of decoding one token in the middle of the run, and of training on one, by arithmetic."""
+    """Analytic FLOPs of decoding one token in the middle of the run, and of training on one token."""
     prices, middle = CostModel(model.backbone.config), PROMPT + NEW // 2
     think = model.think
     one = think.cost_schedule(1, context=middle) if think else [DecoderPass(1, middle + 1, cached=True)]
@@ -81,7 +80,7 @@ def predicted(model: AdaptiveLM) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/speed.json"))
-    parser.add_argument("--rounds", type=int, default=11, help="of decoding; training gets a third of them")
+    parser.add_argument("--rounds", type=int, default=11, help="rounds of decoding; training gets a third of them")
     args = parser.parse_args()
 
     torch.manual_seed(0)

@@ -1,11 +1,10 @@
-"""Where the time of a training step goes, and so how much faster it could be with the same arithmetic.
+"""Time of a training step by kind of operation, and the maximum speed-up with the same arithmetic.
 
     python benchmarks/training_floor.py --out results/training-floor.json      two minutes on two cores
 
-The models and batches of `benchmarks/authors.py`. Matrix products and fused attention are the arithmetic that the method
-asks for, done by the same libraries whoever calls them; what is left is what better code could save at the most. Times are
-torch's profiler's, of operations by themselves, over some steps after a warm-up; shares are ratios within one step, so other
-work on the machine hardly moves them.
+The models and batches are those of `benchmarks/authors.py`. The method determines the matrix products and fused attention,
+and the same libraries run them in any implementation. Better code could save at most the rest. Times are self times of
+torch's profiler over some steps after a warm-up. Shares are ratios within a step, so other load hardly changes them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ ATTENTION = "scaled_dot_product"
 
 
 def measure(pair: Pair, batch: int, context: int, steps: int) -> dict[str, Any]:
-    """Seconds of some training steps by kind of operation."""
+    """Shares of the time of some training steps by kind of operation."""
     torch.manual_seed(0)
     model = AdaptiveLM(AdaptiveConfig(backbone=dict(pair.backbone), think=pair.think, init="scaled")).train()
     x_BT = torch.randint(pair.backbone["vocab_size"], (batch, context), generator=torch.Generator().manual_seed(0))
@@ -66,7 +65,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = {}
-    for name in list(PAIRS)[:2]:  # the others do other arithmetic than the authors' code
+    for name in list(PAIRS)[:2]:  # the others differ from the authors' code in their arithmetic
         rows[name] = measure(PAIRS[name], args.batch, args.context, args.steps)
         print(name, {kind: f"{share:.0%}" for kind, share in rows[name]["share"].items()}, flush=True)
     result = {

@@ -1,9 +1,9 @@
-"""Writes a card for every method from the results files, and the short form that the package ships.
+"""Writes a card for every method from the results files, and the short form for the package.
 
     python -m tools.cards            rewrites results/cards/ and src/pondera/cards.json
-    python -m tools.cards --check    exits 1 if one of them is not what it would write
+    python -m tools.cards --check    exits with 1 if one of these files is out of date
 
-A card holds the claim of the paper, the verdict, and every measurement with its unit, seeds, file and command.
+A card has the claim of the paper, the verdict, and every measurement with its unit, seeds, file and command.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def files() -> dict[Path, str]:
 
 def card(name: str, claim: Claim, measured: list[Measure]) -> dict[str, object]:
     """The full card of a method."""
-    found = {
+    full = {
         "method": name,
         "claim": claim.claim,
         "verdict": claim.verdict,
         "measured": [m.to_dict() for m in measured],
     }
-    return found | ({"note": claim.note} if claim.note else {})
+    return full | ({"note": claim.note} if claim.note else {})
 
 
 def line(claim: Claim, measured: list[Measure]) -> str:
-    """The measurements in one line, grouped by the experiment that they come from."""
+    """The measurements in one line, grouped by experiment."""
     sentences = []
     for (setting, seeds), group in groupby(measured, lambda one: (one.setting, one.seeds)):
         size = f"{setting}, {seeds} seeds" if seeds else setting
@@ -54,7 +54,7 @@ def line(claim: Claim, measured: list[Measure]) -> str:
 
 
 def _series(measured: list[Measure]) -> Iterator[str]:
-    """Each number after what it is of; neighbours that differ after their last comma only share the rest."""
+    """Labels with numbers; neighbours whose labels differ only after the last comma share the common part."""
     for common, group in groupby(measured, lambda one: one.what.rpartition(", ")[0]):
         ones = list(group)
         if len(ones) == 1 or not common:
@@ -74,7 +74,7 @@ def main() -> None:
     names = [str(path.relative_to(ROOT)) for path in stale + gone]
     if "--check" in sys.argv:
         if names:
-            print("not what the results say:", *names)
+            print("out of date; run python -m tools.cards:", *names)
         sys.exit(bool(names))
     CARDS.mkdir(parents=True, exist_ok=True)
     for path in stale:

@@ -1,6 +1,6 @@
-"""For every method: the claim of its paper, our verdict, and the measurements that the verdict rests on.
+"""For every method: the claim of its paper, our verdict, and the measurements behind the verdict.
 
-Claims and verdicts are judgements and are written here. Numbers are not: each is read from a results file.
+Claims and verdicts are judgements and are written here. Every number is read from a results file.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from tools.measured import (
 )
 
 VERDICTS = ("reproduced", "partly", "not reproduced", "not tried", "control")
-"""Whether the claim of the paper showed here; a control has no claim."""
+"""Whether we could reproduce the claim of the paper; a control has no claim."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What is claimed of a method, and what we found.
+    """The claim about a method, and our verdict.
 
     Args:
-        claim: the paper's claim in one line; of a control, what it is for.
+        claim: the claim of the paper in one line; for a control, its purpose.
         verdict: one of `VERDICTS`.
         measured: reads the measurements.
-        note: what the numbers do not say.
+        note: limits of the measurements.
     """
 
     claim: str
@@ -60,7 +60,7 @@ PROMPT = "The policy inside is SnapKV. " + SMALL
 
 
 def policy(name: str, claim: str, note: str = SMALL, more: Callable[[], list[Measure]] = list) -> Claim:
-    """An eviction or selection policy: its recall with a quarter of the KV slots, next to random eviction."""
+    """An eviction or selection policy: its recall with a quarter of the KV slots, and that of random eviction."""
     return Claim(claim, "not tried", lambda: recall(name) + more(), note)
 
 

@@ -1,4 +1,4 @@
-"""Reads single measurements from the files under results/: what was measured, over how many seeds, and by which command."""
+"""Reads single measurements from the files under results/: value, unit, seeds and command."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RECALL = "results/eviction/recall.json"
 CODEBOOKS, QUANTIZERS = "results/collapse.json", "results/quantizers.json"
 SPEED = "results/memory.json"
 FORMS = {"bits per byte": "{:+.3f}", "nats": "{:+.3f}", "×": "{:.2f}", "%": "{:.0f}", "passes": "{:.2f}"}
-"""How a value is printed, by its unit; other units take three digits."""
+"""Number format by unit; other units use three digits."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Measure:
     significant: bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields that are known, with four significant digits."""
+        """The known fields, with four significant digits."""
         fields = {key: value for key, value in asdict(self).items() if value is not None}
         return {key: _rounded(value) for key, value in fields.items()}
 
     def number(self) -> str:
-        """The value with its unit, and its confidence interval where there is one."""
+        """The value with its unit, and its confidence interval if known."""
         form = FORMS.get(self.unit, "{:.3g}").format
         ends = self.value if isinstance(self.value, tuple) else (self.value,)
         text = " to ".join(map(form, ends)) + (f" {self.unit}" if self.unit else "")
@@ -81,7 +81,7 @@ def arm(file: str, name: str) -> dict[str, Any]:
 
 
 def difference(file: str, name: str, other: str, what: str) -> Measure:
-    """Bits per byte of one model minus those of another, seed by seed."""
+    """Bits per byte of one model minus those of another, paired by seed."""
     rows = [arm(file, each) for each in (name, other)]
     mine, theirs = (dict(zip(row["seeds"], row["bits_per_byte"]["values"], strict=True)) for row in rows)
     found = gap(mine, theirs)
@@ -112,7 +112,7 @@ def _source(file: str) -> dict[str, Any]:
 
 
 def effort(name: str, at: float) -> list[Measure]:
-    """Score and passes of a trained model that is asked for less effort, and the score at full effort."""
+    """Score and passes of a trained model at lower effort, and its score at full effort."""
     file = "results/adaptive/books-cpu/effort.json"
     rows = {row["effort"]: row for row in read(file)["rows"] if row["arm"] == name}
     size = _comparison(
@@ -187,7 +187,7 @@ def _seeds(rows: list[dict[str, Any]]) -> int:
 
 
 def codes(model: str, names: list[str], bits: float, what: str) -> Measure:
-    """Loss above that with the exact cache: the lowest and highest mean over codes of one rate."""
+    """Loss minus the loss with the exact cache: the lowest and highest mean over codes of one rate."""
     file = f"results/vqkv/{model}.json"
     rows = [row for row in read(file)["rows"] if row["name"] in names and abs(row["bits"] - bits) < 0.01]
     means = [mean(row["more_than_exact"] for row in rows if row["name"] == name) for name in names]
@@ -198,7 +198,7 @@ def codes(model: str, names: list[str], bits: float, what: str) -> Measure:
 
 
 def decoding(cache_name: str, tokens: tuple[int, int]) -> Measure:
-    """Decoding speed relative to transformers' DynamicCache at batch 1, at two lengths of the past."""
+    """Decoding speed relative to transformers' DynamicCache at batch 1, at two context lengths."""
     speed = [read(SPEED)["rows"][f"decode {n} x 1"][cache_name]["times_as_fast_as_dynamic"] for n in tokens]
     what = f"decoding speed against DynamicCache at {tokens[0] // 1024}k and {tokens[1] // 1024}k tokens"
     return Measure(what, (speed[0], speed[1]), "×", **_timed())
@@ -207,12 +207,12 @@ def decoding(cache_name: str, tokens: tuple[int, int]) -> Measure:
 def capacity(cache_name: str) -> Measure:
     """Tokens that fit into the memory of the benchmark, relative to DynamicCache, in bfloat16."""
     rows = next(rows for name, rows in read(SPEED)["rows"].items() if name.startswith("capacity"))
-    held = rows[f"{cache_name} bfloat16"]["tokens"] / rows["DynamicCache bfloat16"]["tokens"]
-    return Measure("tokens in the same memory against DynamicCache, bfloat16", held, "×", **_timed())
+    times = rows[f"{cache_name} bfloat16"]["tokens"] / rows["DynamicCache bfloat16"]["tokens"]
+    return Measure("tokens in the same memory against DynamicCache, bfloat16", times, "×", **_timed())
 
 
 def first_token(cache_name: str) -> Measure:
-    """How much sooner the first token of a prompt of 4,096 comes."""
+    """Speed-up of the time to the first token, for a prompt of 4,096 tokens."""
     rows = read(SPEED)["rows"]["first 4096"]
     what = "speed of the first token of a 4k prompt against DynamicCache"
     return Measure(what, rows["DynamicCache"]["seconds"] / rows[cache_name]["seconds"], "×", **_timed())

@@ -3,7 +3,7 @@
     python -m tools.results pack results/heads/books-cpu       runs/ becomes runs.tar.xz and runs.md
     python -m tools.results unpack results/heads/books-cpu     runs.tar.xz becomes runs/, which git ignores
 
-The archive holds settings, environment, metrics and result of every run; ``runs.md`` lists the final numbers of each.
+The archive contains config, environment, metrics and result of every run; ``runs.md`` lists the final numbers.
 `pondera report results/heads/books-cpu` reads the archive directly.
 """
 
@@ -27,7 +27,7 @@ LISTED = {
     "kv_bytes_per_token": ("KV bytes per token", "{:,.0f}"),
     "parameters": ("parameters", "{:,.0f}"),
 }
-"""The numbers of a result that ``runs.md`` shows: heading and format."""
+"""The numbers of a result in ``runs.md``: heading and format."""
 
 
 def pack_runs(runs: Path, experiment: Path) -> None:
@@ -35,14 +35,14 @@ def pack_runs(runs: Path, experiment: Path) -> None:
 
     Args:
         runs: a folder of run folders.
-        experiment: the folder of results that the two files go to.
+        experiment: the results folder for the two files.
     """
     pack(runs, experiment / ARCHIVE)
     write_atomic(experiment / "runs.md", table([Run.open(path) for path in sorted(runs.iterdir())]))
 
 
 def table(runs: list[Run]) -> str:
-    """One line for each run: seed, steps and the final numbers."""
+    """A Markdown table with seed, steps and final numbers of each run."""
     head = ["run", "seed", "steps", *(heading for heading, _ in LISTED.values())]
     lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(head) - 1)]
     for run in runs:
@@ -53,7 +53,7 @@ def table(runs: list[Run]) -> str:
 
 
 def add_runs(runs: Path, experiment: Path) -> None:
-    """Packs run folders together with those that the experiment's archive holds already; new ones replace old ones."""
+    """Adds run folders to the archive of an experiment; new runs replace old runs of the same name."""
     with tempfile.TemporaryDirectory() as scratch:
         everything = Path(scratch)
         if (experiment / ARCHIVE).is_file():

@@ -1,12 +1,12 @@
-"""Which causal LMs of transformers Pondera serves: every architecture tried as a tiny random model.
+"""Tests which causal LMs of transformers Pondera supports, with a tiny random model of every architecture.
 
     python tools/support.py                writes results/support.json and docs/support.md; a few minutes on one core
-    python tools/support.py llama gemma2   tries these, and prints what it finds
+    python tools/support.py llama gemma2   tests only these, and prints the results
 
-A KV-cache method is held against the stock cache while nothing is evicted, and against the model's own attention function
-over the rows that are kept once something is; a thinking method against itself without a cache. What is found is one of:
-exact (the same bits), close (to float tolerance), refused (a `UserError` that says why), WRONG, failed (any other error),
-not built (no tiny model can be made).
+While nothing is evicted, a KV cache method is compared with the stock cache. After an eviction it is compared with the model's
+own attention function over the kept slots. A thinking method is compared with itself without a cache. A result is one of:
+exact (the same bits), close (equal within float tolerance), refused (a `UserError` with the reason), WRONG, failed (any other
+error), not built (no tiny model can be built).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from pondera.methods.kv_cache.common.windowed_codec import SinkWindowLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 40
-"""Seconds that a family may take."""
+"""Maximum seconds per column of an architecture."""
 TOKENS, PROMPT = 24, 18
 VQKV = "VQKV(2, {}codes=4, vectors=64, fitting='kmeans', branches=1)"
 CACHES = {
@@ -43,7 +43,7 @@ CACHES = {
     "H2O": ("H2O(64)", "H2O(8)"),
     "VQKV": (VQKV.format(""), VQKV.format("window=5, sinks=1, every=2, ")),
 }
-"""By name: a form from which nothing is evicted in these texts, and one from which much is."""
+"""By name: a spec that evicts nothing in these sequences, and one that evicts much."""
 THINKING = {
     "PonderLM2": "PonderLM2(thoughts=1, eval_rounds='exact')",
     "PonderLM3": "PonderLM3(thoughts=2, threshold=0.1, eval_rounds='exact')",
@@ -56,28 +56,28 @@ THINKING = {
 }
 COLUMNS = (*CACHES, *THINKING)
 CLOSE = 2e-5
-"""The largest difference, as a share of the largest number, that counts as close."""
+"""The maximum difference that counts as close, relative to the largest number."""
 ORDER = ("exact", "close", "refused", "not built", "failed", "WRONG")
 Found = dict[str, str]
 
 
 def text(batch: int, tokens: int) -> Tensor:
-    """Token ids, always the same."""
+    """Fixed random token ids."""
     return torch.randint(5, VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(0))
 
 
 def read(model: Any, cache: Any, ids_BT: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-    """Logits of all tokens: the prompt at once, the others one by one."""
-    found, seen = [], 0
+    """Logits of all tokens: the prompt in one call, the others one by one."""
+    logits, seen = [], 0
     for piece in ids_BT.split([PROMPT] + [1] * (ids_BT.shape[1] - PROMPT), 1):
         seen += piece.shape[1]
         given = {} if mask_BT is None else {"attention_mask": mask_BT[:, :seen]}
-        found.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **given).logits)
-    return torch.cat(found, 1)
+        logits.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **given).logits)
+    return torch.cat(logits, 1)
 
 
 def verdict(pairs: list[tuple[Tensor, Tensor]], noise: float = 0.0) -> str:
-    """How what was found compares with what was expected, where rounding alone makes a difference of `noise`."""
+    """Compares results with expected results, given a rounding error of `noise`."""
     if all(torch.equal(found, expected) for found, expected in pairs):
         return "exact"
     worst = max(difference(found, expected) for found, expected in pairs)
@@ -85,7 +85,7 @@ def verdict(pairs: list[tuple[Tensor, Tensor]], noise: float = 0.0) -> str:
 
 
 def padded(batch: int) -> tuple[Tensor, Tensor]:
-    """A text with padding on the left of its first row, and its mask."""
+    """A batch with left padding in its first sequence, and its mask."""
     ids_BT = text(batch, TOKENS)
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :5] = 0
@@ -93,7 +93,7 @@ def padded(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def try_cache(model: PreTrainedModel, name: str) -> str:
-    """A KV-cache method beside the stock cache, and once it evicts beside the model's own attention over what is kept."""
+    """Compares a KV cache method with the stock cache, and after evictions with the model's own attention function."""
     large, small = CACHES[name]
     ids_BT, mask_BT = padded(2)
     try:
@@ -119,22 +119,22 @@ def try_cache(model: PreTrainedModel, name: str) -> str:
 
 
 def watch(layer: Any, pairs: list[tuple[Tensor, Tensor]]) -> None:
-    """Has a layer note what it gave and what the model's own attention function gives for the rows that are kept."""
+    """Records the output of a layer, and the output of the model's own attention function over the kept slots."""
     name = "_by_table" if isinstance(layer, KVStoreLayer) else "_by_segments"
     own = getattr(layer, name)
 
     def noted(call: AttentionCall, *others: Any) -> Tensor:
-        found = own(call, *others)
+        out = own(call, *others)
         if call.tokens == 1:
-            pairs.append((found, call.base(call.module, call.query_BHTD, *rows(layer), None, scaling=call.scaling,
+            pairs.append((out, call.base(call.module, call.query_BHTD, *rows(layer), None, scaling=call.scaling,
                                            **call.further)[0]))  # fmt: skip
-        return found
+        return out
 
     setattr(layer, name, noted)
 
 
 def rows(layer: Any) -> tuple[Tensor, Tensor]:
-    """The keys and values that a layer keeps, decoded, of one text."""
+    """The decoded keys and values in a layer, for a single sequence."""
     if isinstance(layer, SinkWindowLayer):
         keys, values, number_1S = layer.restored()
         return keys[:, :, number_1S[0] >= 0], values[:, :, number_1S[0] >= 0]
@@ -144,18 +144,18 @@ def rows(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def built(form: str, model: PreTrainedModel) -> KVCacheMethod:
-    """A method, fitted where it has to be."""
-    made = spec.build(form, "kv_cache")
-    return made if made.fitted else made.fit(model, [text(4, 20)])
+    """A KV cache method, calibrated if necessary."""
+    method = spec.build(form, "kv_cache")
+    return method if method.fitted else method.fit(model, [text(4, 20)])
 
 
 def stock_cache(model: PreTrainedModel) -> DynamicCache:
-    """The cache that `generate` would make."""
+    """The default cache of `generate`."""
     return DynamicCache(config=model.config.get_text_config(decoder=True))
 
 
 def try_thinking(kind: str, name: str) -> str:
-    """A thinking method with a cache beside itself without one, and a padded row beside itself alone."""
+    """Compares a thinking method with a cache and without one, and a padded sequence with the same sequence alone."""
     torch.manual_seed(0)
     config = tiny_config(kind).get_text_config(decoder=True).to_dict()
     model = AdaptiveLM(AdaptiveConfig(backbone={**config, "model_type": kind}, think=THINKING[name])).eval().float()
@@ -167,8 +167,10 @@ def try_thinking(kind: str, name: str) -> str:
 
 
 def noise(model: AdaptiveLM) -> float:
-    """What the logits make of embeddings that are off by a millionth, or by what the backbone's own cache is off by:
-    recurrent states amplify rounding, and some of transformers are worked out in another way token by token."""
+    """The change of the logits when the embeddings change by 1e-6, or by the error of the backbone's own cache.
+
+    Recurrent states amplify rounding, and some models of transformers compute them differently token by token.
+    """
     ids_BT, mask_BT = padded(2)
     real_BT, backbone = mask_BT.bool(), model.backbone.lm
     plain = backbone(input_ids=ids_BT, attention_mask=mask_BT).logits[real_BT]
@@ -181,7 +183,7 @@ def noise(model: AdaptiveLM) -> float:
 
 
 def attempt(run: Any, *given: Any) -> str:
-    """What comes of it, errors in words."""
+    """The result of a test, with errors as text."""
     try:
         with torch.no_grad():
             return run(*given)
@@ -192,7 +194,7 @@ def attempt(run: Any, *given: Any) -> str:
 
 
 def try_family(kind: str, write: Any) -> None:
-    """Tries everything on one architecture, and writes down each verdict as it comes."""
+    """Runs all tests on one architecture and sends each verdict."""
     try:
         model = tiny_model(kind)
     except NotBuilt as error:
@@ -205,7 +207,7 @@ def try_family(kind: str, write: Any) -> None:
 
 
 def in_a_process(kind: str) -> Found:
-    """The same in a process of its own, so that nothing that happens there stops the others."""
+    """Runs `try_family` in a process of its own, so that a crash does not stop the other architectures."""
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=try_family, args=(kind, send))
@@ -217,8 +219,8 @@ def in_a_process(kind: str) -> Found:
             if not receive.poll(LIMIT):
                 found["*"] = f"not built: not done within {LIMIT} seconds"
                 break
-            column, said = receive.recv()
-            found[column] = said
+            column, result = receive.recv()
+            found[column] = result
     except EOFError:
         found["*"] = "failed: the process ended"
     process.kill()
@@ -227,13 +229,13 @@ def in_a_process(kind: str) -> Found:
     return {column: found.get(column, rest) for column in COLUMNS}
 
 
-def word(said: str) -> str:
+def word(result: str) -> str:
     """The verdict without its reason."""
-    return said.partition(":")[0]
+    return result.partition(":")[0]
 
 
 def page(found: dict[str, Found]) -> str:
-    """docs/support.md."""
+    """The text of docs/support.md."""
     lines = [
         "# Which models are served",
         "",
@@ -271,7 +273,7 @@ def page(found: dict[str, Found]) -> str:
 
 
 def main(asked: list[str]) -> int:
-    """Tries the families that are asked for, or all of them; 1 where something is wrong or failed."""
+    """Tests the given architectures, or all; returns 1 if a test is WRONG or failed."""
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()
     found = {}
@@ -285,7 +287,7 @@ def main(asked: list[str]) -> int:
             json.dumps({"transformers": transformers.__version__, "found": found}, indent=1) + "\n"
         )
         (ROOT / "docs" / "support.md").write_text(page(found))
-    return int(any(word(said) in ("WRONG", "failed") for each in found.values() for said in each.values()))
+    return int(any(word(result) in ("WRONG", "failed") for each in found.values() for result in each.values()))
 
 
 if __name__ == "__main__":

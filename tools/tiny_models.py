@@ -1,6 +1,6 @@
-"""A tiny random model of any causal architecture that the installed transformers knows.
+"""Tiny random models of every causal architecture in the installed transformers.
 
-What is set are the sizes that a configuration has under one of the usual names; everything else keeps its default.
+The sizes that a configuration has under one of the usual names are made small; all other fields keep their defaults.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_M
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCABULARY, WIDTH, HEADS, MOST = 97, 64, 4, 20_000_000
-"""Tokens, width and heads of a tiny model, and the most parameters that one may have."""
+"""Vocabulary size, width and heads of a tiny model, and its maximum number of parameters."""
 SIZES: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embedding_size", "word_embed_proj_dim", "d_embed"), WIDTH),
@@ -47,18 +47,18 @@ BY_KIND: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "mamba2": {"num_heads": 8, "head_dim": 16},
 }
-"""What some architectures need beside sizes."""
+"""Further settings that some architectures need."""
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_encoder_layers",
           "num_decoder_layers")  # fmt: skip
 IDS = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
 
 
 class NotBuilt(Exception):
-    """No tiny model of this architecture can be made by shrinking the usual sizes."""
+    """Shrinking the usual sizes gives no tiny model of this architecture."""
 
 
 def families() -> list[str]:
-    """The types of all configurations that have a causal LM, each class once."""
+    """The model types of all configurations with a causal LM, each class once."""
     found: dict[Any, str] = {}
     for kind, name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.items():
         if kind in CONFIG_MAPPING_NAMES:
@@ -70,7 +70,7 @@ def tiny_config(kind: str) -> PreTrainedConfig:
     """The configuration of a tiny model.
 
     Raises:
-        NotBuilt: it cannot be had.
+        NotBuilt: the configuration cannot be built.
     """
     made = CONFIG_MAPPING[kind]
     try:
@@ -107,10 +107,10 @@ def _shrunk(default: PreTrainedConfig, made: Any) -> dict[str, Any]:
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
-    """A tiny random causal LM, always the same.
+    """A tiny random causal LM, the same in every call.
 
     Raises:
-        NotBuilt: it cannot be had.
+        NotBuilt: the model cannot be built or does not run.
     """
     config = tiny_config(kind)
     try:

@@ -1,12 +1,12 @@
-"""Runs the contract suite on several versions of transformers and writes down what passed.
+"""Runs the contract tests on several versions of transformers and records the results.
 
     python tools/versions.py                     the newest patch of each minor series that pyproject.toml allows
-    python tools/versions.py 5.23.0 5.24.0       these
-    python tools/versions.py 5.24.0 -- tests/unit/models -k cache      these tests instead of the whole suite; nothing is written
+    python tools/versions.py 5.23.0 5.24.0       these versions
+    python tools/versions.py 5.24.0 -- tests/unit/models -k cache      these tests instead of all; writes nothing
 
-Each version gets an environment of its own in a cache folder, made once: the pinned versions of constraints.txt with only
-transformers changed. Writes results/versions.json (versions that are not run now keep their lines), docs/versions.md and,
-of what passed, src/pondera/core/versions.json, which `pondera doctor` reads.
+Each version gets an environment of its own in a cache folder, with the pinned versions of constraints.txt and only
+transformers changed. The script writes results/versions.json (versions that are not run now keep their entries),
+docs/versions.md, and src/pondera/core/versions.json with the versions that passed, for `pondera doctor`.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ COUNT = re.compile(r"(\d+) (passed|failed|error|errors|skipped|xfailed)")
 
 
 def allowed() -> list[str]:
-    """The newest patch of each minor series that pyproject.toml allows, as the package index has them."""
+    """The newest patch on the package index of each minor series that pyproject.toml allows."""
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     wanted = SpecifierSet(next(line for line in listed if line.startswith("transformers")).removeprefix("transformers"))
-    said = subprocess.check_output([sys.executable, "-m", "pip", "index", "versions", "transformers"], text=True)
+    output = subprocess.check_output([sys.executable, "-m", "pip", "index", "versions", "transformers"], text=True)
     there = (
-        next(line for line in said.splitlines() if line.startswith("Available versions:")).partition(":")[2].split(",")
+        next(line for line in output.splitlines() if line.startswith("Available versions:"))
+        .partition(":")[2]
+        .split(",")
     )
     newest: dict[tuple[int, ...], str] = {}
     for version in sorted(map(str.strip, there), key=Version):
@@ -50,7 +52,7 @@ def allowed() -> list[str]:
 
 
 def environment(version: str, cache: Path) -> Path:
-    """The Python of an environment with that version; made if it is not there."""
+    """The Python of an environment with that version; creates the environment if necessary."""
     folder = cache / f"transformers-{version}"
     python = folder / "bin/python"
     if not (folder / "ready").is_file():
@@ -69,28 +71,28 @@ def environment(version: str, cache: Path) -> Path:
 
 
 def run(python: Path, tests: list[str], workers: str) -> dict[str, Any]:
-    """What pytest counted, and which tests failed."""
+    """The counts of pytest, and the failed tests."""
     threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     command = [str(python), "-m", "pytest", "-q", "-n", workers, "--tb=no", "-rfE", "-p", "no:cacheprovider", *tests]
-    said = subprocess.run(
+    output = subprocess.run(
         command,
         cwd=ROOT,
         env={**os.environ, **threads, "PYTHONPATH": str(ROOT / "src")},
         capture_output=True,
         text=True,
     ).stdout
-    lines = said.splitlines() or [""]
+    lines = output.splitlines() or [""]
     counts = {
         kind.removesuffix("s") if kind == "errors" else kind: int(number) for number, kind in COUNT.findall(lines[-1])
     }
     if not counts:
-        raise SystemExit(f"{python}: pytest did not come to an end:\n{said[-2000:]}")
+        raise SystemExit(f"{python}: pytest did not finish:\n{output[-2000:]}")
     failed = sorted(line.split(" ")[1] for line in lines if line.startswith(("FAILED ", "ERROR ")))
     return {"counts": counts, "failed": failed}
 
 
 def write(found: dict[str, Any]) -> None:
-    """The results, the page and what the package knows of them."""
+    """Writes the results, the page and the list of tested versions in the package."""
     rows = {version: found[version] for version in sorted(found, key=Version)}
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     good = [version for version, row in rows.items() if not row["failed"]]
@@ -118,9 +120,9 @@ def main() -> None:
     versions, tests = (given[: given.index("--")], given[given.index("--") + 1 :]) if "--" in given else (given, [])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="*")
-    parser.add_argument("--workers", default="auto", help="pytest-xdist's processes")
+    parser.add_argument("--workers", default="auto", help="processes of pytest-xdist")
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pondera-versions"
-    parser.add_argument("--cache", type=Path, default=default, help="where environments are kept")
+    parser.add_argument("--cache", type=Path, default=default, help="folder for the environments")
     args = parser.parse_args(versions)
     for version in args.versions or allowed():
         found = run(environment(version, args.cache), tests or SUITE, args.workers)

@@ -1,13 +1,13 @@
-"""Does it pay to choose which tokens think? Loss against the passes that tokens really take.
+"""Does it pay to choose which tokens think? Loss against the measured passes per token.
 
-    python -m experiments.adaptive.run --scale cpu --text books.jsonl.xz      on two cores, in pieces if need be
+    python -m experiments.adaptive.run --scale cpu --text books.jsonl.xz      on two cores; resumable
     python -m experiments.adaptive.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.adaptive.run --scale cpu --smoke      a check that it runs
 
-First the models that learn which tokens continue, next to models of fixed depth; then for each of them a control in which
-as many tokens continue at random: its probability is solved from the mean passes that the learned model was measured to
-take, over its seeds. Same data, same tokens, three seeds. Everything is resumable, and finished runs are published after
-each group, to ``results/adaptive/``.
+Each group first trains models that learn which tokens continue, and models of fixed depth. Then each learned model gets a
+control, in which tokens continue at random with the same mean passes, measured over the seeds of the learned model. All use
+the same data, the same number of tokens and three seeds. Everything is resumable. After each group, finished runs are
+published to ``results/adaptive/``.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from pondera.core.run_config import load
 CPU = {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 200, "train.save_every": 100}
 SCALES = {"cpu": CPU, "gpu": GPU}
 EXTRA = {"cpu": 2, "gpu": 3}
-"""The most passes beyond the first."""
+"""Maximum passes after the first."""
 
 
 def groups(extra: int, steps: int) -> dict[str, dict[str, str | None]]:
-    """Groups of arms, in the order of training: each with the spec of its think method.
+    """Groups of variants in the order of training, each with the spec of its think method.
 
     Args:
-        extra: the most passes beyond the first.
-        steps: of training, which AdaPonderLM's penalty is ramped up over.
+        extra: maximum passes after the first.
+        steps: training steps; AdaPonderLM increases its penalty over a part of them.
     """
     ramp = f"ramp=({steps // 4}, {steps // 2})"
     return {
@@ -58,7 +58,7 @@ CONTROLLED = ("latentcot-router", "adaponderlm", "universaltransformer", "thinka
 
 
 def control(spec: str, passes: float) -> str:
-    """The same method with as many passes on average, given to tokens at random.
+    """The same method with random halting and the same mean passes.
 
     Example:
         >>> control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
@@ -68,20 +68,20 @@ def control(spec: str, passes: float) -> str:
     depth = rest.split(",")[0].rstrip(")")
     extra = int(depth.partition("=")[2])
     low, high = 0.0, 1.0
-    for _ in range(40):  # keep + keep^2 + ... = passes - 1, which grows with keep
+    for _ in range(40):  # bisection: p + p^2 + ... = passes - 1 increases with the continue probability p
         middle = (low + high) / 2
         low, high = (middle, high) if sum(middle**k for k in range(1, extra + 1)) < passes - 1 else (low, middle)
     return f"{head}({depth}, halting='random', continue_prob={round(high, 4):g})"
 
 
 def recipe(name: str, think: str | None, overrides: dict[str, Any], folder: Path) -> str:
-    """An arm as a recipe file; every arm shares the plain model's backbone, text and schedule."""
-    given = {**overrides, "name": name} | ({"think": think} if think else {})
-    return write_recipe(load("plain", given), folder)
+    """Writes a variant as a recipe file; all variants share backbone, text and schedule of the plain model."""
+    settings = {**overrides, "name": name} | ({"think": think} if think else {})
+    return write_recipe(load("plain", settings), folder)
 
 
 def measured_passes(results: Path, name: str) -> float | None:
-    """Mean passes of an arm over its seeds, if it has been trained."""
+    """Mean passes of a variant over its seeds, if it has been trained."""
     if not results.is_file():
         return None
     rows = {row["name"]: row for row in json.loads(results.read_text())["rows"]}
@@ -106,13 +106,13 @@ def main() -> None:
             train(arms, group)
             for arm in filter(CONTROLLED.__contains__, list(arms)):
                 passes = measured_passes(it.results / f"{group}.json", arm)
-                # Where no token goes on, or every one does, chance would do the same.
+                # If no token or every token continues, random halting does the same.
                 if (
                     passes is not None
                     and passes > 1
-                    and not (made := control(str(arms[arm]), passes)).endswith("keep=1)")
+                    and not (random := control(str(arms[arm]), passes)).endswith("continue_prob=1)")
                 ):
-                    arms[f"{arm}-random"] = made
+                    arms[f"{arm}-random"] = random
             train(arms, group)
 
 

@@ -1,11 +1,11 @@
 """When do codebooks collapse? Initialisation x encoder width x start of quantization, on clusters, images and text states.
 
-    python -m experiments.collapse.run                                  all of it, about half an hour on two cores
+    python -m experiments.collapse.run                                  everything, about half an hour on two cores
     python -m experiments.collapse.run --data clusters --seeds 1        a first look
     python -m experiments.collapse.run --smoke      a check that it runs
 
-An autoencoder of two small networks with a codebook of 256 between them learns to reconstruct vectors; see
-``common/autoencoders.py`` for the data and for what is measured. Results go to ``results/collapse.json``.
+A small autoencoder with a codebook of 256 codes learns to reconstruct vectors; ``common/autoencoders.py`` describes the data
+and the measurements. Results go to ``results/collapse.json``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from experiments.common.autoencoders import Setting, sweep
 
 
 def settings(steps: int) -> dict[str, Setting]:
-    """By name, in the order of the table."""
+    """Settings by name, in the order of the table."""
     late = steps // 4
     return {
         "random, std 1": Setting("VQ(256, scale=1.0)"),

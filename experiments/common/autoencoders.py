@@ -1,11 +1,11 @@
-"""Small autoencoders with a quantizer between encoder and decoder: what they learn on, how, and what is measured.
+"""Small autoencoders with a quantizer between encoder and decoder: data, training and measurements.
 
 Shapes: N vectors, D width of the data, C width between encoder and decoder.
 
-Three kinds of vectors: 64 Gaussian clusters in 32 dimensions; images of 16 x 16 that are drawn here (bars, discs, rings and
-crosses); and hidden states of a small language model on the text of this Python's standard library, which needs no
-training: a transformer with random weights already mixes tokens, positions and what stood before. What is reported was
-measured on vectors that no step has seen, in eval mode.
+There are three kinds of vectors: 64 Gaussian clusters in 32 dimensions; generated images of 16 x 16 pixels (bars, discs, rings
+and crosses); and hidden states of a small language model on the text of Python's standard library. This model is not trained: a
+transformer with random weights already mixes tokens, positions and context. All results are measured on held-out vectors, in
+eval mode.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from pondera.methods.quantize.common.health import effective_rank
 
 WIDTH, BATCH, HELD_OUT, CLUSTERS = 16, 512, 8192, 64
 LEARNT_ON = 65536
-"""Vectors that the steps draw from."""
+"""Training vectors."""
 JUDGED_BY = ("usage", "perplexity", "split_error", "reachable_perplexity", "reachable_error", "effective_rank_input")
-"""What `pondera probe collapse` reaches its verdict by, on half of the held-out vectors; k-means learns on the other."""
+"""The measures behind the verdict of `pondera probe collapse`, on half of the held-out vectors; k-means uses the other half."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to begin.
+    """One setting of the experiment.
 
     Args:
-        quantizer: the spec of its codebook.
-        encoder: width of the encoder's hidden layers.
-        warmup: steps without the codebook.
+        quantizer: the spec of the quantizer.
+        encoder: width of the hidden layers of the encoder.
+        warmup: steps before quantization starts.
     """
 
     quantizer: str
@@ -53,14 +53,14 @@ class Setting:
 
 
 def clusters(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Vectors around 64 centres of scale 2, with noise of 0.3; and which centre."""
+    """Vectors around 64 centres of scale 2, with noise of 0.3, and the index of the centre."""
     centres_KD = 2 * torch.randn(CLUSTERS, 32, generator=torch.Generator().manual_seed(1234))
     label_N = torch.randint(CLUSTERS, (count,), generator=generator)
     return centres_KD[label_N] + 0.3 * torch.randn(count, 32, generator=generator), label_N
 
 
 def images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Grey images, 256 pixels in a row: one of four shapes at any place, of any size and brightness; and which shape."""
+    """Flattened grey images of 256 pixels with one of four shapes of random place, size and brightness, and its index."""
     across = torch.linspace(-1, 1, 16)
     y_HW, x_HW = torch.meshgrid(across, across, indexing="ij")
     at = 1.2 * torch.rand(count, 2, generator=generator) - 0.6
@@ -85,7 +85,7 @@ def images(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | Non
 
 @cache
 def _states() -> Tensor:
-    """Hidden states of a random transformer on the standard library's text."""
+    """Hidden states of a random transformer on the text of the standard library."""
     from pondera import AdaptiveConfig, AdaptiveLM
     from pondera.core.run_config import DataConfig
     from pondera.data.corpus import prepare
@@ -98,12 +98,12 @@ def _states() -> Tensor:
     ).eval()
     with torch.no_grad():
         count = (LEARNT_ON + HELD_OUT) // 256
-        found = [model.backbone.step(model.backbone.embed(windows[at]["input_ids"][None]))[0] for at in range(count)]
-    return torch.cat(found)
+        states_D = [model.backbone.step(model.backbone.embed(windows[at]["input_ids"][None]))[0] for at in range(count)]
+    return torch.cat(states_D)
 
 
 def states(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-    """Text states: the first are learnt on, the last are held out."""
+    """Text states: the first ones for training, the last ones held out."""
     return (_states()[:count] if count == LEARNT_ON else _states()[-count:]), None
 
 
@@ -114,10 +114,10 @@ DATA: dict[str, Callable[[int, torch.Generator], tuple[Tensor, Tensor | None]]] 
 }
 
 
-def network(given: int, hidden: int, made: int) -> nn.Sequential:
-    """Two hidden layers."""
+def network(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
+    """A multilayer perceptron with two hidden layers."""
     return nn.Sequential(
-        nn.Linear(given, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, made)
+        nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
     )
 
 
@@ -137,8 +137,8 @@ def learn(setting: Setting, data: str, seed: int, steps: int) -> dict[str, Any]:
             warm = _measured(parts, test_ND, None)
         quantizer.begin_step(step, seed)
         batch_ND = x_ND[torch.randint(len(x_ND), (BATCH,), generator=draw)]
-        found = quantizer(encoder(batch_ND))
-        loss = (decoder(found.out) - batch_ND).square().mean() + found.loss
+        quantized = quantizer(encoder(batch_ND))
+        loss = (decoder(quantized.out) - batch_ND).square().mean() + quantized.loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -148,30 +148,30 @@ def learn(setting: Setting, data: str, seed: int, steps: int) -> dict[str, Any]:
 
 @torch.no_grad()
 def _measured(parts: nn.ModuleList, test_ND: Tensor, label_N: Tensor | None) -> dict[str, Any]:
-    """Health on held-out vectors, what the decoder makes of codes and of vectors, and how pure codes are."""
+    """Codebook health on held-out vectors, reconstruction error with and without quantization, and purity of the codes."""
     parts.eval()
     encoder, decoder, quantizer = parts
     z_ND = encoder(test_ND)
-    found = quantizer(z_ND)
-    health, scale = found.health.to_dict(), (test_ND - test_ND.mean(0)).square().mean()
-    said = {key: health[key] for key in ("split_error", "variance")}
+    quantized = quantizer(z_ND)
+    health, scale = quantized.health.to_dict(), (test_ND - test_ND.mean(0)).square().mean()
+    measures = {key: health[key] for key in ("split_error", "variance")}
     for key in ("usage", "perplexity", "crowding"):
-        said[key] = health[key][0][0] if health[key] else None
-    said["effective_rank_codes"] = health["effective_rank_codes"][0]
-    said["effective_rank_input"] = effective_rank(z_ND)  # health knows none of vectors that pass a warm-up uncoded
-    for name, vectors_ND in (("coded", found.out), ("continuous", z_ND)):
-        said[f"error_{name}"] = float((decoder(vectors_ND) - test_ND).square().mean() / scale)
+        measures[key] = health[key][0][0] if health[key] else None
+    measures["effective_rank_codes"] = health["effective_rank_codes"][0]
+    measures["effective_rank_input"] = effective_rank(z_ND)  # during a warm-up, health has no rank of the input
+    for name, vectors_ND in (("coded", quantized.out), ("continuous", z_ND)):
+        measures[f"error_{name}"] = float((decoder(vectors_ND) - test_ND).square().mean() / scale)
     if isinstance(quantizer, Codebook) and not quantizer.gate.closed:
-        code_N, table_KC = found.codes.flatten(), quantizer.table()[0, 0]
+        code_N, table_KC = quantized.codes.flatten(), quantizer.table()[0, 0]
         if label_N is not None:
             kinds = int(label_N.max()) + 1
             together = torch.bincount(code_N * kinds + label_N, minlength=len(table_KC) * kinds).view(-1, kinds)
-            said["purity"] = float(together.amax(1).sum() / len(label_N))
+            measures["purity"] = float(together.amax(1).sum() / len(label_N))
         if len(z_ND) >= ENOUGH * len(table_KC):
-            deferred = diagnose(z_ND, table_KC).to_dict()
-            said["diagnosis"] = {key: deferred[key] for key in (*JUDGED_BY, "width")}
+            diagnosis = diagnose(z_ND, table_KC).to_dict()
+            measures["diagnosis"] = {key: diagnosis[key] for key in (*JUDGED_BY, "width")}
     parts.train()
-    return said
+    return measures
 
 
 def _job(setting: Setting, data: str, seed: int, steps: int) -> dict[str, Any]:
@@ -182,19 +182,19 @@ def _job(setting: Setting, data: str, seed: int, steps: int) -> dict[str, Any]:
 def sweep(doc: str | None, kind: str, settings: Callable[[int], dict[str, Setting]], steps: int) -> None:
     """The command line of an experiment: every setting on every kind of vectors, over seeds.
 
-    A setting is written as it ends, and what is there is not run again.
+    Each setting is written when it is done; finished settings are not repeated.
 
     Args:
-        doc: of the script.
-        kind: the question: the name of the experiment's folder and of its file of results.
-        settings: by name, in the order of the table, given the number of steps.
-        steps: unless others are asked for.
+        doc: the docstring of the script.
+        kind: the name of the experiment's folder and of its results file.
+        settings: returns the settings by name, in the order of the table, for a number of steps.
+        steps: the default number of steps.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--jobs", type=int, default=2, help="side by side, one thread each")
+    parser.add_argument("--jobs", type=int, default=2, help="processes in parallel, with one thread each")
     parser.add_argument("--out", type=Path, default=Path(f"results/{kind}.json"))
     parser.add_argument("--smoke", action="store_true", help="4 steps and one seed on clusters, to runs/smoke/ only")
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What the experiments have in common: arguments, the larger scale, recipes as files, results without weights."""
+"""Code that the experiments share: arguments, the GPU scale, recipe files, and publishing results without weights."""
 
 from __future__ import annotations
 
@@ -51,22 +51,22 @@ SMOKE = {
     "train.eval_every": 4,
     "train.save_every": 4,
 }
-"""Added to any scale: enough to see that every line of an experiment runs. Its numbers mean nothing."""
+"""Overrides for a smoke test at any scale: they run every line of an experiment. The numbers mean nothing."""
 COPIED = ("metrics.jsonl", "result.json", "traces/depths.json")
 SEEDS = 3
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What was asked for, and where it goes.
+    """The settings and folders of an experiment.
 
     Args:
         out: the folder of the runs.
         results: the folder that is committed.
-        overrides: dotted settings of every arm.
-        seeds: how many of each arm.
-        jobs: runs side by side.
-        command: what to type to do all this again, wherever the text lies.
+        overrides: dotted settings of every variant.
+        seeds: the number of seeds of each variant.
+        jobs: the number of runs in parallel.
+        command: the command that repeats the experiment, without local paths.
     """
 
     out: Path
@@ -78,27 +78,27 @@ class Experiment:
 
 
 def arguments(doc: str | None, scales: list[str]) -> argparse.ArgumentParser:
-    """The arguments that every experiment takes."""
+    """The arguments of every experiment."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=sorted(scales), required=True)
     parser.add_argument("--text", default="stdlib", help="as data.text (default: stdlib)")
-    parser.add_argument("--name", help="of the folder of results (default: the text's)")
-    parser.add_argument("--steps", type=int, help="another length")
+    parser.add_argument("--name", help="name of the results folder (default: from the text)")
+    parser.add_argument("--steps", type=int, help="training steps (default: those of the scale)")
     parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs side by side (gpu: 1)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs in parallel (gpu: 1)")
     parser.add_argument("--smoke", action="store_true", help="4 tiny steps and one seed, to runs/smoke/ only")
-    parser.add_argument("--minutes", type=float, help="stop and save after so long; call again to go on")
+    parser.add_argument("--minutes", type=float, help="stop and save after this time; call again to continue")
     return parser
 
 
 def plan(args: argparse.Namespace, kind: str, settings: dict[str, Any], further: tuple[str, ...] = ()) -> Experiment:
-    """Reads the common arguments.
+    """The plan of an experiment from the common arguments.
 
     Args:
-        args: as parsed.
-        kind: the question: the name of the experiment's folder, and of the folders of its runs and results.
-        settings: dotted, of the scale.
-        further: words of the command that only this experiment has.
+        args: the parsed arguments.
+        kind: the name of the experiment's folder, and of the folders of its runs and results.
+        settings: the dotted settings of the scale.
+        further: additional words of the command of this experiment.
     """
     name = args.name or Path(args.text).name.split(".")[0]
     words = ["python", "-m", f"experiments.{kind}.run", "--scale", args.scale]
@@ -122,19 +122,19 @@ def plan(args: argparse.Namespace, kind: str, settings: dict[str, Any], further:
 
 @contextmanager
 def in_pieces(minutes: float | None) -> Iterator[None]:
-    """Stops in time, or when asked to, with everything saved; says "done" at the end."""
+    """Stops after some minutes, or on an interrupt, with everything saved; prints "done" at the end."""
     if minutes:
         stop_after(minutes)
     try:
         yield
     except (Interrupted, KeyboardInterrupt):
-        print("stopped in time; call it again to go on", file=sys.stderr)
+        print("stopped and saved; call it again to continue", file=sys.stderr)
         sys.exit(130)
     print("done")
 
 
 def write_recipe(config: RunConfig, folder: Path) -> str:
-    """An arm's settings as a file named after it, for `compare` to train."""
+    """Writes the config of a variant as a file with its name, for `compare`."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{config.name}.yaml"
     write_atomic(path, yaml.safe_dump(config.to_dict(), sort_keys=False))
@@ -142,12 +142,12 @@ def write_recipe(config: RunConfig, folder: Path) -> str:
 
 
 def publish(out: Path, results: Path, equal: str, command: str) -> None:
-    """Packs what the runs recorded, without weights and without this machine's paths.
+    """Publishes the records of the runs, without weights and without local paths.
 
     Args:
         out: the folder of the comparison.
-        results: the folder to write to; runs that were published there before are kept.
-        equal: the name of the file of the comparison's numbers.
+        results: the folder to write to; runs published there before are kept.
+        equal: the name of the file for the numbers of the comparison.
         command: the command that produces them.
     """
     results.mkdir(parents=True, exist_ok=True)
@@ -166,13 +166,13 @@ def _copy(run: Run, target: Path, command: str) -> None:
     config = run.config.to_dict()
     config["data"]["text"] = portable(config["data"]["text"])
     write_atomic(target / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-    # A run that was trained in a process of its own has a command of its own.
+    # A run that was trained in a process of its own recorded its own command.
     typed = run.env["command"] if run.env["command"].startswith("pondera ") else command
     write_json(target / "env.json", run.env | {"command": shlex.join(map(portable, shlex.split(typed)))})
 
 
 def portable(word: str) -> str:
-    """An absolute path's last part; everything else as it is."""
+    """The last part of an absolute path; any other word unchanged."""
     return Path(word).name if Path(word).is_absolute() else word
 
 
@@ -183,7 +183,9 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def stop_after(minutes: float) -> None:
-    """Has this process interrupt itself in time, which finishes and saves the steps that are being trained."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell script's background jobs ignore it
+    """Interrupts this process after some minutes; training then finishes its step and saves."""
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # background jobs of shell scripts ignore SIGINT by default
     signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 60 * minutes)

@@ -1,13 +1,13 @@
-"""Does predicting concepts make a better language model? ConceptLM against plain models of equal size and of equal cost.
+"""Does predicting concepts improve a language model? ConceptLM and plain models of equal size and of equal cost.
 
     python -m experiments.concepts.run --scale cpu --text books.jsonl.xz      about half an hour on two cores
     python -m experiments.concepts.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.concepts.run --scale cpu --smoke      a check that it runs
 
-Models: plain; plain with wider layers, as many training FLOPs as ConceptLM; plain with still wider layers, as many parameters;
-ConceptLM; ConceptLM without its concept loss (an additional layer at a quarter of the rate remains), with a softmax in its
-merge, and with the likeliest code alone. Same data, same tokens, three seeds. The trained ConceptLM is also scored with its
-concepts set to zero. Everything is resumable; results go to ``results/concepts/``.
+Models: plain; plain with wider layers and the training FLOPs of ConceptLM; plain with still wider layers and the parameters of
+ConceptLM; ConceptLM; ConceptLM without its concept loss (an additional layer at a quarter of the rate remains), with a softmax
+merge, and with only the most likely code. All use the same data, the same number of tokens and three seeds. The trained
+ConceptLM is also scored with its concepts set to zero. Everything is resumable; results go to ``results/concepts/``.
 """
 
 from __future__ import annotations
@@ -36,39 +36,39 @@ FORMS = {
 
 
 def concept_model(name: str, further: str, overrides: dict[str, Any]) -> RunConfig:
-    """An arm with concepts: half of the layers encode."""
+    """A variant of ConceptLM; half of the layers encode."""
     return load("plain", {**overrides, "name": name, "chunk": f"ConceptLM(chunk=4, codes=64, segments=8{further})"})
 
 
 def widened(name: str, wanted: float, measure: Callable[[RunConfig], float], overrides: dict[str, Any]) -> RunConfig:
-    """The plain model whose feed-forward layers are as wide as it takes to reach `wanted`, to a multiple of 8."""
+    """The plain model with feed-forward layers wide enough to reach `wanted`; the width is a multiple of 8."""
 
-    def made(width: int) -> RunConfig:
+    def with_width(width: int) -> RunConfig:
         return load("plain", {**overrides, "name": name, "backbone.intermediate_size": width})
 
     low, high = 8, 16 * load("plain", overrides).backbone["hidden_size"]
     while high - low > 8:
         middle = (low + high) // 16 * 8
-        low, high = (middle, high) if measure(made(middle)) < wanted else (low, middle)
-    return made(high)
+        low, high = (middle, high) if measure(with_width(middle)) < wanted else (low, middle)
+    return with_width(high)
 
 
 def parameters(config: RunConfig) -> float:
-    """How many numbers a model learns."""
+    """The number of parameters of a model."""
     return float(sum(p.numel() for p in new_model(config, prepare(config.data).vocab_size).parameters()))
 
 
 def zeroed(config: RunConfig, out: Path, seeds: int) -> dict[str, Any]:
-    """The trained ConceptLM on the windows of its table, without its concepts."""
-    found: dict[str, list[float | None]] = {"with": [], "without": []}
+    """Scores the trained ConceptLM with its concepts and without them, on the windows of the comparison."""
+    bits: dict[str, list[float | None]] = {"with": [], "without": []}
     for seed in range(config.train.seed, config.train.seed + seeds):
         run = Run.open(folder_of(with_seed(config, seed), out))
         model, held_out = load_model(str(run.path)).model, prepare(config.data).validation
         for name, effort in (("with", 1.0), ("without", 0.0)):
             budget, tokens = {"effort": effort}, config.train.eval_tokens
-            said = score(model, held_out, config.data.context, tokens, config.train.batch_size, budget=budget)
-            found[name].append(said["bits_per_byte"])
-    return {name: spread(values) for name, values in found.items()}
+            scores = score(model, held_out, config.data.context, tokens, config.train.batch_size, budget=budget)
+            bits[name].append(scores["bits_per_byte"])
+    return {name: spread(values) for name, values in bits.items()}
 
 
 def main() -> None:

@@ -1,19 +1,19 @@
-"""Does a memory of earlier blocks help, and which? Elastic Memory against simpler memories of equal size, and against none.
+"""Does a memory of earlier blocks help, and which? Elastic Memory, simpler memories of equal size, and no memory.
 
     python -m experiments.elastic.run --scale cpu --text books.long.jsonl.xz      about half an hour on two cores
     python -m experiments.elastic.run --scale gpu --text books.long.jsonl.xz --minutes 8.5   call it again until it says "done"
     python -m experiments.elastic.run --scale cpu --smoke      a check that it runs
 
-Language models that read windows of eight blocks: without memory (``blocks``), with the last rows before each block
-(``transformer-xl``), with means of every few tokens (``mean-pool``), with 16 samples of 16 or of 64 Legendre coefficients
-(``elastic-16``, ``elastic-64``), with all rows before the block, of which each query reads its nearest 16 in the last layer
-(``memorizing``); and the backbone that attends to the whole window (``plain``). Same text, same tokens, equally many memory
-rows. For the trained models the loss is measured by the position of the block in its sequence, also in sequences of four
-times the training length, and with the samples of Elastic Memory moved to the recent past.
+The language models read windows of eight blocks: without memory (``blocks``); with the last KV rows before each block
+(``transformer-xl``); with mean rows (``mean-pool``); with 16 samples of 16 or 64 Legendre coefficients (``elastic-16``,
+``elastic-64``); with all rows before the block, where each query of the last layer attends to its nearest 16
+(``memorizing``); and with attention to the whole window (``plain``). All use the same text, the same number of tokens and
+the same number of memory rows. The loss of the trained models is measured by the position of the block in its sequence, also
+in sequences of four times the training length, and with the samples of Elastic Memory moved to the recent past.
 
-Then two tasks on random tokens, with small models. *Slow signal*: the mean of all bits so far, whose rate changes with
-every block. *Needle*: 16 keys were each given a value once, somewhere in the past, and are asked for in the last block;
-Elastic Memory is not made for this. Everything is resumable; results go to ``results/elastic/``.
+Then small models learn two tasks on random tokens. *Slow signal*: the mean of all bits so far, whose rate changes with every
+block. *Needle*: each of 16 keys has one value in the past, and the last block asks for the values; Elastic Memory is not
+made for this. Everything is resumable; results go to ``results/elastic/``.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ SCALES = {
 }
 BLOCK = {"cpu": 64, "gpu": 128}
 HELD_OUT = {"cpu": 65536, "gpu": 524288}
-"""Tokens on which the loss is measured by place."""
+"""Held-out tokens for the loss by position."""
 LONGER = 4
-"""Texts that are read after training are so many times longer than windows in training."""
+"""Length of the long evaluation sequences, in training windows."""
 ROWS = 16
 TASKS = ("slow-signal", "needle")
 TASK_BLOCK, TASK_BLOCKS, KEYS, NOISE = 32, 8, 16, 16
@@ -62,21 +62,21 @@ TASK_BATCH, TASK_TESTS = 8, 256
 
 
 def memories(block: int, blocks: int, rows: int = ROWS) -> dict[str, str | None]:
-    """The arms: what stands beside a block of so many tokens, in texts of so many blocks."""
+    """The variants by name, for sequences of `blocks` blocks of `block` tokens."""
     pool = block * (blocks - 1) // rows
-    pool = next(size for size in range(pool, block + 1) if block % size == 0)  # so that the rows cover the whole past
+    pool = next(size for size in range(pool, block + 1) if block % size == 0)  # the rows must cover the whole past
     return {
         "plain": None,
         "blocks": f"TransformerXL(block={block}, mems=0)",
         "transformer-xl": f"TransformerXL(block={block}, mems={rows}, tbptt=2)",
         "mean-pool": f"MeanPool(block={block}, samples={rows}, pool={pool})",
-        "memorizing": f"MemorizingTransformer(block={block}, memory={block * (blocks - 1)}, top={rows})",
+        "memorizing": f"MemorizingTransformer(block={block}, memory={block * (blocks - 1)}, top_k={rows})",
         "elastic-16": f"ElasticMemory(block={block}, order=16, samples={rows})",
         "elastic-64": f"ElasticMemory(block={block}, order=64, samples={rows})",
     }
 
 
-# By the place in the text
+# Loss by position
 
 
 @torch.no_grad()
@@ -92,7 +92,7 @@ def nats_by_block(model: AdaptiveLM, windows: list[dict[str, Tensor]], block: in
 
 
 def places(arms: list[RunConfig], it: Experiment, block: int, tokens: int, target: Path) -> None:
-    """Loss by block of every trained model; what is there is not measured again."""
+    """Loss by block of every trained model; existing rows are not repeated."""
     rows = json.loads(target.read_text())["rows"] if target.is_file() else []
     done = {(row["arm"], row["seed"], row["context"], row["points"]) for row in rows}
     for config in arms:
@@ -111,15 +111,15 @@ def places(arms: list[RunConfig], it: Experiment, block: int, tokens: int, targe
                     model.memory.look(at)
                 split = held_out.windows(length)
                 count = min(len(split), tokens // length)
-                found = nats_by_block(model, [split[i] for i in range(count)], block, config.train.batch_size)
-                share = held_out.num_bytes_of(1, count * length + 1) / len(found)
-                said = [nats / math.log(2) / share for nats in found]
-                rows.append({"arm": config.name, "seed": seed, "context": length, "points": at, "bits_per_byte": said})
+                nats = nats_by_block(model, [split[i] for i in range(count)], block, config.train.batch_size)
+                share = held_out.num_bytes_of(1, count * length + 1) / len(nats)
+                bits = [one / math.log(2) / share for one in nats]
+                rows.append({"arm": config.name, "seed": seed, "context": length, "points": at, "bits_per_byte": bits})
                 write_json(target, {"command": it.command, "block": block, "rows": rows})
 
 
 def by_place(target: Path) -> None:
-    """Means over seeds, of a few stretches of blocks each, and the differences to the arm without memory."""
+    """Means over seeds for some ranges of blocks, and the differences to the variant without memory."""
     found = json.loads(target.read_text())
     table = []
     keys = dict.fromkeys((row["arm"], row["context"], row["points"]) for row in found["rows"])
@@ -132,8 +132,8 @@ def by_place(target: Path) -> None:
                 score = [sum(row["bits_per_byte"][first:stop]) / (stop - first) for row in own]
                 against = [sum(base[row["seed"], context][first:stop]) / (stop - first) for row in own]
                 gap = [one - other for one, other in zip(score, against, strict=True)]
-                said = {"arm": arm, "context": context, "points": points, "blocks": [first, stop]}
-                table.append(said | {"bits_per_byte": spread(score), "against_blocks": spread(gap)})
+                where = {"arm": arm, "context": context, "points": points, "blocks": [first, stop]}
+                table.append(where | {"bits_per_byte": spread(score), "against_blocks": spread(gap)})
     write_json(target, found | {"table": table})
 
 
@@ -141,17 +141,17 @@ def by_place(target: Path) -> None:
 
 
 def slow_signal(count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Bits, whose rate is drawn anew for each block; and the mean of all so far, ``[count, T]`` each."""
+    """Random bits with a new rate in each block, and the mean of all bits so far; ``[count, T]`` each."""
     rate = torch.rand(count, TASK_BLOCKS, 1, generator=draw)
     bits = (torch.rand(count, TASK_BLOCKS, TASK_BLOCK, generator=draw) < rate).flatten(1).long()
     return bits, bits.cumsum(1) / torch.arange(1, bits.shape[1] + 1)
 
 
 def needle(count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noise with one token for each key and its value in the blocks before the last, and keys alone in the last.
+    """Noise with one key-value token per key in the earlier blocks, and the keys alone in the last block.
 
     Returns:
-        tokens and, where a key is asked for, its value, else -100; ``[count, T]`` each.
+        The tokens, and the labels: the value at each key of the last block, otherwise -100; ``[count, T]`` each.
     """
     past = TASK_BLOCK * (TASK_BLOCKS - 1)
     tokens = torch.randint(NOISE, (count, past + TASK_BLOCK), generator=draw)
@@ -164,7 +164,7 @@ def needle(count: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def learn(task: str, memory: str | None, seed: int, steps: int) -> dict[str, float]:
-    """Trains a small model on a task and measures it on texts that no step has seen, in their last block."""
+    """Trains a small model on a task and measures it on the last block of new sequences."""
     torch.manual_seed(seed)
     sizes = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 2}
     words = {"vocab_size": NOISE + KEYS * (KEYS + 1), "tie_word_embeddings": False}
@@ -215,7 +215,7 @@ def _job(task: str, arm: str, seed: int, steps: int) -> dict[str, Any]:
 
 
 def tasks(it: Experiment, steps: int, target: Path) -> None:
-    """All arms on both tasks; what is there is not trained again."""
+    """All variants on both tasks; existing rows are not repeated."""
     rows = json.loads(target.read_text())["rows"] if target.is_file() else []
     there = {(row["task"], row["arm"], row["seed"], row["steps"]) for row in rows}
     arms = list(memories(TASK_BLOCK, TASK_BLOCKS))
@@ -236,7 +236,7 @@ def tasks(it: Experiment, steps: int, target: Path) -> None:
 
 def main() -> None:
     parser = arguments(__doc__, list(SCALES))
-    parser.add_argument("--task-steps", type=int, default=400, help="of each model of the two tasks")
+    parser.add_argument("--task-steps", type=int, default=400, help="training steps for the two tasks")
     args = parser.parse_args()
     if args.smoke:
         args.task_steps = 2
@@ -249,7 +249,7 @@ def main() -> None:
             load("plain", {**it.overrides, "name": name} | ({"memory": memory} if memory else {}))
             for name, memory in memories(block, base.data.context // block).items()
         ]
-        arms = [arms[1], *arms[2:], arms[0]]  # the first is what the others are measured against
+        arms = [arms[1], *arms[2:], arms[0]]  # the first is the baseline
         recipes = [write_recipe(config, it.out / "recipes") for config in arms]
         found = compare(recipes, it.seeds, "tokens", None, it.out, jobs=it.jobs)
         publish(it.out, it.results, "tokens", it.command)

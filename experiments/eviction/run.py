@@ -1,16 +1,16 @@
 """What is lost when the KV cache is cut? Recall and loss of every eviction and selection policy at equal budgets.
 
-    python -m experiments.eviction.run                            all of it, half an hour of two free cores
+    python -m experiments.eviction.run                            everything, half an hour on two cores
     python -m experiments.eviction.run --seeds 1 --texts 8        a first look
     python -m experiments.eviction.run --smoke      a check that it runs
 
-For each seed a Llama of 3 layers is trained on the sequences of `sequences.py`, in which something has to be recalled; `Full`
-shows that it has learnt to. Every policy prefills the prompt in one call, with the question as its last token, and then gets
-the answer token by token. Measured are the share of these tokens that are ranked first and the loss; for sequences without a
-question the loss alone. ``later`` gives the question after the prompt, so that no policy knows it when it evicts. Budgets are
-KV slots per layer and KV head, as shares of the prompt; for policies that keep everything and attend to a part, the slots
-that they attend to (for `LazyLLM` after its first layer, which attends to all). Each row is written when it is done, and
-finished rows are not run again.
+For each seed a Llama of 3 layers is trained on the recall sequences of `sequences.py`; `PreallocatedCache`
+shows that it has learnt to recall. Every policy prefills the prompt in one call, with the question as the last token, and then
+receives the answer token by token. The results are the top-1 accuracy on the answer and its loss; sequences without a question
+have only a loss. With ``later``, the question comes after prefill, so that no policy knows it when it evicts. Budgets are KV
+slots per layer and KV head, as shares of the prompt. For policies that keep all slots and attend to some, the budget is the
+number of attended slots (for `LazyLLM` after its first layer, which attends to all). Each row is written when it is done;
+finished rows are not repeated.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ POLICIES = {
     "RefreshKV": "RefreshKV({n}, stride=5, similarity=0.85, kernel=5)",
     "LazyLLM": "LazyLLM({share}, layers=[0])",
 }
-"""By name, as specs; n is the budget, share that of the prompt."""
+"""Specs by name; n is the budget in slots, share the budget as a share of the prompt."""
 
 
 def policy(name: str, slots: int) -> str:
-    """The spec of a policy with a budget of so many slots."""
+    """The spec of a policy with a budget of `slots` slots."""
     spec_text = POLICIES[name].replace("{share}", str(slots / PROMPT))
     return spec_text.replace("{n} - 8", str(slots - 8)).replace("{n}", str(slots))
 
 
 @torch.no_grad()
 def measure(lm: Any, memory: str, texts: Texts, later: bool) -> dict[str, float]:
-    """Reads prompts in one call and what is asked for token by token.
+    """Prefills the prompts in one call and feeds the answers token by token.
 
     Args:
         lm: the model.
-        memory: spec of a policy.
-        texts: of one kind.
-        later: the last token of the prompts comes after what is read in one call.
+        memory: the spec of a policy.
+        texts: sequences of one kind.
+        later: the last token of each prompt comes after prefill.
     """
     prompt = texts.prompt - later
     cache = spec.build(memory, "kv_cache").cache(lm)
@@ -75,22 +75,23 @@ def measure(lm: Any, memory: str, texts: Texts, later: bool) -> dict[str, float]
         logits.append(lm(ids_BT[:, at : at + 1], past_key_values=cache).logits)
     logits_BTV, label_BT = torch.cat(logits, dim=1)[:, -(ids_BT.shape[1] - texts.prompt) :], ids_BT[:, texts.prompt :]
     tables = [table for layer in cache.kept if isinstance(layer, KVStoreLayer) for table in layer.tables]
-    held = [table.real.sum(-1).float().mean() for table in tables]
+    slots = [table.real.sum(-1).float().mean() for table in tables]
     return {
         "recall": float((logits_BTV.argmax(-1) == label_BT).float().mean()),
         "loss": float(torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), label_BT.flatten())),
-        "slots": float(torch.stack(held).mean()),
+        "slots": float(torch.stack(slots).mean()),
         "bytes": cache.nbytes() / len(ids_BT),
     }
 
 
 def arms() -> list[tuple[str, float]]:
-    """Policies and shares; all is kept once only."""
-    return [("PreallocatedCache", 1.0), *((name, share) for share in SHARES for name in POLICIES if name != "PreallocatedCache")]
+    """Policies and shares; the uncompressed cache runs only once."""
+    full = "PreallocatedCache"
+    return [(full, 1.0), *((name, share) for share in SHARES for name in POLICIES if name != full)]
 
 
 def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rows of one seed; those that are there already are not run again."""
+    """All rows of one seed; existing rows are not repeated."""
     torch.set_num_threads(1)
     lm = trained(seed, args.steps, args.batch, args.out / f"seed-{seed}")
     file = args.out / f"seed-{seed}.json"
@@ -101,23 +102,23 @@ def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         began, memory = time.perf_counter(), policy(name, int(share * PROMPT))
         texts = KINDS[task.partition(",")[0]](args.texts, torch.Generator().manual_seed(10_000 + 100 * seed + number))
-        found = measure(lm, memory, texts, later="later" in task)
-        rows.append({"policy": name, "spec": memory, "share": share, "task": task, "seed": seed, **found})
-        said = f"recall {found['recall']:.3f}, loss {found['loss']:.3f}, {time.perf_counter() - began:.1f} s"
-        print(f"seed {seed}, {name} at {share}, {task}: {said}", flush=True)
+        row = measure(lm, memory, texts, later="later" in task)
+        rows.append({"policy": name, "spec": memory, "share": share, "task": task, "seed": seed, **row})
+        summary = f"recall {row['recall']:.3f}, loss {row['loss']:.3f}, {time.perf_counter() - began:.1f} s"
+        print(f"seed {seed}, {name} at {share}, {task}: {summary}", flush=True)
         write_json(file, {"rows": rows})
     return rows
 
 
 def main() -> None:
-    """Runs what is missing, seeds side by side."""
+    """Runs the missing rows, with several seeds in parallel."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=1600, help="of training")
-    parser.add_argument("--batch", type=int, default=8, help="texts of each kind in a step")
-    parser.add_argument("--texts", type=int, default=32, help="that are measured, of each kind")
-    parser.add_argument("--jobs", type=int, default=2, help="seeds side by side")
-    parser.add_argument("--out", type=Path, default=Path("runs/eviction"), help="where weights and rows go")
+    parser.add_argument("--steps", type=int, default=1600, help="training steps")
+    parser.add_argument("--batch", type=int, default=8, help="sequences of each kind in a training step")
+    parser.add_argument("--texts", type=int, default=32, help="test sequences of each kind")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds to run in parallel")
+    parser.add_argument("--out", type=Path, default=Path("runs/eviction"), help="folder for weights and rows")
     parser.add_argument("--results", type=Path, default=Path("results/eviction/recall.json"))
     parser.add_argument("--smoke", action="store_true", help="4 steps, one seed, 2 sequences, to runs/smoke/ only")
     args = parser.parse_args()
@@ -127,8 +128,8 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(args.jobs) as pool:
         rows = [row for found in pool.map(run_seed, range(args.seeds), itertools.repeat(args)) for row in found]
-    told = {name: getattr(args, name) for name in ("seeds", "steps", "batch", "texts")}
-    command = " ".join(["python -m experiments.eviction.run", *(f"--{name} {value}" for name, value in told.items())])
+    given = {name: getattr(args, name) for name in ("seeds", "steps", "batch", "texts")}
+    command = " ".join(["python -m experiments.eviction.run", *(f"--{name} {value}" for name, value in given.items())])
     write_json(args.results, {"command": command, "prompt": PROMPT, "model": SIZES, "rows": rows})
     print("done")
 

@@ -1,12 +1,12 @@
-"""Texts in which something has to be recalled, made by rule, and a small model that learns to.
+"""Synthetic recall sequences, and a small model that learns to solve them.
 
-Tokens are numbers. All texts run over the same chain, in which each token is followed by one of four; what is to be
-recalled is random, so nothing but the past tells it. Four kinds of text, of which the second half is what is asked:
+All sequences follow the same Markov chain, in which each token has four possible successors. The tokens to recall are random,
+so only the context determines them. There are four kinds of sequences:
 
-needle   eight keys with four random tokens each stand in a text; one key comes back, and its four tokens are asked for
-list     a list of 12 random tokens stands in a text; its mark comes back, and the list is asked for
-copy     the whole text is random tokens; its mark comes back, and the first 12 are asked for
-text     eight random phrases of six tokens stand in a text twice each; the loss on its last 48 tokens is taken
+needle   contains eight keys, each followed by four random tokens; one key is repeated, and its four tokens are the answer
+list     contains a mark and 12 random tokens; the mark is repeated, and the 12 tokens are the answer
+copy     consists of a mark and random tokens; the mark is repeated, and the first 12 tokens are the answer
+text     contains eight random phrases of six tokens, each of them twice; the loss is that of the last 48 tokens
 
 Shapes: B batch, T tokens.
 """
@@ -39,12 +39,12 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Texts:
-    """Some texts of one kind.
+    """Sequences of one kind.
 
     Args:
-        ids_BT: the prompt and what is asked for.
-        prompt: tokens of the prompt; in `needle` and `list` its last is the key or mark that comes back.
-        counts_BT: tokens whose prediction counts in training.
+        ids_BT: the prompt and the answer.
+        prompt: tokens of the prompt; in `needle` and `list` the last one is the repeated key or mark.
+        counts_BT: the tokens that count in the training loss.
     """
 
     ids_BT: Tensor
@@ -54,17 +54,17 @@ class Texts:
 
 @cache
 def _chain() -> Tensor:
-    """``[words, 4]``: what may follow each word."""
+    """``[words, 4]``: the possible successors of each word."""
     return torch.randint(len(WORDS), (len(WORDS), 4), generator=torch.Generator().manual_seed(1234))
 
 
 def _text(batch: int, tokens: int, draw: torch.Generator) -> Tensor:
     word_B = torch.randint(len(WORDS), (batch,), generator=draw)
-    found = []
+    words = []
     for _ in range(tokens):
-        found.append(word_B)
+        words.append(word_B)
         word_B = _chain()[word_B, torch.randint(4, (batch,), generator=draw)]
-    return torch.stack(found, dim=1) + WORDS[0]
+    return torch.stack(words, dim=1) + WORDS[0]
 
 
 def _random(batch: int, tokens: int, draw: torch.Generator) -> Tensor:
@@ -72,7 +72,7 @@ def _random(batch: int, tokens: int, draw: torch.Generator) -> Tensor:
 
 
 def needle(batch: int, draw: torch.Generator) -> Texts:
-    """See above."""
+    """Sequences of the kind `needle`; see the top of the file."""
     ids_BT = _text(batch, PROMPT + 4, draw)
     for row in ids_BT:
         places = (torch.randperm((PROMPT - 2) // 6, generator=draw)[:8] * 6).tolist()
@@ -87,7 +87,7 @@ def needle(batch: int, draw: torch.Generator) -> Texts:
 
 
 def list_(batch: int, draw: torch.Generator) -> Texts:
-    """See above."""
+    """Sequences of the kind `list`; see the top of the file."""
     ids_BT = _text(batch, PROMPT + ANSWER, draw)
     for row in ids_BT:
         place = int(torch.randint(PROMPT - 2 * ANSWER, (1,), generator=draw))
@@ -97,7 +97,7 @@ def list_(batch: int, draw: torch.Generator) -> Texts:
 
 
 def copy(batch: int, draw: torch.Generator, tokens: int = PROMPT - 2) -> Texts:
-    """See above; shorter ones, whose copies are longer, in training."""
+    """Sequences of the kind `copy`; see the top of the file. Training also uses shorter ones with longer answers."""
     ids_BT = torch.full((batch, PROMPT + ANSWER), COPY)
     ids_BT[:, 1 : 1 + tokens] = _random(batch, tokens, draw)
     rest = PROMPT + ANSWER - tokens - 2
@@ -107,7 +107,7 @@ def copy(batch: int, draw: torch.Generator, tokens: int = PROMPT - 2) -> Texts:
 
 
 def text(batch: int, draw: torch.Generator) -> Texts:
-    """See above."""
+    """Sequences of the kind `text`; see the top of the file."""
     ids_BT = _text(batch, PROMPT + TEXT_ANSWER, draw)
     for row in ids_BT:
         for phrase in range(8):
@@ -126,7 +126,7 @@ KINDS = {"needle": needle, "list": list_, "copy": copy, "text": text}
 
 
 def trained(seed: int, steps: int, batch: int, folder: Path) -> LlamaForCausalLM:
-    """The model of this seed: from the folder if it is there, else trained and left there."""
+    """The model of this seed: loaded from the folder, or trained and saved there."""
     if (folder / "model.safetensors").is_file():
         return LlamaForCausalLM.from_pretrained(folder).eval()
     torch.manual_seed(seed)
@@ -134,7 +134,7 @@ def trained(seed: int, steps: int, batch: int, folder: Path) -> LlamaForCausalLM
     draw = torch.Generator().manual_seed(1000 + seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     for step in range(steps):
-        # Half of the time goes to copies alone, short ones first: heads that copy are learnt from nothing else as soon.
+        # The first half of training uses only copies, short ones first: it forms copying heads fastest.
         begun = 2 * step / steps
         longest = int(12 + 40 * begun if begun < 1 else PROMPT - 2)
         length = int(torch.randint(8, longest + 1, (1,), generator=draw))

@@ -1,11 +1,11 @@
-"""What does an output head of codes cost in quality? VQ-Logits against the full output matrix: same backbone, data and tokens.
+"""What does a VQ-Logits head cost in quality? Compared with the full output matrix: same backbone, data and tokens.
 
     python -m experiments.heads.run --scale cpu --text books.jsonl.xz      about a quarter of an hour on two cores
     python -m experiments.heads.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.heads.run --scale cpu --smoke      a check that it runs
 
-Models: the full matrix; a quarter as many codes as tokens, with one, two or four codes for each token; one code without the
-bias per token. Results go to ``results/heads/``; what the heads cost in time is measured by ``benchmarks/heads.py``.
+Models: the full matrix; a quarter as many codes as tokens, with one, two or four codes per token; one code without the bias
+per token. Results go to ``results/heads/``. ``benchmarks/heads.py`` measures the time of the heads.
 """
 
 from __future__ import annotations

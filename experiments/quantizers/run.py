@@ -1,13 +1,13 @@
-"""What do quantizers evict_over_budget at equal bits? Each of them between encoder and decoder, at 8 and at 12 bits per vector.
+"""How much do quantizers lose at equal bits? Each one between encoder and decoder, at 8 and at 12 bits per vector.
 
-    python -m experiments.quantizers.run                                all of it, about a quarter of an hour on two cores
+    python -m experiments.quantizers.run                                everything, about a quarter of an hour on two cores
     python -m experiments.quantizers.run --data clusters --seeds 1      a first look
     python -m experiments.quantizers.run --smoke      a check that it runs
 
-Data, networks and measurements are those of ``experiments/collapse``, at half as many steps. Every quantizer is initialised
-as its docstring recommends: codebooks by k-means after a warm-up, SimVQ with the authors' straight-through gradient from
-the first step, and quantizers with fixed values without a warm-up, as there is nothing to initialise. The control codes
-nothing. Results go to ``results/quantizers.json``.
+Data, networks and measurements are those of ``experiments/collapse``, with half the steps. Every quantizer is initialised as
+its docstring recommends: codebooks by k-means after a warm-up, SimVQ with the authors' straight-through gradient from the
+first step, and quantizers with fixed values without a warm-up, because they have nothing to initialise. The control,
+`Identity`, does not quantize. Results go to ``results/quantizers.json``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from experiments.common.autoencoders import WIDTH, Setting, sweep
 
 
 def settings(steps: int) -> dict[str, Setting]:
-    """By name, in the order of the table."""
+    """Settings by name, in the order of the table."""
     late = steps // 4
 
     def started(codes: int) -> str:

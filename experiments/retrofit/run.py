@@ -1,13 +1,13 @@
-"""Does a model that was trained without thinking learn it afterwards? Continued training from one checkpoint into each method.
+"""Can a model that was trained without thinking learn it afterwards? Each method continues training from one checkpoint.
 
-    python -m experiments.retrofit.run --scale cpu --text books.jsonl.xz      after about a quarter of an hour on two cores
+    python -m experiments.retrofit.run --scale cpu --text books.jsonl.xz      about a quarter of an hour on two cores
     python -m experiments.retrofit.run --scale gpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.retrofit.run --scale cpu --smoke      a check that it runs
 
-First one plain model is trained. Every model continues from its checkpoint for the same number of tokens: the plain model
-itself, which is the baseline, and each method, which first trains only its own parameters (a quarter of the steps, where it
-has any that can learn alone) and then all of them. At the start each of them can be asked for one pass and is then
-bit-identical to the old model. Everything is resumable; results go to ``results/retrofit/``.
+First one plain model is trained. Then all variants continue from its checkpoint for the same number of tokens: the plain model
+itself, which is the baseline, and each method. A method first trains only its own parameters for a quarter of the steps, if
+it has parameters that can train alone, and then all parameters. At the start, every variant with one pass per token is
+bit-identical to the plain model. Everything is resumable; results go to ``results/retrofit/``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LEARN_ALONE = ("ponderlm3", "thinkathard")
 
 
 def arm(name: str, think: str | None, overrides: dict[str, Any], checkpoint: Path) -> RunConfig:
-    """The settings of a continued run: half as long as the first, at half its learning rate."""
+    """The config of a continued run: half the steps of the first run, and half its learning rate."""
     first = load("plain", overrides)
     steps = first.train.steps // 2
     settings: dict[str, Any] = {key: value for key, value in overrides.items() if not key.startswith("backbone.")}

@@ -1,9 +1,9 @@
-"""How many Jacobi rounds does evaluation need? Loss of one trained PonderLM-2 against R, and the exact rollout.
+"""How many Jacobi rounds does evaluation need? Loss of one trained PonderLM-2 by rounds R, and the exact rollout.
 
-    python -m experiments.thinking.rounds RUN --out results/thinking/rounds.json      --tokens 512: a check
+    python -m experiments.thinking.rounds RUN --out results/thinking/rounds.json      --tokens 512: a quick check
 
-Writes for R = 0..6 the validation loss and bits per byte, the largest change of any latent in the last round, and the
-loss of the exact token-by-token rollout, all on the same windows.
+For R = 0..6 it writes the validation loss, bits per byte and the largest change of any thought in the last round. It also
+writes the loss of the exact sequential rollout. All use the same windows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     config, model = Run.open(args.run).config, load(str(args.run)).model
     split, context = prepare(config.data).validation, config.data.context
     think = model.think
-    assert think is not None, f"{args.run} does not think"
+    assert think is not None, f"{args.run} has no think method"
     rows = []
     for rounds in [0, 1, 2, 3, 4, 5, 6, "exact"]:
         think.eval_rounds = rounds

@@ -4,12 +4,11 @@
     python -m experiments.thinking.run --scale gpu --text books.jsonl.xz     one GPU; call it again until it says "done"
     python -m experiments.thinking.run --scale cpu --smoke      a check that it runs
 
-Models: plain; twice the depth (as many inference FLOPs as one thought per token); adaptive latent CoT with one step; pause
-tokens (as many slots, constant input); PonderLM-2 with one thought. Each is trained with three seeds, first at equal
-tokens, then at equal training FLOPs (the budget is what twice the depth spends). Everything is resumable: finished runs are
-reused, interrupted runs continue from their checkpoint, and with ``--minutes`` a call stops by itself in time. Results go
-to ``results/thinking/``: settings, metrics and results of every run, without weights and without paths of the machine that
-it ran on.
+Models: plain; twice the depth (the same inference FLOPs as one thought per token); adaptive latent CoT with one step; pause
+tokens (the same number of slots, constant input); PonderLM-2 with one thought. Each is trained with three seeds, first at
+equal tokens, then at equal training FLOPs (those of the model of twice the depth). Everything is resumable: finished runs are
+reused, interrupted runs continue from their checkpoint, and ``--minutes`` stops a call after that time. Results go to
+``results/thinking/``: settings, metrics and results of every run, without weights and without local paths.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ARMS = ["plain", "doubledepth", "adaptivelatentcot", "pausetoken", "ponderlm2"]
 AT_EQUAL_FLOPS = ["doubledepth", "plain", "adaptivelatentcot", "pausetoken", "ponderlm2"]
 SCALES = {
     "cpu": {"train.steps": 400, "train.eval_tokens": 65536, "train.eval_every": 200, "train.save_every": 200},
-    # As short as the demo, whose runs it shares.
+    # The settings of the demo, so that both share their runs.
     "demo": SETTINGS,
     "gpu": GPU,
 }
@@ -34,7 +33,7 @@ EQUAL = ["tokens", "flops"]
 
 
 def write_recipes(overrides: dict[str, Any], folder: Path) -> dict[str, str]:
-    """The arms at this scale as YAML files; twice the depth is twice whatever depth the others have."""
+    """Writes the variants at this scale as YAML files; ``doubledepth`` has twice the depth of the others."""
     paths = {}
     for arm in ARMS:
         config = load(arm, overrides)

@@ -1,11 +1,11 @@
-"""What does a KV-cache method cost a model that thinks? Quality against cache bytes, next to a model without thoughts.
+"""What does a KV cache method cost a model that thinks? Quality against cache bytes, compared with a model without thoughts.
 
     python -m experiments.thinking_cache.run                about half an hour on two cores; call it again to resume
     python -m experiments.thinking_cache.run --smoke        a check that it runs
 
-A plain model and PonderLM-2 (one latent thought per token, so two KV slots per token) are trained on the same tokens, three
-seeds each. Each cache is then measured on held-out text of the run: the prompt is read in one piece, the rest through the
-cache. Results go to ``results/thinking-cache/stdlib-cpu.json``.
+A plain model and PonderLM-2 (one latent thought per token, so two KV slots per token) are trained on the same tokens, with
+three seeds each. Each cache is then measured on held-out text of the run: the prompt is prefilled in one call, and the rest is
+fed in chunks through the cache. Results go to ``results/thinking-cache/stdlib-cpu.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RESULTS = Path("results/thinking-cache/stdlib-cpu.json")
 
 
 def trained(recipe: str, seed: int, steps: int, out: Path) -> Path:
-    """The finished run of a recipe and a seed; it is trained or resumed if need be."""
+    """The finished run of a recipe and a seed; trains or resumes it if necessary."""
     folder = out / f"{recipe}-{steps}steps-seed{seed}"
     run = Run(folder)
     if not (run.model_dir / "config.json").is_file():
@@ -37,7 +37,7 @@ def trained(recipe: str, seed: int, steps: int, out: Path) -> Path:
 
 
 def measure(folder: Path, windows: int, tokens: int) -> list[dict]:
-    """One row for each cache of a trained model, the full cache first."""
+    """One row per KV cache method on a trained model, the full cache first."""
     loaded = load(folder)
     texts = held_out(loaded, {}, windows)
     samples = calibration(loaded, None, tokens, texts.ids_NT.shape[1] - 1)

@@ -1,17 +1,16 @@
-"""What do codes for the KV cache cost in quality? VQKV's codebooks against scalar rounding, at equal bits.
+"""What do codes for the KV cache cost in quality? VQKV compared with scalar quantization, at equal bits.
 
-    python -m experiments.vqkv.run --model books --text books.jsonl.xz      trains a Llama of 2.4 M parameters first
-    python -m experiments.vqkv.run --model stories --text FOLDER            stories260K.bin and tok512.bin lie there
+    python -m experiments.vqkv.run --model books --text books.jsonl.xz      first trains a Llama of 2.4 M parameters
+    python -m experiments.vqkv.run --model stories --text FOLDER            FOLDER has stories260K.bin and tok512.bin
     python -m experiments.vqkv.run --model books --text stdlib --smoke      a check that it runs
 
-Two models: one that is trained here, on the given text; and stories260K, evaluated on text that it generates itself, sampled at
-temperature 1, with another seed for the held-out text. A window is read in pieces: its first quarter at once, the rest 16
-tokens at a time, each attending to what the memory has kept. Reported is the loss on these tokens, relative to that with an
-ordinary cache on the same tokens. The exact window is short (16 tokens, and 4 first ones), so that nearly the whole context is
-coded: a long context in small.
+There are two models. One is trained here on the given text. The other is stories260K, evaluated on text that it samples itself
+at temperature 1, with another seed for the held-out text. Each window is fed in chunks: its first quarter in one call, the
+rest 16 tokens per call through the cache. The result is the loss on these tokens minus the loss with the stock cache. The
+exact part is short (16 recent tokens and 4 sinks), so almost the whole context is coded, as in a long context.
 
-Codebooks are fitted at 4 bits and cut to 3 and 2, which equals fitting at 3 and 2. Each setting is written when it is done, and
-finished settings are not run again. Results go to ``results/vqkv/MODEL.json``.
+Codebooks are calibrated at 4 bits and cut to 3 and 2 bits, which equals calibration at 3 and 2 bits. Each setting is written
+when it is done; finished settings are not repeated. Results go to ``results/vqkv/MODEL.json``.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from pondera.methods.kv_cache.kivi import KIVI
 from pondera.methods.kv_cache.vqkv import VQKV
 
 RATES = (2, 3, 4)
-REGIONS: dict[str, Any] = {"window": 16, "sinks": 4, "every": 16}
+REGIONS: dict[str, Any] = {"window": 16, "sinks": 4, "flush_size": 16}
 PIECE = 16
 FITS: dict[str, dict[str, Any]] = {
     "two branches": {},
@@ -67,24 +66,24 @@ class Task:
 
     Args:
         model: frozen.
-        calibration: token ids ``[B, T]`` that codebooks are fitted to.
-        held_out: token ids ``[B, T + 1]`` that loss is measured on.
-        told: what the result file says of it.
+        calibration: token ids ``[B, T]`` for the codebooks.
+        held_out: token ids ``[B, T + 1]`` for the loss.
+        about: the description of the model in the results file.
     """
 
     model: PreTrainedModel
     calibration: Tensor
     held_out: Tensor
-    told: dict[str, Any]
+    about: dict[str, Any]
 
     @property
     def config(self) -> PreTrainedConfig:
-        """That of the decoder."""
+        """The config of the decoder."""
         return self.model.config.get_text_config(decoder=True)
 
 
 def books(text: str, steps: int) -> Task:
-    """Trains a model of the recipe ``plain`` with grouped heads, or finds it trained."""
+    """Trains a model of the recipe ``plain`` with grouped-query attention, or loads the trained one."""
     from pondera.core.run_config import load as settings
     from pondera.data.corpus import prepare
     from pondera.inference.load import load
@@ -102,13 +101,13 @@ def books(text: str, steps: int) -> Task:
         for n in range(min(size["held_out"], len(measured)))
     ]
     calibration = torch.stack([windows[n]["input_ids"] for n in range(size["calibration"])])
-    found = run.result() or {}
-    told = {"parameters": found.get("parameters"), "bits_per_byte": found.get("bits_per_byte"), "steps": steps}
-    return Task(load(out).model.eval(), calibration, torch.stack(ids), told)
+    result = run.result() or {}
+    about = {"parameters": result.get("parameters"), "bits_per_byte": result.get("bits_per_byte"), "steps": steps}
+    return Task(load(out).model.eval(), calibration, torch.stack(ids), about)
 
 
 def stories(folder: str, _: int) -> Task:
-    """Reads the model, holds it to its known answer, and has it write the text."""
+    """Loads stories260K, checks its known output, and samples the text from it."""
     size = SIZES["stories"]
     model, pieces = stories260k(Path(folder))
     check(model, pieces)
@@ -131,7 +130,7 @@ def stories(folder: str, _: int) -> Task:
 
 @torch.no_grad()
 def loss(task: Task, new_cache: Callable[[], Any]) -> float:
-    """Nats per token after the first quarter of each window, read piece by piece through a cache."""
+    """Nats per token after the first quarter of each window, fed in chunks through a cache."""
     ids, targets = task.held_out[:, :-1], task.held_out[:, 1:]
     begin = ids.shape[1] // 4
     cache, total, count = new_cache(), 0.0, 0
@@ -147,11 +146,11 @@ def loss(task: Task, new_cache: Callable[[], Any]) -> float:
 
 @torch.no_grad()
 def errors(task: Task, memory: SinkWindowCache) -> dict[str, Any]:
-    """What is left of held-out keys and values, as shares of their squares; of keys also by dimension; and code usage."""
+    """Relative squared error of held-out keys and values, of keys also by dimension, and code usage."""
     config = task.config
     layers = compressible(config)
     keys, values, position_N = collect(task.model, [task.held_out[:, :-1]], layers, memory.sinks, 2**30)
-    usable = len(position_N) // 32 * 32  # whole groups of rounded keys
+    usable = len(position_N) // 32 * 32  # whole groups of quantized keys
     left = {"keys": torch.zeros(head_dim(config)), "values": torch.zeros(head_dim(config))}
     all_of = {name: torch.zeros_like(left[name]) for name in left}
     used: list[float] = []
@@ -172,12 +171,12 @@ def errors(task: Task, memory: SinkWindowCache) -> dict[str, Any]:
 
 
 def settings(seeds: int) -> list[tuple[str, int]]:
-    """Names of fits and their seeds; scalar rounding has none to draw."""
+    """Names and seeds of the settings; scalar quantization needs no seed."""
     return [("scalar", 0)] + [(name, seed) for seed in range(seeds) for name in FITS]
 
 
 def scalars() -> dict[str, KIVI]:
-    """Scalar rounding by name."""
+    """Scalar quantization methods by name."""
     regions = {"window": 16, "sinks": 4}
     kinds = [
         (bits, group, keys) for keys in ("channel", "token") for bits, group in ((1, 32), (2, 32), (2, 16), (4, 32))
@@ -190,8 +189,8 @@ def scalars() -> dict[str, KIVI]:
 
 def measured(task: Task, memory: SinkWindowCache, exact: float) -> dict[str, Any]:
     """One row of the results."""
-    found = loss(task, lambda: memory.cache(task.model))
-    row = {"bits": memory.rate(task.config), "loss": found, "more_than_exact": found - exact}
+    nats = loss(task, lambda: memory.cache(task.model))
+    row = {"bits": memory.rate(task.config), "loss": nats, "more_than_exact": nats - exact}
     return row | errors(task, memory)
 
 
@@ -215,11 +214,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=["books", "stories"], required=True)
     parser.add_argument("--text", required=True)
-    parser.add_argument("--steps", type=int, default=300, help="of training the model (default: 300)")
-    parser.add_argument("--fit-steps", type=int, default=100, help="of fitting, per stage (default: 100)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps of the model (default: 300)")
+    parser.add_argument("--fit-steps", type=int, default=100, help="calibration steps per stage (default: 100)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", choices=["head", "layer"], default="head")
-    parser.add_argument("--smoke", action="store_true", help="4 steps and one fit, to runs/smoke/ only")
+    parser.add_argument("--smoke", action="store_true", help="4 steps and one setting, to runs/smoke/ only")
     args = parser.parse_args()
     root = Path("runs/smoke") if args.smoke else Path()
     if args.smoke:
@@ -231,7 +230,7 @@ def main() -> None:
     exact = loss(task, lambda: DynamicCache(config=task.config))
     known |= {
         "command": f"python -m experiments.vqkv.run {' '.join(words)} --seeds {args.seeds} --width {args.width}",
-        "model": task.told,
+        "model": task.about,
         "exact": {"loss": exact, "tokens": task.held_out[:, 1:].numel() * 3 // 4},
         "regions": REGIONS,
         "calibration_tokens": task.calibration.numel(),

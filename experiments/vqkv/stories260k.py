@@ -1,6 +1,6 @@
-"""A Llama of 260,032 parameters that was trained on TinyStories, in the format of llama2.c, as a transformers model.
+"""Loads stories260K, a Llama of 260,032 parameters trained on TinyStories, from the llama2.c format into transformers.
 
-Source: karpathy/tinyllamas on the Hugging Face hub (MIT). The folder holds ``stories260K.bin`` and ``tok512.bin``.
+Source: karpathy/tinyllamas on the Hugging Face hub (MIT). The folder contains ``stories260K.bin`` and ``tok512.bin``.
 
 Shapes: V vocabulary, D width, L layers, F inner width.
 """
@@ -20,14 +20,14 @@ GREEDY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, "
     "red ball."
 )
-"""What it says after the start token, greedily."""
+"""Its greedy output after the start token."""
 
 
 def stories260k(folder: Path) -> tuple[LlamaForCausalLM, list[bytes]]:
-    """The model, and the bytes of each of its 512 pieces.
+    """The model, and the bytes of each of its 512 tokens.
 
     Raises:
-        ValueError: the file is of another shape.
+        ValueError: the size of the file is wrong.
     """
     data = (folder / "stories260K.bin").read_bytes()
     D, F, L, heads, kv_heads, V, context = struct.unpack("<7i", data[:28])
@@ -50,8 +50,8 @@ def stories260k(folder: Path) -> tuple[LlamaForCausalLM, list[bytes]]:
     for name, shape in shapes.items():
         count = int(np.prod(shape))
         found[name], numbers = numbers[:count].view(shape), numbers[count:]
-    if len(numbers) != context * width:  # two rotary tables, which nothing needs
-        raise ValueError(f"{folder}: {len(numbers)} numbers are left where two rotary tables have {context * width}")
+    if len(numbers) != context * width:  # two rotary tables, which are not needed
+        raise ValueError(f"{folder}: {len(numbers)} numbers remain, but two rotary tables have {context * width}")
     config = LlamaConfig(
         hidden_size=D,
         intermediate_size=F,
@@ -76,7 +76,7 @@ def stories260k(folder: Path) -> tuple[LlamaForCausalLM, list[bytes]]:
             if name in ("embed", "norm"):
                 continue
             weight = found[name][layer]
-            if name in ("q_proj", "k_proj"):  # pairs side by side become halves of a head
+            if name in ("q_proj", "k_proj"):  # interleaved rotary pairs become half-split
                 weight = weight.view(-1, width // 2, 2, D).transpose(1, 2).reshape(weight.shape)
             place = "self_attn." if name[0] in "qkvo" and name[1] == "_" else "" if "norm" in name else "mlp."
             state[f"model.layers.{layer}.{place}{name}.weight"] = weight
@@ -89,15 +89,15 @@ def _pieces(data: bytes, count: int) -> list[bytes]:
     for _ in range(count):
         (length,) = struct.unpack("<i", data[at + 4 : at + 8])
         piece = data[at + 8 : at + 8 + length]
-        # Pieces of one byte that is no letter are written as <0x0A>.
+        # Single bytes that are not letters are written as <0x0A>.
         pieces.append(bytes([int(piece[3:5], 16)]) if len(piece) == 6 and piece.startswith(b"<0x") else piece)
         at += 8 + length
     return pieces
 
 
 def check(model: LlamaForCausalLM, pieces: list[bytes]) -> None:
-    """Refuses a model that does not say what it is known to say."""
+    """Raises a ValueError if the greedy output is not `GREEDY`."""
     ids = model.generate(torch.tensor([[START]]), max_new_tokens=48, do_sample=False, pad_token_id=0)[0, 1:]
-    said = b"".join(pieces[int(token)] for token in ids).decode(errors="replace").strip()
-    if not said.startswith(GREEDY):
-        raise ValueError(f"stories260K says {said!r} and should say {GREEDY!r}")
+    output = b"".join(pieces[int(token)] for token in ids).decode(errors="replace").strip()
+    if not output.startswith(GREEDY):
+        raise ValueError(f"stories260K generates {output!r}, expected {GREEDY!r}")

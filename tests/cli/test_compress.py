@@ -15,6 +15,8 @@ from pondera.core import spec
 from pondera.evaluation.kv_sweep import FITTED, SWEEP, compress
 from pondera.evaluation.windows import HeldOutWindows, held_out
 from pondera.inference.load import load
+from pondera.models.adaptive_lm import AdaptiveLM
+from pondera.models.config import AdaptiveConfig
 
 TEXT = "The quick brown fox jumps over the lazy dog. It does so every morning, and nobody knows why. " * 30
 
@@ -77,7 +79,7 @@ def test_a_sweep_leaves_out_what_a_model_cannot_have(said, model: Path, text: Pa
     code, shown, progress = said(model, "--data.text", text, "--windows", 2, "--calibrate", text, "--json")
     rows = json.loads(shown)["rows"]
     assert code == 0 and [row["method"] for row in rows] == ["PreallocatedCache()", *SWEEP]
-    assert all(f"{text}: left out: calibration text too short" in progress for text in FITTED)
+    assert all(f"{text}: skipped: calibration text too short" in progress for text in FITTED)
 
 
 def test_a_full_cache_scores_what_the_model_scores(model: Path, text: Path):
@@ -111,7 +113,7 @@ def test_recall_counts_what_comes_back(model: Path, text: Path, monkeypatch: pyt
     ids_NT = torch.stack([torch.randperm(279)[: windows.ids_NT.shape[1]] + 1 for _ in range(2)])
     asked_NT = torch.cat([ids_NT[:, :-1], ids_NT[:, 5 : 5 + windows.asked]], dim=1)
 
-    def copies(self, part_BT, past_key_values):
+    def copies(self, part_BT, past_key_values, **unused):
         seen = past_key_values.read = [*getattr(past_key_values, "read", []), *part_BT[0].tolist()]
         logits = torch.zeros(1, part_BT.shape[1], 281)
         for place in range(part_BT.shape[1]):
@@ -140,10 +142,10 @@ def test_the_sweep_can_be_built(sweep: str):
         (["--kv-cache", "PonderLM2()"], "is a think method"),
         (["--kv-cache", "StreamingLLM(0)"], "at least 5"),
         (["--kv-cache", "ElasticMemory(4)"], "is a memory method; write memory: ElasticMemory"),
-        (["--kv-cache", "VQKV(2)"], "give some with --calibrate"),
+        (["--kv-cache", "VQKV(2)"], "give it with --calibrate"),
         (["--kv-cache", "VQKV(2)", "--calibrate", "TEXT"], "tokens after the first 4"),
         (["--kv-cache", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),
-        (["--data.context", "16"], "too few to forget"),
+        (["--data.context", "16"], "too few to compress"),
         (["--windows", "0"], "at least 1"),
     ],
 )
@@ -159,17 +161,21 @@ def test_what_cannot_be_had_is_told_before_anything_is_measured(said, model: Pat
 
 
 def test_a_text_is_needed_and_must_be_long_enough(said, model: Path, tmp_path: Path):
-    assert "say what to measure it on" in said(model)[2]
+    assert "give a text to measure on" in said(model)[2]
     short = tmp_path / "short.txt"
     short.write_text("The quick brown fox.")
     code, _, error = said(model, "--data.text", short)
     assert code == 2 and "give a longer --data.text" in error
 
 
-def test_models_with_a_cache_of_their_own_are_refused(said, text: Path, tmp_path: Path):
-    thinking = saved_models.save(tmp_path / "thinking", "ponderlm2")
-    code, _, error = said(thinking, "--data.text", text)
-    assert code == 2 and "keeps a cache of its own" in error
+def test_models_with_a_trained_memory_are_refused(said, text: Path, tmp_path: Path):
+    model = load(saved_models.save(tmp_path / "plain")).model
+    backbone = {**model.backbone.config.to_dict(), "model_type": "llama"}
+    folder = tmp_path / "memory"
+    AdaptiveLM(AdaptiveConfig(backbone=backbone, memory="TransformerXL(block=8, mems=8)")).save_pretrained(folder)
+    saved_models.tokenizer().save_pretrained(folder)
+    code, _, error = said(folder, "--data.text", text)
+    assert code == 2 and "memory: TransformerXL(block=8, mems=8) and a kv_cache method cannot be combined" in error
 
 
 def test_nothing_is_overwritten(said, model: Path, text: Path):

@@ -54,9 +54,9 @@ def test_native_kernels(examine, monkeypatch):
     monkeypatch.setattr(build, "why_not", lambda name: "")
     assert examine({})["ok", "native"] == "kernels in use: " + ", ".join(build.kernels())
     monkeypatch.setattr(build, "why_not", lambda name: build.OFF)
-    assert examine({})["ok", "native"].endswith("more slowly: PONDERA_NATIVE=0 turns them off")
+    assert examine({})["ok", "native"].endswith("so the slower torch code runs: PONDERA_NATIVE=0 turns them off")
     monkeypatch.setattr(build, "why_not", lambda name: "no C compiler")
-    assert examine({})["warning", "native"].endswith("more slowly: no C compiler")
+    assert examine({})["warning", "native"].endswith("so the slower torch code runs: no C compiler")
 
 
 def test_time_follows_the_price(examine):
@@ -85,7 +85,7 @@ def test_time_follows_the_price(examine):
         ({"backbone.num_attention_heads": 5}, "model", "backbone: llama refuses these settings"),
         ({"init": "scald"}, "model", "unknown init 'scald'; did you mean 'scaled'?"),
         ({"backbone.vocab_size": 100}, "model", "the backbone has 100 tokens and the tokenizer 'bpe-2048' has 2048"),
-        ({"backbone.max_position_embeddings": 128}, "model", "256 tokens do not fit the 128 positions of the backbone"),
+        ({"backbone.max_position_embeddings": 128}, "model", "256 tokens exceed the 128 positions of the backbone"),
         ({"data.tokenizer": "bpe-3"}, "model", "'bpe-N' takes N from 257"),
         ({"data.tokenizer": "./no/such"}, "model", "data.tokenizer: no such folder: './no/such'"),
         ({"data.text": "./no/such.txt"}, "text", "data.text: no such file or folder: './no/such.txt'"),
@@ -106,7 +106,7 @@ def test_time_follows_the_price(examine):
             "model",
             "AdaptiveLatentCoT does not fit qwen3_next: its linear-attention layers",
         ),
-        ({"train.keep": 10**9}, "disk", "1000000000 checkpoints take about"),
+        ({"train.keep": 10**9}, "disk", "1000000000 checkpoints need about"),
     ],
 )
 def test_what_cannot_run(examine, overrides, topic, message):
@@ -120,12 +120,12 @@ def test_what_is_only_worth_a_warning(examine, monkeypatch):
     found = examine({"train.dtype": "bfloat16", "train.micro_batch_size": 3, "data.text": "some/dataset"})
     assert not problems(found)
     assert "compare the time below" in found["warning", "dtype"]
-    assert found["warning", "batch"].startswith("8 windows make parts of 3 and one of 2")
-    assert "will be sought as a HF dataset" in found["warning", "text"]
+    assert found["warning", "batch"].startswith("8 windows give micro-batches of 3 and one of 2")
+    assert "will be loaded as a HF dataset" in found["warning", "text"]
     assert "a smaller --train.micro_batch_size" in examine({"train.batch_size": 10**6})["warning", "memory"]
     monkeypatch.setattr(doctor, "KNOWN_GOOD", {"torch": "<2", "no-such-package": ">=1"})
     found = examine({})
-    assert "not among what is known to work" in found["warning", "torch"]
+    assert "not among the versions known to work" in found["warning", "torch"]
     assert problems(found) == {"no-such-package": 'not installed; pip install "no-such-package>=1"'}
 
 
@@ -133,13 +133,13 @@ def test_the_installed_transformers_is_held_against_those_that_were_tested(exami
     assert f"tested: {', '.join(doctor.passed())}" in examine({})["ok", "transformers"]
     monkeypatch.setattr(doctor, "was_tested", lambda version: False)
     said = examine({})["warning", "transformers"]
-    assert "was not tested" in said and f'pip install "transformers=={doctor.passed()[-1]}"' in said
+    assert "is not tested" in said and f'pip install "transformers=={doctor.passed()[-1]}"' in said
 
 
 def test_windows_are_shared_by_processes(examine, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    assert "8 windows cannot be shared by 3 processes" in problems(examine({}))["train"]
-    assert examine({"train.batch_size": 9})["ok", "batch"] == "9 windows per step, 3 on each of 3 processes"
+    assert "8 windows cannot be split over 3 processes" in problems(examine({}))["train"]
+    assert examine({"train.batch_size": 9})["ok", "batch"] == "9 windows per step, 3 per process on 3 processes"
 
 
 def test_an_architecture_without_a_price(examine):
@@ -153,7 +153,7 @@ def test_sliding_windows(examine):
     backbone = {"model_type": "mistral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     backbone |= {"num_attention_heads": 2, "num_key_value_heads": 2, "sliding_window": 64}
     found = examine({**{key: None for key in SMALL}, "backbone": backbone, "think": "PonderLM2(thoughts=2)"})
-    assert found["ok", "window"] == "layers with a sliding window see 64 tokens (192 rows, as each token has 3)"
+    assert found["ok", "window"] == "layers with a sliding window see 64 tokens (192 KV slots, 3 per token)"
 
 
 def test_a_checkpoint_is_examined_without_its_weights(examine, tmp_path):

@@ -1,4 +1,4 @@
-"""Tables of models that read block by block: score by place in the text, and two tasks."""
+"""Tables of block-recurrent models: score by position in the sequence, and two tasks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from tools.docs.tables import generated, read, table, with_spread
 
 @generated
 def places(path: str) -> str:
-    """Score by the place of the block in its text, and against the arm without memory."""
+    """Score by position of the block in its sequence, and the difference to the variant without memory."""
     found = read(path)
     parts = []
     for context in dict.fromkeys(row["context"] for row in found["table"]):
@@ -27,7 +27,7 @@ def places(path: str) -> str:
 
 @generated
 def tasks(path: str) -> str:
-    """What small models make of two tasks."""
+    """Results of small models on two tasks."""
     found = read(path)
     arms: dict[str, dict[str, str]] = {}
     for row in found["table"]:

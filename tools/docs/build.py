@@ -1,7 +1,7 @@
 """Writes figures, the pages of methods and the generated parts of README.md and docs/ from docstrings and results/.
 
     python -m tools.docs.build            rewrites them
-    python -m tools.docs.build --check    exits 1 if one of them is not what it would write
+    python -m tools.docs.build --check    exits with 1 if one of them is out of date
 
 A generated part is between ``<!-- generated: NAME ARGUMENT -->`` and ``<!-- end -->``. Figures and the pages under
 docs/methods/ are generated as a whole.
@@ -21,15 +21,15 @@ PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.D
 
 @generated
 def output(path: str) -> str:
-    """What a command printed."""
+    """The recorded output of a command."""
     return f"```text\n{(ROOT / path).read_text().rstrip()}\n```"
 
 
 def built(text: str) -> str:
-    """`text` with every generated part made anew."""
+    """`text` with every generated part replaced by its current content."""
 
     def made(part: re.Match[str]) -> str:
-        # A result that no command has written yet leaves its place empty, never filled by hand.
+        # If there is no results file yet, the part says so; nothing is filled in by hand.
         there = not part[3] or (ROOT / part[3].partition("#")[0]).is_file()
         return f"{part[1]}{MAKERS[part[2]](part[3]) if there else '*not run yet*'}\n{part[4]}"
 

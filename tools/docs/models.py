@@ -1,4 +1,4 @@
-"""Tables of trained models: methods side by side, where passes go, what less effort costs."""
+"""Tables of trained models: comparisons, passes per token, and score by effort."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tools.docs.tables import generated, read, table, with_spread
 
 @generated
 def comparison(path: str) -> str:
-    """A comparison: score and prices, each relative to the first row where that says more."""
+    """A comparison: scores and costs; costs are relative to the first row."""
     found = read(path)
     first = found["rows"][0]
     rows = []
@@ -40,7 +40,7 @@ def comparison(path: str) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """The difference of each row to the first, then of rows to the first other row of about the same inference FLOPs."""
+    """The difference of each row to the first, and of rows to the first other row of about equal inference FLOPs."""
     sentences = [_sentence(row, rows[0]) for row in rows[1:]]
     leaders = rows[:1]
     for row in rows[1:]:
@@ -77,7 +77,7 @@ def _significance(found: Gap) -> str:
 
 @generated
 def versus(path: str) -> str:
-    """One arm of a comparison, named after a ``#``, against every other: the difference, paired by seed."""
+    """The differences of one variant, named after a ``#``, to all others of a comparison, paired by seed."""
     file, _, name = path.partition("#")
     arms = {row["name"]: row for row in read(file)["rows"]}
     scores = {arm: _scores(row) for arm, row in arms.items()}
@@ -106,14 +106,14 @@ def versus(path: str) -> str:
 
 @generated
 def zeroed(path: str) -> str:
-    """A trained model with its concepts and without them."""
+    """Scores of a trained model with its concepts and without them."""
     found = read(path)["rows"]
     return table(["concepts", "bits per byte"], [(name, with_spread(found[name])) for name in ("with", "without")])
 
 
 @generated
 def depth(path: str) -> str:
-    """A comparison of arms whose depth differs: score against the passes that tokens were measured to take."""
+    """A comparison of variants with different numbers of passes: score against the measured passes per token."""
     found = read(path)
     first = found["rows"][0]
     rows = [
@@ -133,7 +133,7 @@ def depth(path: str) -> str:
 
 @generated
 def effort(path: str) -> str:
-    """Score against the effort asked for; passes beside it."""
+    """Score and passes by effort."""
     found = read(path)
     arms: dict[str, dict[float, str]] = {}
     for row in found["rows"]:

@@ -1,4 +1,4 @@
-"""Tables of what forgetting and rounding the past costs, and of what is forgotten."""
+"""Tables of KV cache methods: loss of quantized caches, recall of eviction policies, and agreement with kvpress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tools.docs.tables import generated, over_seeds, read, table, with_spread
 
 @generated
 def codes(path: str) -> str:
-    """What codes of the past cost in loss, beside the bits that they take."""
+    """Loss of quantized caches by bits per number."""
     found = read(path)
     groups: dict[tuple[str, float], list[dict[str, Any]]] = {}
     for row in found["rows"]:
@@ -48,13 +48,13 @@ def codes(path: str) -> str:
 def eviction(path: str) -> str:
     """Recall and loss of every policy at every budget."""
     found = read(path)
-    told: dict[tuple[str, float], dict[str, list[float]]] = {}
+    values: dict[tuple[str, float], dict[str, list[float]]] = {}
     for row in found["rows"]:
         value = row["loss"] if row["task"] == "text" else 100 * row["recall"]
-        told.setdefault((row["policy"], row["share"]), {}).setdefault(row["task"], []).append(value)
-    tasks = list(next(iter(told.values())))
+        values.setdefault((row["policy"], row["share"]), {}).setdefault(row["task"], []).append(value)
+    tasks = list(next(iter(values.values())))
     rows = []
-    for (policy, share), by_task in sorted(told.items(), key=lambda item: -item[0][1]):
+    for (policy, share), by_task in sorted(values.items(), key=lambda item: -item[0][1]):
         shows = ("{:.2f}" if task == "text" else "{:.0f}" for task in tasks)
         cells = [over_seeds(by_task[task], show.format) for task, show in zip(tasks, shows, strict=True)]
         rows.append((f"`{policy}`", f"{share:g}", *cells))
@@ -64,7 +64,7 @@ def eviction(path: str) -> str:
 
 @generated
 def kvpress(path: str) -> str:
-    """Kept sets beside a peer's."""
+    """Kept sets compared with kvpress."""
     found = read(path)
     rows = [
         (f"`{row['policy']}`", f"{row['share']:g}", f"{row['same']} of {row['sets']}", f"{100 * row['overlap']:.2f} %")

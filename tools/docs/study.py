@@ -1,4 +1,4 @@
-"""Tables and figures of the experiments with quantizers: when codebooks collapse, and what a quantizer loses at equal bits."""
+"""Tables and figures of the quantizer experiments: codebook collapse, and reconstruction error at equal bits."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ DRAWN: dict[str, tuple[str, str, Callable[[float], str]]] = {
         "{:.1f}".format,
     ),
 }
-"""What is drawn of every kind of vectors: title, label and how a value is written."""
+"""The figures for every kind of vectors: title, label and number format."""
 
 Row = dict[str, Any]
 
 
 @generated
 def collapse(path: str) -> str:
-    """Every setting on every kind of vectors: the numbers of its codebook's health, and what it comes to."""
+    """Every setting on every kind of vectors: codebook health and reconstruction error."""
     found = read(path)
     head = ["setting", "usage", "perplexity", "rank, codes", "rank, vectors", "crowding", "split error"]
     parts = []
@@ -40,14 +40,14 @@ def collapse(path: str) -> str:
         lines = [
             (
                 name,
-                _told(rows, "usage", "{:.0%}".format),
-                _told(rows, "perplexity", "{:.1f}".format),
-                _told(rows, "effective_rank_codes", "{:.1f}".format),
-                _told(rows, "effective_rank_input", "{:.1f}".format),
-                _told(rows, "crowding", "{:.0%}".format),
-                _told(rows, "split_error"),
-                _told(rows, "error_coded"),
-                *([_told(rows, "purity", "{:.2f}".format)] if labelled else []),
+                _mean(rows, "usage", "{:.0%}".format),
+                _mean(rows, "perplexity", "{:.1f}".format),
+                _mean(rows, "effective_rank_codes", "{:.1f}".format),
+                _mean(rows, "effective_rank_input", "{:.1f}".format),
+                _mean(rows, "crowding", "{:.0%}".format),
+                _mean(rows, "split_error"),
+                _mean(rows, "error_coded"),
+                *([_mean(rows, "purity", "{:.2f}".format)] if labelled else []),
             )
             for name, rows in settings.items()
         ]
@@ -58,26 +58,26 @@ def collapse(path: str) -> str:
 
 @generated
 def verdicts(path: str) -> str:
-    """What `pondera probe collapse` says of every setting, beside what it says it by."""
+    """The verdict of `pondera probe collapse` on every setting, with its measures."""
     found = read(path)
     lines = []
     for data, settings in _by(found["rows"], "data"):
         best = min(mean(row["error_coded"] for row in rows) for rows in settings.values())
         for name, rows in settings.items():
-            deferred = [row for row in rows if "diagnosis" in row]
-            if not deferred:
+            diagnosed = [row for row in rows if "diagnosis" in row]
+            if not diagnosed:
                 continue
-            numbers = [row["diagnosis"] for row in deferred]
+            numbers = [row["diagnosis"] for row in diagnosed]
             lines.append(
                 (
                     f"{data}: {name}",
-                    f"{mean(row['error_coded'] for row in deferred) / best:.1f} ×",
-                    _told(numbers, "perplexity", "{:.0f}".format),
-                    _told(numbers, "reachable_perplexity", "{:.0f}".format),
-                    _told(numbers, "split_error"),
-                    _told(numbers, "reachable_error"),
-                    _told(numbers, "effective_rank_input", "{:.1f}".format),
-                    ", ".join(dict.fromkeys(verdict(row) for row in deferred)),
+                    f"{mean(row['error_coded'] for row in diagnosed) / best:.1f} ×",
+                    _mean(numbers, "perplexity", "{:.0f}".format),
+                    _mean(numbers, "reachable_perplexity", "{:.0f}".format),
+                    _mean(numbers, "split_error"),
+                    _mean(numbers, "reachable_error"),
+                    _mean(numbers, "effective_rank_input", "{:.1f}".format),
+                    ", ".join(dict.fromkeys(verdict(row) for row in diagnosed)),
                 )
             )
     head = [
@@ -94,7 +94,7 @@ def verdicts(path: str) -> str:
 
 
 def verdict(row: Row) -> str:
-    """Of one trained autoencoder, without knowing what came before quantization."""
+    """The verdict on one trained autoencoder, from the quantized vectors alone."""
     return judge(row["diagnosis"], row["diagnosis"]["width"])
 
 
@@ -105,13 +105,13 @@ def quantizers(path: str) -> str:
     kinds = list(dict.fromkeys(row["data"] for row in found["rows"]))
     lines = []
     for name, of_kind in _by(found["rows"], "setting", "data"):
-        told = [_told(of_kind.get(kind, []), "error_coded") for kind in kinds]
-        lines.append((f"`{name}`", str(next(iter(of_kind.values()))[0]["bits"] or "none"), *told))
+        errors = [_mean(of_kind.get(kind, []), "error_coded") for kind in kinds]
+        lines.append((f"`{name}`", str(next(iter(of_kind.values()))[0]["bits"] or "none"), *errors))
     return table(["quantizer", "bits", *kinds], lines) + _source(found)
 
 
 def figures() -> dict[Path, str]:
-    """The files of the collapse study: what is drawn, of every kind of vectors."""
+    """The figures of the collapse study, for every kind of vectors."""
     if not (ROOT / COLLAPSE).is_file():
         return {}
     return {
@@ -122,7 +122,7 @@ def figures() -> dict[Path, str]:
 
 
 def drawn(settings: dict[str, list[Row]], key: str, data: str) -> str:
-    """Initialisation from top to bottom, each from the first step and after a warm-up."""
+    """A bar chart by initialisation, with quantization from the first step and after a warm-up."""
     bars = [Bars(name, number, {}) for number, name in enumerate(TIMES)]
     for name, rows in settings.items():
         bars[rows[0]["warmup"] > 0].values[_form(name)] = mean(row[key] for row in rows)
@@ -131,20 +131,20 @@ def drawn(settings: dict[str, list[Row]], key: str, data: str) -> str:
 
 
 def _form(name: str) -> str:
-    """A setting's name without the time at which it begins to quantize."""
+    """The name of a setting without the start of quantization."""
     form = re.sub(r"^warm-up, (then )?| at step 0$", "", name)
     return "random, std 1" if form == "random" else form
 
 
 def _by(rows: Iterable[Row], key: str, then: str = "setting") -> list[tuple[str, dict[str, list[Row]]]]:
-    """Rows by two of their keys, in the order in which these come."""
-    found: dict[str, dict[str, list[Row]]] = {}
+    """Rows grouped by two of their keys, in order of appearance."""
+    groups: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
-        found.setdefault(row[key], {}).setdefault(row[then], []).append(row)
-    return list(found.items())
+        groups.setdefault(row[key], {}).setdefault(row[then], []).append(row)
+    return list(groups.items())
 
 
-def _told(rows: Iterable[Row], key: str, show: Callable[[float], str] = "{:.3f}".format) -> str:
+def _mean(rows: Iterable[Row], key: str, show: Callable[[float], str] = "{:.3f}".format) -> str:
     """Mean and spread of one number."""
     return over_seeds([row.get(key) for row in rows], show)
 

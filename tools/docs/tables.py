@@ -1,4 +1,4 @@
-"""What every generated part is made of: result files, tables, means with their spread."""
+"""Building blocks of generated parts: results files, tables, means with standard deviation."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tools.docs.names import with_current_names
 
 ROOT = Path(__file__).parents[2]
 MAKERS: dict[str, Callable[[str], str]] = {}
-"""What can be generated, by the name that a page calls it by."""
+"""The functions that generate parts, by the name used in a page."""
 
 
 def generated(maker: Callable[[str], str]) -> Callable[[str], str]:
-    """Registers what makes a part of a page from the path of a result."""
+    """Registers a function that generates a part of a page from the path of a results file."""
     MAKERS[maker.__name__] = maker
     return maker
 
@@ -27,7 +27,7 @@ def read(path: str) -> dict[str, Any]:
 
 
 def table(head: list[str], rows: Sequence[tuple[str, ...]]) -> str:
-    """A Markdown table; the first column is text, the others align to the right."""
+    """A Markdown table; the first column is left-aligned, the others right-aligned."""
     lines = [head, ["---", *["---:" for _ in head[1:]]], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -39,7 +39,7 @@ def with_spread(value: dict[str, Any], sign: str = "") -> str:
 
 
 def over_seeds(values: Sequence[float | None], show: Callable[[float], str] = "{:.3f}".format) -> str:
-    """``mean ± standard deviation`` of what was measured; empty where nothing was."""
+    """``mean ± standard deviation`` of the known values; empty if there are none."""
     found = [value for value in values if value is not None]
     if not found:
         return ""

@@ -1,4 +1,4 @@
-"""Tables of benchmarks: ours beside others' code, beside what the machine can do, and beside doing without."""
+"""Tables of benchmarks: Pondera compared with other code, with the limits of the machine, and with plain models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tools.docs.tables import generated, read, table
 
 @generated
 def authors(path: str) -> str:
-    """Training speed beside the authors' code."""
+    """Training speed compared with the authors' code."""
     found = read(path)
     rows = [
         (
@@ -30,7 +30,7 @@ def authors(path: str) -> str:
 
 @generated
 def packing(path: str) -> str:
-    """What skipping saves, beside what arithmetic allows."""
+    """The time saved by packing, compared with the ideal."""
     found = read(path)
     rows = [
         (
@@ -49,7 +49,7 @@ def packing(path: str) -> str:
 
 @generated
 def quantizing(path: str) -> str:
-    """Quantizers beside the other package and the machine's rate of matrix products, and which aims were reached."""
+    """Quantizer speed compared with another package and the matmul rate of the machine, with missed targets."""
     found = read(path)
     rows = [
         (
@@ -72,11 +72,11 @@ def quantizing(path: str) -> str:
 
 TASKS = {"assign": "nearest code", "train": "training step", "residual": "8 levels", "kmeans": "k-means"}
 AIMS = {"assign": (0.5, 8), "residual": (0.5, 8), "train": (0, 4)}
-"""At least so much of the rate of matrix products, and so many times as fast as the other package."""
+"""Targets: minimum share of the matmul rate, and minimum speed-up over the other package."""
 
 
 def aimed(row: dict[str, Any]) -> str:
-    """Which aim a row misses; empty where it misses none."""
+    """The targets that a row misses, as text; empty if it misses none."""
     share, times = AIMS.get(row["task"], (0, 0))
     found = row["share_of_matmul_rate"], row["times_as_fast_as"]["theirs"]
     missed = [f"{100 * found[0]:.0f} % of the matmul rate, target {100 * share:.0f} %"] if found[0] < share else []
@@ -97,7 +97,7 @@ def rounds(path: str) -> str:
 
 @generated
 def speed(path: str) -> str:
-    """Time beside arithmetic."""
+    """Measured speed compared with the FLOPs."""
     found = read(path)
     rows = [
         (
@@ -124,7 +124,7 @@ def speed(path: str) -> str:
 
 @generated
 def concept_speed(path: str) -> str:
-    """Decoding with concepts beside the backbone alone."""
+    """Decoding speed with concepts compared with the backbone alone."""
     found = read(path)
     rows = [
         (
@@ -153,7 +153,7 @@ def concept_speed(path: str) -> str:
 
 @generated
 def head_speed(path: str) -> str:
-    """Time and memory of heads beside the output matrix."""
+    """Time and memory of heads compared with the output matrix."""
     found = read(path)
     full = found["rows"][0]
     rows = [
@@ -174,7 +174,7 @@ def head_speed(path: str) -> str:
 
 @generated
 def memory(path: str) -> str:
-    """Decoding over a long past, first tokens, and how much fits."""
+    """Long-context decoding: speed, time to the first token, and capacity."""
     found = read(path)
     parts = []
     for name, row in sorted(found["rows"].items(), key=_place):
@@ -211,7 +211,7 @@ def memory(path: str) -> str:
 
 
 def _place(item: tuple[str, Any]) -> tuple[int, ...]:
-    """Decoding first, by batch and tokens."""
+    """Sort key: decoding first, by batch and tokens."""
     kind, number, *batch = item[0].split()
     return (("decode", "first", "capacity").index(kind), int(batch[-1]) if batch else 0, int(number))
 
@@ -237,7 +237,7 @@ def _mb(number: float) -> str:
 
 @generated
 def training_floor(path: str) -> str:
-    """What a training step's time goes into."""
+    """Time of a training step by kind of operation."""
     found = read(path)
     rows = [
         (

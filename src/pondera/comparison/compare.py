@@ -1,8 +1,8 @@
-"""Trains the candidates on the same text at equal cost and seeds, and says what came out.
+"""`compare`: trains several variants on the same text at equal cost, with the same seeds, and reports the differences.
 
-Runs are ordinary run folders under ``OUT/runs``; whatever is there already with the same config is reused, whatever was
-interrupted is resumed, so a comparison can be stopped and started again, and widened by more recipes or seeds. Beside
-them, ``OUT/configs`` and ``OUT/logs`` hold what runs in processes of their own were started with, and what they said.
+Runs are ordinary run folders under ``OUT/runs``. Finished runs with the same config are reused and interrupted runs are
+resumed, so a comparison can be stopped, started again and extended by variants or seeds. Runs that train in processes of
+their own read their config from ``OUT/configs`` and write their output to ``OUT/logs``.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MEASURES = (
     "parameters",
 )
 OLD_NAMES = {"train_tokens_per_second": "tokens_per_second"}
-"""What runs of earlier versions call a measure."""
+"""The names of measures in runs of earlier versions."""
 
 
 def compare(
@@ -57,29 +57,29 @@ def compare(
     progress: bool = True,
     jobs: int = 1,
 ) -> dict[str, Any]:
-    """Trains every recipe with every seed, then writes ``results.json`` and ``report.html`` into `out`.
+    """Trains every recipe with every seed, then writes ``results.json`` and ``report.html`` to `out`.
 
     Args:
-        recipes: names or YAML files; the first is the one that the others are measured against.
-        seeds: how many seeds, from ``train.seed`` upwards.
-        equal: ``"tokens"`` trains each for its own number of steps; ``"flops"`` sets the steps so that all spend the same
-            training FLOPs.
-        flops: that budget; none: what the first recipe spends in its own steps.
-        out: where runs and results go.
-        overrides: dotted settings applied to every recipe.
-        progress: show what is being trained.
-        jobs: runs trained side by side, each in a process with its share of the cores.
+        recipes: names or YAML files; the first is the baseline.
+        seeds: the number of seeds, starting at ``train.seed``.
+        equal: ``"tokens"`` trains each recipe for its own number of steps; ``"flops"`` sets the steps so that all spend
+            the same training FLOPs.
+        flops: the budget of ``"flops"`` (default: `None`, the training FLOPs of the first recipe).
+        out: the folder for runs and results.
+        overrides: dotted settings for every recipe.
+        progress: show progress.
+        jobs: the number of runs that train at the same time, each in a process with an equal part of the cores.
 
     Returns:
-        ``{"equal", "seeds", "command", "baseline", "rows": [...], "verdict": [...]}``; a row has the recipe's `name`,
-        its `runs` (folders below `out`), and for each measure a mean, a spread (sample standard deviation) and the value
-        of each seed.
+        ``{"equal", "seeds", "command", "baseline", "rows": [...], "verdict": [...]}``; a row has the `name` of the
+        variant, its `runs` (folders below `out`), and for each measure the mean, the spread (sample standard deviation)
+        and the value of each seed.
 
     Raises:
-        UserError: a recipe that does not exist, two of one name, a number that makes no sense, or a folder in `out` that
-            holds a run of something else.
-        Failure: a training failed; the others were stopped and saved.
-        Interrupted: SIGINT or SIGTERM came; what was trained so far is kept.
+        UserError: a recipe does not exist, two recipes have the same name, a number is out of range, or `out` contains a
+            different run under the same name.
+        Failure: a run failed; the other runs were stopped and saved.
+        Interrupted: the process received SIGINT or SIGTERM; finished and saved work is kept.
     """
     if equal not in EQUAL:
         raise unknown("--equal", equal, EQUAL)
@@ -87,11 +87,13 @@ def compare(
         raise UserError(f"--seeds {seeds}, --jobs {jobs}: give 1 or more")
     configs = [resolve(load(recipe, overrides)) for recipe in recipes]
     if len({config.name for config in configs}) < len(configs):
-        raise UserError(f"compare: two of the recipes share a name ({', '.join(config.name for config in configs)})")
+        raise UserError(
+            f"compare: two recipes have the same name ({', '.join(config.name for config in configs)}); give each its own"
+        )
     if equal == "flops":
         configs = at_equal_flops(configs, flops)
     elif flops is not None:
-        raise UserError("--flops sets the budget of --equal flops; add --equal flops, or leave it out")
+        raise UserError("--flops sets the budget of --equal flops; add --equal flops, or leave --flops out")
     planned = [with_seed(config, config.train.seed + number) for number in range(seeds) for config in configs]
     folders = {folder_of(config, out): config for config in planned}
     typed = command(recipes, seeds, equal, flops, overrides, jobs)
@@ -99,7 +101,7 @@ def compare(
         train_all(folders, progress, jobs)
     except (Interrupted, KeyboardInterrupt):
         again = f"{typed} --out {shlex.quote(str(out))}"
-        raise Interrupted(f"stopped; what was trained so far is kept, go on with:\n{again}") from None
+        raise Interrupted(f"stopped; the runs so far are kept; continue with:\n{again}") from None
     result = summarise([config.name for config in configs], list(folders))
     result |= {"equal": equal, "seeds": seeds, "command": typed}
     write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
@@ -112,30 +114,30 @@ def compare(
 
 
 def with_seed(config: RunConfig, seed: int) -> RunConfig:
-    """The same run with another seed."""
+    """The same config with another seed."""
     return dataclasses.replace(config, train=dataclasses.replace(config.train, seed=seed))
 
 
 def folder_of(config: RunConfig, out: Path) -> Path:
-    """Where a run of a comparison lives: its name, its length and its seed."""
+    """The folder of a run in a comparison: named by variant, steps and seed."""
     return out / "runs" / f"{config.name}-{config.train.steps}steps-seed{config.train.seed}"
 
 
 def at_equal_flops(configs: list[RunConfig], budget: float | None) -> list[RunConfig]:
-    """The configs with `train.steps` set so that each spends `budget` training FLOPs (or what the first one spends)."""
+    """Sets `train.steps` so that each config spends `budget` training FLOPs (default: those of the first config)."""
     per_step = [flops_per_step(config) for config in configs]
     budget = budget if budget is not None else per_step[0] * configs[0].train.steps
     equal = []
     for config, cost in zip(configs, per_step, strict=True):
         steps = round(budget / cost)
         if steps < 1:
-            raise UserError(f"--flops {budget:.3g}: one step of {config.name} already costs {cost:.3g}")
+            raise UserError(f"--flops {budget:.3g}: one step of {config.name} costs {cost:.3g}; give a larger budget")
         equal.append(dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps)))
     return equal
 
 
 def flops_per_step(config: RunConfig) -> float:
-    """Training FLOPs of one optimizer step, by arithmetic."""
+    """Analytic training FLOPs of one optimizer step."""
     from pondera.data.corpus import prepare
 
     model = new_model(config, prepare(config.data).vocab_size)
@@ -144,7 +146,7 @@ def flops_per_step(config: RunConfig) -> float:
 
 
 def train_all(folders: dict[Path, RunConfig], progress: bool, jobs: int) -> None:
-    """Trains what is not there yet; in this process, or several side by side in processes of their own."""
+    """Trains the missing runs: in this process, or `jobs` at a time in processes of their own."""
     from pondera.data.corpus import prepare
 
     texts = {repr(config.data): config.data for config in folders.values()}
@@ -163,26 +165,26 @@ def train_all(folders: dict[Path, RunConfig], progress: bool, jobs: int) -> None
 
 
 def finished(folder: Path, config: RunConfig, digest: str) -> bool:
-    """Whether this run is there and complete. One with another config or text is refused rather than mixed in.
+    """Whether the run exists and is complete; refuses a run with another config or text.
 
     Args:
-        folder: where it would be.
-        config: what it should have been trained with.
-        digest: of the corpus that `config` stands for today.
+        folder: the folder of the run.
+        config: the expected config.
+        digest: the digest of the current corpus of `config`.
     """
     if not is_run(folder):
         return False
-    run, advice = Run.open(folder), "choose another --out, or remove that folder"
+    run, advice = Run.open(folder), "use another --out, or remove that folder"
     if run.config.to_dict() != config.to_dict():
-        raise UserError(f"{folder}: holds a run with another config; {advice}")
+        raise UserError(f"{folder}: contains a run with another config; {advice}")
     result = run.result()
     if result is not None and result.get("corpus", digest) != digest:
-        raise UserError(f"{folder}: holds a run on another text, or {config.data.text!r} has changed since; {advice}")
+        raise UserError(f"{folder}: contains a run on another text, or {config.data.text!r} has changed; {advice}")
     return result is not None
 
 
 def _train_apart(missing: dict[Path, RunConfig], jobs: int, progress: bool) -> None:
-    """Trains each run in a process of its own, `jobs` at a time; when one fails, or we are asked to stop, all end."""
+    """Trains each run in a process of its own, `jobs` at a time; a failure or a signal stops all of them."""
     threads = max(1, (os.cpu_count() or 1) // jobs)
     waiting, running = list(missing), dict[Path, subprocess.Popen]()
     with _noticed_signals() as noticed:
@@ -206,7 +208,7 @@ def _train_apart(missing: dict[Path, RunConfig], jobs: int, progress: bool) -> N
 
 
 def _start(folder: Path, config: RunConfig, threads: int) -> subprocess.Popen:
-    """`pondera train` on a config that stays, so that the command in the run's env.json can be typed again."""
+    """Starts `pondera train` on a config file that is kept, so that the command in the run's env.json works again."""
     import yaml
 
     recipe, log = (_beside(folder, kind) for kind in ("configs", "logs"))
@@ -214,14 +216,14 @@ def _start(folder: Path, config: RunConfig, threads: int) -> subprocess.Popen:
         path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(recipe, yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True))
     words = ["train", str(recipe), "--out", str(folder), *(["--resume"] if is_run(folder) else [])]
-    with open(log, "wb") as said:
+    with open(log, "wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", "pondera", *words],
             env={**os.environ, "OMP_NUM_THREADS": str(threads)},
             stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            process_group=0,  # Ctrl-C reaches us alone; a child would take our signal for the second, which loses its step
+            stdout=output,
+            stderr=output,
+            process_group=0,  # otherwise Ctrl-C reaches the child twice (directly and from us), and it loses its step
         )
 
 
@@ -230,20 +232,20 @@ def _beside(folder: Path, kind: str) -> Path:
 
 
 def ended_early(folder: Path, code: int) -> Exception:
-    """What to raise when the training process of `folder` ended with this exit code, with its own last words."""
+    """The exception for a training process that ended with this exit code, with the last message of its log."""
     log = _beside(folder, "logs")
     lines = log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"]
-    # What `pondera` says at its end may take several lines.
+    # The last message may have several lines.
     last = max((number for number, line in enumerate(lines) if line.startswith("pondera: ")), default=len(lines) - 1)
-    said = "\n".join(lines[last:]).removeprefix("pondera: ")
+    message = "\n".join(lines[last:]).removeprefix("pondera: ")
     if code in (130, -signal.SIGINT, -signal.SIGTERM):
         return Interrupted(f"{folder} was interrupted")
     kind = UserError if code == 2 else Failure
-    return kind(f"{folder}: {said}\n(all that it said: {log})")
+    return kind(f"{folder}: {message}\n(full log: {log})")
 
 
 def _stop(children: list[subprocess.Popen]) -> None:
-    """Has children finish their step and save, and waits for them; interrupted once more, ends them at once."""
+    """Asks the children to finish their step and save, and waits; another interrupt kills them."""
     try:
         for child in children:
             child.send_signal(signal.SIGINT)
@@ -256,7 +258,7 @@ def _stop(children: list[subprocess.Popen]) -> None:
 
 @contextmanager
 def _noticed_signals() -> Iterator[list[int]]:
-    """A list that gets the first SIGINT or SIGTERM; the second one does what it always does."""
+    """A list that receives the first SIGINT or SIGTERM; the second one has its normal effect."""
     noticed: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield noticed
@@ -278,16 +280,16 @@ def _noticed_signals() -> Iterator[list[int]]:
 
 
 def say(progress: bool, text: str) -> None:
-    """One line on stderr."""
+    """Prints one line to stderr."""
     if progress:
         print(text, file=sys.stderr, flush=True)
 
 
 def summarise(names: Iterable[str], folders: list[Path]) -> dict[str, Any]:
-    """Rows of means and spreads, each seed's difference to the baseline, and the verdict in words.
+    """The rows of a comparison, with means, spreads and differences to the baseline, and its verdict as sentences.
 
     Args:
-        names: the recipes, baseline first.
+        names: the variants, baseline first.
         folders: finished run folders.
     """
     runs: dict[str, list[Run]] = {name: [] for name in names}
@@ -297,15 +299,16 @@ def summarise(names: Iterable[str], folders: list[Path]) -> dict[str, Any]:
     baseline = next(iter(runs))
     rows = [_row(name, members, runs[baseline]) for name, members in runs.items()]
     gaps = [significance.gap(_scores(runs[name]), _scores(runs[baseline])) for name in runs]
-    said = [
-        significance.sentence(name, baseline, found, "bits per byte") for name, found in zip(runs, gaps, strict=True)
+    verdict = [
+        significance.sentence(name, baseline, difference, "bits per byte")
+        for name, difference in zip(runs, gaps, strict=True)
     ]
-    return {"baseline": baseline, "rows": rows, "verdict": said[1:] + _at_equal_inference(rows, runs)}
+    return {"baseline": baseline, "rows": rows, "verdict": verdict[1:] + _at_equal_inference(rows, runs)}
 
 
 def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]]) -> list[str]:
-    """Recipes that cost about the same per token against the first of their price, where that is not the baseline."""
-    said, leaders = [], rows[:1]
+    """Compares variants of about equal inference FLOPs with the first of them, unless that is the baseline."""
+    verdict, leaders = [], rows[:1]
     for row in rows[1:]:
         cost = row["inference_flops_per_token"]["mean"]
         leader = next(
@@ -314,11 +317,10 @@ def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]]) 
         if leader is None:
             leaders.append(row)
         elif leader is not rows[0]:
-            found = significance.gap(_scores(runs[row["name"]]), _scores(runs[leader["name"]]))
-            said.append(
-                f"At about equal inference FLOPs, {significance.sentence(row['name'], leader['name'], found, 'bits per byte')}"
-            )
-    return said
+            difference = significance.gap(_scores(runs[row["name"]]), _scores(runs[leader["name"]]))
+            sentence = significance.sentence(row["name"], leader["name"], difference, "bits per byte")
+            verdict.append(f"At about equal inference FLOPs, {sentence}")
+    return verdict
 
 
 def _about_equal(one: float | None, other: float | None) -> bool:
@@ -347,7 +349,7 @@ def _scores(runs: list[Run]) -> dict[int, float]:
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:
-    """Mean, sample standard deviation (none for one value) and the values."""
+    """Mean, sample standard deviation (`None` for a single value) and the values."""
     known = [value for value in values if value is not None]
     if not known:
         return {"mean": None, "spread": None, "values": values}
@@ -361,7 +363,7 @@ def spread(values: list[float | None]) -> dict[str, Any]:
 def command(
     recipes: list[str], seeds: int, equal: str, flops: float | None, overrides: dict[str, Any] | None, jobs: int
 ) -> str:
-    """The command line that does this comparison.
+    """The command line of this comparison.
 
     Example:
         >>> command(["plain", "mine.yaml"], 3, "tokens", None, {"think": "PauseToken(pauses=1)"}, jobs=2)

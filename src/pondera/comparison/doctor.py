@@ -1,4 +1,4 @@
-"""The doctor: whether a run can work on this machine, and what it takes, before anything is trained."""
+"""The doctor: checks before training whether a run works on this machine, and estimates its memory and time."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
 
 KNOWN_GOOD = {"torch": ">=2.8", "transformers": ">=5.20,<5.25"}  # as in pyproject.toml
-EFFICIENCY = 0.6  # of a large matrix product's speed is what training reaches, roughly
-LIBRARIES = 0.7e9  # bytes that torch and transformers take by themselves
+EFFICIENCY = 0.6  # approximate speed of training as a share of a large matrix product's speed
+LIBRARIES = 0.7e9  # bytes used by torch and transformers alone
 STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments, in float32
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that the doctor looked at.
+    """The result of one check.
 
     Args:
-        level: ``"ok"``, ``"warning"`` (it will run, but see the text) or ``"problem"`` (it cannot run).
-        topic: what was looked at.
-        text: what was found and, unless ok, what to do.
+        level: ``"ok"``, ``"warning"`` (the run works, but read the text) or ``"problem"`` (the run cannot work).
+        topic: the subject of the check.
+        text: the result and, unless ok, the remedy.
     """
 
     level: str
@@ -47,17 +47,16 @@ class Finding:
 
 
 def examine(config: RunConfig) -> Iterator[Finding]:
-    """Looks at installation, machine, data, model, memory and time, in this order.
+    """Checks installation, machine, data, model, memory and time, in this order.
 
-    Nothing is trained or downloaded, and nothing written but native kernels, which are built as at their first use; a
-    checkpoint's weights are not read. Takes a few seconds: torch is imported, and a matrix product is timed for one of
-    them.
+    It trains and downloads nothing and does not read the weights of a checkpoint. It writes only native kernels, which it
+    builds as at first use. It takes a few seconds, to import torch and to time a matrix product.
 
     Args:
-        config: the run.
+        config: the config of the run.
 
     Yields:
-        Findings as they are made. Those that depend on a model are missing where none can be built.
+        One finding per check. If the model cannot be built, the checks that need a model are skipped.
     """
     versions = list(_versions())
     yield from versions
@@ -81,13 +80,13 @@ def examine(config: RunConfig) -> Iterator[Finding]:
 
 
 def skeleton(config: RunConfig) -> AdaptiveLM:
-    """The run's model without memory for its weights (on torch's ``meta`` device).
+    """The model of a run without memory for its weights (on torch's ``meta`` device).
 
     Args:
-        config: with its tokenizer resolved, as `build.resolve` does.
+        config: with the tokenizer resolved by `build.resolve`.
 
     Raises:
-        UserError: parts that do not exist or do not fit together.
+        UserError: a part of the model does not exist, or the parts do not fit together.
     """
     import torch
 
@@ -98,27 +97,27 @@ def skeleton(config: RunConfig) -> AdaptiveLM:
     adaptive = adaptive_config(config, _vocabulary(config))
     chosen = {seam: getattr(adaptive, seam) for seam in spec.SEAMS}
     with torch.device("meta"):
-        # Made anew from the shape of the backbone, so that a checkpoint's weights are not read.
+        # Builds the backbone from its config, so that the weights of a checkpoint are not read.
         return AdaptiveLM(AdaptiveConfig(backbone=adaptive.backbone, init=adaptive.init, **chosen))
 
 
 def training_calls(model: AdaptiveLM, context: int) -> list[DecoderPass]:
-    """The decoder calls that one window of training takes."""
+    """The decoder passes of one training window."""
     if model.method is None:
         return [DecoderPass(context, context)]
     return [call for call in model.method.cost_schedule(context, training=True) if isinstance(call, DecoderPass)]
 
 
 def training_bytes(config: RunConfig, model: AdaptiveLM) -> dict[str, float]:
-    """Rough bytes that one process holds: ``state`` (weights and optimizer), ``activations``, ``logits``."""
+    """Approximate bytes per process: ``state`` (weights and optimizer), ``activations`` and ``logits``."""
     shape, train, context = model.backbone.config, config.train, config.data.context
     share = max(1, train.batch_size // _processes())
     windows = min(train.micro_batch_size or share, share)
     width, layers = shape.hidden_size, shape.num_hidden_layers
     inner = getattr(shape, "intermediate_size", None) or getattr(shape, "n_inner", None) or 4 * width
-    row = 4.0 * (11 * width + 4 * inner)  # what a Llama layer keeps of one row for its backward pass, as measured
+    row = 4.0 * (11 * width + 4 * inner)  # bytes that a Llama layer saves per position for the backward pass, measured
     if train.dtype == "bfloat16":
-        row *= 0.6  # products in half of the bytes, norms and sums not
+        row *= 0.6  # matrix products use half the bytes, norms and sums do not
     calls = training_calls(model, context)
     rows = windows * sum(call.queries * call.repeats * (call.layers or layers) for call in calls) / layers
     layerwise = rows * layers * (4.0 * width if train.gradient_checkpointing else row)
@@ -130,7 +129,7 @@ def training_bytes(config: RunConfig, model: AdaptiveLM) -> dict[str, float]:
 
 
 def matmul_speed(device: str, dtype: str, seconds: float = 1.0) -> float:
-    """FLOP/s of a large matrix product, timed for about so many seconds."""
+    """FLOP/s of a large matrix product, timed for about `seconds`."""
     import torch
 
     size = 4096 if device == "cuda" else 1024
@@ -161,13 +160,13 @@ def _versions() -> Iterator[Finding]:
             continue
         if SpecifierSet(good).contains(version, prereleases=True):
             if package == "transformers" and not was_tested(version):
-                text = f"{version} was not tested; the tests passed on {', '.join(passed())}"
+                text = f"{version} is not tested; the tests passed on {', '.join(passed())}"
                 yield Finding("warning", package, f'{text}: pip install "{package}=={passed()[-1]}"')
                 continue
             proof = f"; tested: {', '.join(passed())}" if package == "transformers" else ""
             yield Finding("ok", package, f"{version} (known to work: {good}{proof})")
         else:
-            text = f'{version} is not among what is known to work; pip install "{package}{good}"'
+            text = f'{version} is not among the versions known to work; pip install "{package}{good}"'
             yield Finding("warning", package, text)
 
 
@@ -180,7 +179,7 @@ def _machine() -> Iterator[Finding]:
     else:
         yield Finding("ok", "device", f"no GPU; {cores} cores of {platform.processor() or platform.machine()}")
     if threads > cores:
-        text = f"{threads} threads on {cores} cores get in each other's way; OMP_NUM_THREADS={cores} is faster"
+        text = f"{threads} threads on {cores} cores compete for cores; OMP_NUM_THREADS={cores} is faster"
         yield Finding("warning", "threads", text)
     else:
         yield Finding("ok", "threads", f"{threads} of {cores}; OMP_NUM_THREADS sets them")
@@ -193,7 +192,7 @@ def _native() -> Iterator[Finding]:
 
     reasons = sorted({why_not(name) for name in kernels()} - {""})
     if reasons:
-        text = f"kernels are not in use, and torch does their work more slowly: {'; '.join(reasons)}"
+        text = f"native kernels are not in use, so the slower torch code runs: {'; '.join(reasons)}"
         yield Finding("ok" if reasons == [OFF] else "warning", "native", text)
     else:
         yield Finding("ok", "native", f"kernels in use: {', '.join(kernels())}")
@@ -206,10 +205,11 @@ def _data(data: DataConfig) -> Iterator[Finding]:
     elif not HUB_NAME.fullmatch(data.text):
         yield Finding("problem", "text", f"data.text: no such file or folder: {data.text!r}")
     elif importlib.util.find_spec("datasets") is None:
-        text = f"{data.text!r} is no file or folder here; to load it as a HF dataset: pip install pondera[hf]"
+        text = f"{data.text!r} is not a local file or folder; to load it as a HF dataset: pip install pondera[hf]"
         yield Finding("problem", "text", text)
     else:
-        yield Finding("warning", "text", f"{data.text!r} is no file or folder here; it will be sought as a HF dataset")
+        text = f"{data.text!r} is not a local file or folder; it will be loaded as a HF dataset"
+        yield Finding("warning", "text", text)
     if data.context < 1:
         yield Finding("problem", "context", f"data.context: a window needs at least 1 token, got {data.context}")
 
@@ -223,22 +223,22 @@ def _training(train: TrainConfig) -> Iterator[Finding]:
         yield Finding("problem", "train", str(error))
         return
     share, micro = train.batch_size // _processes(), train.micro_batch_size
-    shared = f", {share} on each of {_processes()} processes" if _processes() > 1 else ""
+    shared = f", {share} per process on {_processes()} processes" if _processes() > 1 else ""
     if micro and share > micro and share % micro:
-        text = f"{share} windows make parts of {micro} and one of {share % micro}; equal parts are faster"
+        text = f"{share} windows give micro-batches of {micro} and one of {share % micro}; equal sizes are faster"
         yield Finding("warning", "batch", text)
     else:
-        parts = f" in parts of {micro}" if micro and micro < share else ""
+        parts = f" in micro-batches of {micro}" if micro and micro < share else ""
         yield Finding("ok", "batch", f"{train.batch_size} windows per step{shared}{parts}")
     if train.dtype == "bfloat16" and _device() == "cpu":
-        text = "many CPUs are far slower in bfloat16; compare the time below with that of --train.dtype float32"
+        text = "many CPUs are much slower in bfloat16; compare the time below with --train.dtype float32"
         yield Finding("warning", "dtype", text)
     else:
         yield Finding("ok", "dtype", train.dtype)
 
 
 def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
-    """What the model is, and what of it does not go together with the rest."""
+    """Describes the model and reports settings that it does not support."""
     from pondera.training.build import check_freeze_backbone
     from pondera.training.train import check_gradient_checkpointing
 
@@ -254,9 +254,7 @@ def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
             yield Finding("problem", "train", str(error))
     window = getattr(model.config.backbone, "sliding_window", None)
     if window and "sliding_attention" in model.backbone.layer_types:
-        wider = (
-            f" ({shape.sliding_window} rows, as each token has {method.slots_per_token})" if method is not None else ""
-        )
+        wider = f" ({shape.sliding_window} KV slots, {method.slots_per_token} per token)" if method is not None else ""
         yield Finding("ok", "window", f"layers with a sliding window see {window} tokens{wider}")
 
 
@@ -264,17 +262,17 @@ def _memory(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     needed, free = training_bytes(config, model), _free_memory()
     total = sum(needed.values()) + LIBRARIES
     parts = ", ".join(f"{name} {_bytes(value)}" for name, value in needed.items())
-    text = f"about {_bytes(total)} ({parts}) of {_bytes(free)} free, roughly"
+    text = f"about {_bytes(total)} needed ({parts}), {_bytes(free)} free"
     if needed["state"] > free and _processes() == 1:
-        text += "; the weights alone do not fit: a smaller backbone, a larger machine, or torchrun with FSDP"
+        text += "; weights and optimizer do not fit: use a smaller backbone, a larger machine, or torchrun with FSDP"
         yield Finding("problem", "memory", text)
     elif total > free:
         yield Finding("warning", "memory", f"{text}; a smaller --train.micro_batch_size needs less")
     else:
         yield Finding("ok", "memory", text)
-    checkpoints = needed["state"] * 0.75 * (config.train.keep + 1)  # no gradients; one more while it is written
+    checkpoints = needed["state"] * 0.75 * (config.train.keep + 1)  # without gradients; one more while it is written
     room = shutil.disk_usage(Path.cwd()).free
-    text = f"{config.train.keep} checkpoints take about {_bytes(checkpoints)}; {_bytes(room)} free"
+    text = f"{config.train.keep} checkpoints need about {_bytes(checkpoints)}, {_bytes(room)} free"
     yield Finding("ok" if checkpoints < room else "problem", "disk", text)
 
 
@@ -291,13 +289,13 @@ def _time(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     speed = matmul_speed(_device(), train.dtype)
     seconds = flops / (speed * EFFICIENCY * _processes())
     yield Finding("ok", "training", f"{_count(tokens)} tokens, {flops:.2g} FLOPs")
-    basis = f"{speed / 1e9:,.0f} GFLOP/s measured just now, of which training reaches some {EFFICIENCY:.0%}"
+    basis = f"{speed / 1e9:,.0f} GFLOP/s measured now, at {EFFICIENCY:.0%} efficiency"
     yield Finding(
-        "ok", "time", f"about {_duration(seconds)}: an estimate from {basis}, without tokenising and validation"
+        "ok", "time", f"about {_duration(seconds)}: estimated from {basis}, without tokenising and validation"
     )
 
 
-# The machine, and numbers for people
+# The machine, and number formats
 
 
 def _device() -> str:
@@ -307,7 +305,7 @@ def _device() -> str:
 
 
 def _processes() -> int:
-    """How many processes share the batch: set by torchrun and accelerate."""
+    """The number of processes that share the batch, as set by torchrun or accelerate."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -319,7 +317,7 @@ def _free_memory() -> float:
 
 
 def _vocabulary(config: RunConfig) -> int:
-    """Tokens of the tokenizer; of one that is yet to be trained, the most it can have."""
+    """Vocabulary size of the tokenizer; the maximum size if it is not trained yet."""
     tokenizer = config.data.tokenizer
     return bpe_size(tokenizer) or max(load_tokenizer(tokenizer).get_vocab().values()) + 1
 

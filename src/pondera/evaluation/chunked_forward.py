@@ -1,6 +1,6 @@
-"""Reads text through a cache, piece by piece, as a model with a memory does when it writes.
+"""Chunked forward: feeds a sequence through the KV cache a few tokens at a time, as in decoding.
 
-Given a whole window at once, a model forgets only after it has read all of it, and no score would show what was forgotten.
+If a window were fed in one call, eviction would happen only at its end, and no score would show what was evicted.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -18,19 +18,19 @@ if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
 
 PIECE = 8
-"""Tokens at a time: few beside any budget, and many fewer calls than tokens."""
+"""Tokens per chunk: small compared with any cache budget, but large enough to need few calls."""
 
 
 def pieces(tokens: int, prompt: int, piece: int = PIECE) -> list[int]:
-    """Lengths: the prompt in one go, then so many tokens at a time.
+    """The lengths of the chunks: the prompt in one call, then `piece` tokens per call.
 
     Example:
         >>> pieces(21, prompt=10, piece=4)
         [10, 4, 4, 3]
     """
     rest = tokens - prompt
-    found = [prompt, *[piece] * (rest // piece), rest % piece]
-    return [length for length in found if length]
+    lengths = [prompt, *[piece] * (rest // piece), rest % piece]
+    return [length for length in lengths if length]
 
 
 @torch.no_grad()
@@ -42,14 +42,14 @@ def chunked_forward(
     piece: int = PIECE,
     budget: Mapping[str, Any] | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
-    """The logits of each piece, ``[B, t, V]``, and the number of its first token.
+    """Yields the index of each chunk's first token and the chunk's logits ``[B, t, V]``.
 
     Args:
         model: in eval mode.
-        cache: filled on the way.
-        ids_BT: no padding.
-        prompt: tokens that are read in one go first.
-        piece: tokens at a time after them.
+        cache: receives the keys and values of all tokens.
+        ids_BT: token ids without padding.
+        prompt: tokens of the first call (prefill).
+        piece: tokens of each later call.
         budget: ``effort`` and ``max_passes``, as the model takes them.
     """
     start = 0

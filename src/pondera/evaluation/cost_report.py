@@ -1,4 +1,4 @@
-"""What a model costs per token, with the method that it was given."""
+"""The cost of a token: FLOPs and cache bytes of a model with its method."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def cost_report(
     shares: Sequence[float] | None = None,
     budget: Effort = FULL,
 ) -> dict[str, float]:
-    """The analytic price of one token.
+    """The analytic cost of one token.
 
     Args:
         model: only its configs are read.
         context: tokens per window.
-        recompute: training runs the layers forward once more in the backward pass (gradient checkpointing).
-        shares: of the tokens that take each pass, as measured; none: every token takes all that the method has.
-        budget: what `shares` were measured with; it tells what a method leaves out that is no pass.
+        recompute: the backward pass runs each layer forward a second time (gradient checkpointing).
+        shares: the measured share of the tokens that takes each pass (default: `None`, every token takes all passes).
+        budget: the effort at which `shares` were measured; the method uses it to exclude work that is not a pass.
 
     Returns:
         ``inference_flops_per_token`` of decoding with half a context cached, ``training_flops_per_token`` (forward and
         backward, at the mean number of random rounds), and ``kv_bytes_per_token`` of a cache that holds a whole context
-        in the dtype of the model; with a memory it is measured, as what is kept depends on what is read.
+        in the dtype of the model. With a KV cache method the bytes are measured, because they may depend on the input.
 
     Raises:
-        UserError: an architecture that has no price yet.
+        UserError: the cost of this architecture is not known.
     """
     prices = CostModel(model.backbone.config, None if model.head is None else model.head.weights)
     method = None if model.method is None else model.method.at_budget(budget)
@@ -55,20 +55,20 @@ def cost_report(
     if recompute:
         trained += sum(prices.step(call) for call in training if isinstance(call, DecoderPass))
     number_bytes = next(model.parameters()).element_size()
-    held = prices.cache_bytes(round(slots), number_bytes, drops_window_rows, newest=round(newest))
+    cache_bytes = prices.cache_bytes(round(slots), number_bytes, drops_window_rows, newest=round(newest))
     if model.kv_cache is not None and model.kv_cache.fitted and model.device.type != "meta":
-        held = _kept_bytes(model, context, budget)
+        cache_bytes = _kept_bytes(model, context, budget)
     elif method is not None:
-        held += method.extra_cache_bytes(context, number_bytes)
+        cache_bytes += method.extra_cache_bytes(context, number_bytes)
     return {
         "inference_flops_per_token": prices.forward(CostSchedule(tuple(decoding), head_rows=1, tokens=1)),
         "training_flops_per_token": trained / context,
-        "kv_bytes_per_token": held / context,
+        "kv_bytes_per_token": cache_bytes / context,
     }
 
 
 def _kept_bytes(model: AdaptiveLM, context: int, budget: Effort) -> float:
-    """Bytes of the cache of a model with a KV-cache method after `context` tokens, spare room included."""
+    """Measured bytes of a model's compressed cache after `context` tokens, including allocated spare room."""
     import torch
 
     from pondera.evaluation.chunked_forward import chunked_forward

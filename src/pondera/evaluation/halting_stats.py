@@ -1,6 +1,6 @@
-"""Which tokens a model thinks longer about: depth against surprise, kind of token and frequency.
+"""Halting statistics: passes per token against loss, word class and token frequency.
 
-Shapes: T tokens of a sample, K blocks of consecutive tokens, R resamples of them; 6 sums make a correlation.
+Shapes: T tokens of a sample, K blocks of consecutive tokens, R bootstrap resamples; 6 sums give a correlation.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-HALTING_STATS = "depths"  # the trace that holds what `halting_stats` returns
+HALTING_STATS = "depths"  # the name of the trace file with the result of `halting_stats`
 CLASSES = ("start of a word", "inside a word", "digits", "punctuation", "whitespace", "other")
-BANDS = (10, 100, 1000)  # ranks at which one band of frequency ends and the next begins
+BANDS = (10, 100, 1000)  # last rank of each frequency band
 PARTS = 10  # deciles
-BLOCK = 64  # tokens: neighbours are alike, so they are drawn together
+BLOCK = 64  # tokens per bootstrap block; neighbouring tokens are correlated
 RESAMPLES = 1000
 
 
@@ -25,31 +25,32 @@ def halting_stats(
     predicted: Sequence[float] | np.ndarray,
     ranks: Sequence[int] | np.ndarray,
 ) -> dict[str, Any]:
-    """How the depth of a model varies over the tokens of a text.
+    """How the number of passes varies over the tokens of a text.
 
-    A token can be surprising in two ways, and they are told apart: `read` is the loss that the token itself had when it
-    was still to come; `predicted` is the loss on the token after it, which is what its passes are spent on.
+    Two losses belong to a token: `read` is the loss of predicting the token itself, one step earlier; `predicted` is the
+    loss of predicting the next token, which is the purpose of its passes.
 
     Args:
-        tokens: T texts in their order; ``""`` for a special token or a piece of a character.
-        passes: that each of them took; whole numbers, but for methods that mix depths.
+        tokens: the texts of T consecutive tokens; ``""`` for a special token or a part of a character.
+        passes: the passes of each token; integers, except for methods that average over depths.
         read: negative log-likelihood of each token, in nats.
-        predicted: the same of the token that follows it.
-        ranks: place of each token in the vocabulary by frequency, 1 being the most frequent.
+        predicted: negative log-likelihood of the token after it, in nats.
+        ranks: frequency rank of each token; 1 is the most frequent.
 
     Returns:
-        ``count``, ``mean`` and ``constant`` (every token took the same); ``histogram``: ``passes`` (rounded) and
-        ``tokens``. Unless the depth is constant: ``surprise``, with ``read`` and ``predicted`` as `against` returns
-        them, and ``classes`` and ``frequency``, lists of groups with ``name``, ``tokens`` and mean ``passes``.
+        ``count``, ``mean``, ``constant`` (all tokens took the same number of passes) and ``histogram``, a list of
+        ``passes`` (rounded) and ``tokens``. Unless ``constant``, also ``surprise``, with ``read`` and ``predicted`` as
+        `against` returns them, and ``classes`` and ``frequency``, lists of groups with ``name``, ``tokens`` and mean
+        ``passes``.
 
     Raises:
-        ValueError: no tokens, or not one value of each kind per token.
+        ValueError: there are no tokens, or the arguments differ in length.
 
     Example:
-        >>> found = depths(["a", " b", "."], [1, 2, 2], [3.0, 4.0, 5.0], [4.0, 5.0, 3.0], [1, 20, 3])
-        >>> [(one["passes"], one["tokens"]) for one in found["histogram"]]
+        >>> stats = halting_stats(["a", " b", "."], [1, 2, 2], [3.0, 4.0, 5.0], [4.0, 5.0, 3.0], [1, 20, 3])
+        >>> [(row["passes"], row["tokens"]) for row in stats["histogram"]]
         [(1, 1), (2, 2)]
-        >>> found["frequency"]
+        >>> stats["frequency"]
         [{'name': '1–10', 'tokens': 2, 'passes': 1.5}, {'name': '11–100', 'tokens': 1, 'passes': 2.0}]
     """
     if not tokens or {len(tokens)} != {len(passes), len(read), len(predicted), len(ranks)}:
@@ -57,7 +58,7 @@ def halting_stats(
     passes_T = np.asarray(passes, np.float64)
     values, counts = np.unique(np.rint(passes_T).astype(int), return_counts=True)
     constant = bool(passes_T.min() == passes_T.max())
-    found: dict[str, Any] = {
+    stats: dict[str, Any] = {
         "count": len(tokens),
         "mean": float(passes_T.mean()),
         "constant": constant,
@@ -67,30 +68,30 @@ def halting_stats(
     }
     if not constant:
         losses = {"read": read, "predicted": predicted}
-        found["surprise"] = {name: against(passes_T, np.asarray(nll, np.float64)) for name, nll in losses.items()}
-        found["classes"] = _groups(passes_T, word_classes(tokens), CLASSES)
-        found["frequency"] = _groups(passes_T, _bands(ranks), _band_names())
-    return found
+        stats["surprise"] = {name: against(passes_T, np.asarray(nll, np.float64)) for name, nll in losses.items()}
+        stats["classes"] = _groups(passes_T, word_classes(tokens), CLASSES)
+        stats["frequency"] = _groups(passes_T, _bands(ranks), _band_names())
+    return stats
 
 
 def against(passes_T: np.ndarray, nll_T: np.ndarray) -> dict[str, Any]:
-    """Depth against surprise.
+    """Correlation of passes with loss.
 
-    The correlations come with 95 % intervals from a bootstrap over blocks of 64 consecutive tokens: those of single
-    tokens would be too narrow, since neighbouring tokens are alike. Ranks are taken once, over the whole sample.
+    The 95 % intervals come from a bootstrap over blocks of 64 consecutive tokens. Resampling single tokens would give
+    intervals that are too narrow, because neighbouring tokens are correlated. Ranks are computed once, over the sample.
 
     Args:
-        passes_T: passes of each token, which vary.
-        nll_T: surprise of each token, in nats.
+        passes_T: passes of each token, not all equal.
+        nll_T: negative log-likelihood of each token, in nats.
 
     Returns:
-        ``deciles``: the tokens in ten equal parts by surprise (fewer where there are fewer tokens), each with its mean
-        ``nll`` and ``passes``; ``pearson`` and ``spearman``, each with ``value``, ``low`` and ``high``; none where the
-        surprise is constant, or there is but one block and so no interval.
+        ``deciles``: ten equal parts of the tokens by loss (fewer if there are fewer tokens), each with its mean ``nll``
+        and ``passes``; ``pearson`` and ``spearman``, each with ``value``, ``low`` and ``high``. ``value`` is `None` if
+        the loss is constant; ``low`` and ``high`` are `None` if there is only one block.
 
     Example:
-        >>> found = against(np.array([1.0, 1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.5, 2.0]))
-        >>> f"{found['spearman']['value']:.3f}", found["spearman"]["low"], found["deciles"][-1]
+        >>> result = against(np.array([1.0, 1.0, 2.0, 3.0]), np.array([0.1, 0.2, 0.5, 2.0]))
+        >>> f"{result['spearman']['value']:.3f}", result["spearman"]["low"], result["deciles"][-1]
         ('0.949', None, {'nll': 2.0, 'passes': 3.0})
     """
     order_T = np.argsort(nll_T, kind="stable")
@@ -103,28 +104,28 @@ def against(passes_T: np.ndarray, nll_T: np.ndarray) -> dict[str, Any]:
 
 
 def word_classes(tokens: Sequence[str]) -> list[str]:
-    """What each token is in its text, by its first character that is not a blank.
+    """The word class of each token, from its first character that is not whitespace.
 
     Example:
         >>> word_classes(["\\n", "Hip", "po", " sat", ",", " 19", "x", ""])
         ['whitespace', 'start of a word', 'inside a word', 'start of a word', 'punctuation', 'digits', 'inside a word', 'other']
     """
-    found, in_word = [], False
+    classes, in_word = [], False
     for token in tokens:
         rest = token.lstrip()
         in_word = in_word and rest == token
         if not rest:
-            found.append("whitespace" if token else "other")
+            classes.append("whitespace" if token else "other")
         elif rest[0].isalpha():
-            found.append("inside a word" if in_word else "start of a word")
+            classes.append("inside a word" if in_word else "start of a word")
         else:
-            found.append("digits" if rest[0].isdigit() else "punctuation")
-        in_word = in_word if not token else token[-1].isalnum()  # a piece of a character ends no word
-    return found
+            classes.append("digits" if rest[0].isdigit() else "punctuation")
+        in_word = in_word if not token else token[-1].isalnum()  # a part of a character does not end a word
+    return classes
 
 
 def _correlation(x_T: np.ndarray, y_T: np.ndarray) -> dict[str, float | None]:
-    """Pearson's, with the interval from resampled blocks; from the sums of each block, so that a resample is cheap."""
+    """Pearson's correlation with a block-bootstrap interval, computed from block sums so that resampling is cheap."""
     x_T, y_T = x_T - x_T.mean(), y_T - y_T.mean()
     terms_6T = np.stack([np.ones_like(x_T), x_T, y_T, x_T * x_T, y_T * y_T, x_T * y_T])
     sums_K6 = np.add.reduceat(terms_6T, np.arange(0, len(x_T), BLOCK), axis=1).T
@@ -138,16 +139,16 @@ def _correlation(x_T: np.ndarray, y_T: np.ndarray) -> dict[str, float | None]:
 
 
 def _from_sums(sums: np.ndarray) -> np.ndarray:
-    """Pearson's correlation from n and the sums of x, y, xx, yy, xy; NaN where one of the two does not vary."""
+    """Pearson's correlation from n and the sums of x, y, xx, yy, xy; NaN if x or y is constant."""
     n, x, y, xx, yy, xy = sums
     x_variance, y_variance = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2
-    vary = (x_variance > 1e-12 * xx / n) & (y_variance > 1e-12 * yy / n)  # below that, it is rounding
+    vary = (x_variance > 1e-12 * xx / n) & (y_variance > 1e-12 * yy / n)  # anything smaller is rounding error
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(vary, (xy / n - x * y / n**2) / np.sqrt(x_variance * y_variance), np.nan)
 
 
 def _ranked(values_T: np.ndarray) -> np.ndarray:
-    """The place of each value in their order; equal values share the mean of theirs."""
+    """The rank of each value; equal values get their mean rank."""
     _, which_T, counts = np.unique(values_T, return_inverse=True, return_counts=True)
     ends = np.cumsum(counts)
     return ((ends - counts + ends + 1) / 2)[which_T]
@@ -164,7 +165,7 @@ def _band_names() -> list[str]:
 
 
 def _groups(passes_T: np.ndarray, names: Sequence[str], order: Sequence[str]) -> list[dict[str, Any]]:
-    """The mean depth of each group that has tokens."""
+    """The mean number of passes of each group that has tokens."""
     names_T = np.array(names)
     members = ((name, passes_T[names_T == name]) for name in order)
     return [{"name": name, "tokens": len(own), "passes": float(own.mean())} for name, own in members if len(own)]

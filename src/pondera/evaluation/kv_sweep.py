@@ -1,4 +1,4 @@
-"""What remembering less costs: memories side by side on one model, by bytes and by quality, and the one to take.
+"""Sweep of KV cache methods on one model: bytes against quality, and the elbow as the recommendation.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -35,25 +35,25 @@ SWEEP = (
     "KIVI(4)",
     "KIVI(2)",
 )
-"""What is tried where nothing is named ..."""
+"""The default sweep ..."""
 FITTED = ("VQKV(4.0)", "VQKV(2.75)")
-"""... and where there is text to fit it to."""
+"""... and the methods added to it if there is calibration text."""
 FULL = "PreallocatedCache()"
 
 
 @dataclass(frozen=True)
 class SweepRow:
-    """What one memory costs and what it is worth.
+    """Size and quality of one KV cache method.
 
     Args:
         method: its spec string.
-        cache_bytes: of one text at the end of a window, spare room included.
-        of_full: the share of what a full cache holds then.
-        bits_per_byte: of the held-out text, read piece by piece behind each window's prompt.
-        agreement: share of the next tokens that are what the full cache would have said.
-        recall: share of the tokens of an earlier passage, asked for by its beginning, that come back.
-        tokens_per_second: while reading piece by piece, here and now.
-        table_bytes: of what was fitted, once for the model.
+        cache_bytes: bytes of the cache of one sequence at the end of a window, including allocated spare room.
+        of_full: `cache_bytes` as a share of the full cache.
+        bits_per_byte: of the held-out text after each window's prompt, fed in chunks.
+        agreement: top-1 agreement: share of the predicted next tokens that equal those of the full cache.
+        recall: share of the tokens of an earlier passage that are predicted correctly after its beginning is repeated.
+        tokens_per_second: speed of the chunked forward, measured on this machine.
+        table_bytes: bytes of the calibrated tables, shared by all sequences.
     """
 
     method: str
@@ -73,20 +73,20 @@ def compress(
     calibration: Sequence[Tensor] = (),
     say: Callable[[str], None] = lambda _: None,
 ) -> tuple[list[SweepRow], dict[str, KVCacheMethod]]:
-    """Measures memories on one model, the full cache first.
+    """Measures KV cache methods on one model, the full cache first.
 
     Args:
-        loaded: a model without a trained memory; it may think or predict concepts.
-        memories: spec strings; none: those of `SWEEP` and `FITTED` that this model can have.
-        windows: the text that they are measured on.
-        calibration: token ids ``[B, T]`` for those that are fitted.
-        say: is told what is going on.
+        loaded: a model without a trained memory; it may have a think or chunk method.
+        memories: spec strings; empty for those methods of `SWEEP` and `FITTED` that support this model.
+        windows: the held-out text.
+        calibration: token ids ``[B, T]`` for methods that need calibration.
+        say: receives progress messages.
 
     Returns:
-        A row for each, and the fitted memories by spec string.
+        A row for each method, and the calibrated methods by spec string.
 
     Raises:
-        UserError: a memory that does not exist or does not fit, or a model that has a cache of its own.
+        UserError: a method does not exist or does not support the model, or the model has a trained memory.
     """
     model = loaded.model
     if model.memory is not None:
@@ -95,22 +95,22 @@ def compress(
             f"{loaded.name}: memory: {memory} and a kv_cache method cannot be combined: {IMPOSSIBLE['memory', 'kv_cache']}"
         )
     texts = [spec.format(spec.parse(text)) for text in memories or (*SWEEP, *(FITTED if calibration else ()))]
-    for text in memories:  # what cannot be had is told before anything is measured
-        _made(model, text, bool(calibration))
+    for text in memories:  # fails before anything is measured
+        _build(model, text, bool(calibration))
     rows: list[SweepRow] = []
     built: dict[str, KVCacheMethod] = {}
-    said_BT: Tensor | None = None
+    expected_NT: Tensor | None = None
     for text in dict.fromkeys([FULL, *texts]):
         began = time.perf_counter()
         try:
             built[text] = _ready(model, text, calibration, say)
-            measured, said_NT = _measure(model, text, built[text], windows, rows[0] if rows else None, said_BT)
+            measured, predicted_NT = _measure(model, text, built[text], windows, rows[0] if rows else None, expected_NT)
         except UserError as error:
             if memories or text == FULL:
                 raise
-            say(f"{text}: left out: {error}")  # of a sweep some may ask for more than this model has
+            say(f"{text}: skipped: {error}")  # some methods of the default sweep may not support this model
             continue
-        said_BT = said_NT if said_BT is None else said_BT
+        expected_NT = predicted_NT if expected_NT is None else expected_NT
         rows.append(measured)
         say(
             f"{text}: {measured.bits_per_byte:.4f} bits per byte at {100 * measured.of_full:.1f} % "
@@ -120,22 +120,22 @@ def compress(
 
 
 def _ready(model: AdaptiveLM, text: str, calibration: Sequence[Tensor], say: Callable[[str], None]) -> KVCacheMethod:
-    """A memory for this model, fitted if it has to be."""
-    method = _made(model, text, bool(calibration))
+    """A method for this model, calibrated if necessary."""
+    method = _build(model, text, bool(calibration))
     method.to(model.device)
     if not method.fitted:
-        say(f"{text}: fitting")
+        say(f"{text}: calibrating")
         method.fit(model, calibration)
     return method
 
 
-def _made(model: AdaptiveLM, text: str, fits: bool) -> KVCacheMethod:
-    """A memory for this model, not fitted yet.
+def _build(model: AdaptiveLM, text: str, has_calibration: bool) -> KVCacheMethod:
+    """A method for this model, not calibrated yet.
 
     Args:
-        model: that it is for.
+        model: the model that will use it.
         text: its spec string.
-        fits: there is text to fit it to.
+        has_calibration: whether there is calibration text.
     """
     method = spec.build(text, "kv_cache")
     config = model.backbone.config
@@ -144,13 +144,13 @@ def _made(model: AdaptiveLM, text: str, fits: bool) -> KVCacheMethod:
         method.check(config, compressible(config))
         if model.think is not None:
             method.check_passes()
-    elif not fits:
-        raise UserError(f"{text} needs calibration text: give some with --calibrate TEXT")
+    elif not has_calibration:
+        raise UserError(f"{text} needs calibration text: give it with --calibrate TEXT")
     return method
 
 
 def _cache(model: AdaptiveLM, method: KVCacheMethod) -> Any:
-    """An empty cache of the model, whose slots this method keeps."""
+    """An empty cache of the model with this KV cache method."""
     before, model.kv_cache = model.kv_cache, method
     try:
         return model.new_cache()
@@ -167,10 +167,10 @@ def _measure(
     full: SweepRow | None,
     expected_NT: Tensor | None,
 ) -> tuple[SweepRow, Tensor]:
-    """A row, and the likeliest next tokens behind the prompts, ``[N, T]``."""
-    nats, held, seconds, found = 0.0, 0, 0.0, []
+    """A row, and the predicted next tokens after the prompts, ``[N, T]``."""
+    nats, total_bytes, seconds, predicted = 0.0, 0, 0.0, []
     for ids_T in windows.ids_NT.to(model.device):
-        cache, said = _cache(model, method), []
+        cache, tops = _cache(model, method), []
         began = time.perf_counter()
         for start, logits_BTV in chunked_forward(model, cache, ids_T[None, :-1], windows.prompt):
             if start < windows.prompt:
@@ -178,13 +178,13 @@ def _measure(
                 continue
             labels_T = ids_T[start + 1 : start + 1 + logits_BTV.shape[1]]
             nats += float(F.cross_entropy(logits_BTV[0].float(), labels_T, reduction="sum"))
-            said.append(logits_BTV[0].argmax(-1))
+            tops.append(logits_BTV[0].argmax(-1))
         seconds += time.perf_counter() - began
-        held += cache.nbytes()
-        found.append(torch.cat(said))
-    said_NT = torch.stack(found)
-    agreement = 1.0 if expected_NT is None else float((said_NT == expected_NT).float().mean())
-    cache_bytes = held / len(windows.ids_NT)
+        total_bytes += cache.nbytes()
+        predicted.append(torch.cat(tops))
+    predicted_NT = torch.stack(predicted)
+    agreement = 1.0 if expected_NT is None else float((predicted_NT == expected_NT).float().mean())
+    cache_bytes = total_bytes / len(windows.ids_NT)
     measured = SweepRow(
         method=text,
         cache_bytes=cache_bytes,
@@ -192,15 +192,15 @@ def _measure(
         bits_per_byte=nats / math.log(2) / windows.num_bytes,
         agreement=agreement,
         recall=_recall(model, method, windows),
-        tokens_per_second=said_NT.numel() / seconds,
+        tokens_per_second=predicted_NT.numel() / seconds,
         table_bytes=sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values()),
     )
-    return measured, said_NT
+    return measured, predicted_NT
 
 
 @torch.no_grad()
 def _recall(model: AdaptiveLM, method: KVCacheMethod, windows: HeldOutWindows) -> float:
-    """How much of an early passage comes back when its beginning is repeated at the end."""
+    """The share of an early passage that is predicted correctly when its beginning is repeated at the end."""
     right = total = 0
     for ids_T in windows.asked_NT.to(model.device):
         context = len(ids_T) - windows.asked
@@ -212,10 +212,10 @@ def _recall(model: AdaptiveLM, method: KVCacheMethod, windows: HeldOutWindows) -
 
 
 def elbow(rows: Sequence[SweepRow]) -> SweepRow:
-    """The row to take: on the way from the smallest cache to the full one, where more bytes begin to buy little.
+    """The recommended row: the elbow of the curve of bits per byte over bytes.
 
-    Of the rows that no other beats in both bytes and bits per byte, the one furthest below the straight line between the
-    cheapest and the best, both axes scaled to what they span. With two such rows or fewer: the best.
+    Both axes are scaled to [0, 1]. Among the Pareto-optimal rows, the elbow is the one furthest below the straight line
+    from the smallest cache to the best score. With fewer than three such rows, it is the row with the best score.
 
     Example:
         >>> row = lambda share, bits: SweepRow(f"{share}", share, share, bits, 1.0, 1.0, 1.0)
@@ -236,22 +236,22 @@ def elbow(rows: Sequence[SweepRow]) -> SweepRow:
 
 
 def _beats(other: SweepRow, row: SweepRow) -> bool:
-    """No worse in either, and better in one."""
+    """Whether `other` dominates `row`: not worse in size and score, and better in one of them."""
     a, b = (other.of_full, other.bits_per_byte), (row.of_full, row.bits_per_byte)
     return a != b and a[0] <= b[0] and a[1] <= b[1]
 
 
 def save(loaded: Loaded, method: KVCacheMethod, text: str, out: Path) -> Path:
-    """Writes the model with its method, as a model folder that `load`, ``AutoModelForCausalLM`` and every verb take.
+    """Saves the model with its KV cache method, as a folder for `load`, ``AutoModelForCausalLM`` and every command.
 
     Args:
-        loaded: the model that it was fitted to.
-        method: fitted.
+        loaded: the model that the method was calibrated on.
+        method: calibrated, if it needs calibration.
         text: its spec string.
-        out: the folder; it must not exist, or be empty.
+        out: the folder; it must be new or empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: something is there already; give another folder")
+        raise UserError(f"--out {out}: this path exists already and is not an empty folder; give another folder")
     model = loaded.model
     model.config.kv_cache, model.kv_cache = text, method
     model.save_pretrained(out)

@@ -1,9 +1,9 @@
-"""Pondera models in EleutherAI's evaluation harness (``pip install "pondera[eval]"``).
+"""Adapter for EleutherAI's lm-evaluation-harness (``pip install "pondera[eval]"``).
 
     pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm2-seed0 --tasks lambada_openai
 
-``examples/lm_eval`` has tasks that read files of your own. lm-eval after 0.4.13 finds the adapter by its entry point; earlier
-ones know it in ``pondera lm-eval``, and in a program that has imported this module.
+``examples/lm_eval`` has tasks that read local files. lm-eval after 0.4.13 finds the adapter through its entry point. Earlier
+versions need ``pondera lm-eval``, or a program that imports this module.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -27,30 +27,30 @@ from pondera.inference.load import load
 
 @register_model("pondera")
 class PonderaLM(HFLM):
-    """Any model that `pondera.inference.load.load` opens, scored by its own forward pass and its own `generate`.
+    """An lm-eval model for everything that `pondera.inference.load.load` opens.
 
-    A model with a cache method is read through its cache, a few tokens at a time, as ``pondera eval`` reads it: in one call
+    A model with a KV cache method is fed through its cache a few tokens at a time, as in ``pondera eval``. In a single call
     without a cache nothing would be evicted, and every score would be that of the full cache.
 
     Args:
         pretrained: a run folder, a model folder, or a hub name.
-        device: where the model goes; `None`: the accelerator if there is one.
+        device: the device of the model (default: `None`, the accelerator if there is one).
         batch_size: requests per forward pass, or ``"auto"``.
-        max_batch_size: where ``"auto"`` begins.
-        max_length: tokens of a request that the model sees; `None`: all its positions.
-        add_bos_token: begin every request with BOS; `None`: as the tokenizer does.
-        prefix_token_id: what stands before a request without context; `None`: BOS, else EOS.
-        truncation: cut prompts that are too long to generate from, instead of refusing them.
-        dtype: of the weights: ``auto`` (as they are saved), ``float32``, ``bfloat16`` or ``float16``.
-        tokenizer: a folder or hub name with another tokenizer than the model's own.
+        max_batch_size: the first batch size that ``"auto"`` tries.
+        max_length: maximum tokens of a request (default: `None`, all positions of the model).
+        add_bos_token: start every request with BOS (default: `None`, as the tokenizer does).
+        prefix_token_id: the token before a request without context (default: `None`, BOS, otherwise EOS).
+        truncation: truncate prompts that are too long for generation, instead of refusing them.
+        dtype: of the weights: ``auto`` (as saved), ``float32``, ``bfloat16`` or ``float16``.
+        tokenizer: a folder or hub name of a tokenizer that replaces the model's own.
         revision: branch, tag or commit of a hub model.
-        trust_remote_code: run Python code that a checkpoint brings along.
-        effort: how much thinking is wanted: ``low``, ``medium``, ``high`` or a number from 0 (one pass) to 1.
-        max_passes: no token gets more passes.
-        unknown_arguments: none are allowed; they are refused with the nearest name.
+        trust_remote_code: run Python code that comes with the checkpoint.
+        effort: ``low``, ``medium``, ``high`` or a number from 0 (one pass) to 1.
+        max_passes: the maximum number of passes per token.
+        unknown_arguments: always refused; the error suggests the nearest name.
 
     Raises:
-        UserError: no such model, an argument that does not exist, or one that does not fit.
+        UserError: the model does not exist, or an argument is unknown or invalid.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PonderaLM(HFLM):
         for name in unknown_arguments:
             raise unknown("model argument", name, _arguments())
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            device = None  # the harness's command line asks for cuda:0 unless it is told otherwise
+            device = None  # the command line of lm-eval passes cuda:0 by default
         loaded = load(
             pretrained,
             device,
@@ -100,19 +100,19 @@ class PonderaLM(HFLM):
         super().__init__(**arguments)
 
     def tok_encode(self, *args: Any, **kwargs: Any) -> list[int]:
-        """Token ids of a text; refuses a token that the model does not embed."""
+        """Encodes a text; refuses a token that the model does not embed."""
         ids = cast(Any, super()).tok_encode(*args, **kwargs)
         check_ids(ids, self.loaded.tokenizer, self.adaptive.embedded)
         return ids
 
     def tok_batch_encode(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Token ids ``[B, T]`` of texts, padded, and their mask; refuses a token that the model does not embed."""
+        """Encodes texts as padded ids ``[B, T]`` with a mask; refuses a token that the model does not embed."""
         ids_BT, mask_BT = cast(Any, super()).tok_batch_encode(*args, **kwargs)
         check_ids(ids_BT.numpy(), self.loaded.tokenizer, self.adaptive.embedded)
         return ids_BT, mask_BT
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        """Logits ``[B, T, V]`` of requests ``[B, T]`` that are padded on the right, where no token sees the padding."""
+        """Logits ``[B, T, V]`` of right-padded requests ``[B, T]``; no token attends to the padding."""
         if self.adaptive.kv_cache is None and self.adaptive.memory is None:
             with torch.no_grad():
                 return cast(Tensor, self.adaptive(inps, **self.budget).logits)
@@ -120,21 +120,19 @@ class PonderaLM(HFLM):
         return torch.cat([logits_BTV for _, logits_BTV in parts], dim=1)
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
-        given = {**generation_kwargs, **self.budget}
-        return cast(Any, super())._model_generate(context, max_length, stop, **given)
+        arguments = {**generation_kwargs, **self.budget}
+        return cast(Any, super())._model_generate(context, max_length, stop, **arguments)
 
 
 def _arguments() -> list[str]:
-    """What ``--model_args`` may hold."""
+    """The names that ``--model_args`` accepts."""
     parameters = inspect.signature(PonderaLM.__init__).parameters.values()
     return [each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD and each.name != "self"]
 
 
 def _pad_with_a_known_token(tokenizer: Any, embedded: int) -> None:
-    """Batches are padded with a token that the model embeds; which one does not matter, as no token sees it."""
+    """Makes sure that the model embeds the padding token; no token attends to it, so any will do."""
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= embedded:
         if tokenizer.eos_token_id is None or tokenizer.eos_token_id >= embedded:
-            raise UserError(
-                "tokenizer: it has neither a padding nor an EOS token that the model embeds; set its eos_token"
-            )
+            raise UserError("tokenizer: it has no padding or EOS token that the model embeds; set its eos_token")
         tokenizer.pad_token = tokenizer.eos_token

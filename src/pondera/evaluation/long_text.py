@@ -1,4 +1,4 @@
-"""A text as it stands, without a prepared corpus: tokenised in memory, to be scored or learnt from.
+"""A text tokenised in memory, without a prepared corpus, for scoring or calibration.
 
 Shapes: T tokens of a text, D documents.
 """
@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 
 
 class LongText(Split):
-    """A split that was not prepared: one text in memory, without an EOS token at its end."""
+    """A split that holds one text in memory, without an EOS token at its end."""
 
     def __init__(self, ids_T: np.ndarray, bytes_T: np.ndarray, starts_D: np.ndarray) -> None:
-        self.ids, self._bytes, self._starts = ids_T, np.append(0, bytes_T), starts_D  # bytes up to each token's end
+        self.ids, self._bytes, self._starts = (
+            ids_T,
+            np.append(0, bytes_T),
+            starts_D,
+        )  # bytes up to the end of each token
         self.num_tokens, self.num_bytes = len(ids_T), int(self._bytes[-1])
 
     def after(self, token: int) -> LongText:
-        """The text from a token on."""
+        """The part of the text that starts at token `token`."""
         starts_D = np.append(0, self._starts[self._starts > token] - token)
         return LongText(self.ids[token:], self._bytes[token + 1 :], starts_D)
 
@@ -42,7 +46,18 @@ class LongText(Split):
         max_tokens: int | None,
         embedded: int | None = None,
     ) -> LongText:
-        """As many tokens as it takes to predict `max_tokens`; refuses those beyond the `embedded` ones of a model."""
+        """Reads the tokens needed to predict `max_tokens` tokens.
+
+        Args:
+            source: the documents.
+            name: the source as the user gave it, for messages.
+            tokenizer: tokenises the text.
+            max_tokens: number of tokens to predict (default: `None`, all).
+            embedded: number of tokens that the model embeds; larger ids are refused.
+
+        Raises:
+            UserError: the text is too short, or it has a token that the model does not embed.
+        """
         ids, ends, starts, tokens = [], [], [], 0
         for text in documents(source, name):
             (text_ids, text_ends), seen = next(encode([text], tokenizer, embedded)), ends[-1][-1] if ends else 0
@@ -59,15 +74,15 @@ class LongText(Split):
         stop = None if max_tokens is None else max_tokens + 1
         text = cls(np.concatenate(ids)[:stop], np.concatenate(ends)[:stop], np.array(starts)) if ids else None
         if text is None or text.num_tokens < 2 or not text.num_bytes_of(1, text.num_tokens):
-            raise UserError(f"data.text: {name!r} is too short to score: nothing follows its first token")
+            raise UserError(f"data.text: {name!r} is too short to score: it has no token after the first")
         return text
 
 
 def documents(source: Source, name: str) -> Iterator[str]:
-    """The texts of a source; a lone file of plain text is one, though training cuts it to hold some of it out."""
-    found = (document.text for document in source.read())
+    """The documents of a source. A plain-text file counts as one document, although training splits it."""
+    texts = (document.text for document in source.read())
     path = Path(name).expanduser()
     if path.is_file() and reader(path) is None:
-        yield "".join(found)
+        yield "".join(texts)
     else:
-        yield from found
+        yield from texts

@@ -1,4 +1,4 @@
-"""Scores a trained model on a text, with the price of a token and the speed of decoding.
+"""Perplexity and bits per byte of a model on a text, with the cost per token and the decoding speed.
 
 Shapes: T tokens of a text.
 """
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
 
 SETTINGS = ("text", "context", "column")
-DECODED = 32  # tokens that the speed is measured on
+DECODED = 32  # tokens generated to measure the speed
 
 log = logging.getLogger(__name__)
 
@@ -45,30 +45,29 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model on a text.
 
-    A run is scored on what was held out of its own text, in whole windows, as at the end of its training. Any other
-    text is scored whole: tokenised as it stands (documents of a folder, file of rows or dataset in a row, with EOS
-    between them), in windows that do not overlap, so that every token but the very first is predicted exactly once.
-    A foreign model whose tokenizer begins texts with BOS reads it first in every window. A run with ``data.document_mask``
-    reads the documents of other texts apart, too.
+    Without a text, a run is scored on the held-out part of its own text, in whole windows, as at the end of training. Any
+    other text is scored completely: its documents are joined with EOS and cut into windows that do not overlap, so every
+    token except the first is predicted exactly once. If the tokenizer of a foreign model starts sequences with BOS, each
+    window starts with BOS. A run with ``data.document_mask`` also masks documents in other texts.
 
     Args:
         path: what `load` takes, or what it returned.
-        data: ``text``, ``context`` and ``column`` as in a run's ``data`` (a leading ``data.`` may stay). By default the
-            run's own; a model that is not from a run needs a ``text``.
-        max_tokens: predict at most this many tokens; none: all.
-        effort: how much thinking is wanted: ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
-        max_passes: no token gets more passes.
+        data: ``text``, ``context`` and ``column`` as in a run's ``data``; the prefix ``data.`` is optional (default: the
+            run's own settings). A model that is not from a run needs a ``text``.
+        max_tokens: predict at most this many tokens (default: `None`, all).
+        effort: ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
+        max_passes: the maximum number of passes per token.
 
     Returns:
-        ``loss`` (nats per token), ``perplexity`` and ``bits_per_byte`` over ``tokens`` predicted tokens that spell
-        ``bytes`` bytes; ``passes_per_token`` as measured (``pass_shares``: the share of the tokens that took each pass), and
-        with it ``inference_flops_per_token`` and ``kv_bytes_per_token`` (none where the architecture has no price yet);
-        ``tokens_per_second`` of decoding one sequence: 32 greedy tokens with a cache,
-        on this machine, after a warm-up; ``context`` and ``name``.
+        ``loss`` (nats per token), ``perplexity`` and ``bits_per_byte`` over ``tokens`` predicted tokens with ``bytes``
+        bytes; the measured ``passes_per_token`` and ``pass_shares`` (the share of the tokens that took each pass);
+        ``inference_flops_per_token`` and ``kv_bytes_per_token`` at these shares (`None` if the cost of the architecture
+        is not known); ``tokens_per_second`` when decoding 32 greedy tokens of one sequence with a cache, on this machine
+        and after a warm-up; ``context`` and ``name``.
 
     Raises:
-        UserError: no model, no such text, a text that is empty or binary, a context that the model has no positions
-            for, or a run whose text is not what it was.
+        UserError: the model or the text does not exist, the text is empty or binary, the context exceeds the positions of
+            the model, or the text of the run has changed.
 
     Example::
 
@@ -76,36 +75,36 @@ def evaluate(
     """
     given = given_settings(data or {})
     if max_tokens is not None and max_tokens < 1:
-        raise UserError(f"max_tokens={max_tokens}: give 1 or more, or leave it out for all of the text")
+        raise UserError(f"max_tokens={max_tokens}: give 1 or more, or leave it out to score the whole text")
     source = open_text(given["text"], given.get("column", "text")) if "text" in given else None
     loaded = path if isinstance(path, Loaded) else load(path)
     model, run, budget = loaded.model, loaded.run, effort_arguments(loaded.model, effort, max_passes)
     context = context_of(given.get("context"), loaded)
     if run is not None and (source is None or _is_own(run.config.data, given)):
-        found = _score_held_out(loaded, run, context, max_tokens, budget)
+        scores = _score_held_out(loaded, run, context, max_tokens, budget)
     elif source is not None:
         if run is not None:
             _warn_of_overlap(run, given["text"])
         text = LongText.read(source, given["text"], loaded.tokenizer, max_tokens, loaded.model.embedded)
-        found = _score_whole(loaded, text, context, budget)
+        scores = _score_whole(loaded, text, context, budget)
     else:
-        raise UserError("data.text: this model is not from a run; say what to score it on, e.g. --data.text book.txt")
+        raise UserError("data.text: this model is not from a run; give the text to score, e.g. --data.text book.txt")
     return {
         "name": loaded.name,
-        **found,
+        **scores,
         "context": context,
-        **_prices(model, context, found["pass_shares"], budget),
+        **_prices(model, context, scores["pass_shares"], budget),
         "tokens_per_second": _decoding_speed(model, loaded.tokenizer, budget),
     }
 
 
 def given_settings(data: dict[str, Any]) -> dict[str, Any]:
-    """The settings by their bare names, read and checked as a run's are."""
+    """The settings without the prefix ``data.``, parsed and checked like those of a run."""
     tree: dict[str, Any] = {}
     for key, value in data.items():
         name = key.removeprefix("data.")
         if name not in SETTINGS:
-            reason = "the model brings its own" if name == "tokenizer" else f"eval takes {', '.join(SETTINGS)}"
+            reason = "the model has its own" if name == "tokenizer" else f"eval takes {', '.join(SETTINGS)}"
             known = f"data.{name}" in run_config.fields()
             raise UserError(f"data.{name}: {reason}") if known else unknown("setting", key, SETTINGS)
         tree[name] = run_config.scalar(value) if name == "context" and isinstance(value, str) else value
@@ -114,6 +113,7 @@ def given_settings(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def context_of(given: int | None, loaded: Loaded) -> int:
+    """The context to evaluate with: the given one, or the default of the model; checked against its positions."""
     limit = loaded.model.positions
     own = loaded.run.config.data.context if loaded.run else min(DataConfig().context, limit or DataConfig().context)
     context = own if given is None else given
@@ -122,12 +122,12 @@ def context_of(given: int | None, loaded: Loaded) -> int:
         after = " after BOS" * (least - 1)
         raise UserError(f"data.context: a window needs at least 1 token{after}, got {context}; give {least} or more")
     if limit is not None and context > limit:
-        raise UserError(f"data.context: {context} exceeds the {limit} positions of this model; give {limit} or less")
+        raise UserError(f"data.context: {context} exceeds the {limit} positions of this model; give {limit} or fewer")
     return context
 
 
 def _is_own(data: DataConfig, given: dict[str, Any]) -> bool:
-    """Whether a text is the one that a run was trained on, however its path is spelled."""
+    """Whether the given text is the text of the run, even if its path is written differently."""
     column = given.get("column", data.column)
     if (given["text"], column) == (data.text, data.column):
         return True
@@ -137,23 +137,23 @@ def _is_own(data: DataConfig, given: dict[str, Any]) -> bool:
 
 
 def _warn_of_overlap(run: Run, text: str) -> None:
-    """Says so where a text is a part of what the run was trained on, or the other way round."""
+    """Warns if the text contains training text of the run, or is part of it."""
     own, other = (Path(name).expanduser() for name in (run.config.data.text, text))
     if own.exists() and other.exists():
         own, other = own.resolve(), other.resolve()
         if own.is_relative_to(other) or other.is_relative_to(own):
             log.warning(
-                "data.text: part of this text was trained on (%s); the score says little about other text",
+                "data.text: the model was trained on part of this text (%s); the score is not a held-out score",
                 run.config.data.text,
             )
 
 
 def _corpus_digest(run: Run) -> str | None:
-    """Of the text that the run was trained on, as its result or its last checkpoint tells."""
+    """The digest of the training text, from the result of the run or its last checkpoint."""
     if (result := run.result()) is not None:
         return result.get("corpus")
     for folder in reversed(run.checkpoints()):
-        with suppress(OSError, ValueError):  # a damaged one; `load` has said so
+        with suppress(OSError, ValueError):  # damaged; `load` has reported it already
             return checkpoints.read_state(folder).get("corpus")
     return None
 
@@ -167,8 +167,8 @@ def _score_held_out(
     trained_on, same = _corpus_digest(run), fingerprint(corpus.tokenizer()) == fingerprint(loaded.tokenizer)
     if not same or trained_on not in (None, corpus.digest):
         raise UserError(
-            f"data.text: {run.config.data.text!r} is not what it was when {loaded.name} was trained, so what was held "
-            "out is not known; give another --data.text, one that it has not seen"
+            f"data.text: {run.config.data.text!r} has changed since {loaded.name} was trained, so the held-out part is "
+            "not known; give another --data.text that the model was not trained on"
         )
     held_out = corpus.validation
     tokens, document_mask = max_tokens or held_out.num_tokens, run.config.data.document_mask
@@ -176,24 +176,24 @@ def _score_held_out(
 
 
 def _score_whole(loaded: Loaded, text: LongText, context: int, budget: dict[str, Any]) -> dict[str, Any]:
-    """The full windows, and the shorter one at the end."""
+    """Scores the full windows and the shorter one at the end."""
     from pondera.evaluation.score import ScoreSums, measures, sum_scores
 
     model, start = loaded.model, _first_token(loaded)
     document_mask = loaded.run is not None and loaded.run.config.data.document_mask
     size = context - (start is not None)
-    windows, batch_size, found = text.windows(size, document_mask), _batch_size(context), ScoreSums()
+    windows, batch_size, sums = text.windows(size, document_mask), _batch_size(context), ScoreSums()
     for first in range(0, len(windows), batch_size):
         last = min(first + batch_size, len(windows))
-        found += sum_scores(model, [windows[index] for index in range(first, last)], start, budget)
+        sums += sum_scores(model, [windows[index] for index in range(first, last)], start, budget)
     tokens = text.num_tokens - 1
     if rest := tokens % size:
-        found += sum_scores(model, [text.after(tokens - rest).windows(rest, document_mask)[0]], start, budget)
-    return measures(found, tokens, text.num_bytes_of(1, tokens + 1))
+        sums += sum_scores(model, [text.after(tokens - rest).windows(rest, document_mask)[0]], start, budget)
+    return measures(sums, tokens, text.num_bytes_of(1, tokens + 1))
 
 
 def _first_token(loaded: Loaded) -> int | None:
-    """BOS, if a foreign model's tokenizer begins texts with it; Pondera trains on texts without."""
+    """BOS if the tokenizer of a foreign model starts sequences with it, else `None`; Pondera trains without BOS."""
     first = loaded.tokenizer("").input_ids[:1] if loaded.foreign else []
     return first[0] if first == [loaded.tokenizer.bos_token_id] else None
 
@@ -208,10 +208,10 @@ def _prices(model: AdaptiveLM, context: int, shares: list[float], budget: dict[s
 
     keys = ("inference_flops_per_token", "kv_bytes_per_token")
     try:
-        found = cost_report(model, context, shares=shares, budget=Effort.of(**budget))
-    except UserError:  # the scores are worth having without the price
+        costs = cost_report(model, context, shares=shares, budget=Effort.of(**budget))
+    except UserError:  # the cost is unknown, but the scores are useful without it
         return dict.fromkeys(keys)
-    return {key: found[key] for key in keys}
+    return {key: costs[key] for key in keys}
 
 
 def _decoding_speed(model: Any, tokenizer: PreTrainedTokenizerFast, budget: dict[str, Any]) -> float:

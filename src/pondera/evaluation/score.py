@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text.
+"""Next-token loss of a model on held-out text.
 
 Shapes: B batch, C context.
 """
@@ -35,7 +35,7 @@ def score(
 ) -> dict[str, Any]:
     """Next-token loss on the first windows of a split.
 
-    The mode of the model and all random states are left as they were.
+    The function changes neither the mode of the model nor any random state.
 
     Args:
         model: on any device.
@@ -44,36 +44,36 @@ def score(
         max_tokens: predict at most this many tokens, but at least one window.
         batch_size: windows per forward pass.
         document_mask: tokens attend within their own document only.
-        rank: of this process, where several share the windows.
-        num_processes: that share them.
-        total: sums what was found over these processes.
+        rank: the rank of this process, if several processes share the windows.
+        num_processes: the number of processes that share the windows.
+        total: sums a `ScoreSums` over these processes.
         budget: ``effort`` and ``max_passes``, as the model takes them.
 
     Returns:
-        ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), the ``tokens``
-        and ``bytes`` of text that were predicted, ``passes_per_token``, and ``pass_shares``, the share of the tokens
+        ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), the number of
+        predicted ``tokens`` and their ``bytes``, ``passes_per_token``, and ``pass_shares``, the share of the tokens
         that took each pass.
     """
     windows = split.windows(context, document_mask)
     count = min(len(windows), max(1, max_tokens // context))
-    found = ScoreSums()
+    sums = ScoreSums()
     for first in range(0, count, batch_size * num_processes):
         start = first + rank * batch_size
         mine = range(start, min(start + batch_size, count))
-        # Who has nothing left runs a window for nothing: each forward pass of a sharded model takes all processes.
+        # A process without windows runs one anyway: all processes must join each forward pass of a sharded model.
         own = sum_scores(model, [windows[index] for index in mine or [0]], budget=budget)
-        found += own if mine else own.nothing()
+        sums += own if mine else own.nothing()
     tokens = count * context
-    return measures(found if total is None else total(found), tokens, split.num_bytes_of(1, tokens + 1))
+    return measures(sums if total is None else total(sums), tokens, split.num_bytes_of(1, tokens + 1))
 
 
 @dataclass(frozen=True)
 class ScoreSums:
-    """What was counted over some windows.
+    """Summed loss and pass counts over some windows.
 
     Args:
         nats: the summed next-token loss.
-        took: how many tokens took a first, second, third, ... pass.
+        took: how many tokens took the first, second, third, ... pass.
 
     Example:
         >>> ScoreSums(2.0, (4, 1)) + ScoreSums(1.0, (3,))
@@ -88,12 +88,12 @@ class ScoreSums:
         return ScoreSums(self.nats + other.nats, tuple(a + b for a, b in took))
 
     def nothing(self) -> ScoreSums:
-        """As many numbers, all of them 0."""
+        """Sums of the same length that are all 0."""
         return ScoreSums(0.0, (0,) * len(self.took))
 
 
 def pass_counts(passes_BT: Tensor, most: int) -> tuple[int, ...]:
-    """How many tokens took each of `most` passes.
+    """The number of tokens that took each of `most` passes.
 
     Example:
         >>> pass_counts(torch.tensor([[1, 3, 3]]), most=3)
@@ -113,9 +113,9 @@ def sum_scores(
     """Scores windows of one length.
 
     Args:
-        model: any mode; left as it was.
-        windows: as `Windows` gives them.
-        start: the id of a token that each window is read after, where the model wants one; it is not predicted.
+        model: in any mode, which stays as it is.
+        windows: from `Windows`.
+        start: the id of a token to put before each window, such as BOS (default: `None`); it is not predicted.
         budget: ``effort`` and ``max_passes``, as the model takes them.
     """
     batch = collate(windows)
@@ -137,7 +137,7 @@ def sum_scores(
 def _remembered(
     model: AdaptiveLM, ids_BC: Tensor, labels_BC: Tensor, budget: dict[str, Any] | None = None
 ) -> ScoreSums:
-    """Scores windows as a model with a memory reads them: piece by piece, and with what it still remembers."""
+    """Scores windows chunk by chunk through the compressed KV cache of a model."""
     nats = 0.0
     for start, logits_BCV in chunked_forward(model, model.new_cache(), ids_BC, budget=budget):
         labels_N = labels_BC[:, start : start + logits_BCV.shape[1]].flatten()
@@ -147,15 +147,15 @@ def _remembered(
     return ScoreSums(nats, (ids_BC.numel(),))
 
 
-def measures(found: ScoreSums, tokens: int, num_bytes: int) -> dict[str, Any]:
-    """What was counted, as `score` returns it."""
-    loss = found.nats / tokens
+def measures(sums: ScoreSums, tokens: int, num_bytes: int) -> dict[str, Any]:
+    """The scores that `score` returns, from sums over `tokens` tokens and `num_bytes` bytes."""
+    loss = sums.nats / tokens
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,
-        "bits_per_byte": found.nats / math.log(2) / num_bytes,
+        "bits_per_byte": sums.nats / math.log(2) / num_bytes,
         "tokens": tokens,
         "bytes": num_bytes,
-        "passes_per_token": sum(found.took) / found.took[0],
-        "pass_shares": [count / found.took[0] for count in found.took],
+        "passes_per_token": sum(sums.took) / sums.took[0],
+        "pass_shares": [count / sums.took[0] for count in sums.took],
     }

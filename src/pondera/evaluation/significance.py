@@ -1,7 +1,7 @@
-"""What a comparison says, in sentences: the best, whether seeds explain the gap, and what the gain cost.
+"""Significance of the difference between two variants, and the sentences that report it.
 
-There is one rule, for the terminal and for the page. Recipes are compared seed by seed, because runs of one seed see the
-same windows in the same order: a gap counts when zero is outside the two-sided 95 % Student t interval of its mean.
+The terminal and the report use the same rule. Runs with the same seed see the same windows in the same order, so variants
+are compared seed by seed. A difference is significant if the two-sided 95 % Student t interval of its mean excludes zero.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ T95 = {
     **{1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26},
     **{10: 2.23, 15: 2.13, 20: 2.09, 30: 2.04, 60: 2.00},
 }
-"""Student's t by degrees of freedom; what lies between two entries takes the earlier one, which claims less."""
+"""Student's t by degrees of freedom. Between two entries, the earlier one is used: it gives the wider interval."""
 
 
 @dataclass(frozen=True)
 class Gap:
-    """How far one recipe's score lies from another's.
+    """The difference between the scores of two variants.
 
     Args:
-        mean: the difference; below 0 where the first is lower.
-        margin: half the width of its 95 % interval; none where a single seed leaves it unknown.
-        seeds: what it was measured over, in words.
-        how: paired by seed or not, in words.
+        mean: the mean difference; negative if the first score is lower.
+        margin: half the width of its 95 % interval; `None` if there is only one seed.
+        seeds: the number of seeds, as text.
+        how: ``"paired"``, or why the seeds are not paired, as text.
     """
 
     mean: float
@@ -43,19 +43,23 @@ class Gap:
 
     @property
     def clear(self) -> bool:
-        """Whether it is more than seeds explain."""
+        """Whether the difference is significant."""
         return self.margin is not None and abs(self.mean) > self.margin
 
     @property
     def doubt(self) -> str:
-        """Why it may be nothing, as a relative clause; empty if it is clear."""
+        """The reason to doubt the difference; empty if it is significant."""
         if self.margin is None:
-            return "which with one seed may be luck"
-        return "" if self.clear else f"which {self.seeds} cannot tell from noise"
+            return "one seed: significance unknown"
+        return "" if self.clear else "not significant"
 
 
 def gap(scores: dict[int, float], others: dict[int, float]) -> Gap:
-    """`scores` minus `others`, each by seed: paired where at least two seeds are in both, else Welch's interval.
+    """The difference `scores` minus `others`: paired if they share at least two seeds, otherwise Welch's interval.
+
+    Args:
+        scores: scores by seed.
+        others: scores of the other variant by seed.
 
     Example:
         >>> gap({0: 1.90, 1: 1.95, 2: 1.93}, {0: 2.00, 1: 2.04, 2: 2.03}).clear
@@ -81,30 +85,29 @@ def gap(scores: dict[int, float], others: dict[int, float]) -> Gap:
 
 
 def t95(freedom: float) -> float:
-    """How many standard errors wide half of a two-sided 95 % interval is."""
+    """Half the width of a two-sided 95 % interval, in standard errors."""
     return T95[max(known for known in T95 if known <= freedom + 1e-9)]
 
 
-def sentence(name: str, other: str, found: Gap, score: str) -> str:
-    """A gap as a sentence.
+def sentence(name: str, other: str, difference: Gap, score: str) -> str:
+    """A difference as a sentence.
 
     Example:
         >>> sentence("deep", "plain", gap({0: 1.90, 1: 1.95, 2: 1.93}, {0: 2.00, 1: 2.04, 2: 2.03}), "bits per byte")
-        'deep is 0.097 bits per byte below plain (± 0.014 at 95 % over 3 seeds, paired; more than seeds explain).'
+        'deep is 0.097 bits per byte below plain (95 % CI ± 0.014, paired, 3 seeds: significant).'
         >>> sentence("deep", "plain", gap({0: 1.90}, {0: 2.00}), "bits per byte")
-        'deep is 0.100 bits per byte below plain; one seed, so this may be luck.'
+        'deep is 0.100 bits per byte below plain (one seed: significance unknown).'
     """
-    said = f"{name} is {abs(found.mean):.3f} {score} {'below' if found.mean < 0 else 'above'} {other}"
-    if found.margin is None:
-        return f"{said}; one seed, so this may be luck."
-    if not found.clear:
-        return f"{said}, {found.doubt} (± {found.margin:.3f} at 95 %, {found.how})."
-    return f"{said} (± {found.margin:.3f} at 95 % over {found.seeds}, {found.how}; more than seeds explain)."
+    statement = f"{name} is {abs(difference.mean):.3f} {score} {'below' if difference.mean < 0 else 'above'} {other}"
+    if difference.margin is None:
+        return f"{statement} ({difference.doubt})."
+    verdict = difference.doubt or "significant"
+    return f"{statement} (95 % CI ± {difference.margin:.3f}, {difference.how}, {difference.seeds}: {verdict})."
 
 
 @dataclass
 class Entry:
-    """One recipe: its final scores by seed (low is good), mean prices, and mean (training FLOPs, score) curve."""
+    """One variant: final scores by seed (lower is better), mean costs, and the mean (training FLOPs, score) curve."""
 
     name: str
     scores: dict[int, float]
@@ -121,10 +124,10 @@ class Entry:
 
 
 def sentences(entries: list[Entry], score: str) -> list[str]:
-    """The headline, then what must be known to read it rightly.
+    """The headline of a comparison, then the sentences that qualify it.
 
     Args:
-        entries: the recipes with at least one finished run.
+        entries: the variants with at least one finished run.
         score: the score's name, e.g. ``"bits per byte"``.
     """
     if not entries:
@@ -132,31 +135,34 @@ def sentences(entries: list[Entry], score: str) -> list[str]:
     best, *others = sorted(entries, key=lambda entry: entry.mean)
     if not others:
         return [f"{best.name} reaches {best.mean:.3f} {score}.", *_alone(best)]
-    said = _first(best, others[0], score)
+    headline = _first(best, others[0], score)
     priced = [entry for entry in entries if math.isfinite(entry.price)]
     if best not in priced:
-        return said
+        return headline
     cheapest = min(priced, key=lambda entry: entry.price)
     if best.price <= cheapest.price:
-        return [*said, "No recipe here is cheaper per token."]
-    return [*said, *_price(best, cheapest, score), *_equal_compute(best, cheapest, score)]
+        return [*headline, "No variant here costs less per token."]
+    return [*headline, *_price(best, cheapest, score), *_equal_compute(best, cheapest, score)]
 
 
 def _alone(entry: Entry) -> list[str]:
     if len(entry.scores) < 2:
-        return ["One seed: its spread is unknown."]
+        return ["One seed: the standard deviation is unknown."]
     spread = statistics.stdev(entry.scores.values())
     return [f"Over {len(entry.scores)} seeds the standard deviation is {spread:.4f}."]
 
 
 def _first(best: Entry, second: Entry, score: str) -> list[str]:
-    found = gap(best.scores, second.scores)
-    why = sentence(best.name, second.name, found, score)
-    if found.margin is None:
+    difference = gap(best.scores, second.scores)
+    why = sentence(best.name, second.name, difference, score)
+    if difference.margin is None:
         return [f"{best.name} is ahead: {best.mean:.3f} {score}.", why]
-    if found.clear and found.mean < 0:
+    if difference.clear and difference.mean < 0:
         return [f"{best.name} is best: {best.mean:.3f} {score}.", why]
-    return [f"{best.name} and {second.name} are level: {best.mean:.3f} and {second.mean:.3f} {score}.", why]
+    return [
+        f"{best.name} and {second.name} do not differ significantly: {best.mean:.3f} and {second.mean:.3f} {score}.",
+        why,
+    ]
 
 
 def _price(best: Entry, cheapest: Entry, score: str) -> list[str]:
@@ -167,12 +173,12 @@ def _price(best: Entry, cheapest: Entry, score: str) -> list[str]:
     *firsts, last = spent
     listing = f"{', '.join(firsts)} and {last}" if firsts else last
     doubt = gap(best.scores, cheapest.scores).doubt
-    gain = f"{cheapest.mean - best.mean:.3f} {score} less than {cheapest.name}{f', {doubt}' if doubt else ''}"
+    gain = f"{cheapest.mean - best.mean:.3f} {score} less than {cheapest.name}{f' ({doubt})' if doubt else ''}"
     return [f"For {gain}, {best.name} spends {listing}."]
 
 
 def _equal_compute(best: Entry, cheapest: Entry, score: str) -> list[str]:
-    """The two at the training FLOPs that both spent, when one spent at least 5% more."""
+    """Compares the two at the training FLOPs that both reached, if one spent at least 5 % more."""
     spent = [entry.prices["train_flops"] for entry in (best, cheapest)]
     if not all(map(math.isfinite, spent)) or max(spent) < 1.05 * min(spent):
         return []
@@ -180,12 +186,12 @@ def _equal_compute(best: Entry, cheapest: Entry, score: str) -> list[str]:
     if ours is None or theirs is None:
         return []
     side = "ahead" if ours < theirs else "behind"
-    at = f"{human(min(spent))} FLOPs, read off the curves, the dearer run still mid-schedule"
+    at = f"{human(min(spent))} FLOPs, interpolated on the curves; the costlier run is then still mid-schedule"
     return [f"At equal training compute ({at}) {best.name} is {abs(ours - theirs):.3f} {side}."]
 
 
 def read_off(curve: list[Point], x: float) -> float | None:
-    """A curve's value at `x`, on straight lines over log x; None outside the curve."""
+    """A curve's value at `x`, interpolated linearly in log x; `None` outside the curve."""
     xs = [at for at, _ in curve]
     if not xs or xs[0] <= 0 or not xs[0] <= x <= xs[-1] * 1.001:
         return None

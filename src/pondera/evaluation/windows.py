@@ -1,4 +1,4 @@
-"""The text that memories are fitted to and measured on.
+"""Held-out windows for measuring KV cache methods.
 
 Shapes: N windows, B batch, T tokens.
 """
@@ -23,21 +23,21 @@ if TYPE_CHECKING:
     from pondera.data.corpus import Split
 
 ASKED, LEAST = 24, 32
-"""Tokens of an earlier passage that are repeated to see whether it is remembered, at most; and of a window, at least."""
+"""Maximum tokens of the passage that is repeated to measure recall; minimum tokens of a window."""
 TOGETHER = 2048
-"""Tokens of a calibration batch, about."""
+"""Approximate tokens of a calibration batch."""
 
 
 @dataclass(frozen=True)
 class HeldOutWindows:
-    """Held-out text, cut to measure memories on.
+    """Windows of held-out text.
 
     Args:
-        ids_NT: windows of tokens, one more than `context`, as the last predicts none.
-        num_bytes: of the tokens that are scored.
-        prompt: tokens of each window that are read in one go and not scored.
+        ids_NT: windows of `context` + 1 tokens; the last token is only predicted.
+        num_bytes: bytes of the scored tokens.
+        prompt: tokens of each window that are prefilled in one call and not scored.
         asked_NT: the same windows with an early passage repeated at the end.
-        asked: tokens of that passage, of which the first third only leads in.
+        asked: tokens of that passage; its first third is the cue and is not counted.
     """
 
     ids_NT: Tensor
@@ -48,15 +48,15 @@ class HeldOutWindows:
 
     @classmethod
     def cut(cls, split: Split, context: int, count: int, seed: int = 0) -> HeldOutWindows:
-        """The first windows of a split; half of each is prompt.
+        """Takes the first windows of a split; half of each window is the prompt.
 
         Raises:
-            UserError: there is not one whole window.
+            UserError: the split has no whole window, or the windows are too short.
         """
         windows = split.windows(context, False)
         count = min(count, len(windows))
         if context < LEAST:
-            raise UserError(f"data.context: {context} tokens are too few to forget any; give {LEAST} or more")
+            raise UserError(f"data.context: {context} tokens are too few to compress; give {LEAST} or more")
         if not count:
             raise UserError(
                 f"the held-out text has {split.num_tokens} tokens, and a window needs {context + 1}; give a longer "
@@ -67,34 +67,34 @@ class HeldOutWindows:
         prompt, asked = context // 2, min(ASKED, context // 4)
         num_bytes = sum(split.num_bytes_of(n * context + prompt + 1, (n + 1) * context + 1) for n in range(count))
         draw = torch.Generator().manual_seed(seed)
-        # From behind the first tokens, which many memories keep, to where the latest begin.
+        # Passages come from the middle of the prompt: many methods keep the first and the most recent tokens.
         begins = torch.randint(context // 8, prompt, (count,), generator=draw).tolist()
         passages = [ids_T[begin : begin + asked] for ids_T, begin in zip(ids_NT, begins, strict=True)]
         return cls(ids_NT, num_bytes, prompt, torch.cat([ids_NT[:, :context], torch.stack(passages)], dim=1), asked)
 
 
 def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> HeldOutWindows:
-    """Windows of the text that was given, or of what a run held out of its own.
+    """Windows of the given text, or of the held-out part of the run's own text.
 
     Args:
-        loaded: the model, whose tokenizer reads.
+        loaded: the model; its tokenizer tokenises the text.
         data: ``text``, ``context`` and ``column``, as `pondera.evaluation.perplexity.evaluate` takes them.
-        count: windows.
+        count: the maximum number of windows.
 
     Raises:
-        UserError: no text, or one that is too short.
+        UserError: there is no text, or it is too short.
     """
     given = given_settings(dict(data))
     context = context_of(given.get("context"), loaded)
     limit = loaded.model.positions
     if limit is not None:
-        context = min(context, limit - ASKED)  # the repeated passage comes behind
+        context = min(context, limit - ASKED)  # leaves positions for the repeated passage
     if "text" in given:
         source = open_text(given["text"], given.get("column", "text"))
         text = LongText.read(source, given["text"], loaded.tokenizer, count * context, loaded.model.embedded)
         return HeldOutWindows.cut(text, context, count)
     if loaded.run is None:
-        raise UserError("data.text: this model is not from a run; say what to measure it on, e.g. --data.text book.txt")
+        raise UserError("data.text: this model is not from a run; give a text to measure on, e.g. --data.text book.txt")
     return HeldOutWindows.cut(prepare(loaded.run.config.data).validation, context, count)
 
 

@@ -1,4 +1,4 @@
-"""A chart as an SVG file of its own, for pages that show images: with its colours, a ground and a legend."""
+"""Standalone SVG files of charts, with colours, background and legend, for pages that show images."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ RULE = re.compile(r"@media[^{]*\{(?:[^{}]*\{[^{}]*\})*\s*\}|[^{}@]+\{[^{}]*\}")
 
 
 def page_style() -> str:
-    """The style of all pages: that of the report."""
+    """The CSS of the report, which all pages share."""
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     return template.partition("<style>")[2].partition("</style>")[0]
 
 
 def figure(chart: str, names: Sequence[str]) -> str:
-    """An SVG document; light or dark as the reader's system is.
+    """An SVG document that follows the light or dark mode of the system.
 
     Args:
-        chart: what a function of `pondera.report.svg` returned.
-        names: of its series, in the order of their colours.
+        chart: the result of a chart function of `pondera.report.svg`.
+        names: the names of its series, in the order of their colours.
 
     Example:
         >>> from pondera.report.svg import Bars, bar_chart
@@ -33,9 +33,9 @@ def figure(chart: str, names: Sequence[str]) -> str:
         >>> svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"'), ">here</text>" in svg
         (True, True)
     """
-    found = CHART.search(chart)
-    assert found, "no chart"
-    title, width, height, inside = found.groups()
+    match = CHART.search(chart)
+    assert match, "no chart"
+    title, width, height, inside = match.groups()
     x, legend = 12.0, []
     for number, name in enumerate(names):
         legend.append(
@@ -58,7 +58,7 @@ def figure(chart: str, names: Sequence[str]) -> str:
 
 
 def _rules(body: str) -> str:
-    """Those of the pages' style that say something of this chart."""
+    """The CSS rules that apply to this chart."""
     used = {"chart", *" ".join(re.findall(r'class="([^"]+)"', body)).split()}
     rules = (rule.strip() for rule in RULE.findall(page_style()))
     return "\n".join(

@@ -1,7 +1,7 @@
-"""Text shaded by what each token took: for a terminal, and for a page.
+"""Heatmaps of text, shaded by passes or loss per token, for a terminal and for HTML.
 
-Tokens are whatever a model printed, so nothing in them is trusted: control characters, and characters that reorder the
-text around them, are shown as escapes (``\\x1b``) and never sent.
+Tokens come from a model and are not trusted: control characters and characters that reorder text are printed as escapes
+(``\\x1b``).
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ def shade_terminal(
     high: float | None = None,
     color: bool = True,
 ) -> str:
-    """Text for a terminal in which tokens that took more passes are darker.
+    """Terminal text in which tokens with more passes are darker.
 
     Args:
-        tokens: the text, piece by piece.
-        passes: how many passes each token took.
-        low: the value shown lightest (none: the smallest in `passes`).
-        high: the value shown darkest (none: the largest).
-        color: 256-colour backgrounds; without, a token that differs from the most common count carries its count.
+        tokens: the text of each token.
+        passes: the passes of each token.
+        low: the value of the lightest shade (default: `None`, the minimum of `passes`).
+        high: the value of the darkest shade (default: `None`, the maximum of `passes`).
+        color: use 256-colour backgrounds; if false, tokens are marked with their passes unless they have the most common
+            number.
 
     Returns:
-        The text and, on a last line, what the shades or marks mean.
+        The text, and a legend on the last line.
 
     Raises:
-        ValueError: not one count per token.
+        ValueError: `tokens` and `passes` differ in length.
 
     Example:
         >>> print(shade_terminal(["The", " cat", " sat"], [1, 3, 1], color=False))
         The cat³ sat
-        passes per token: 1 where unmarked; the others are marked
+        passes per token: 1 if unmarked
     """
     if len(tokens) != len(passes):
         raise ValueError(f"{len(tokens)} tokens but {len(passes)} counts of passes")
@@ -54,7 +55,7 @@ def shade_terminal(
     if not color:
         usual = Counter(map(_number, passes)).most_common(1)[0][0]
         marked = (_marked(escape(token), _number(value), usual) for token, value in zip(tokens, passes, strict=True))
-        return f"{''.join(marked)}\npasses per token: {usual} where unmarked; the others are marked"
+        return f"{''.join(marked)}\npasses per token: {usual} if unmarked"
     pieces = (_painted(escape(token), _share(value, low, high)) for token, value in zip(tokens, passes, strict=True))
     steps = [low + (high - low) * index / (len(SHADES) - 1) for index in range(len(SHADES))]
     legend = "".join(_painted(f" {_number(value)} ", _share(value, low, high)) for value in steps)
@@ -62,12 +63,12 @@ def shade_terminal(
 
 
 def shade_html(tokens: Sequence[str], passes: Sequence[float | None], nll: Sequence[float | None] = ()) -> str:
-    """Escaped spans that carry their two shades as `--passes` and `--nll`, 0 (light) to 1 (dark); the page paints them.
+    """Escaped HTML spans with the shades `--passes` and `--nll` from 0 (light) to 1 (dark); the page's CSS colours them.
 
     Args:
-        tokens: the text, piece by piece.
-        passes: how many passes each token took; None where unknown.
-        nll: the negative log-likelihood of each token in nats, likewise; may be shorter.
+        tokens: the text of each token.
+        passes: the passes of each token; `None` if unknown.
+        nll: the negative log-likelihood of each token in nats; `None` if unknown; may be shorter than `tokens`.
 
     Example:
         >>> shade_html(["<b>"], [1])
@@ -89,7 +90,7 @@ def _range(values: Sequence[float | None]) -> tuple[float, float]:
 
 
 def _share(value: float | None, low: float, high: float) -> float:
-    """Where `value` lies between `low` (0) and `high` (1)."""
+    """The position of `value` between `low` (0) and `high` (1)."""
     return 0.0 if value is None or high <= low else min(1.0, max(0.0, (value - low) / (high - low)))
 
 

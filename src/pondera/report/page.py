@@ -1,6 +1,6 @@
-"""The report: one HTML file, offline, from run folders and nothing else.
+"""The report: one offline HTML file, made from run folders alone.
 
-Runs of the same name are seeds of one arm. Whatever a run lacks is said on the page; no run is left out in silence.
+Runs with the same name are seeds of one variant. The page lists everything that is missing from a run and omits no run.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 @dataclass
 class RunView:
-    """What one run folder holds, and what is wrong with it."""
+    """The contents of one run folder, and its problems."""
 
     run: Run
     where: str
@@ -61,7 +61,7 @@ class RunView:
 
 @dataclass
 class Variant:
-    """The runs of one name."""
+    """All runs with the same name."""
 
     name: str
     index: int
@@ -73,19 +73,19 @@ class Variant:
 
     def values(self, key: str) -> list[float]:
         """One number of the result, for each finished run that has it."""
-        found = (run.result.get(key) for run in self.finished)
-        return [float(value) for value in found if isinstance(value, (int, float))]
+        numbers = (run.result.get(key) for run in self.finished)
+        return [float(value) for value in numbers if isinstance(value, (int, float))]
 
     def scores(self, key: str) -> dict[int, float]:
-        """One number of the result by seed; where runs repeat a seed, their mean."""
-        found: dict[int, list[float]] = {}
+        """One number of the result by seed; the mean if several runs have the same seed."""
+        by_seed: dict[int, list[float]] = {}
         for run in self.finished:
             if isinstance(value := run.result.get(key), (int, float)):
-                found.setdefault(run.config.train.seed, []).append(float(value))
-        return {seed: statistics.fmean(values) for seed, values in found.items()}
+                by_seed.setdefault(run.config.train.seed, []).append(float(value))
+        return {seed: statistics.fmean(values) for seed, values in by_seed.items()}
 
     def curve(self, measure: Measure, x_key: str) -> Series:
-        """Its runs' curves, and their mean over the steps that all finished runs have (all runs, when none has)."""
+        """The curves of the runs, and their mean over the steps common to all finished runs (or to all runs)."""
         curves = [run.points(measure, x_key) for run in self.runs]
         whole = [curve for run, curve in zip(self.runs, curves, strict=True) if run.result and curve]
         counted = whole or [curve for curve in curves if curve]
@@ -97,7 +97,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Measure:
-    """What a curve shows, and where a line of metrics has it."""
+    """The y axis of a curve: its label, and how to read it from a line of metrics."""
 
     label: str
     read: Callable[[dict[str, Any]], float | None]
@@ -117,47 +117,47 @@ def write_report(
     """Writes one self-contained HTML page about some runs; it needs no network and no script.
 
     Args:
-        runs: run folders; those with the same `name` in their config are seeds of one arm.
+        runs: run folders; those with the same `name` in their config are seeds of one variant.
         out: the file to write.
-        title: the page's title.
-        names: what the page shows instead of a run's path, for runs that were unpacked elsewhere.
+        title: the title of the page.
+        names: display names by path, for runs that were unpacked elsewhere (default: the paths).
 
     Returns:
         `out`.
 
     Raises:
-        UserError: no runs given, one is not a run folder, or `out` cannot be a file.
+        UserError: there are no runs, a path is not a run folder, or `out` is a folder.
 
     Example::
 
         write_report(["runs/plain-0", "runs/ponderlm2-0"], "report.html")
     """
     if not runs:
-        raise UserError("no runs to report on; give one run folder or more")
+        raise UserError("no runs to report on; give at least one run folder")
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file, e.g. {out / 'report.html'}")
-    arms = group_variants(view_run(path, (names or {}).get(Path(path))) for path in runs)
+    variants = group_variants(view_run(path, (names or {}).get(Path(path))) for path in runs)
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        headline=_headline(arms),
-        charts=_charts(arms),
-        table=_table(arms),
-        depths=_depths(arms),
-        samples=_samples(arms),
-        runs="\n".join(_made(run) for arm in arms for run in arm.runs),
+        headline=_headline(variants),
+        charts=_charts(variants),
+        table=_table(variants),
+        depths=_depths(variants),
+        samples=_samples(variants),
+        runs="\n".join(_made(run) for variant in variants for run in variant.runs),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(out, page.encode("utf-8", "backslashreplace"))  # names of files need not be valid Unicode
+    write_atomic(out, page.encode("utf-8", "backslashreplace"))  # file names may contain invalid Unicode
     return out
 
 
 def view_run(path: str | Path, name: str | None = None) -> RunView:
-    """Reads a run folder; what is missing or damaged becomes a problem, not an error.
+    """Reads a run folder; missing or damaged files are listed as problems and raise no error.
 
     Args:
         path: the run folder.
-        name: what to show as its path (default: the path).
+        name: the name to show (default: `None`, the path).
     """
     run = Run.open(path)
     problems: list[str] = []
@@ -173,10 +173,10 @@ def view_run(path: str | Path, name: str | None = None) -> RunView:
     metrics = attempt(run.metrics, [])
     result = attempt(run.result, None) or {}
     if not metrics:
-        problems.append("nothing logged (metrics.jsonl is missing or empty)")
+        problems.append("no metrics (metrics.jsonl is missing or empty)")
     if not result:
         last = max((line.get("step") or 0 for line in metrics), default=0)
-        problems.append(f"not finished: no result yet, last logged step {last} of {config.train.steps}")
+        problems.append(f"not finished: no result, last logged step {last} of {config.train.steps}")
     traces = attempt(run.traces, {})
     depths = traces.pop(HALTING_STATS, {})
     return RunView(
@@ -185,121 +185,128 @@ def view_run(path: str | Path, name: str | None = None) -> RunView:
 
 
 def group_variants(runs: Iterable[RunView]) -> list[Variant]:
-    """Arms in the order in which their names first appear."""
-    arms: dict[str, Variant] = {}
+    """Groups runs by name, in the order in which the names first appear."""
+    variants: dict[str, Variant] = {}
     for run in runs:
-        arms.setdefault(run.config.name, Variant(run.config.name, len(arms))).runs.append(run)
-    return list(arms.values())
+        variants.setdefault(run.config.name, Variant(run.config.name, len(variants))).runs.append(run)
+    return list(variants.values())
 
 
-def score_key(arms: Iterable[Variant]) -> str:
-    """The score that all finished runs have: bits per byte, else loss."""
-    finished = [run for arm in arms for run in arm.finished]
+def score_key(variants: Iterable[Variant]) -> str:
+    """The score that all finished runs have: bits per byte if possible, otherwise loss."""
+    finished = [run for variant in variants for run in variant.finished]
     return "bits_per_byte" if all(run.result.get("bits_per_byte") is not None for run in finished) else "loss"
 
 
-def measure_of(arms: Iterable[Variant]) -> Measure:
-    """The best measure that all validated runs have; training loss when no run was validated yet."""
-    runs = [run for arm in arms for run in arm.runs]
+def measure_of(variants: Iterable[Variant]) -> Measure:
+    """The best measure that all validated runs have; the training loss if there was no validation yet."""
+    runs = [run for variant in variants for run in variant.runs]
     validated = [run for run in runs if run.points(LOSS, "step") or run.points(BITS, "step")]
     if not validated:
         return TRAINING_LOSS
     return BITS if all(run.points(BITS, "step") for run in validated) else LOSS
 
 
-def _headline(arms: list[Variant]) -> str:
-    key, measure = score_key(arms), measure_of(arms)
+def _headline(variants: list[Variant]) -> str:
+    key, measure = score_key(variants), measure_of(variants)
     entries = [
         significance.Entry(
-            name=arm.name,
-            scores=arm.scores(key),
-            prices={price: _mean(arm.values(price)) for price in significance.PRICES},
-            curve=arm.curve(measure, "train_flops").mean,
+            name=variant.name,
+            scores=variant.scores(key),
+            prices={price: _mean(variant.values(price)) for price in significance.PRICES},
+            curve=variant.curve(measure, "train_flops").mean,
         )
-        for arm in arms
-        if arm.values(key)
+        for variant in variants
+        if variant.values(key)
     ]
     first, *rest = significance.sentences(entries, SCORES[key])
-    runs = [run for arm in arms for run in arm.runs]
+    runs = [run for variant in variants for run in variant.runs]
     seeds = sorted({run.config.train.seed for run in runs})
-    counts = f"{_several(len(arms), 'recipe')}, {_several(len(runs), 'run')}, seeds {', '.join(map(str, seeds))}"
+    counts = f"{_several(len(variants), 'variant')}, {_several(len(runs), 'run')}, seeds {', '.join(map(str, seeds))}"
     lead = f'<p class="lead">{escape(" ".join(rest))}</p>' if rest else ""
-    return f'<p class="headline">{escape(first)}</p>{lead}<p class="facts">{counts}.</p>{_warnings(arms)}'
+    return f'<p class="headline">{escape(first)}</p>{lead}<p class="facts">{counts}.</p>{_warnings(variants)}'
 
 
-def _warnings(arms: list[Variant]) -> str:
-    found = [f"{run.where}: {problem}." for arm in arms for run in arm.runs for problem in run.problems]
-    for arm in arms:
-        first, *others = (set(_flat(run.config.to_dict()).items()) for run in arm.runs)
+def _warnings(variants: list[Variant]) -> str:
+    warnings = [f"{run.where}: {problem}." for variant in variants for run in variant.runs for problem in run.problems]
+    for variant in variants:
+        first, *others = (set(_flat(run.config.to_dict()).items()) for run in variant.runs)
         differ = sorted({name for other in others for name, _ in first ^ other} - {"train.seed", "about"})
         if differ:
-            found.append(f"The runs named {arm.name} differ in more than their seed: {', '.join(differ)}.")
-        seeds = [run.config.train.seed for run in arm.runs]
+            warnings.append(f"The runs named {variant.name} differ in more than the seed: {', '.join(differ)}.")
+        seeds = [run.config.train.seed for run in variant.runs]
         if len(set(seeds)) < len(seeds):
-            found.append(f"The runs named {arm.name} repeat a seed, so their spread is not one over seeds.")
-    if not found:
+            warnings.append(
+                f"Several runs named {variant.name} have the same seed, so their standard deviation is not over seeds."
+            )
+    if not warnings:
         return ""
-    items = "".join(f"<li>{escape(one)}</li>" for one in found)
-    return f'<div class="card warning" role="note"><strong>Read with care</strong><ul>{items}</ul></div>'
+    items = "".join(f"<li>{escape(one)}</li>" for one in warnings)
+    return f'<div class="card warning" role="note"><strong>Warnings</strong><ul>{items}</ul></div>'
 
 
-def _charts(arms: list[Variant]) -> str:
-    measure, key = measure_of(arms), score_key(arms)
-    by_tokens, by_flops = ([arm.curve(measure, x_key) for arm in arms] for x_key in ("tokens", "train_flops"))
-    by_price = [_price_series(arm, key) for arm in arms]
+def _charts(variants: list[Variant]) -> str:
+    measure, key = measure_of(variants), score_key(variants)
+    by_tokens, by_flops = (
+        [variant.curve(measure, x_key) for variant in variants] for x_key in ("tokens", "train_flops")
+    )
+    by_price = [_price_series(variant, key) for variant in variants]
     drawn = (
         (
-            line_chart("By tokens read", "training tokens", measure.label, by_tokens),
-            "What the same text taught each recipe.",
+            line_chart("By training tokens", "training tokens", measure.label, by_tokens),
+            "Score at equal training tokens.",
         ),
         (
             line_chart("By training compute", "training FLOPs", measure.label, by_flops, log_x=True),
-            "What the same compute taught each recipe.",
+            "Score at equal training FLOPs.",
         ),
         (
-            scatter_chart("By price per token", "inference FLOPs per token", f"final {SCORES[key]}", by_price),
-            "What it costs to run, once trained. Bars: one standard deviation over seeds.",
+            scatter_chart("By cost per token", "inference FLOPs per token", f"final {SCORES[key]}", by_price),
+            "Final score against inference cost. Bars: one standard deviation over seeds.",
         ),
     )
     legend = "".join(
-        f'<li class="c{arm.index % COLORS}">{swatch(arm.index)}<b style="color:var(--ink)">{escape(arm.name)}</b> '
-        f"<span>{escape(arm.runs[0].config.about)}</span></li>"
-        for arm in arms
+        f'<li class="c{variant.index % COLORS}">{swatch(variant.index)}<b style="color:var(--ink)">{escape(variant.name)}</b> '
+        f"<span>{escape(variant.runs[0].config.about)}</span></li>"
+        for variant in variants
     )
     figures = "".join(
         f'<figure class="card">{chart}<figcaption>{caption}</figcaption></figure>' for chart, caption in drawn
     )
-    note = "Lower is better. Thin lines are single seeds, thick lines their mean, dashes an unfinished recipe."
+    note = "Lower is better. Thin lines: single seeds. Thick lines: their mean. Dashed lines: no finished run."
     return f'<ul class="legend">{legend}</ul><div class="charts">{figures}</div><p class="note">{note}</p>'
 
 
-def _price_series(arm: Variant, key: str) -> Series:
-    read = ((run.result.get("inference_flops_per_token"), run.result.get(key)) for run in arm.finished)
+def _price_series(variant: Variant, key: str) -> Series:
+    read = ((run.result.get("inference_flops_per_token"), run.result.get(key)) for run in variant.finished)
     points = [(float(x), float(y)) for x, y in read if x is not None and y is not None]
     runs = [[point] for point in points]
     if not points:
-        return Series(arm.name, arm.index, runs, [])
-    return Series(arm.name, arm.index, runs, [_middle(points)], [_spread([y for _, y in points])])
+        return Series(variant.name, variant.index, runs, [])
+    return Series(variant.name, variant.index, runs, [_middle(points)], [_spread([y for _, y in points])])
 
 
-def _table(arms: list[Variant]) -> str:
-    best = {key: min((_mean(arm.values(key)) for arm in arms if arm.values(key)), default=None) for key in SCORES}
+def _table(variants: list[Variant]) -> str:
+    best = {
+        key: min((_mean(variant.values(key)) for variant in variants if variant.values(key)), default=None)
+        for key in SCORES
+    }
     head = "".join(f'<th scope="col">{name}</th>' for _, name, _ in COLUMNS)
     rows = []
-    for arm in arms:
-        done, all_runs = len(arm.finished), len(arm.runs)
+    for variant in variants:
+        done, all_runs = len(variant.finished), len(variant.runs)
         seeds = _several(all_runs, "seed")
         state = seeds if done == all_runs else f"incomplete: {done} of {seeds} finished"
-        cells = "".join(_cell(arm.values(key), show, best.get(key)) for key, _, show in COLUMNS)
+        cells = "".join(_cell(variant.values(key), show, best.get(key)) for key, _, show in COLUMNS)
         rows.append(
-            f'<tr><th scope="row"><span class="c{arm.index % COLORS}">{swatch(arm.index)}</span>{escape(arm.name)}'
+            f'<tr><th scope="row"><span class="c{variant.index % COLORS}">{swatch(variant.index)}</span>{escape(variant.name)}'
             f"<small>{state}</small></th>{cells}</tr>"
         )
     return (
-        '<div class="card scroll" tabindex="0" role="region" aria-label="Scores and prices of each recipe"><table>'
-        f'<thead><tr><th scope="col">recipe</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
-        '<p class="note">Mean ± sample standard deviation over the finished seeds; no ± where they agree exactly or '
-        "there is only one. Bold: the best score.</p>"
+        '<div class="card scroll" tabindex="0" role="region" aria-label="Scores and costs of each variant"><table>'
+        f'<thead><tr><th scope="col">variant</th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        '<p class="note">Mean ± sample standard deviation over the finished seeds; without ± if it is 0 or there is only '
+        "one seed. Bold: the best score.</p>"
     )
 
 
@@ -311,47 +318,51 @@ def _cell(values: list[float], show: Callable[[float], str], best: float | None)
     return f"<td{style}>{show(mean)}{f' <small>± {show(spread)}</small>' if spread else ''}</td>"
 
 
-def _depths(arms: list[Variant]) -> str:
-    """One run speaks for its arm, as with the samples."""
-    chosen = ((arm, next((run for run in arm.runs if run.depths), None)) for arm in arms)
+def _depths(variants: list[Variant]) -> str:
+    """The halting section, with one run per variant."""
+    chosen = ((variant, next((run for run in variant.runs if run.depths), None)) for variant in variants)
     return halting_section(
-        [HaltingStats(arm.name, arm.index, run.config.train.seed, run.depths) for arm, run in chosen if run is not None]
+        [
+            HaltingStats(variant.name, variant.index, run.config.train.seed, run.depths)
+            for variant, run in chosen
+            if run is not None
+        ]
     )
 
 
-def _samples(arms: list[Variant]) -> str:
+def _samples(variants: list[Variant]) -> str:
     cards = []
-    for arm in arms:
-        run = next((run for run in arm.runs if run.traces), None)
+    for variant in variants:
+        run = next((run for run in variant.runs if run.traces), None)
         if run is None:
-            cards.append(f'<p class="empty">{escape(arm.name)}: no traced text in its run folders.</p>')
+            cards.append(f'<p class="empty">{escape(variant.name)}: its run folders contain no trace.</p>')
             continue
         for name, trace in run.traces.items():
             about = f"seed {run.config.train.seed}" + (f", {name}" if len(run.traces) > 1 else "")
-            title = f"<h3>{escape(arm.name)} <small>{escape(about)}</small></h3>"
+            title = f"<h3>{escape(variant.name)} <small>{escape(about)}</small></h3>"
             cards.append(f'<article class="card sample">{title}{_sample(trace, f"view-{len(cards)}")}</article>')
     return "\n".join(cards)
 
 
 def _sample(trace: dict[str, Any], view: str) -> str:
-    """One text, shaded by passes and by loss; both shades are in it, two radio buttons choose (no script)."""
+    """One text, shaded by passes or by loss; two radio buttons select the shade without a script."""
     tokens, passes, nll = trace.get("tokens"), trace.get("passes"), trace.get("nll") or []
     if not tokens or not passes or len(tokens) != len(passes):
-        return '<p class="empty">This trace is damaged: it needs as many passes as tokens.</p>'
+        return '<p class="empty">This trace is damaged: passes and tokens differ in length.</p>'
     known = [value for value in passes if value is not None] or [0.0]
     text = f'<div class="text" tabindex="0">{shade_html(tokens, passes, nll)}</div>'
     losses = [value for value in nll if value is not None]
-    loss_key = _key("nll", min(losses), max(losses), "nats lost on the token") if losses else ""
+    loss_key = _key("nll", min(losses), max(losses), "nats") if losses else ""
     if min(known) == max(known):
-        said = f"<p>Every token got the same {known[0]:g} {'pass' if known[0] == 1 else 'passes'}.</p>"
+        summary = f"<p>Every token took {known[0]:g} {'pass' if known[0] == 1 else 'passes'}.</p>"
         if not losses:
-            return said
+            return summary
         switch = '<input class="view nll" type="radio" checked hidden>'
-        return f"{said}<details><summary>Where it lost most</summary>{switch}{loss_key}{text}</details>"
+        return f"{summary}<details><summary>Loss per token</summary>{switch}{loss_key}{text}</details>"
     span = f"from {min(known):g} to {max(known):g}"
-    said = f"<p>{_mean(known):.2f} passes per token on average, {span}; darker tokens took more.</p>"
+    summary = f"<p>{_mean(known):.2f} passes per token on average, {span}; darker tokens took more.</p>"
     switch = _radio(view, "passes", "passes", " checked") + (_radio(view, "nll", "loss") if losses else "")
-    return f"{said}{switch}{_key('passes', min(known), max(known), 'passes')}{loss_key}{text}"
+    return f"{summary}{switch}{_key('passes', min(known), max(known), 'passes')}{loss_key}{text}"
 
 
 def _radio(view: str, kind: str, label: str, checked: str = "") -> str:
@@ -377,7 +388,7 @@ def _made(run: RunView) -> str:
         "device": env.get("device"),
         "CPUs": env.get("cpus"),
         "torch threads": env.get("torch_threads"),
-        "training took": f"{seconds / 60:.1f} minutes" if seconds else None,
+        "training time": f"{seconds / 60:.1f} minutes" if seconds else None,
     }
     listing = "".join(f"<dt>{name}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items() if value)
     config = yaml.safe_dump(run.config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -406,7 +417,7 @@ def _several(count: int, noun: str) -> str:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """Settings by their dotted names."""
+    """Settings by dotted name."""
     flat: dict[str, str] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": repr(value)}

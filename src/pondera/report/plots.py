@@ -1,4 +1,4 @@
-"""Charts of what a probe found, as one HTML page in the style of the report; it needs no network and no script."""
+"""The charts of a probe as one offline HTML page in the style of the report."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def write_plots(plots: Sequence[Plot], note: str, out: Path, title: str) -> Path
     """Writes the page.
 
     Args:
-        plots: what is drawn, each as a figure of its own.
-        note: what it comes to.
-        out: the file.
-        title: of the page.
+        plots: the charts; each becomes a figure.
+        note: the conclusion, as text above the charts.
+        out: the file to write.
+        title: the title of the page.
 
     Raises:
-        UserError: `out` cannot be a file.
+        UserError: `out` is a folder.
     """
     if out.is_dir():
         raise UserError(f"{out} is a folder; give a file, e.g. {out / 'plots.html'}")

@@ -1,7 +1,7 @@
-"""Line, scatter and bar charts as inline SVG: no script, colours from the page's style (`.c0`, `.c1`, ...), readable aloud.
+"""Line, scatter and bar charts as inline SVG, without a script and with descriptions for screen readers.
 
-A chart is 400 units wide, about a phone's width in pixels, so that its text has its natural size there and three of
-them stand side by side on a desk.
+The CSS of the page sets the colours (`.c0`, `.c1`, ...). A chart is 400 units wide, about the width of a phone in pixels, so
+text has its natural size on a phone, and three charts fit side by side on a desktop.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from pondera.core.format import Point, human
 
 WIDTH, HEIGHT = 400, 320
 LEFT, TOP, BOTTOM = 40, 34, 46
-CUT = 0.25  # of a curve's length, before which its steep start need not be in view
-LETTER = 7.4  # width of a letter at the label size, in the widest of common fonts
-LONGEST = 13  # letters of a label; the whole name is in the legend and in the hover title
+CUT = 0.25  # the first part of a curve, whose steep start the y axis may cut off
+LETTER = 7.4  # width of a letter at the label size, in the widest common font
+LONGEST = 13  # maximum letters of a label; the full name is in the legend and in the hover title
 MARKERS = (
     "M-4,0a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",  # circle
     "M-3.6,-3.6h7.2v7.2h-7.2z",  # square
@@ -27,21 +27,21 @@ MARKERS = (
     "M-1.4,-4.5h2.8v3.1h3.1v2.8h-3.1v3.1h-2.8v-3.1h-3.1v-2.8h3.1z",  # plus
 )
 COLORS = 6
-THICK, BETWEEN = 12, 9  # a bar, and the space between two groups of them
-MOST_MARKERS = 16  # on one line
+THICK, BETWEEN = 12, 9  # height of a bar, and space between two groups of bars
+MOST_MARKERS = 16  # maximum per line
 
 
 @dataclass
 class Series:
-    """One arm: what its runs did, and their mean.
+    """The curves of one variant: its runs and their mean.
 
     Attributes:
         name: the label.
-        index: decides colour and marker.
-        runs: one list of points per run, drawn thin.
-        mean: the mean over the runs, drawn thick.
-        spread: sample standard deviation of y, one per point of `mean`; None where unknown.
-        unfinished: draw dashed.
+        index: selects colour and marker.
+        runs: one list of points per run, drawn as thin lines.
+        mean: the mean over the runs, drawn as a thick line.
+        spread: sample standard deviation of y for each point of `mean`; `None` if unknown.
+        unfinished: draw dashed lines.
     """
 
     name: str
@@ -54,12 +54,12 @@ class Series:
 
 @dataclass(frozen=True)
 class Bars:
-    """One arm's values by category.
+    """The values of one variant by category.
 
     Args:
-        name: the arm.
-        index: decides colour.
-        values: by category, each 0 or more.
+        name: the variant.
+        index: selects the colour.
+        values: non-negative values by category.
     """
 
     name: str
@@ -82,13 +82,13 @@ class Scale:
         return self.start + (at - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, count: int) -> list[float]:
-        """Round numbers inside the range: steps of 1, 2, 2.5 or 5, on a log axis as many of 1, 2, 5 as fit."""
+        """Round numbers inside the range: multiples of 1, 2, 2.5 or 5, or digits 1, 2 and 5 on a log axis."""
         if self.log:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for digits in ((1,), (1, 3), (1, 2, 5)):
-                found = [d * 10.0**e for e in decades for d in digits if self.low <= d * 10.0**e <= self.high]
-                if len(found) >= min(3, count):
-                    return found[:: math.ceil(len(found) / (count + 1))]
+                ticks = [d * 10.0**e for e in decades for d in digits if self.low <= d * 10.0**e <= self.high]
+                if len(ticks) >= min(3, count):
+                    return ticks[:: math.ceil(len(ticks) / (count + 1))]
         rough = (self.high - self.low) / count
         unit = 10.0 ** math.floor(math.log10(rough))
         step = unit * next(d for d in (1, 2, 2.5, 5, 10) if d * unit >= rough * 0.999)
@@ -106,28 +106,28 @@ def line_chart(
     cut: float = CUT,
     base: float | None = None,
 ) -> str:
-    """Curves: a thin line per run and a thick one for their mean; the names at the right, in the order of the ends.
+    """A line chart: a thin line per run, a thick line for the mean, and the names at the right.
 
-    The y axis shows what comes after the first quarter of the curves (`cut`), whose steep start would flatten all that
-    matters; the lines enter from above. It reaches down to `base`, if given, so that noise does not look like a trend.
-    On a logarithmic y axis all values must be above 0.
+    The y axis covers the curves after their first quarter (`cut`), because a steep start would flatten the rest. It
+    includes `base`, if given, so that noise does not look like a trend. On a logarithmic y axis all values must be above 0.
     """
     return _chart(title, x_label, y_label, series, log_x, True, log_y, cut, [] if base is None else [base])
 
 
 def scatter_chart(title: str, x_label: str, y_label: str, series: Sequence[Series]) -> str:
-    """Points: a faint one per run, a full one for their mean with a bar of one sample standard deviation each way."""
+    """A scatter chart: a faint point per run, and a full point for the mean with a bar of ± one standard deviation."""
     xs = [x for one in series for x, _ in one.mean]
     return _chart(title, x_label, y_label, series, bool(xs) and max(xs) > 8 * min(xs) > 0, joined=False)
 
 
 def bar_chart(title: str, label: str, bars: Sequence[Bars], show: Callable[[float], str]) -> str:
-    """Bars from left to right: a group per category, from top to bottom as they come, with a bar for each arm.
+    """A horizontal bar chart: a group per category, with a bar per variant.
 
     Args:
-        title, label: of the chart, and what the length of a bar is.
-        bars: the arms; a category that one of them lacks has no bar of it.
-        show: the value as text, written at the end of its bar.
+        title: the title of the chart.
+        label: the meaning of the bar length.
+        bars: the variants; a variant without a value for a category has no bar there.
+        show: formats a value for the end of its bar.
     """
     names = list(dict.fromkeys(name for one in bars for name in one.values))
     left = 12 + LETTER * max(map(len, names))
@@ -138,20 +138,20 @@ def bar_chart(title: str, label: str, bars: Sequence[Bars], show: Callable[[floa
         middle = y + THICK * len(present) / 2 + 4
         parts.append(f'<text class="tick" x="{left - 7:.1f}" y="{middle:.1f}" text-anchor="end">{escape(name)}</text>')
         for one in present:
-            end, said = x(one.values[name]), show(one.values[name])
+            end, value = x(one.values[name]), show(one.values[name])
             parts.append(
                 f'<rect class="fill c{one.index % COLORS}" x="{left:.1f}" y="{y:.1f}" width="{end - left:.1f}" '
-                f'height="{THICK - 1}"><title>{escape(f"{one.name}, {name}: {said}")}</title></rect>'
-                f'<text class="tick" x="{end + 5:.1f}" y="{y + THICK - 1:.1f}">{escape(said)}</text>'
+                f'height="{THICK - 1}"><title>{escape(f"{one.name}, {name}: {value}")}</title></rect>'
+                f'<text class="tick" x="{end + 5:.1f}" y="{y + THICK - 1:.1f}">{escape(value)}</text>'
             )
             y += THICK
         y += BETWEEN
-    told = "; ".join(f"{one.name}: {', '.join(f'{n} {show(v)}' for n, v in one.values.items())}" for one in bars)
+    values = "; ".join(f"{one.name}: {', '.join(f'{n} {show(v)}' for n, v in one.values.items())}" for one in bars)
     return "\n".join(
         [
             f"<h3>{escape(title)}</h3>",
             f'<svg class="chart" viewBox="0 0 {WIDTH} {y:.0f}" role="img">',
-            f"<title>{escape(title)}</title><desc>{escape(f'{label}. {told}.')}</desc>",
+            f"<title>{escape(title)}</title><desc>{escape(f'{label}. {values}.')}</desc>",
             f'<text class="label" x="4" y="14">{escape(label)}</text>',
             *parts,
             f'<line class="axis" x1="{left:.1f}" x2="{left:.1f}" y1="{TOP - 4}" y2="{y - BETWEEN + 3:.1f}"/>',
@@ -234,11 +234,11 @@ def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> str:
     y_ticks = y.ticks(5)
     decimals = max((len(f"{tick:g}".partition(".")[2]) for tick in y_ticks), default=0)
     for tick in y_ticks:
-        at, said = y(tick), f"{tick:.{decimals}f}"
-        if y.log:  # such as 1e-4, since there is no room for 0.0001
-            said = f"{tick:g}" if 0.001 <= tick < 1000 else f"{tick:.0e}".replace("e-0", "e-").replace("e+0", "e")
+        at, text = y(tick), f"{tick:.{decimals}f}"
+        if y.log:  # e.g. 1e-4, because 0.0001 is too wide
+            text = f"{tick:g}" if 0.001 <= tick < 1000 else f"{tick:.0e}".replace("e-0", "e-").replace("e+0", "e")
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{x.end:.1f}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{said}</text>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{at + 4:.1f}" text-anchor="end">{text}</text>')
     for tick in x.ticks(5):
         at = x(tick)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{y.start}"/>')
@@ -276,7 +276,7 @@ def _points(one: Series, x: Scale, y: Scale) -> str:
 
 
 def _names_aside(series: Sequence[Series], x: Scale, y: Scale) -> str:
-    """A column at the right: each name at the height where its mean ends, moved apart where they would overlap."""
+    """Names in a column at the right, each at the height of its curve's end, moved apart to avoid overlap."""
     ordered = sorted(series, key=lambda one: y(one.mean[-1][1]))
     heights = _apart([y(one.mean[-1][1]) for one in ordered], gap=15, lowest=HEIGHT - BOTTOM - 4)
     return "".join(
@@ -287,7 +287,7 @@ def _names_aside(series: Sequence[Series], x: Scale, y: Scale) -> str:
 
 
 def _names_beside(series: Sequence[Series], x: Scale, y: Scale) -> str:
-    """Each name to the right of its mean, or to the left where the chart ends; lower, where another stands already."""
+    """Each name to the right of its mean, or to the left at the chart's edge; moved down to avoid overlap."""
     parts, taken = [], []
     for one in sorted(series, key=lambda one: y(one.mean[-1][1])):
         across, height = x(one.mean[-1][0]), y(one.mean[-1][1]) + 4
@@ -305,7 +305,7 @@ def _names_beside(series: Sequence[Series], x: Scale, y: Scale) -> str:
 
 
 def _apart(heights: list[float], gap: float, lowest: float) -> list[float]:
-    """`heights` (ascending), moved so that neighbours are at least `gap` apart and none is below `lowest`."""
+    """Moves `heights` (ascending) so that neighbours are at least `gap` apart and none is below `lowest`."""
     placed: list[float] = []
     for height in heights:
         placed.append(max(height, placed[-1] + gap) if placed else height)
@@ -322,7 +322,9 @@ def _path(line: list[Point], x: Scale, y: Scale) -> str:
 
 def _marker(x: float, y: float, index: int, note: str = "", kind: str = "dot") -> str:
     title = f"<title>{escape(note)}</title>" if note else ""
-    shape = MARKERS[(index + index // COLORS) % len(MARKERS)]  # the seventh series has the first colour, another shape
+    shape = MARKERS[
+        (index + index // COLORS) % len(MARKERS)
+    ]  # the seventh series reuses the first colour in another shape
     return f'<path class="{kind} c{index % COLORS}" transform="translate({x:.1f},{y:.1f})" d="{shape}">{title}</path>'
 
 

@@ -1,4 +1,4 @@
-"""From a RunConfig to a model that can be trained on its text."""
+"""Builds the model of a RunConfig and checks that it fits its tokenizer and text."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """`config` with what follows from it written out: a checkpoint is read with its own tokenizer, a run by its model.
+    """Fills in the backbone path and the tokenizer: a checkpoint uses its own tokenizer, a run its final model.
 
-    A tokenizer that was chosen, that is any but the default, stays; but to a model of ours none is trained anew.
+    A tokenizer other than the default is kept, unless it would be trained anew for a checkpoint of Pondera.
 
     Raises:
-        UserError: the backbone is a folder that is not there, or a run that has not come to its end.
+        UserError: the backbone is a folder that does not exist, or a run that is not finished.
     """
     if not isinstance(config.backbone, str):
         return config
@@ -43,9 +43,9 @@ def resolve(config: RunConfig) -> RunConfig:
 
 
 def _model_folder(path: str) -> str:
-    """The final model of a run; any other path, or a hub name, as it is.
+    """The final model of a run; any other path, or a hub name, unchanged.
 
-    Checkpoints of a run that goes on come and go, so no other run is built on whichever is the newest.
+    A running job rotates its checkpoints, so its newest checkpoint cannot serve as a backbone.
     """
     run = Run(Path(path).expanduser())
     if not run.path.is_dir() and not HUB_NAME.fullmatch(path):
@@ -54,13 +54,13 @@ def _model_folder(path: str) -> str:
         return path
     if (run.model_dir / "config.json").is_file():
         return str(run.model_dir)
-    found = run.checkpoints()
-    either = f", or give one of its checkpoints, such as {found[-1]}" if found else ""
-    raise UserError(f"backbone: the run {path!r} is not finished; go on with it with --resume{either}")
+    saved = run.checkpoints()
+    either = f", or give one of its checkpoints, e.g. {saved[-1]}" if saved else ""
+    raise UserError(f"backbone: the run {path!r} is not finished; finish it with --resume{either}")
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a model folder was written by Pondera."""
+    """Whether Pondera wrote this model folder."""
     try:
         return json.loads((folder / "config.json").read_bytes())["model_type"] == "pondera"
     except (OSError, ValueError, KeyError, TypeError):
@@ -68,23 +68,22 @@ def _is_ours(folder: Path) -> bool:
 
 
 def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
-    """The model of a run before its first step, in float32, with weights from ``train.seed`` or the checkpoint.
+    """The model of a run before its first step, in float32, initialised from ``train.seed`` or a checkpoint.
 
-        Args:
-            config: what it is made of.
-            vocab_size: of the tokenizer; a backbone given as a mapping takes it over.
+    Args:
+        config: the config of the run.
+        vocab_size: vocabulary size of the tokenizer; the default for a backbone given as a mapping.
 
-        Raises:
-            UserError: no backbone, a vocabulary that is not the tokenizer's, a context that does not fit, a checkpoint that
-                is damaged, or nothing to learn in the steps of ``train.freeze_backbone_steps``.
+    Raises:
+        UserError: there is no backbone, its vocabulary differs from the tokenizer's, the context exceeds its positions,
+            the checkpoint is damaged, or nothing can train during ``train.freeze_backbone_steps``.
 
-        Example:
-            >>> from pondera.arch.dimensions import LINEAR, layer_kinds
-    from pondera.core.run_config import from_dict
-            >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-            >>> model = new_model(from_dict({"backbone": {"model_type": "llama", **sizes}}), vocab_size=97)
-            >>> model.backbone.config.vocab_size
-            97
+    Example:
+        >>> from pondera.core.run_config import from_dict
+        >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        >>> model = new_model(from_dict({"backbone": {"model_type": "llama", **sizes}}), vocab_size=97)
+        >>> model.backbone.config.vocab_size
+        97
     """
     import torch
 
@@ -93,7 +92,7 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
     adaptive = adaptive_config(config, vocab_size)
     folder = Path(config.backbone) if isinstance(config.backbone, str) else None
     if folder and (folder / checkpoints.MANIFEST).is_file() and (damage := checkpoints.find_damage(folder)):
-        raise UserError(f"backbone: {folder} is damaged ({damage}); copy it again or give another one")
+        raise UserError(f"backbone: {folder} is damaged ({damage}); copy it again or give another folder")
     torch.manual_seed(config.train.seed)
     model = AdaptiveLM(adaptive).float()
     check_freeze_backbone(model, config.train)
@@ -101,19 +100,20 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
 
 
 def check_freeze_backbone(model: AdaptiveLM, settings: TrainConfig) -> None:
-    """Refuses a first phase of training in which nothing could learn."""
+    """Refuses ``freeze_backbone_steps`` if no parameter would train in these steps."""
     steps = settings.freeze_backbone_steps
     if steps < 0:
         raise UserError(f"train.freeze_backbone_steps: at least 0, got {steps}")
     if steps and not (model.method is not None and any(p.numel() for p in model.method.parameters())):
         what = f"{model.chosen} adds no parameters" if model.method is not None else "there is no think method"
         raise UserError(
-            f"train.freeze_backbone_steps: {what}, so nothing would learn in the first {steps} steps; use --train.freeze_backbone_steps 0"
+            f"train.freeze_backbone_steps: {what}, so nothing would train in the first {steps} steps; "
+            "use --train.freeze_backbone_steps 0"
         )
 
 
 def reads_as_before(config: RunConfig) -> bool:
-    """Whether a checkpoint is read with the tokenizer in its own folder."""
+    """Whether the backbone is a checkpoint that uses the tokenizer of its own folder."""
     if not isinstance(config.backbone, str):
         return False
     if config.backbone == config.data.tokenizer:
@@ -123,7 +123,7 @@ def reads_as_before(config: RunConfig) -> bool:
 
 
 def set_special_tokens(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Tells a new model the ids of its tokenizer's special tokens, so that `generate` knows where a text ends."""
+    """Sets the special token ids of the tokenizer on a new model, so that `generate` stops at the end of a text."""
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for place in (model.backbone.config, model.backbone.lm.generation_config, model.generation_config):
@@ -131,7 +131,7 @@ def set_special_tokens(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast) ->
 
 
 def add_end_token(model: AdaptiveLM, end: int) -> None:
-    """Adds a tokenizer's EOS, which ends every document in training, to the end tokens of a checkpoint."""
+    """Adds the tokenizer's EOS to the end tokens of a checkpoint; training ends every document with it."""
     known = model.generation_config.eos_token_id
     ends = [] if known is None else known if isinstance(known, list) else [known]
     if end not in ends:
@@ -144,7 +144,7 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     given = config.backbone
     if not isinstance(given, (dict, str)) or not given:
         raise UserError(
-            f"backbone: {given!r}; give a mapping such as {{model_type: llama, hidden_size: 128, num_hidden_layers: 3}}, "
+            f"backbone: {given!r}; give a mapping, e.g. {{model_type: llama, hidden_size: 128, num_hidden_layers: 3}}, "
             "or a checkpoint folder"
         )
     tree = {"vocab_size": vocab_size, **given} if isinstance(given, dict) else given
@@ -155,15 +155,15 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     _check_same_tokens(config)
     if config.data.document_mask and LINEAR in layer_kinds(inner):
         raise UserError(
-            f"data.document_mask: {inner.model_type} has linear-attention layers, whose state runs on from one document into "
-            "the next; use data.document_mask: false"
+            f"data.document_mask: the linear-attention layers of {inner.model_type} carry their state from one document "
+            "to the next; use data.document_mask: false"
         )
     context, limit = config.data.context, getattr(inner, "max_position_embeddings", None)
     if limit is not None and limit < context:
         names = {"max_position_embeddings", inner.attribute_map.get("max_position_embeddings")}
         if isinstance(given, str) or names & given.keys():
             raise UserError(
-                f"data.context: {context} tokens do not fit the {limit} positions of the backbone; use --data.context "
+                f"data.context: {context} tokens exceed the {limit} positions of the backbone; use --data.context "
                 f"{limit}" + ("" if isinstance(given, str) else f" or --backbone.max_position_embeddings {context}")
             )
         inner.max_position_embeddings = context
@@ -171,8 +171,11 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
 
 
 def _check_vocabulary(config: RunConfig, model_size: int, tokenizer_size: int) -> None:
-    """Equal, but for a checkpoint: its vocabulary is often padded beyond its tokenizer's, and its own tokenizer may have
-    more tokens than it embeds, which `train` looks for in the text."""
+    """Refuses a backbone whose vocabulary size differs from the tokenizer's.
+
+    A checkpoint may have more embeddings than its tokenizer has tokens. Its own tokenizer may also have more tokens than
+    embeddings; `train` then checks the text.
+    """
     own = isinstance(config.backbone, str)
     padded = own and not bpe_size(config.data.tokenizer) and tokenizer_size < model_size
     if tokenizer_size == model_size or padded or reads_as_before(config):
@@ -189,7 +192,7 @@ def _check_vocabulary(config: RunConfig, model_size: int, tokenizer_size: int) -
 
 
 def _check_same_tokens(config: RunConfig) -> None:
-    """A tokenizer of the right size may still have other tokens; those of a model of ours stand beside it."""
+    """Refuses a tokenizer whose tokens differ from those in the folder of a Pondera checkpoint, even at equal size."""
     chosen, folder = config.data.tokenizer, config.backbone
     if not isinstance(folder, str) or chosen == folder or not _is_ours(Path(folder)):
         return
@@ -197,6 +200,6 @@ def _check_same_tokens(config: RunConfig) -> None:
         own, given = (load_tokenizer(spec).get_vocab() for spec in (folder, chosen))
         if not own.items() <= given.items():
             raise UserError(
-                f"data.tokenizer: {chosen!r} has other tokens than {folder!r} was trained with; leave data.tokenizer out, "
+                f"data.tokenizer: the tokens of {chosen!r} differ from those of {folder!r}; leave data.tokenizer out, "
                 f"or use --data.tokenizer {folder}"
             )

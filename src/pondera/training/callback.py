@@ -1,4 +1,4 @@
-"""What happens between optimizer steps: metrics, validation, checkpoints, and stopping when asked to."""
+"""The training callback: metrics, validation, checkpoints and early stop between optimizer steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.training.progress import ProgressMeter
 from pondera.training.trainer import PonderaTrainer, learning_rate_share
 
-SURVEYED = 4096  # held-out tokens, at most, that the statistics of depth are taken over
+SURVEYED = 4096  # maximum held-out tokens for the halting statistics
 SCORES = ("loss", "perplexity", "bits_per_byte", "passes_per_token")
 PRICES = ("inference_flops_per_token", "training_flops_per_token", "kv_bytes_per_token")
 
@@ -31,21 +31,21 @@ PRICES = ("inference_flops_per_token", "training_flops_per_token", "kv_bytes_per
 class RunCallback(TrainerCallback):
     """Writes the run folder while a `PonderaTrainer` trains.
 
-    All processes take every decision alike, since what they decide on was summed over them; the first one writes.
+    All processes decide alike, because every decision uses values summed over all processes. The first process writes.
 
     Args:
         run: the run folder.
-        config: of the run.
-        corpus: what is trained and validated on.
-        model: what is trained.
-        start: the checkpoint to go on from, if any.
+        config: the config of the run.
+        corpus: the text for training and validation.
+        model: the model to train.
+        start: the checkpoint to resume from (default: `None`).
         show: show progress.
 
     Attributes:
-        trainer: to be set before training.
-        first_step: steps that are done already.
-        validation: the last validation, if it was made after the last step.
-        stopped: training ended because it was asked to.
+        trainer: must be set before training.
+        first_step: the number of completed steps.
+        validation: the scores of the validation after the latest step, or `None` if that step had none.
+        stopped: training stopped early on request.
     """
 
     trainer: PonderaTrainer
@@ -58,9 +58,7 @@ class RunCallback(TrainerCallback):
         self.first_step: int = state["step"]
         self.seconds: float = state["seconds"]
         self.since: dict[str, Any] = state["since"]
-        self.took: list[float] = state[
-            "took"
-        ]  # for each pass, the share of a step's tokens that took it, summed over steps
+        self.took: list[float] = state["took"]  # by pass: the share of the tokens that took it, summed over steps
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
         self.validation: dict[str, Any] | None = None
         self.stopped = False
@@ -68,7 +66,7 @@ class RunCallback(TrainerCallback):
         self._clock = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Puts optimizer and step where the checkpoint left them."""
+        """Restores optimizer state and step from the checkpoint."""
         state.global_step = self.first_step
         if self.start is not None:
             main = self.trainer.is_world_process_zero()
@@ -76,7 +74,7 @@ class RunCallback(TrainerCallback):
         self._clock = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Logs, validates and saves when their time has come."""
+        """Logs, validates and saves at the configured intervals."""
         measured, settings, step = self.trainer.latest, self.config.train, state.global_step
         assert measured is not None
         now = time.monotonic()
@@ -90,7 +88,7 @@ class RunCallback(TrainerCallback):
             since["terms"][name] = since["terms"].get(name, 0.0) + mean
 
         last = step >= settings.steps
-        # Several processes stop together, after a step whose sums told all of them; a single one need not wait for that.
+        # Several processes must stop after the same step, so they use the summed flag. A single process can stop at once.
         alone = self.trainer.args.world_size == 1
         self.stopped = (measured.stop or (alone and self.trainer.stop_asked)) and not last
         line = self._line(step) if last or step % settings.log_every == 0 else {}
@@ -112,10 +110,10 @@ class RunCallback(TrainerCallback):
         self._clock = time.monotonic()
 
     def validate(self) -> dict[str, Any]:
-        """Scores the model on the held-out text; by all processes at once, each its share."""
+        """Scores the model on the held-out text; all processes must call it together, and each scores a part."""
         trainer, data = self.trainer, self.config.data
         with trainer.full_precision():
-            found = score(
+            scores = score(
                 trainer.lm,
                 self.corpus.validation,
                 data.context,
@@ -126,16 +124,16 @@ class RunCallback(TrainerCallback):
                 num_processes=trainer.args.world_size,
                 total=self._over_processes,
             )
-        self.watch.bits_per_byte = found["bits_per_byte"]
-        return found
+        self.watch.bits_per_byte = scores["bits_per_byte"]
+        return scores
 
-    def _over_processes(self, found: ScoreSums) -> ScoreSums:
-        numbers = {str(place): number for place, number in enumerate((found.nats, *found.took))}
+    def _over_processes(self, sums: ScoreSums) -> ScoreSums:
+        numbers = {str(place): number for place, number in enumerate((sums.nats, *sums.took))}
         nats, *took = map(float, self.trainer.over_processes(numbers).values())
         return ScoreSums(nats, tuple(took))
 
     def result(self) -> dict[str, Any]:
-        """The result of the run; prices are those of the passes that tokens were measured to take."""
+        """The result of the run; costs use the measured share of the tokens that took each pass."""
         steps = self.config.train.steps
         tokens = steps * self._tokens_per_step
         validation = self.validation or self.validate()
@@ -153,12 +151,12 @@ class RunCallback(TrainerCallback):
         }
 
     def write_sample(self) -> None:
-        """Writes how the model reads the held-out text: its beginning token by token, and how depth varies in more."""
+        """Writes the traces: the first held-out tokens one by one, and halting statistics over more of them."""
         data, tokenizer = self.config.data, self.corpus.tokenizer()
         text = cast(str, tokenizer.decode(self.corpus.validation.ids[:TRACED].tolist(), skip_special_tokens=True))
         tokens = min(SURVEYED, self.config.train.eval_tokens)
         with self.trainer.full_precision(), suppress(UserError):
-            # Windows of one token have nothing to see: no reason to lose a finished run.
+            # Windows of one token cannot be traced, which must not fail a finished run.
             self.run.write_trace("sample", trace(self.model, tokenizer, text, data.context))
             self.run.write_trace(
                 HALTING_STATS,
@@ -166,10 +164,10 @@ class RunCallback(TrainerCallback):
             )
 
     def on_main(self, write: Callable[[], None]) -> None:
-        """Has the first process write; where it fails, all of them raise.
+        """Writes on the first process; if it fails, all processes raise.
 
         Raises:
-            Failure: it could not write.
+            Failure: the first process could not write.
         """
         failure: Failure | None = None
         if self.trainer.is_world_process_zero():
@@ -178,9 +176,9 @@ class RunCallback(TrainerCallback):
             except Failure as error:
                 failure = error
             except OSError as error:
-                failure = Failure(f"{self.run.path}: cannot be written ({error}); make room, then go on with --resume")
+                failure = Failure(f"{self.run.path}: cannot be written ({error}); free disk space, then use --resume")
         if self.trainer.over_processes({"failures": float(failure is not None)})["failures"] > 0:
-            raise failure or Failure("the first process could not write; see its message")
+            raise failure or Failure("the first process could not write the run folder; see its message")
 
     def _save(self, step: int) -> None:
         weights, optimizer = self.trainer.snapshot()
@@ -190,7 +188,7 @@ class RunCallback(TrainerCallback):
         self.on_main(lambda: checkpoints.save(self.run, step, self.model, weights, optimizer, state, tokenizer, keep))
 
     def _line(self, step: int) -> dict[str, Any]:
-        """The means since the last line, and the last step's gradient norm."""
+        """The means since the last line of metrics, and the gradient norm of the last step."""
         settings, since, measured = self.config.train, self.since, self.trainer.latest
         assert measured is not None
         return {
@@ -203,7 +201,7 @@ class RunCallback(TrainerCallback):
         }
 
     def _progress(self, step: int) -> dict[str, Any]:
-        """The axes that curves are drawn over."""
+        """The x axes of the curves: step, tokens and training FLOPs."""
         shares = [share / step for share in self.took]
         tokens, flops = step * self._tokens_per_step, self._prices(shares)["training_flops_per_token"]
         return {"step": step, "tokens": tokens, "train_flops": None if flops is None else tokens * flops}
@@ -212,11 +210,11 @@ class RunCallback(TrainerCallback):
         try:
             return cost_report(self.model, self.config.data.context, self.config.train.gradient_checkpointing, shares)
         except UserError:
-            return dict.fromkeys(PRICES)  # an architecture without a price can be trained all the same
+            return dict.fromkeys(PRICES)  # training does not need the cost of the architecture
 
     @property
     def _eval_batch_size(self) -> int:
-        return min(8, self.trainer.args.per_device_train_batch_size)  # what fits in training fits here
+        return min(8, self.trainer.args.per_device_train_batch_size)  # a batch that fits in training also fits here
 
     @property
     def _tokens_per_step(self) -> int:

@@ -1,4 +1,4 @@
-"""What a training shows while it runs: a bar on a terminal, lines elsewhere; always on stderr."""
+"""Training progress on stderr: a bar on a terminal, otherwise lines."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 class ProgressMeter:
-    """Follows a training on stderr.
+    """Shows the progress of a training run on stderr.
 
     Args:
-        steps: of the whole training.
-        first_step: steps that are done already.
-        show: false: nothing is shown.
+        steps: the total number of steps.
+        first_step: the number of completed steps.
+        show: if false, nothing is shown.
     """
 
     def __init__(self, steps: int, first_step: int = 0, show: bool = True) -> None:
@@ -42,13 +42,13 @@ class ProgressMeter:
             self._bar.stop()
 
     def step(self, step: int, loss: float, tokens_per_second: float, logged: bool) -> None:
-        """A step is done.
+        """Reports a completed step.
 
         Args:
-            step: how many are.
-            loss: of this step, or the mean since the last line if `logged`.
-            tokens_per_second: over the last steps.
-            logged: whether a line was written to the metrics as well.
+            step: the number of completed steps.
+            loss: of this step, or the mean since the last logged line if `logged`.
+            tokens_per_second: mean over the last steps.
+            logged: whether this step was also written to the metrics.
         """
         validated = "" if self.bits_per_byte is None else f"  bits/byte {self.bits_per_byte:.4f}"
         text = f"loss {loss:.4f}{validated}  {tokens_per_second:,.0f} tokens/s"
@@ -60,7 +60,7 @@ class ProgressMeter:
             print(f"step {step}/{self.steps}  {text}  {left // 60}:{left % 60:02d} left", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
-        """A sentence that stays."""
+        """Prints a line above the bar."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         elif self.show:

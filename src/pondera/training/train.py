@@ -1,6 +1,6 @@
-"""`train`: a RunConfig becomes a run folder with metrics, checkpoints, a model and its result.
+"""`train`: trains a RunConfig into a run folder with metrics, checkpoints, a model and its result.
 
-On several processes (torchrun, accelerate launch) all of them call `train`; the first one writes.
+With several processes (torchrun, accelerate launch), all of them call `train` and the first one writes.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ if TYPE_CHECKING:
     from pondera.training.trainer import NotFinite, PonderaTrainer
 
 FREE = {"log_every", "eval_every", "eval_tokens", "save_every", "keep"}
-"""Settings of ``train`` that may change when a run is resumed: they decide what is seen, not what is learned."""
+"""Settings of ``train`` that may change when a run is resumed: they affect logging and saving, not the weights."""
 
 log = logging.getLogger(__name__)
 
 
 def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = True) -> Run:
-    """Trains one model and leaves a run folder.
+    """Trains one model into a run folder.
 
-    A run that was killed goes on with ``resume=True`` from its newest intact checkpoint and ends with the same weights,
-    byte for byte, as if nothing had happened. A finished run is returned as it is.
+    With ``resume=True`` an interrupted run continues from its newest intact checkpoint. It ends with the same weights,
+    byte for byte, as an uninterrupted run. A finished run is returned unchanged.
 
     Args:
-        config: what decides the run.
+        config: the config of the run.
         out: the run folder; it must be new or empty, unless `resume`.
-        resume: go on with the run in `out`.
-        progress: show a bar (or lines, where stderr is no terminal).
+        resume: continue the run in `out`.
+        progress: show a progress bar, or lines if stderr is not a terminal.
 
     Raises:
         UserError: settings, text, backbone or folder cannot be used.
-        Failure: the disk is full, or the loss is not a number; the last checkpoint is intact.
-        Interrupted: SIGINT or SIGTERM came; the step was finished and saved.
+        Failure: the disk is full, or the loss is not finite; the last checkpoint is intact.
+        Interrupted: the process received SIGINT or SIGTERM; it finished and saved the current step.
 
     Example::
 
@@ -79,7 +79,7 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
         recorder = RunCallback(run, config, corpus, model, start, show=progress and main)
         windows = corpus.train.windows(config.data.context, config.data.document_mask)
         trainer = PonderaTrainer(model, args, config.train, windows, recorder.first_step, [recorder])
-        trainer.accelerator.wait_for_everyone()  # nobody still looks whether the folder is free
+        trainer.accelerator.wait_for_everyone()  # all processes have checked the folder before it is created
         if main and not resume:
             Run.create(out, config)
         try:
@@ -89,13 +89,13 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
         except NotFinite as error:
             raise _explained(error, run, corpus.train, config) from None
         if recorder.stopped:
-            raise Interrupted(f"stopped after step {trainer.state.global_step}; go on with: {_again(run)}")
+            raise Interrupted(f"stopped after step {trainer.state.global_step}; continue with: {_again(run)}")
         _finish(recorder, trainer)
     return run
 
 
 def _set_special_tokens(model: AdaptiveLM, config: RunConfig, corpus: Corpus) -> None:
-    """A checkpoint that is read with its own tokenizer keeps its end tokens; any other model gets the tokenizer's."""
+    """Sets the special tokens of the model; a checkpoint with its own tokenizer keeps its end tokens."""
     tokenizer: Any = corpus.tokenizer()
     if reads_as_before(config):
         add_end_token(model, tokenizer.eos_token_id)
@@ -104,32 +104,32 @@ def _set_special_tokens(model: AdaptiveLM, config: RunConfig, corpus: Corpus) ->
 
 
 def check_tokens(model: AdaptiveLM, corpus: Corpus) -> None:
-    """Refuses a prepared text with a token that the model does not embed."""
+    """Refuses a corpus with a token that the model does not embed."""
     if corpus.vocab_size > model.embedded:  # otherwise no id can be too large
         for split in (corpus.train, corpus.validation):
             check_ids(split.ids, corpus.tokenizer(), model.embedded)
 
 
 def _finish(recorder: RunCallback, trainer: PonderaTrainer) -> None:
-    """The final model and the result."""
+    """Writes the final model, the traces and the result."""
     from pondera.models import checkpoints
 
     run = recorder.run
     result = recorder.result()
     weights, _ = trainer.snapshot()
     recorder.on_main(lambda: checkpoints.export(run, recorder.model, weights, recorder.corpus.tokenizer_path))
-    if trainer.args.world_size == 1:  # a sharded model takes all processes for a forward pass
+    if trainer.args.world_size == 1:  # a forward pass of a sharded model needs all processes
         recorder.on_main(recorder.write_sample)
     recorder.on_main(lambda: run.write_result(result))
 
 
 def check_settings(settings: TrainConfig) -> None:
-    """Refuses numbers that no training can be made of."""
+    """Refuses training settings that are out of range."""
     for name in ("steps", "batch_size", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
         if getattr(settings, name) < 1:
             raise UserError(f"train.{name}: at least 1, got {getattr(settings, name)}")
     if settings.micro_batch_size is not None and settings.micro_batch_size < 1:
-        raise UserError(f"train.micro_batch_size: at least 1, or none; got {settings.micro_batch_size}")
+        raise UserError(f"train.micro_batch_size: at least 1, or null; got {settings.micro_batch_size}")
     for name in ("lr", "grad_clip"):
         if not 0 < getattr(settings, name) < math.inf:
             raise UserError(f"train.{name}: a number above 0, got {getattr(settings, name)}")
@@ -142,12 +142,12 @@ def check_settings(settings: TrainConfig) -> None:
         if not 0 <= getattr(settings, name) <= 1:
             raise UserError(f"train.{name}: a share from 0 to 1, got {getattr(settings, name)}")
     if not 0 <= settings.seed < 2**32:
-        raise UserError(f"train.seed: a whole number from 0 to 2**32 - 1, got {settings.seed}")
+        raise UserError(f"train.seed: an integer from 0 to 2**32 - 1, got {settings.seed}")
     if settings.dtype not in ("float32", "bfloat16"):
         raise unknown("train.dtype", settings.dtype, ("float32", "bfloat16"))
     if settings.batch_size % _num_processes():
         raise UserError(
-            f"train.batch_size: {settings.batch_size} windows cannot be shared by {_num_processes()} processes; "
+            f"train.batch_size: {settings.batch_size} windows cannot be split over {_num_processes()} processes; "
             f"use a multiple of {_num_processes()}"
         )
 
@@ -157,22 +157,22 @@ def _check_free(out: Path) -> None:
         raise UserError(f"{out} is a file; give the name of a folder for the run with --out")
     if out.is_dir() and any(out.iterdir()):
         what, advice = (
-            ("already holds a run", "go on with it with --resume, or ") if is_run(out) else ("is not empty", "")
+            ("already contains a run", "continue it with --resume, or ") if is_run(out) else ("is not empty", "")
         )
         raise UserError(f"{out} {what}; {advice}give another folder with --out")
 
 
 def check_gradient_checkpointing(model: AdaptiveLM, settings: TrainConfig) -> None:
-    """Refuses gradient checkpointing for a method whose passes cannot be run a second time."""
+    """Refuses gradient checkpointing for a method that cannot recompute its passes."""
     if settings.gradient_checkpointing and model.method is not None and not model.method.supports_recompute:
         raise UserError(
-            f"train.gradient_checkpointing: {model.chosen} reads the rows of its earlier steps from a cache, which "
-            "cannot be recomputed; leave gradient_checkpointing out and use a smaller train.micro_batch_size instead"
+            f"train.gradient_checkpointing: {model.chosen} reads a cache in training, so its passes cannot be recomputed; "
+            "leave gradient_checkpointing out and use a smaller train.micro_batch_size"
         )
 
 
 def _open(config: RunConfig, out: Path) -> Run:
-    """The run to go on with, if it is the same."""
+    """Opens the run to resume; refuses if its settings differ."""
     run = Run.open(out)
     old, new = _flat(run.config.to_dict()), _flat(config.to_dict())
     free = {f"train.{name}" for name in FREE}
@@ -186,14 +186,14 @@ def _open(config: RunConfig, out: Path) -> Run:
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in tree.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _restored(run: Run, corpus: Corpus, main: bool) -> tuple[AdaptiveLM | None, Path | None]:
-    """The model of the newest intact checkpoint and that checkpoint; none if the run has to start anew."""
+    """The model of the newest intact checkpoint and its folder; `None` if there is no checkpoint yet."""
     from pondera.inference.load import load
     from pondera.models import checkpoints
 
@@ -207,28 +207,28 @@ def _restored(run: Run, corpus: Corpus, main: bool) -> tuple[AdaptiveLM | None, 
         )
     if main:
         for complaint in complaints:
-            log.warning("%s; it was set aside", complaint)
+            log.warning("%s; the checkpoint was renamed to damaged-*", complaint)
         checkpoints.quarantine(run, folder)
-        log.info("going on from %s", folder.name if folder else "the start: there is no checkpoint yet")
+        log.info("resuming from %s", folder.name if folder else "the start: there is no checkpoint yet")
         run.truncate_after(checkpoints.read_state(folder)["step"] if folder else 0)
     return (load(folder, device="cpu").model.float(), folder) if folder else (None, None)
 
 
 def _explained(error: NotFinite, run: Run, split: Split, config: RunConfig) -> Failure:
-    """What a user needs to know about a loss that is not a number."""
+    """The error message for a loss that is not finite: the batch, the last checkpoint and what to try."""
     context, windows = config.data.context, sorted(error.windows)
     named = []
     for window in windows[:8]:
         first, last = (split.document_at(token) for token in (window * context, (window + 1) * context))
         named.append(f"{window} ({first if first == last else f'{first} to {last}'})")
     more = f" and {len(windows) - 8} more" if len(windows) > 8 else ""
-    found = run.checkpoints()
-    saved = f"the last good checkpoint is {found[-1]}" if found else "there is no checkpoint yet"
+    folders = run.checkpoints()
+    saved = f"the last good checkpoint is {folders[-1]}" if folders else "there is no checkpoint yet"
     return Failure(
         f"step {error.step}: the loss is {error.measured.loss} and the gradient norm {error.measured.grad_norm}, so "
         f"training stopped; {saved}.\nThe batch: windows {', '.join(named)}{more}.\n"
-        f"What to try: a lower learning rate (--train.lr {config.train.lr / 3:.1g}), a longer warmup (--train.warmup "
-        f"{min(1.0, 2 * config.train.warmup + 0.05):.2g}), train.dtype float32, or a look at these documents."
+        f"Try a lower learning rate (--train.lr {config.train.lr / 3:.1g}), a longer warmup (--train.warmup "
+        f"{min(1.0, 2 * config.train.warmup + 0.05):.2g}) or --train.dtype float32, or check these documents."
     )
 
 
@@ -242,7 +242,7 @@ def _num_processes() -> int:
 
 @contextmanager
 def _signals(trainer: PonderaTrainer) -> Iterator[None]:
-    """Lets the first SIGINT or SIGTERM end the training after the current step, and the second one at once."""
+    """The first SIGINT or SIGTERM stops training after the current step, the second one immediately."""
     import signal
     import threading
 
@@ -255,9 +255,8 @@ def _signals(trainer: PonderaTrainer) -> Iterator[None]:
         for which, before in previous.items():
             signal.signal(which, before)
         if trainer.is_world_process_zero():
-            os.write(
-                2, b"\nfinishing this step and saving; once more stops at once\n"
-            )  # print may be interrupted by itself
+            # os.write, because the signal may interrupt print itself.
+            os.write(2, b"\nfinishing this step and saving; send the signal again to stop immediately\n")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -269,7 +268,7 @@ def _signals(trainer: PonderaTrainer) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers and accelerate from commenting on the training."""
+    """Silences the logging and progress bars of transformers and accelerate."""
     from transformers.utils import logging as theirs
 
     verbosity, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()

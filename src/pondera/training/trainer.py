@@ -1,4 +1,4 @@
-"""The training loop: transformers' Trainer, told how Pondera's losses add up and what a step may depend on.
+"""The training loop: a transformers Trainer with exact loss averaging and random numbers seeded per step.
 
 Shapes: B batch, C context.
 """
@@ -37,14 +37,14 @@ from pondera.models.adaptive_lm import IGNORED, AdaptiveLM, AdaptiveOutput
 
 @dataclass
 class Step:
-    """What one optimizer step measured, over all micro-batches and processes.
+    """Measurements of one optimizer step, over all micro-batches and processes.
 
     Args:
-        loss: the weighted sum of the terms' means.
+        loss: the weighted sum of the means of the loss terms.
         terms: the mean of each loss term.
-        grad_norm: before clipping.
-        stop: some process was asked to end.
-        shares: of the tokens that took each pass.
+        grad_norm: the gradient norm before clipping.
+        stop: whether any process received a request to stop.
+        shares: the share of the tokens that took each pass.
     """
 
     loss: float
@@ -70,10 +70,10 @@ def learning_rate_share(step: int, settings: TrainConfig) -> float:
 
 
 def arguments(settings: TrainConfig, output_dir: str, num_processes: int) -> TrainingArguments:
-    """The Trainer's arguments; everything that it would log, save or evaluate by itself is off."""
+    """The arguments of the Trainer; its own logging, saving and evaluation are off."""
     share = settings.batch_size // num_processes
     micro_batch_size = min(settings.micro_batch_size or share, share)
-    made = TrainingArguments(
+    training_arguments = TrainingArguments(
         output_dir=output_dir,
         max_steps=settings.steps,
         per_device_train_batch_size=micro_batch_size,
@@ -90,32 +90,32 @@ def arguments(settings: TrainConfig, output_dir: str, num_processes: int) -> Tra
         log_level="error",
         report_to="none",
         disable_tqdm=True,
-        use_cpu=not torch.accelerator.is_available(),  # said aloud, or several processes on CPUs would not find each other
-        use_cache=True,  # Pondera's forward does not read it; False would be saved with the model and slow generate
+        use_cpu=not torch.accelerator.is_available(),  # must be explicit, or several CPU processes cannot connect
+        use_cache=True,  # Pondera's forward ignores it; False would be saved with the model and slow down generate
     )
-    made._n_gpu = min(made.n_gpu, 1)  # several GPUs are used by several processes, never by DataParallel
-    return made
+    training_arguments._n_gpu = min(training_arguments.n_gpu, 1)  # one process per GPU, never DataParallel
+    return training_arguments
 
 
 class PonderaTrainer(Trainer):
-    """A Trainer whose steps depend on the seed and the step's number, and on nothing else.
+    """A Trainer whose steps depend only on the seed and the step number.
 
-    The loss of a step is the sum over terms of weight * sum / count, where sums and counts run over all micro-batches
-    and processes, so how a step is split changes nothing but rounding. Each step's random numbers are seeded from
-    (seed, step, process): there is no random state to save, and a resumed training repeats what it would have been.
+    The loss of a step is the sum over loss terms of weight * sum / count. Sums and counts cover all micro-batches and
+    processes, so splitting a step differently changes only rounding. Each step seeds its random numbers from
+    (seed, step, process). There is no random state to save, and a resumed run gives the same weights as an uninterrupted one.
 
     Args:
         model: with parameters in float32.
         args: from `arguments`.
         settings: the ``train`` part of a run.
         dataset: windows of `pondera.data.corpus`.
-        first_step: steps that are done already.
-        callbacks: as the Trainer takes them.
+        first_step: the number of completed steps.
+        callbacks: passed to the Trainer.
 
     Attributes:
-        order: which windows each step takes.
-        latest: what the last step measured.
-        stop_asked: set it to end after the current step, on whichever process.
+        order: the windows of each step.
+        latest: measurements of the last step.
+        stop_asked: set it to `True`, on any process, to stop after the current step.
     """
 
     def __init__(
@@ -153,18 +153,18 @@ class PonderaTrainer(Trainer):
 
     @property
     def lm(self) -> AdaptiveLM:
-        """The model itself; where it is sharded, all processes have to call it together."""
+        """The model without wrappers; if it is sharded, all processes must call it together."""
         return cast(AdaptiveLM, self.model)
 
     def get_train_dataloader(self) -> DataLoader:
-        """This process's micro-batches, in the order of `StepSampler`."""
+        """The micro-batches of this process, in the order of `StepSampler`."""
         pin = self.args.device.type == "cuda"
         return DataLoader(
             cast(Dataset, self.train_dataset), batch_sampler=self.order, collate_fn=collate, pin_memory=pin
         )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """AdamW, with weight decay on matrices (and embeddings) only; what `freeze_backbone_steps` keeps waiting in own groups."""
+        """AdamW with weight decay on matrices and embeddings only; frozen backbone parameters get groups of their own."""
         if self.optimizer is None:
             lm, settings = cast(AdaptiveLM, model or self.lm), self.settings
             parameters = [p for p in lm.parameters() if p.requires_grad]
@@ -180,7 +180,7 @@ class PonderaTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
-        """`learning_rate_share`, counted on from the first step; 0 for what still waits."""
+        """`learning_rate_share`, starting at the first step; 0 for parameters that are still frozen."""
 
         def share(steps_from_here: int, waits: bool) -> float:
             step = self.first_step + steps_from_here
@@ -197,7 +197,7 @@ class PonderaTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | int | None]:
-        """The micro-batches of the next step; here everything that is drawn or counted once per step is."""
+        """The micro-batches of the next step; also seeds the step and counts its loss terms."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         seed, step = self.settings.seed, self.state.global_step
         self.lm.begin_step(step, seed)
@@ -209,10 +209,10 @@ class PonderaTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """This micro-batch's part of the step's loss, times the processes over which gradients will be averaged."""
+        """The share of the step's loss from this micro-batch, times the number of processes (DDP averages gradients)."""
         outputs: AdaptiveOutput = model(**inputs)
         terms = outputs.terms or {}
-        if not self._counts:  # a single micro-batch: its own forward pass tells what there is to count
+        if not self._counts:  # a single micro-batch: its own forward pass gives the counts
             self._counts = self.over_processes({name: term.count for name, term in terms.items()})
         self._term_names = tuple(terms)
         for name, term in terms.items():
@@ -226,10 +226,10 @@ class PonderaTrainer(Trainer):
     def _count(self, batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         """The count of each loss term over a step of several micro-batches.
 
-        The labels tell how many tokens are predicted. What a method counts may depend on what it thinks, so its terms
-        cost one forward pass more, without gradient and with the same random numbers; codebooks forget it.
+        The labels give the number of predicted tokens. The counts of other terms may depend on the forward pass, so they
+        need an additional forward pass without gradient, with the same random numbers. Codebook updates are undone.
         """
-        if self._term_names == ("next_token",) and self.lm.chunk is None:  # whose terms may begin after a warm-up
+        if self._term_names == ("next_token",) and self.lm.chunk is None:  # chunk methods may add terms after a warm-up
             labels = sum((batch["shift_labels"] != IGNORED).sum() for batch in batches)
             return self.over_processes({"next_token": labels})
         counts: dict[str, Any] = {}
@@ -245,10 +245,10 @@ class PonderaTrainer(Trainer):
         return self.over_processes(counts)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """Called once per step, when its gradient is whole and the weights are still as they were: sums up the step."""
+        """Sums up the step; the Trainer calls this once per step, after the backward pass and before the update."""
         for parameter in self.lm.parameters():
             if parameter.requires_grad and parameter.grad is None:
-                # What no token of this step has run, such as the gate of a late pass, still has a state to save.
+                # No token used this parameter (e.g. the gate of a late pass), but its optimizer state must exist to be saved.
                 parameter.grad = torch.zeros_like(parameter)
         norm = super()._get_grad_norm(model, grad_norm)
         norm = float(cast(Tensor, norm.full_tensor() if isinstance(norm, DTensor) else norm))
@@ -264,14 +264,14 @@ class PonderaTrainer(Trainer):
         return norm
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not used: Pondera prices a step by its own account."""
+        """Not used: Pondera computes the cost of a step itself."""
         return 0
 
     @contextmanager
     def full_precision(self) -> Iterator[None]:
-        """Without autocast, so that what is measured here is what `score` measures later (shards, which FSDP itself
-        casts, excepted)."""
-        cast_forward = self.lm.__dict__.pop("forward", None)  # accelerate lays its own over that of the class
+        """Disables autocast, so that validation gives the same numbers as a later `score` (except under FSDP, which
+        casts by itself)."""
+        cast_forward = self.lm.__dict__.pop("forward", None)  # accelerate overrides the forward of the class
         try:
             yield
         finally:
@@ -286,9 +286,9 @@ class PonderaTrainer(Trainer):
         return dict(zip(values, cast(Tensor, self.accelerator.reduce(vector, "sum")), strict=True))
 
     def snapshot(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All weights, and the optimizer's state by parameter name, on the first process; empty on the others.
+        """All weights, and the optimizer state by parameter name, on the first process; empty on the others.
 
-        To be called by all processes at once.
+        All processes must call it together.
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.lm, options=options)
@@ -296,7 +296,7 @@ class PonderaTrainer(Trainer):
         return cast("dict[str, Tensor]", weights), cast("dict[str, Any]", optimizer)
 
     def restore_optimizer(self, state: dict[str, Any]) -> None:
-        """Takes over what `snapshot` gave; only the first process needs to have it. To be called by all at once."""
+        """Restores the optimizer state from `snapshot`, given on the first process; all processes must call it together."""
         options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.args.world_size > 1)
         set_optimizer_state_dict(self.lm, self._inner_optimizer(), state, options=options)
 
@@ -306,25 +306,25 @@ class PonderaTrainer(Trainer):
 
 @contextmanager
 def _as_it_was(method: nn.Module | None) -> Iterator[None]:
-    """Afterwards all weights and buffers are what they were before: quantizers learn from every pass in training mode."""
-    held = {} if method is None else method.state_dict(keep_vars=True)
-    before = {name: tensor.detach().clone() for name, tensor in held.items()}
+    """Restores all weights and buffers on exit, because codebooks update in every forward pass in training mode."""
+    state = {} if method is None else method.state_dict(keep_vars=True)
+    before = {name: tensor.detach().clone() for name, tensor in state.items()}
     yield
     with torch.no_grad():
-        for name, tensor in held.items():
+        for name, tensor in state.items():
             tensor.copy_(before[name])
 
 
 def _divisor(count: Tensor) -> Tensor:
-    return torch.where(count == 0, torch.ones_like(count), count)  # nothing was counted, and its sum is 0
+    return torch.where(count == 0, torch.ones_like(count), count)  # if the count is 0, the sum is 0 too
 
 
 class NotFinite(Failure):
-    """A loss or gradient that is not a number.
+    """The loss or the gradient norm is not finite.
 
     Args:
-        step: the step that it happened in, counted from 1.
-        measured: what the step measured.
+        step: the failing step, counted from 1.
+        measured: the measurements of that step.
         windows: the windows of its batch, over all processes.
     """
 

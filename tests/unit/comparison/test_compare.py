@@ -98,12 +98,16 @@ def verdict_of(folder: Path, plain: list[float], other: list[float]) -> str:
 @pytest.mark.parametrize(
     "plain, other, said",
     [
-        ([2.0], [1.9], "0.100 bits per byte below plain; one seed, so this may be luck."),
-        ([2.0, 2.1], [1.95, 2.09], "0.030 bits per byte below plain, which 2 seeds cannot tell from noise (± 0.254"),
-        ([2.0, 2.2, 2.1], [1.9, 2.11, 2.0], "0.097 bits per byte below plain (± 0.014 at 95 % over 3 seeds, paired;"),
-        ([2.0, 2.2, 2.1], [2.1, 2.31, 2.2], "0.103 bits per byte above plain (± 0.014 at 95 % over 3 seeds, paired;"),
+        ([2.0], [1.9], "0.100 bits per byte below plain (one seed: significance unknown)."),
+        (
+            [2.0, 2.1],
+            [1.95, 2.09],
+            "0.030 bits per byte below plain (95 % CI ± 0.254, paired, 2 seeds: not significant).",
+        ),
+        ([2.0, 2.2, 2.1], [1.9, 2.11, 2.0], "0.097 bits per byte below plain (95 % CI ± 0.014, paired, 3 seeds: sig"),
+        ([2.0, 2.2, 2.1], [2.1, 2.31, 2.2], "0.103 bits per byte above plain (95 % CI ± 0.014, paired, 3 seeds: sig"),
         # All of one sign, twice the standard error: the rule of thumb would have called it a finding.
-        ([2.0, 2.0, 2.0], [1.99, 1.97, 1.95], "0.030 bits per byte below plain, which 3 seeds cannot tell from noise"),
+        ([2.0, 2.0, 2.0], [1.99, 1.97, 1.95], "0.030 bits per byte below plain (95 % CI ± 0.050, paired, 3 seeds: not"),
     ],
 )
 def test_verdict(tmp_path, plain, other, said):
@@ -167,7 +171,7 @@ def test_a_budget_sets_the_steps(text):
     cost = flops_per_step(config)
     [set_to] = at_equal_flops([config], 7.2 * cost)
     assert set_to.train.steps == 7 and config.train.steps == 8
-    with pytest.raises(UserError, match="one step of tiny already costs"):
+    with pytest.raises(UserError, match="one step of tiny costs"):
         at_equal_flops([config], 0.4 * cost)
 
 
@@ -181,11 +185,11 @@ def test_finished_runs_are_reused_and_json_is_all_that_is_printed(arms, out, mon
 
 
 def test_another_config_or_text_is_refused(arms, out):
-    with pytest.raises(UserError, match=r"plain-4steps-seed0: holds a run with another config; choose another --out"):
+    with pytest.raises(UserError, match=r"plain-4steps-seed0: contains a run with another config; use another --out"):
         compare(arms, 2, out=out, overrides={"train.lr": 1e-4}, progress=False)
     run = Run.open(out / "runs" / "ponder-4steps-seed1")
     run.write_result({**(run.result() or {}), "corpus": "of another text"})
-    with pytest.raises(UserError, match=r"ponder-4steps-seed1: holds a run on another text, .*remove that folder"):
+    with pytest.raises(UserError, match=r"ponder-4steps-seed1: contains a run on another text, .*remove that folder"):
         compare(arms, 2, out=out, progress=False)
 
 
@@ -203,7 +207,7 @@ def test_interrupted_and_gone_on_with(arms, out, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(PonderaTrainer, "get_batch_samples", interrupt)
-        with pytest.raises(Interrupted, match=r"go on with:\npondera compare .*--seeds 2 .*--out ") as stopped:
+        with pytest.raises(Interrupted, match=r"continue with:\npondera compare .*--seeds 2 .*--out ") as stopped:
             compare(arms, 2, out=out, progress=False)
     assert str(out) in str(stopped.value) and last.result() is None and len(last.metrics()) == 2
     compare(arms, 2, out=out, progress=False)

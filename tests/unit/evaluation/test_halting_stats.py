@@ -182,7 +182,7 @@ def test_losses_belong_to_their_tokens(run: Run, methods: None, monkeypatch: pyt
         seen.update(given, tokens=tokens, passes=passes)
         return {}
 
-    monkeypatch.setattr("pondera.evaluation.trace.depths", keep)
+    monkeypatch.setattr("pondera.evaluation.trace.halting_stats", keep)
     corpus, model = prepare(run.config.data), load(run.path, "cpu").model.train(training_mode)
     assert trace_halting(model, corpus, 32, max_tokens=100, batch_size=2) == {
         "residuals": seen_residuals(model, corpus)

@@ -15,7 +15,7 @@ from pondera.evaluation.halting_stats import halting_stats
 from pondera.report.page import write_report
 from pondera.report.svg import Bars, Series, bar_chart, line_chart
 
-TITLE = "How deep it thought"
+TITLE = "Passes per token"
 
 
 def make_run(folder: Path, name: str, passes: str, residuals: tuple[float, ...] = ()) -> Path:
@@ -49,12 +49,12 @@ def test_depth_that_varies_is_drawn_and_told(tmp_path: Path):
     runs = [make_run(tmp_path, name, passes) for name, passes in names.items()]
     html = page(runs, tmp_path / "report.html")
     assert TITLE in html and "://" not in html and "<script" not in html
-    for title in ("Passes", "Depth by what comes", "Depth by what was read", "Depth by kind of token"):
+    for title in ("Passes", "Passes by next loss", "Passes by own loss", "Passes by word class"):
         assert f"<h3>{title}</h3>" in html
-    assert "Rounds of thinking" not in html
+    assert "Convergence" not in html
     said = dict(re.findall(r"<b>(\w+)</b><span>, (.*?)</span>", html))
-    assert "Deeper where the next token is harder to predict" in said["follows"]
-    assert said["blind"].count("Not clearly deeper or shallower") == 2
+    assert "Passes increase with the loss of the next token" in said["follows"]
+    assert said["blind"].count("do not correlate significantly") == 2
     assert said["level"] == "seed 0, 2,048 held-out tokens: every token took 2 passes."
     trace = json.loads((runs[0] / "traces" / "depths.json").read_text())
     pearson, digits = (
@@ -69,8 +69,8 @@ def test_depth_that_varies_is_drawn_and_told(tmp_path: Path):
 
 def test_rounds_converge_on_a_page_of_their_own(tmp_path: Path):
     html = page([make_run(tmp_path, "jacobi", "level", (1.0, 0.1, 0.001, 0.0))], tmp_path / "report.html")
-    assert TITLE in html and "<h3>Rounds of thinking</h3>" in html and "<h3>Passes</h3>" not in html
-    chart = re.search(r"<h3>Rounds of thinking</h3>.*?</svg>", html, re.DOTALL)
+    assert TITLE in html and "<h3>Convergence</h3>" in html and "<h3>Passes</h3>" not in html
+    chart = re.search(r"<h3>Convergence</h3>.*?</svg>", html, re.DOTALL)
     assert chart is not None and "largest change (log scale)" in chart[0]
     path = re.search(r'class="thick" d="M([^"]*)"', chart[0])
     assert path is not None
@@ -92,7 +92,7 @@ def test_a_damaged_trace_is_named_and_the_others_are_drawn(tmp_path: Path, damag
     (bad / "traces" / "depths.json").write_text(damage)
     html = page([good, bad], tmp_path / "report.html")
     missing = damage == "{}"  # an empty trace is none
-    assert ("&lt;bad&gt;: its trace of depths is damaged." in html) != missing
+    assert ("&lt;bad&gt;: its halting statistics are damaged." in html) != missing
     assert "<title>good, digits" in html and "<bad>" not in html
 
 

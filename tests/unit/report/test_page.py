@@ -136,8 +136,10 @@ def test_page_tells_scores_prices_and_how_runs_were_made(tmp_path):
     mean = sum(scores) / 3
     spread = math.sqrt(sum((score - mean) ** 2 for score in scores) / 2)
     assert f"{mean:.4f}" in page.text and f"± {spread:.4f}" in page.text
-    assert any(words.startswith(("ponderlm2 is best: 1.90", "ponderlm2 and halting are level")) for words in page.words)
-    assert "Every token got the same 2 passes." in page.text and "darker tokens took more" in page.text
+    assert any(
+        words.startswith(("ponderlm2 is best: 1.90", "ponderlm2 and halting do not differ")) for words in page.words
+    )
+    assert "Every token took 2 passes." in page.text and "darker tokens took more" in page.text
     assert "seed: 2" in page.text and "python 3." in page.text and "pytest" in page.text
 
 
@@ -163,7 +165,7 @@ def test_incomplete_and_damaged_runs_are_named(tmp_path):
     (broken / "result.json").write_text("{")
     text = page_of([whole, half, empty, broken], tmp_path / "report.html").text
     assert "last logged step 250 of 500" in text and "incomplete: 1 of 2 seeds finished" in text
-    assert "nothing logged" in text and "line 1: not a JSON object" in text and "result.json: cannot be read" in text
+    assert "no metrics" in text and "line 1: not a JSON object" in text and "result.json: cannot be read" in text
     assert "plain reaches" in text  # the finished run still has its headline
 
 
@@ -175,7 +177,7 @@ def test_no_finished_run_still_makes_a_page(tmp_path):
 def test_runs_that_differ_in_more_than_the_seed_are_flagged(tmp_path):
     first, second = make_run(tmp_path, "plain", 0), make_run(tmp_path, "plain", 1, steps=400)
     text = page_of([first, second], tmp_path / "report.html").text
-    assert "The runs named plain differ in more than their seed: train.steps." in text
+    assert "The runs named plain differ in more than the seed: train.steps." in text
     assert "differ in more" not in page_of([first, make_run(tmp_path, "plain", 2)], tmp_path / "two.html").text
 
 
@@ -216,27 +218,25 @@ def entry(name: str, scores: list[float], price: float = 1.0, first_seed: int = 
 
 def test_verdict_calls_a_gap_within_the_noise_level():
     said = significance.sentences([entry("a", [2.00, 2.02, 2.01], 2.0), entry("b", [2.03, 2.01, 2.02])], "loss")
-    assert said[0] == "a and b are level: 2.010 and 2.020 loss."
+    assert said[0] == "a and b do not differ significantly: 2.010 and 2.020 loss."
     # Differences -.03, .01, -.01: mean -.01, standard deviation .02, margin 4.30 * .02 / sqrt 3.
-    assert said[1] == "a is 0.010 loss below b, which 3 seeds cannot tell from noise (± 0.050 at 95 %, paired)."
-    assert said[2].startswith("For 0.010 loss less than b, which 3 seeds cannot tell from noise, a spends 2×")
+    assert said[1] == "a is 0.010 loss below b (95 % CI ± 0.050, paired, 3 seeds: not significant)."
+    assert said[2].startswith("For 0.010 loss less than b (not significant), a spends 2×")
 
 
 def test_verdict_names_best_and_its_price():
     deep = entry("deep", [1.80, 1.82, 1.81], price=2.0)
     said = significance.sentences([entry("plain", [2.00, 2.01, 2.02]), deep], "loss")
     assert said[0] == "deep is best: 1.810 loss."
-    assert said[1] == (
-        "deep is 0.200 loss below plain (± 0.025 at 95 % over 3 seeds, paired; more than seeds explain)."
-    )
+    assert said[1] == "deep is 0.200 loss below plain (95 % CI ± 0.025, paired, 3 seeds: significant)."
     assert said[2].startswith("For 0.200 loss less than plain, deep spends") and "2× the training FLOPs" in said[2]
     assert "deep is 0.400 behind" in said[3]  # at 8 FLOPs: plain 2.2, deep (its point 4.0) 2.6
 
 
 def test_verdict_with_one_seed_warns():
     said = significance.sentences([entry("a", [1.0], price=2.0), entry("b", [2.0])], "loss")
-    assert said[1] == "a is 1.000 loss below b; one seed, so this may be luck."
-    assert "less than b, which with one seed may be luck, a spends" in said[2]
+    assert said[1] == "a is 1.000 loss below b (one seed: significance unknown)."
+    assert "less than b (one seed: significance unknown), a spends" in said[2]
 
 
 def test_verdict_pairs_seeds_and_says_when_it_cannot():
@@ -263,7 +263,7 @@ def test_t_never_claims_more_than_its_table(freedom, t):
 
 def test_verdict_without_prices_makes_no_claim_about_them():
     unpriced = [entry("a", [1.0, 1.1], math.nan), entry("b", [2.0, 2.1], math.nan)]
-    assert not any("cheap" in one or "×" in one for one in significance.sentences(unpriced, "loss"))
+    assert not any("costs" in one or "×" in one for one in significance.sentences(unpriced, "loss"))
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_terminal_shade_goes_from_light_to_dark_and_resets():
 
 def test_terminal_marks_without_color():
     text = shade_terminal(["The", " cat", " sat", "\n", "x"], [2, 3, 2, 12, 2.5], color=False)
-    assert text.startswith("The cat³ sat↵¹²\nx[2.5]\n") and "2 where unmarked" in text
+    assert text.startswith("The cat³ sat↵¹²\nx[2.5]\n") and "2 if unmarked" in text
     assert "\x1b" not in text
 
 

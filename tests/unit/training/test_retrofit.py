@@ -254,10 +254,10 @@ def test_groups_of_the_optimizer(waiting, tmp_path, text):
         (
             "PonderLM2(thoughts=1)",
             2,
-            r"PonderLM2\(thoughts=1\) adds no parameters, so nothing would learn in the first 2",
+            r"PonderLM2\(thoughts=1\) adds no parameters, so nothing would train in the first 2",
         ),
         ("PauseToken(pauses=0)", 2, r"PauseToken\(pauses=0\) adds no parameters.*use --train.freeze_backbone_steps 0"),
-        (None, 2, "there is no think method, so nothing would learn"),
+        (None, 2, "there is no think method, so nothing would train"),
         (PAUSE, -1, "train.freeze_backbone_steps: at least 0, got -1"),
     ],
 )
@@ -270,12 +270,12 @@ def test_stages_that_cannot_be(think, steps, complaint, text, trained, tmp_path)
 def test_unfinished_run_is_no_backbone(text, trained, tmp_path):
     run = Run(shutil.copytree(trained.path, tmp_path / "run"))
     shutil.rmtree(run.model_dir)
-    with pytest.raises(UserError, match=r"is not finished; .*--resume, or give .* such as .*/step-000040$"):
+    with pytest.raises(UserError, match=r"is not finished; .*--resume, or give .* e.g. .*/step-000040$"):
         onto(text, run)
     model = new_model(onto(text, run.checkpoints()[-1], None), 300).eval()
     assert torch.equal(model(IDS).logits, load(trained.path, "cpu").model(IDS).logits)
     shutil.rmtree(run.checkpoints_dir)
-    with pytest.raises(UserError, match="is not finished; go on with it with --resume$"):
+    with pytest.raises(UserError, match="is not finished; finish it with --resume$"):
         onto(text, run)
 
 
@@ -309,7 +309,7 @@ def test_foreign_weights_that_are_not_whole(tmp_path):
 def test_other_tokens_do_not_fit(text, trained, tmp_path):
     """Neither more of them, nor as many but others."""
     saved_models.tokenizer().save_pretrained(tmp_path / "fewer")
-    with pytest.raises(UserError, match=f"has other tokens than .*--data.tokenizer {trained.model_dir}$"):
+    with pytest.raises(UserError, match=f"differ from those of .*--data.tokenizer {trained.model_dir}$"):
         new_model(onto(text, trained, settings={"data.tokenizer": str(tmp_path / "fewer")}), 280)
     shutil.copytree(trained.model_dir, tmp_path / "same")
     assert new_model(onto(text, trained, settings={"data.tokenizer": str(tmp_path / "same")}), 300).think is not None
@@ -318,7 +318,7 @@ def test_other_tokens_do_not_fit(text, trained, tmp_path):
     assert new_model(onto(text, trained), 301).embedded == 300, (
         "its own may have more: `train` looks for them in the text"
     )
-    with pytest.raises(UserError, match="4096 tokens do not fit the 2048 positions of the backbone"):
+    with pytest.raises(UserError, match="4096 tokens exceed the 2048 positions of the backbone"):
         new_model(onto(text, trained, settings={"data.context": 4096}), 300)
 
 

@@ -138,10 +138,10 @@ def test_asked_to_stop(straight, text, tmp_path, monkeypatch, capfd):
     config = tiny(text, {"train.save_every": 100})
     at_step(monkeypatch, 4, lambda _: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(
-        Interrupted, match=r"after step 5; go on with: pondera train .*config.yaml --out .*run --resume"
+        Interrupted, match=r"after step 5; continue with: pondera train .*config.yaml --out .*run --resume"
     ):
         train(config, tmp_path / "run", progress=False)
-    assert "once more stops at once" in capfd.readouterr().err
+    assert "send the signal again to stop immediately" in capfd.readouterr().err
     assert [path.name for path in Run(tmp_path / "run").checkpoints()] == ["step-000005"]
     same(train(config, tmp_path / "run", resume=True, progress=False), straight)
 
@@ -184,7 +184,7 @@ def test_full_disk_at_the_very_end(unfinished, straight, text, monkeypatch):
     full = OSError(errno.ENOSPC, "No space left on device")
     with monkeypatch.context() as patch:
         patch.setattr(Run, "write_trace", lambda *args: (_ for _ in ()).throw(full))
-        with pytest.raises(Failure, match="cannot be written .*make room, then go on with --resume"):
+        with pytest.raises(Failure, match="cannot be written .*free disk space, then use --resume"):
             train(tiny(text), unfinished.path, resume=True, progress=False)
     same(train(tiny(text), unfinished.path, resume=True, progress=False), straight)
 
@@ -223,7 +223,7 @@ def test_damage_is_found(damage, named, straight, tmp_path):
 def test_damaged_checkpoint_is_passed_over(straight, unfinished, text, caplog):
     damage_content(unfinished.checkpoints()[-1])
     same(train(tiny(text), unfinished.path, resume=True, progress=False), straight)
-    assert re.search(r"step-000008 is damaged \(model.safetensors has other content.*set aside", caplog.text)
+    assert re.search(r"step-000008 is damaged \(model.safetensors has other content.*renamed to damaged", caplog.text)
     assert (unfinished.checkpoints_dir / "damaged-step-000008").is_dir()
 
 
@@ -311,16 +311,16 @@ def test_progress_is_lines_without_a_terminal(text, tmp_path, capsys):
         ({"train.weight_decay": -1}, "train.weight_decay: a number of at least 0, got -1"),
         ({"train.beta1": 1.5}, "train.beta1: from 0 to below 1, got 1.5"),
         ({"train.beta2": -0.1}, "train.beta2: from 0 to below 1, got -0.1"),
-        ({"train.seed": -1}, r"train.seed: a whole number from 0 to 2\*\*32 - 1, got -1"),
+        ({"train.seed": -1}, r"train.seed: an integer from 0 to 2\*\*32 - 1, got -1"),
         ({"train.seed": 2**32}, "train.seed: .*got 4294967296"),
         (
             {"backbone": QWEN3_NEXT, "data.document_mask": True},
-            "data.document_mask: qwen3_next has linear-attention layers",
+            "data.document_mask: the linear-attention layers of qwen3_next",
         ),
         ({"train.dtype": "bfloat"}, "did you mean 'bfloat16'"),
         ({"backbone": None}, "backbone: None; give a mapping"),
         ({"backbone.vocab_size": 999}, r"999 tokens .* 'bpe-300' has 300; leave backbone.vocab_size out"),
-        ({"backbone.max_position_embeddings": 16}, "32 tokens do not fit the 16 positions .*--data.context 16 or"),
+        ({"backbone.max_position_embeddings": 16}, "32 tokens exceed the 16 positions .*--data.context 16 or"),
         (
             {"think": "AdaptiveLatentCoT(steps=1)", "train.gradient_checkpointing": True},
             r"AdaptiveLatentCoT\(.*cannot be recomputed; leave gradient_checkpointing out",
@@ -335,12 +335,12 @@ def test_settings_that_cannot_be(settings, complaint, text, tmp_path):
 
 def test_batch_that_cannot_be_shared(text, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(UserError, match="4 windows cannot be shared by 3 processes; use a multiple of 3"):
+    with pytest.raises(UserError, match="4 windows cannot be split over 3 processes; use a multiple of 3"):
         train(tiny(text), tmp_path / "run")
 
 
 def test_folders_that_cannot_be(straight, text, tmp_path):
-    with pytest.raises(UserError, match="already holds a run; go on with it with --resume, or give another folder"):
+    with pytest.raises(UserError, match="already contains a run; continue it with --resume, or give another folder"):
         train(tiny(text), straight.path)
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty; give another folder with --out"):

@@ -237,7 +237,7 @@ def test_wrapped_checkpoint(text, checkpoint, tmp_path):
             "288 tokens .*'bpe-270' has 270; use the checkpoint's own .*--data.tokenizer /",
         ),
         ({"data.tokenizer": "bpe-300"}, "288 tokens .*'bpe-300' has 300"),
-        ({"data.tokenizer": "bpe-2048", "data.context": 128}, "128 tokens do not fit the 64 .*use --data.context 64$"),
+        ({"data.tokenizer": "bpe-2048", "data.context": 128}, "128 tokens exceed the 64 .*use --data.context 64$"),
     ],
 )
 def test_what_does_not_fit_a_checkpoint(settings, complaint, text, checkpoint, tmp_path):
@@ -249,5 +249,5 @@ def test_positions_grow_with_the_context(text):
     assert new_model(tiny(text, {"data.context": 4096}), 300).backbone.config.max_position_embeddings == 4096
     small = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 2}
     assert new_model(tiny(text, {"backbone": small, "data.context": 2048}), 300).backbone.config.n_positions == 2048
-    with pytest.raises(UserError, match="2048 tokens do not fit the 1024 positions"):
+    with pytest.raises(UserError, match="2048 tokens exceed the 1024 positions"):
         new_model(tiny(text, {"backbone": {**small, "n_positions": 1024}, "data.context": 2048}), 300)
