@@ -1,10 +1,10 @@
-"""What one layer of each architecture multiplies and remembers; `pondera.cost.model` adds the layers up.
+"""FLOPs and cache bytes of one layer of each architecture; `pondera.cost.model` sums over layers.
 
-A layer is a few weight matrices, which every row meets, and a mixer, which looks at earlier rows. To price another
-architecture, write a function that describes its layer and its ends, and enter it in `ARCHITECTURES`.
+A layer has weight matrices, which multiply every row, and a mixer, which attends to earlier rows. To add an architecture,
+write a function that describes its layer and enter it in `ARCHITECTURES`.
 
-A multiply-add is two FLOPs. Counted are matrix products, convolutions and attention, the last over the whole
-query x key rectangle that its kernel is given. Norms, softmax, rotations and look-ups are free.
+A multiply-add is two FLOPs. Matrix products, convolutions and attention count, attention over the full query x key
+rectangle of the kernel. Norms, softmax, rotary embeddings and table look-ups are free.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from pondera.core.errors import UserError
 
 @dataclass(frozen=True)
 class DecoderPass:
-    """One call of the decoder stack, or of further layers that are like its own, for one sequence.
+    """One call of the decoder stack, or of additional layers of the same kind, for one sequence.
 
     Args:
-        queries: rows (slots) that run.
-        keys: rows each attention query is scored against, including the new ones.
-        cached: a cache held earlier rows; a linear-attention layer then takes the recurrent step when ``queries == 1``.
-        repeats: how many times it is made; a fraction where the number is random and this is its mean.
-        wider: coordinates that queries, keys and values of every head have beyond the architecture's own.
-        layers: how many layers run, each at the mean price of the stack's; none: the stack.
+        queries: number of input rows (KV slots).
+        keys: keys per query, including the new ones.
+        cached: a cache has earlier rows; a linear-attention layer then runs its recurrent step if ``queries == 1``.
+        repeats: number of such calls; a fraction if the number is random and this is its mean.
+        wider: additional coordinates of the queries, keys and values of every head.
+        layers: number of layers, each at the mean cost of the stack; default: `None`, the whole stack.
     """
 
     queries: float
@@ -39,12 +39,12 @@ class DecoderPass:
 
 @dataclass(frozen=True)
 class MatMul:
-    """Rows that a method multiplies with a matrix outside of the decoder stack, for one sequence.
+    """A matrix product of a method outside of the decoder stack, for one sequence.
 
     Args:
-        rows: how many, fractions as in `DecoderPass`.
-        weights: entries of the matrix; ``"head"``: of the output head or the embedding table, which are of one size.
-        trained: false where no gradient goes through it, or only through a few of its results.
+        rows: number of rows; may be a fraction as in `DecoderPass`.
+        weights: number of entries of the matrix; ``"head"`` for the output head or the embedding table, which have one size.
+        trained: false if no gradient flows through the product, or only through a few of its results.
     """
 
     rows: float
@@ -54,7 +54,7 @@ class MatMul:
 
 @dataclass(frozen=True)
 class Attention:
-    """Softmax attention; with a `window`, the cache keeps only that many rows."""
+    """Softmax attention; with a `window`, the cache keeps at most that many rows."""
 
     heads: int
     kv_heads: int
@@ -63,14 +63,14 @@ class Attention:
     fused: bool
 
     def forward(self, call: DecoderPass) -> float:
-        return 2 * self._product(call)  # scores, and their mix of the values
+        return 2 * self._product(call)  # scores, and the weighted sum of the values
 
     def backward(self, call: DecoderPass) -> float:
-        # Four gradients; a fused kernel has kept no scores and computes them again.
+        # Four gradients; a fused kernel recomputes the scores.
         return (5 if self.fused else 4) * self._product(call)
 
     def _product(self, call: DecoderPass) -> float:
-        """FLOPs of queries x keys, once: the window only masks, unless the cache has already dropped the rows."""
+        """FLOPs of queries x keys. The window only masks, unless the cache has dropped the rows outside of it."""
         keys = call.keys
         if call.cached and self.window is not None:
             keys = min(call.keys - call.queries, self.window - 1) + call.queries
@@ -80,14 +80,14 @@ class Attention:
         row = 2 * self.kv_heads * self.head_dim * dtype_bytes
         if self.window is None or not drops_window_rows:
             return slots * row
-        # What is kept is a view of the last window - 1 rows, but a view of the concatenation with the newest call's rows,
-        # whose storage stays whole. The layer also holds the window's length as an int64 tensor.
+        # The layer keeps a view of the last window - 1 rows, but the storage of the whole concatenation with the rows of the
+        # newest call stays allocated. It also stores the length of the window as an int64 tensor.
         return min(slots, self.window - 1 + newest) * row + 8
 
 
 @dataclass(frozen=True)
 class DeltaRule:
-    """The gated delta rule behind a short depthwise convolution, as transformers runs it in plain PyTorch."""
+    """The gated delta rule after a short depthwise convolution, in the PyTorch implementation of transformers."""
 
     key_heads: int
     value_heads: int
@@ -105,8 +105,8 @@ class DeltaRule:
         return self._convolution(call) + self.value_heads * self._chunks(call) * self._products()
 
     def backward(self, call: DecoderPass) -> float:
-        # Each product has two gradients, and each of the two triangular solves a product in its own. Four are saved:
-        # the state before the first chunk, in two products, needs none, and the state after the last is not used.
+        # Each product has two gradients, and the gradient of each of the two triangular solves is one product. Four products
+        # are not needed: two with the state before the first chunk, two with the state after the last one.
         chunks = self._chunks(call)
         solves = 2 * self.CHUNK**2 * (self.key_dim + self.value_dim)
         unused = 4 * 2 * self.CHUNK * self.key_dim * self.value_dim if chunks else 0
@@ -114,7 +114,7 @@ class DeltaRule:
         return 2 * self._convolution(call) + self.value_heads * scan
 
     def _convolution(self, call: DecoderPass) -> float:
-        # The convolution is padded on both sides, and a cache puts its last `kernel` rows in front.
+        # The convolution is padded on both sides, and a cache prepends its last `kernel` rows.
         if not call.cached:
             rows = call.queries + self.kernel - 1
         else:
@@ -122,11 +122,11 @@ class DeltaRule:
         return 2 * rows * self.channels * self.kernel
 
     def _chunks(self, call: DecoderPass) -> float:
-        # The recurrent step is elementwise, so it is free here as in the counter.
+        # The recurrent step is elementwise, so it is free, as in the counter of torch.
         return 0 if call.cached and call.queries == 1 else -(-call.queries // self.CHUNK)
 
     def _products(self) -> int:
-        """FLOPs of one chunk of one head: keys and queries x keys, scores x values, three products with the state."""
+        """FLOPs of one chunk and head: keys x keys, queries x keys, scores x values, three products with the state."""
         inside = self.CHUNK**2 * (2 * self.key_dim + self.value_dim)
         return 2 * (inside + 3 * self.CHUNK * self.key_dim * self.value_dim)
 
@@ -142,9 +142,9 @@ class Layer:
     """One decoder layer.
 
     Args:
-        weights: matrix entries that each row is multiplied with.
-        mixer: how a row sees earlier rows.
-        extra: parameters that multiply no row: norms, biases, convolution filters, experts not chosen.
+        weights: matrix entries per row.
+        mixer: attention or another sequence mixer.
+        extra: parameters without a product: norms, biases, convolution filters, unused experts.
     """
 
     weights: int
@@ -154,7 +154,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stack:
-    """A whole backbone: its layers, embedding tables, final norm and output head (whose weights may be tied)."""
+    """A backbone: layers, embedding tables, final norm and output head (whose weights may be tied)."""
 
     layers: tuple[Layer, ...]
     embedding: int
@@ -165,7 +165,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a model type is built: its `layer(config, index)`, vectors per norm (two with a bias), learned positions."""
+    """A model type: its function `layer(config, index)`, vectors per norm (two with a bias), learned positions or not."""
 
     layer: Callable[[Any, int], Layer]
     norm_vectors: int = 1
@@ -173,16 +173,16 @@ class Architecture:
 
 
 def describe(config: Any) -> Stack:
-    """The backbone that a text config describes.
+    """Describes the backbone of a text config.
 
     Raises:
-        UserError: an architecture that has no entry in `ARCHITECTURES`.
+        UserError: the architecture has no entry in `ARCHITECTURES`.
     """
     if config.model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise UserError(
-            f"no price is known for model_type {config.model_type!r}; use one of {known}, "
-            "or describe its layer in pondera/arch/families.py"
+            f"no cost model for model_type {config.model_type!r}; use one of {known}, "
+            "or add its layer to pondera/arch/families.py"
         )
     architecture = ARCHITECTURES[config.model_type]
     width, vocabulary = config.hidden_size, config.vocab_size
@@ -206,7 +206,7 @@ def _attention(config: Any, index: int) -> Attention:
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
         window=window,
-        fused=config._attn_implementation != "eager",  # unset: transformers will choose sdpa
+        fused=config._attn_implementation != "eager",  # `None`: transformers selects sdpa
     )
 
 
@@ -266,14 +266,14 @@ def _qwen3_next(config: Any, index: int) -> Layer:
 
 
 def _experts(config: Any, index: int) -> tuple[int, int]:
-    """MLP weights that a row of Qwen3-Next meets, and those of the experts that it does not."""
+    """MLP weights of Qwen3-Next that are used per row, and those of the unused experts."""
     width, experts = config.hidden_size, config.num_experts
     if index in config.mlp_only_layers or not experts or (index + 1) % config.decoder_sparse_step:
         return 3 * width * config.intermediate_size, 0
     expert = 3 * width * config.moe_intermediate_size
     shared = 3 * width * config.shared_expert_intermediate_size
     chosen = config.num_experts_per_tok
-    return chosen * expert + shared + width * (experts + 1), (experts - chosen) * expert  # + 1: the shared one's gate
+    return chosen * expert + shared + width * (experts + 1), (experts - chosen) * expert  # + 1: gate of the shared expert
 
 
 ARCHITECTURES = {
