@@ -1,6 +1,6 @@
-"""Rotary positions applied and taken back, as the backbone's layers apply them.
+"""Rotary position embedding and its inverse.
 
-Shapes: B batch, H heads, S rows, d head width, r rotated coordinates (all of d, or the first of them).
+Shapes: B batch, H heads, S KV slots, d head width, r rotated coordinates (all of d, or the first of them).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rotary:
-    """What queries and keys at some positions are turned by.
+    """Cosines and sines of some positions, applied to queries and keys.
 
     Args:
-        cos_BSr, sin_BSr: as the backbone's rotary embedding gives them, scaled if it scales; batch may be 1.
+        cos_BSr, sin_BSr: outputs of the rotary embedding of the backbone, including its scale; batch may be 1.
 
     Example:
-        >>> turn = Rotary(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]]))
-        >>> turn.apply(torch.tensor([[[[3.0, 4.0]]]])).tolist(), turn.undo(torch.tensor([[[[-4.0, 3.0]]]])).tolist()
+        >>> rotary = Rotary(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]]))
+        >>> rotary.apply(torch.tensor([[[[3.0, 4.0]]]])).tolist(), rotary.undo(torch.tensor([[[[-4.0, 3.0]]]])).tolist()
         ([[[[-4.0, 3.0]]]], [[[[3.0, 4.0]]]])
     """
 
@@ -28,12 +28,12 @@ class Rotary:
     sin_BSr: Tensor
 
     def apply(self, x_BHSd: Tensor) -> Tensor:
-        """Vectors without positions, turned."""
+        """Rotates vectors by their positions."""
         cos, sin = self._wide(x_BHSd)
         return _turned(x_BHSd, cos, sin)
 
     def undo(self, x_BHSd: Tensor) -> Tensor:
-        """Turned vectors, as they were before: the inverse of these very numbers, however they were rounded or scaled."""
+        """Inverse of `apply`, exact for the given cosines and sines, also if they are rounded or scaled."""
         cos, sin = self._wide(x_BHSd)
         scale = cos.square() + sin.square()
         return _turned(x_BHSd, cos / scale, -sin / scale)
@@ -44,7 +44,7 @@ class Rotary:
 
 
 def _turned(x_BHSd: Tensor, cos_B1Sr: Tensor, sin_B1Sr: Tensor) -> Tensor:
-    """Pairs of coordinates half the rotated width apart, each turned in its plane."""
+    """Rotates pairs of coordinates that are half the rotated width apart."""
     rotated = cos_B1Sr.shape[-1]
     x, rest = x_BHSd[..., :rotated].to(cos_B1Sr.dtype), x_BHSd[..., rotated:]
     first, second = x.chunk(2, dim=-1)
