@@ -273,7 +273,8 @@ def _experts(config: Any, index: int) -> tuple[int, int]:
     expert = 3 * width * config.moe_intermediate_size
     shared = 3 * width * config.shared_expert_intermediate_size
     chosen = config.num_experts_per_tok
-    return chosen * expert + shared + width * (experts + 1), (experts - chosen) * expert  # + 1: gate of the shared expert
+    # + 1: gate of the shared expert
+    return chosen * expert + shared + width * (experts + 1), (experts - chosen) * expert
 
 
 ARCHITECTURES = {

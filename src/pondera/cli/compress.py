@@ -51,10 +51,18 @@ def parser() -> Parser:
         help="number of calibration tokens (default: %(default)s)",
     )
     found.add_argument(
-        "--windows", type=positive_int(1), default=8, metavar="N", help="number of held-out windows (default: %(default)s)"
+        "--windows",
+        type=positive_int(1),
+        default=8,
+        metavar="N",
+        help="number of held-out windows (default: %(default)s)",
     )
-    found.add_argument("--plot", type=Path, metavar="FILE", help="write an HTML page with plots of quality against bytes")
-    found.add_argument("--out", type=Path, metavar="FOLDER", help="save the model with the recommended method to this folder")
+    found.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write an HTML page with plots of quality against bytes"
+    )
+    found.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="save the model with the recommended method to this folder"
+    )
     found.add_argument("--keep", metavar="SPEC", help="with --out: save this method instead of the recommended one")
     found.add_argument("--json", action="store_true", help="print JSON only")
     return found

@@ -23,7 +23,11 @@ It takes about five minutes on two cores.
 
 def parser() -> Parser:
     """The argument parser of ``pondera demo``."""
-    found = Parser("demo", "Trains tiny models on the standard library of this Python and compares them; needs no network.", EXAMPLES)
+    found = Parser(
+        "demo",
+        "Trains tiny models on the standard library of this Python and compares them; needs no network.",
+        EXAMPLES,
+    )
     found.add_argument(
         "--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for runs and report (default: demo)"
     )

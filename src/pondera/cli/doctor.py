@@ -23,7 +23,9 @@ def parser() -> Parser:
         EXAMPLES,
         settings="",
     )
-    found.add_argument("recipe", nargs="?", default="plain", metavar="RECIPE", help="a recipe or YAML file (default: plain)")
+    found.add_argument(
+        "recipe", nargs="?", default="plain", metavar="RECIPE", help="a recipe or YAML file (default: plain)"
+    )
     return found
 
 

@@ -37,7 +37,9 @@ def parser() -> Parser:
         notes=lambda: text_notes("evaluation text"),
     )
     found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
-    found.add_argument("--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens to score (default: all)")
+    found.add_argument(
+        "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens to score (default: all)"
+    )
     add_budget(found, several=True)
     found.add_argument("--json", action="store_true", help="print JSON only")
     return found

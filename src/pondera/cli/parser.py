@@ -165,9 +165,7 @@ def text_notes(purpose: str) -> str:
     """
     helps = {key: run_config.fields()[key].metadata["help"] for key in ("data.text", "data.context", "data.column")}
     lines = "\n".join(f"  --{key:14}{text}" for key, text in helps.items())
-    return (
-        f"{purpose} (default: the held-out text of the run; required for a model without a run folder):\n{lines}\n"
-    )
+    return f"{purpose} (default: the held-out text of the run; required for a model without a run folder):\n{lines}\n"
 
 
 def effort(text: str) -> str | float:

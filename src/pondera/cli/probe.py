@@ -45,11 +45,15 @@ def parser() -> Parser:
         help="a run folder, a model folder, a hub name, or a file of tensors (.safetensors)",
     )
     found.add_argument("--text", metavar="TEXT", help="input of the model (default: held-out text of the run)")
-    found.add_argument("--data.text", dest="source", metavar="FILE", help="read the input from this file (its first document)")
+    found.add_argument(
+        "--data.text", dest="source", metavar="FILE", help="read the input from this file (its first document)"
+    )
     found.add_argument(
         "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens (default: set by the probe)"
     )
-    found.add_argument("--top", type=positive_int(1), metavar="K", help="number of candidates to list (default: set by the probe)")
+    found.add_argument(
+        "--top", type=positive_int(1), metavar="K", help="number of candidates to list (default: set by the probe)"
+    )
     found.add_argument("--plot", type=Path, metavar="FILE", help="write an HTML page with plots")
     found.add_argument("--json", action="store_true", help="print JSON only")
     return found
@@ -158,8 +162,7 @@ def _text(args: argparse.Namespace) -> str | None:
         raise UserError("--text: not UTF-8 text; convert it first, e.g. with iconv") from None
     if os.path.isfile(args.text):  # unlike Path.is_file, it does not raise for text that is no valid path
         raise UserError(
-            f"--text {args.text}: this is a file, and --text takes the text itself; use --data.text "
-            f"{args.text}"
+            f"--text {args.text}: this is a file, and --text takes the text itself; use --data.text {args.text}"
         )
     return args.text
 

@@ -25,7 +25,9 @@ def parser() -> Parser:
     found.add_argument(
         "runs", nargs="+", metavar="RUN", help=f"run folders, folders that contain some at any depth, or a {ARCHIVE}"
     )
-    found.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="file to write (default: report.html)")
+    found.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="file to write (default: report.html)"
+    )
     return found
 
 

@@ -89,8 +89,8 @@ def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedM
     """Registers a causal LM with transformers.
 
     transformers looks for a model in three places: by its config class (`AutoModelForCausalLM`), by the class name under
-    ``architectures`` in ``config.json`` (``transformers serve`` reads it from the package), and in the list of causal LMs (label
-    smoothing shifts labels for these only). Calling this again is harmless.
+    ``architectures`` in ``config.json`` (``transformers serve`` reads it from the package), and in the list of causal LMs
+    (label smoothing shifts labels for these only). Calling this again is harmless.
     """
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
     # transformers executes its __init__ twice (processing_utils.py), and its modules refer to either copy.

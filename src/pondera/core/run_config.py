@@ -42,12 +42,8 @@ class DataConfig:
     context: int = option(256, "tokens per training window")
     column: str = option("text", "the text column of a JSON, CSV or Parquet file or HF dataset")
     validation: float = option(0.05, "share of documents held out, chosen by the hash of their name")
-    document_mask: bool = option(
-        False, "tokens attend within their own document only (slower: the masks are dense)"
-    )
-    max_bytes: int | None = option(
-        None, "limit of training text in bytes; whole documents are used, in a fixed order"
-    )
+    document_mask: bool = option(False, "tokens attend within their own document only (slower: the masks are dense)")
+    max_bytes: int | None = option(None, "limit of training text in bytes; whole documents are used, in a fixed order")
 
 
 @dataclass

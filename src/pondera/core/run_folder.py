@@ -113,7 +113,7 @@ class Run:
         with open(self.metrics_file, "ab+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
-            if size and file.read(1) != b"\n":  # an incomplete line after a crash: remove it, else the new line would be appended to it
+            if size and file.read(1) != b"\n":  # remove a line that is incomplete after a crash
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
             file.write((_json(values) + "\n").encode())

@@ -5,9 +5,9 @@ checkpoint and on the command line. Arguments are plain values or other methods.
 
 The folder is the registry. A seam is a folder of ``pondera/methods/`` (``think/``, ``kv_cache/``, ``memory/``, ``chunk/``,
 ``head/``), and a method is one file in it. The file name without underscores is the class name in lower case:
-``think/ponder_lm2.py`` defines ``PonderLM2``. ``base.py`` and files that start with ``_`` define no method. Files are parsed, and
-imported only when a method is built. ``quantize/`` has methods that are arguments of other methods, ``probe/`` has analyses of
-trained models; both are found and built in the same way.
+``think/ponder_lm2.py`` defines ``PonderLM2``. ``base.py`` and files that start with ``_`` define no method. Files are parsed,
+and imported only when a method is built. ``quantize/`` has methods that are arguments of other methods, ``probe/`` has
+analyses of trained models; both are found and built in the same way.
 
 To try a method without changing the package, put its file into a folder with the same subfolders and name that folder::
 

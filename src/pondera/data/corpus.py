@@ -172,7 +172,8 @@ class Windows:
     """A map-style dataset of consecutive, non-overlapping windows; an incomplete last window is dropped.
 
     Window i has ``input_ids = ids[i*C : i*C + C]`` and ``targets``, the next token of each. So every token of the split
-    is predicted exactly once, except the first and those of the dropped window. The targets of window i have ``split.num_bytes_of(i*C + 1, i*C + C + 1)`` bytes.
+    is predicted exactly once, except the first and those of the dropped window. The targets of window i have
+    ``split.num_bytes_of(i*C + 1, i*C + C + 1)`` bytes.
 
     Args:
         split: the tokens.

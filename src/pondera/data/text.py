@@ -279,7 +279,9 @@ def _dataset(name: str, column: str) -> Source:
             loaded: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, split="train")
             rows: Any = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
     except ConnectionError:
-        raise _no_dataset(name, "the Hugging Face hub cannot be reached, and the dataset is not in the local cache") from None
+        raise _no_dataset(
+            name, "the Hugging Face hub cannot be reached, and the dataset is not in the local cache"
+        ) from None
     except Exception as error:  # code and files of a dataset can raise anything
         raise _no_dataset(name, first_line(error)) from None
     if column not in rows.column_names:

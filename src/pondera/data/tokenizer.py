@@ -69,7 +69,9 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
             f"nor a folder or hub name that loads as a tokenizer ({first_line(error)})"
         ) from None
     if not tokenizer.is_fast:
-        raise UserError(f"data.tokenizer: {spec!r} has no fast version (tokenizer.json), which is needed to count bytes")
+        raise UserError(
+            f"data.tokenizer: {spec!r} has no fast version (tokenizer.json), which is needed to count bytes"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"data.tokenizer: {spec!r} has no EOS token, which is needed after every document; "

@@ -92,7 +92,9 @@ def _found(name: str) -> ctypes.CDLL | str:
 @functools.cache
 def _say(reason: str) -> None:
     """Logs a reason once."""
-    log.warning("no native kernels: %s; the slower torch implementation is used (PONDERA_NATIVE=0 silences this)", reason)
+    log.warning(
+        "no native kernels: %s; the slower torch implementation is used (PONDERA_NATIVE=0 silences this)", reason
+    )
 
 
 def load(source: Path, cache: Path) -> ctypes.CDLL:

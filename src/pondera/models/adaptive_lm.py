@@ -306,7 +306,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         if cache is None:
             cache = past_key_values
         elif past_key_values is not None and past_key_values is not cache:
-            raise UserError("cache and past_key_values are two names of one argument, but two different caches were given; give one")
+            raise UserError(
+                "cache and past_key_values are two names of one argument, but two different caches were given; give one"
+            )
         if cache is None and use_cache:
             cache = self.new_cache()
         if labels is not None and shift_labels is None:
@@ -351,7 +353,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         elif terms and self.training and not self._said_lost:
             self._said_lost = True
             log.warning(
-                "no labels in training: loss terms %s of %s are in out.terms but not in a loss", ", ".join(terms), self.chosen
+                "no labels in training: %s of %s are in out.terms but not in a loss",
+                ", ".join(terms),
+                self.chosen,
             )
         out = AdaptiveOutput(loss, logits_BTV, passes=thought.passes_BT, **cast(Any, {CACHE: cache}))
         if self.training:

@@ -15,7 +15,7 @@ from pondera.models.peft_defaults import announce_to_peft
 INITS = ("hf", "scaled")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 TEXT_CONFIG = "text_config"
-SETTINGS = ("backbone", "think", "memory", "segment", "head", "init", "embed_scale", "dtype")
+SETTINGS = ("backbone", *spec.SEAMS, "init", "embed_scale", "dtype")
 
 
 class AdaptiveConfig(PreTrainedConfig):

@@ -56,7 +56,9 @@ class BaseModel:
         """
         model, own = self._model, self._model.__dict__
         if use_cache:
-            raise UserError("use_cache: base_model returns hidden states for training; call the model itself for a cache")
+            raise UserError(
+                "use_cache: base_model returns hidden states for training; call the model itself for a cache"
+            )
         check_keywords(
             kwargs, ["input_ids", "attention_mask", "position_ids", "inputs_embeds"], position_ids is not None
         )
@@ -116,7 +118,7 @@ class _Carry(torch.autograd.Function):
         grad = grads[0]
         if bool((grad > 0).any()):
             raise UserError(
-                f"this loss decreases the probability of some tokens, so the weight of the loss terms of the method ({ctx.names}) "
-                "is not defined; use a method without loss terms (pondera methods), or transformers' Trainer"
+                f"this loss decreases the probability of some tokens, so the weight of the method's loss terms "
+                f"({ctx.names}) is not defined; use a method without loss terms (pondera methods), or transformers' Trainer"
             )
         return grad, -grad.sum(), None

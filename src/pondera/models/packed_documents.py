@@ -36,6 +36,6 @@ def refuse_packed_cache(position_ids: Tensor) -> None:
     """Raises if positions restart in a call with a cache, which supports one document per batch row."""
     if position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) < 0).any()):
         raise UserError(
-            "position_ids: they restart within a batch row, which means packed documents, but a cache supports one document per "
-            "row; use no cache (use_cache=False), or one row per document"
+            "position_ids: they restart within a batch row, which means packed documents, but a cache supports one "
+            "document per row; use no cache (use_cache=False), or one row per document"
         )

@@ -86,9 +86,7 @@ def _wrong(model: AdaptiveLM) -> str | None:
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :PADS] = 0
     method: Any = model.method
-    if hasattr(
-        method, "eval_rounds"
-    ):  # prefill may be approximate, which a cache does not have to reproduce
+    if hasattr(method, "eval_rounds"):  # prefill may be approximate, which a cache does not have to reproduce
         method.eval_rounds = "exact"
     whole = model(ids_BT, attention_mask=mask_BT).logits
     bound = max(1e-4, 8 * torch.finfo(whole.dtype).eps) * float(whole.float().abs().max())

@@ -31,7 +31,7 @@ class TopLogits(torch.autograd.Function):
         h_BTD, weight_VD, ids_BTk = ctx.saved_tensors
         weights_Nk = grad_outputs[0].flatten(0, 1).to(weight_VD.dtype).contiguous()
         with torch.enable_grad():
-            # The rows weighted by the gradient give the gradient of the state; the gradient of that sum is the one of the table.
+            # The rows weighted by the gradient give the gradient of the state; its gradient is that of the table.
             table_VD = weight_VD.detach().requires_grad_(ctx.needs_input_grad[1])
             bags_ND = F.embedding_bag(ids_BTk.flatten(0, 1), table_VD, per_sample_weights=weights_Nk, mode="sum")
         grad_VD = None

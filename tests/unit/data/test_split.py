@@ -26,7 +26,7 @@ def test_one_shared_title_does_not_decide(title: str, wanted: float, caplog: pyt
     assert sorted(train + held_out) == list(range(400))
     assert wanted / 2 < share(held_out, [7] * 400) < min(2 * wanted, 1 - (1 - wanted) / 2)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "400 documents share 1 names" in caplog.text and "both sides" in caplog.text
+    assert "400 documents share 1 names" in caplog.text and "both splits" in caplog.text
 
 
 @pytest.mark.parametrize("books", [10, 20, 40])

@@ -128,13 +128,13 @@ def test_scaled_logits_are_the_models_own(model_type: str):
 
 def test_logits_that_are_not_understood_are_refused(monkeypatch):
     monkeypatch.setattr(Backbone, "head", lambda self, h: 2 * self.lm.get_output_embeddings()(h))
-    with pytest.raises(UserError, match="does something to its logits"):
+    with pytest.raises(UserError, match="unsupported logit post-processing"):
         AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"])))
 
 
 def test_kernels_that_misread_shared_positions_are_refused():
     backbone = {**BACKBONES["llama"], "attn_implementation": "flex_attention"}
-    with pytest.raises(UserError, match="need 'sdpa'"):
+    with pytest.raises(UserError, match="needs 'sdpa'"):
         AdaptiveLM(AdaptiveConfig(backbone=backbone, think="PonderLM2()"))
 
 

@@ -1,7 +1,7 @@
-/* Attention of a few queries to many slots: keys and values are read once, for all query heads that share them.
+/* Attention of a few queries to many KV slots: keys and values are read once for all query heads that share them.
  *
- * Slots are met in blocks that stay in a core's cache: the scores of a block, what they add to the softmax, and the values
- * weighted by them. Each item of work is a part of the slots of one KV head of one text; parts are merged at the end.
+ * Slots are processed in blocks that fit into the cache of a core: scores, softmax update and weighted values of a block. A
+ * work item is a range of the slots of one KV head of one batch row; the parts are merged at the end.
  */
 #include <stdlib.h>
 
@@ -34,7 +34,7 @@ typedef struct {
     int failed;
 } Work;
 
-/* Products of some queries with some rows. */
+/* Products of queries with rows. */
 INLINE void products(const float *query, long query_step, const float *rows, long row_step, long D, int queries, int count,
                      float *scores, long scores_step)
 {
@@ -64,7 +64,7 @@ INLINE void score_tile(const float *query, long D, const float *rows, long row_s
         products(query, D, rows + s * row_step, row_step, D, queries, 1, scores + s, BLOCK);
 }
 
-/* Some vectors of the weighted sums of some queries. */
+/* A part of the vectors of the weighted sums of queries. */
 INLINE void weigh(const float *weights, const float *rows, long row_step, long slots, const float *shrink, int queries,
                   int vectors, float *to, long to_step)
 {
@@ -100,7 +100,7 @@ INLINE void weigh_tile(const float *weights, const float *rows, long row_step, l
         }
 }
 
-/* With the number of queries known when it is compiled, sums stay in registers. */
+/* With a compile-time number of queries, sums stay in registers. */
 #define BY_QUERIES(count, call_of)                                                                                          \
     switch (count) {                                                                                                        \
     case 1: call_of(1); break;                                                                                              \
@@ -109,7 +109,7 @@ INLINE void weigh_tile(const float *weights, const float *rows, long row_step, l
     default: call_of(TILE);                                                                                                 \
     }
 
-/* What is added to the scores of a query: 0 where it may look, else -inf. Returns how many slots it may look at. */
+/* The additive mask of a query: 0 for allowed slots, else -inf. Returns the number of allowed slots. */
 static long look(const Attention *a, long b, long t, const int32_t *position, long slots, float *bias)
 {
     const uint8_t *mask = a->mask ? a->mask + b * a->mask_B + t * a->mask_T : NULL;
@@ -175,7 +175,7 @@ static void attend_part(void *given, long item)
     free(scores);
 }
 
-/* Softmax attention; 0, or 1 where memory is short. Values of slots that no query may look at must be numbers all the same. */
+/* Softmax attention. Returns 0, or 1 if memory allocation fails. Values of masked slots must be finite. */
 int attention(const Attention *a)
 {
     const long N = a->R * a->T, parts = a->S > PART ? (a->S + PART - 1) / PART : 1, items = a->B * a->G * parts;

@@ -1,9 +1,8 @@
-/* Which row of a table is nearest to each vector: the product with the table and the search for the best in one go.
+/* Nearest row of a table for each vector: the product with the table and the argmax in one pass.
  *
- * A score is an offset of the row plus the product of vector and row. The table is packed into panels of rows side by side,
- * so that a tile of scores, of a few vectors with one panel, is summed up in registers; then every lane keeps the best
- * score it has seen and the panel that it came from. No score is ever stored, so memory is that of the table, once more.
- * A score that is no number is never the best.
+ * The score of a row is its offset plus the product of vector and row. The table is packed into panels of adjacent rows, so
+ * that a tile of scores (a few vectors with one panel) is accumulated in registers; each lane keeps its best score and the
+ * panel of that score. Scores are not stored, so the additional memory is a copy of the table. A NaN score is never the best.
  */
 #include <math.h>
 #include <stdint.h>
@@ -63,7 +62,7 @@ static inline Floats spread(float value) { return value - (Floats){0}; }
 
 static inline Ints choose(Ints where, Ints yes, Ints no) { return (where & yes) | (~where & no); }
 
-/* The scores of a tile, and of each lane the best so far. */
+/* The scores of a tile, and the best score of each lane so far. */
 static inline void meet(const float *x_tC, const float *restrict panel, long C, int32_t number, Best *best)
 {
     const Floats *restrict rows = (const Floats *)panel;
@@ -85,7 +84,7 @@ static inline void meet(const float *x_tC, const float *restrict panel, long C, 
         }
 }
 
-/* The first row of all that have the highest score. */
+/* The first row with the highest score. */
 static int64_t first_row(const Best *best, int t)
 {
     const float *score = (const float *)best->score[t];
@@ -101,7 +100,7 @@ static int64_t first_row(const Best *best, int t)
     return row;
 }
 
-/* The best of a table for all tiles of an item. */
+/* The best rows of a table for all tiles of a work item. */
 static void search_table(const float *x_nC, long tiles, const float *panels, long count, long C, Best *best)
 {
     const long step = (C + 1) * PANEL, fitting = CHUNK_BYTES / (long)sizeof(float) / step, chunk = fitting ? fitting : 1;
@@ -147,10 +146,10 @@ static void search_item(void *task, long item)
     free(x_nC);
 }
 
-/* Codes of N vectors by R tables of K rows, of which each after the first codes what the row of the one before it left.
+/* Codes of N vectors by R tables of K rows; each table after the first codes the residual of the table before.
  *
- * Scores are of vectors less a centre with `table`, which are the `rows` as the search sees them, and have an offset.
- * Returns 0, or 1 where memory is short.
+ * The scores are products of the centred vectors with `table` (the `rows` in the form used for the search) plus an offset.
+ * Returns 0, or 1 if memory allocation fails.
  */
 int nearest(const float *x_NC, int64_t stride, const float *rows_RKC, const float *centre_RC, const float *table_RKC,
             const float *offset_RK, int64_t N, int64_t K, int64_t C, int64_t R, int64_t threads, int64_t *codes_NR)
