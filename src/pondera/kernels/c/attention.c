@@ -10,20 +10,20 @@
 
 enum {
     BLOCK = 64, /* slots */
-    PART = 512, /* slots of an item of work */
-    TILE = 4,   /* queries whose sums are in registers at once */
-    PAIR = 2    /* rows, or vectors of a row, that go with them */
+    PART = 512, /* slots per work item */
+    TILE = 4,   /* queries whose sums stay in registers */
+    PAIR = 2    /* rows, or vectors of a row, per tile */
 };
 
 typedef struct {
-    const float *query, *keys, *values; /* [B, G, N, D], [B, G, S, D], [B, G, S, E]; a row's numbers are side by side */
-    const int32_t *position;            /* [B, G, S]: the slot's token; negative: nothing to look at */
-    const uint8_t *mask;                /* [B, T, K]: which tokens a query may look at; NULL: none that come after it */
+    const float *query, *keys, *values; /* [B, G, N, D], [B, G, S, D], [B, G, S, E]; rows are contiguous */
+    const int32_t *position;            /* [B, G, S]: token of the slot; negative: masked */
+    const uint8_t *mask;                /* [B, T, K]: allowed tokens per query; NULL: causal */
     int64_t B, G, R, T, S, D, E;        /* N = R * T */
-    int64_t query_B, query_G, query_R, query_T, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* steps, in numbers */
-    int64_t position_B, position_G, mask_B, mask_T, mask_K, start, threads; /* start: the first query's token */
+    int64_t query_B, query_G, query_R, query_T, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* strides, in numbers */
+    int64_t position_B, position_G, mask_B, mask_T, mask_K, start, threads; /* start: token of the first query */
     float scaling;
-    float *out_BTGRE, *score_BGNS; /* scores too, unless NULL */
+    float *out_BTGRE, *score_BGNS; /* scores are optional (NULL) */
 } Attention;
 
 typedef struct {
@@ -157,7 +157,7 @@ static void attend_part(void *given, long item)
             }
         for (long n = 0; n < N && (seen || a->score_BGNS); n++) {
             float *row = scores + n * BLOCK;
-            if (seen < a->T * slots) /* a key that is not looked at may be no number */
+            if (seen < a->T * slots) /* the score of a masked key can be NaN */
                 for (long s = 0; s < slots; s++)
                     row[s] = bias[n % a->T * BLOCK + s] == 0 ? row[s] : -INFINITY;
             if (a->score_BGNS)

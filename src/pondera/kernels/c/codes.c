@@ -1,9 +1,9 @@
 /* Attention over vector-quantized keys and values with look-up tables, without decoding them.
  *
- * A token has C codes; code c is a row index of table c, which has K rows. The score of a token is the sum of the table entries
- * of its codes (`lookup`). The weighted values need, for each row, the sum of the weights of the tokens with that code (`tally`).
- * Four queries share each read of a code. Tokens are processed in blocks, and codes in groups whose tables and sums fit into the
- * L1 cache.
+ * A token has C codes; code c is a row index of table c, which has K rows. The score of a token is the sum of the table
+ * entries of its codes (`lookup`). The weighted values need, for each row, the sum of the weights of the tokens with that code
+ * (`tally`). Four queries share each read of a code. Tokens are processed in blocks, and codes in groups whose tables and sums
+ * fit into the L1 cache.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -15,18 +15,18 @@ enum {
     LANES = 4,   /* queries at once */
     GROUP = 4,   /* codes of a token at once */
     BLOCK = 512, /* tokens */
-    PART = 8192  /* tokens of an item of work */
+    PART = 8192  /* tokens per work item */
 };
 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
-    const uint8_t *codes_BGSC; /* a token's codes side by side, all below K; steps of the others, in bytes: */
+    const uint8_t *codes_BGSC; /* codes of a token are contiguous, all below K; other strides, in bytes: */
     int64_t codes_B, codes_G, codes_S;
     int64_t B, G, N, S, C, K, threads;
-    float *table_BGMCKL; /* M = N / LANES, rounded up; L = LANES: what is looked up, or what is tallied */
-    float *numbers_BGNS; /* scores that are written, or weights that are read */
-    Lanes *tallies;      /* of each item */
+    float *table_BGMCKL; /* M = N / LANES, rounded up; L = LANES: input of lookup, output of tally */
+    float *numbers_BGNS; /* scores (output of lookup) or weights (input of tally) */
+    Lanes *tallies;      /* per work item */
     long parts;
 } Codes;
 

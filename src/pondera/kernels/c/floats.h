@@ -42,7 +42,7 @@ INLINE float sum_of(Floats x)
 /* exp(x), accurate to one or two units in the last place; 0 below -87, the limit of float32; for x of at most 0. */
 INLINE Floats exponential(Floats x)
 {
-    const Floats magic = spread(12582912.f); /* 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits */
+    const Floats magic = spread(12582912.f); /* 1.5 * 2^23: adding it rounds to an integer, in the lowest bits */
     Ints nothing = x < spread(-87.f);
     x = choose(nothing, spread(-87.f), x);
     Floats shifted = x * 1.44269504f + magic, whole = shifted - magic;

@@ -18,10 +18,10 @@ enum { WIDTH = 8 };
 #endif
 enum {
     PANEL = 2 * WIDTH,      /* rows of a panel */
-    TILE = 6,               /* vectors of a tile: its scores leave a register or more for the panel and the vectors */
-    ITEM = 32 * TILE,       /* vectors of an item of work */
-    FEW = 1 << 17,          /* numbers of tables that one thread packs before others are there */
-    CHUNK_BYTES = 128 << 10 /* of panels that all tiles of an item pass before the next ones: they stay in a core's cache */
+    TILE = 6,               /* vectors of a tile, so that scores, panel and vectors fit into registers */
+    ITEM = 32 * TILE,       /* vectors per work item */
+    FEW = 1 << 17,          /* tables up to this size are packed by one thread */
+    CHUNK_BYTES = 128 << 10 /* of panels per pass over the tiles of an item, to fit into the cache of a core */
 };
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
@@ -30,14 +30,14 @@ typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef struct {
     Floats score[TILE][2];
     Ints panel[TILE][2];
-} Best; /* by lane */
+} Best; /* per lane */
 
 typedef struct {
     const float *x_NC;
     long stride; /* from one vector to the next */
     const float *rows_RKC, *centre_RC, *table_RKC, *offset_RK;
     long N, K, C, R;
-    float *panels; /* of each the offsets, then C times as many rows' numbers */
+    float *panels; /* per panel: offsets, then C numbers per row */
     int64_t *codes_NR;
     int failed;
 } Search;
@@ -50,7 +50,7 @@ static void pack_panel(void *task, long item)
     const long r = item / num_panels(s), first = item % num_panels(s) * PANEL;
     float *to = s->panels + item * (s->C + 1) * PANEL;
     for (long lane = 0; lane < PANEL; lane++) {
-        const int is_row = first + lane < s->K; /* what fills the last panel up is never the best */
+        const int is_row = first + lane < s->K; /* padding of the last panel is never the best */
         const long row = r * s->K + first + lane;
         to[lane] = is_row ? s->offset_RK[row] : -INFINITY;
         for (long c = 0; c < s->C; c++)

@@ -1,7 +1,7 @@
 /* A parallel loop over work items for one call.
  *
- * If torch has OpenMP threads, they do the work: after an operation of torch they spin for a while, waiting for the next one, and
- * would compete with other threads for the cores. After a fork these threads do not exist and OpenMP would wait forever; in
+ * If torch has OpenMP threads, they do the work: after an operation of torch they spin for a while, waiting for the next one,
+ * and would compete with other threads for the cores. After a fork these threads do not exist and OpenMP would wait forever; in
  * that case, and without OpenMP, threads are created for the call. Creating a thread takes about 10 microseconds, so an item
  * should take 100 or more.
  */
@@ -62,7 +62,7 @@ static void parallel(long items, long threads, void (*work)(void *task, long ite
     if (threads > 1 && parallel_in_openmp(&queue, threads))
         return;
     while (made < threads - 1 && made < MOST_THREADS && !pthread_create(&others[made], NULL, take_items, &queue))
-        made++; /* of threads that cannot be made, those that can do the work */
+        made++; /* if a thread cannot be created, the others do the work */
     take_items(&queue);
     for (int other = 0; other < made; other++)
         pthread_join(others[other], NULL);

@@ -1,7 +1,7 @@
 /* Online softmax over parts of the KV slots, and merging of the parts.
  *
- * For each query a part stores the highest score, the sum of exp(score - highest), and the values weighted in this way. The size
- * of the parts does not depend on the number of threads, so results are bit-identical for any number.
+ * For each query a part stores the highest score, the sum of exp(score - highest), and the values weighted in this way. The
+ * size of the parts does not depend on the number of threads, so results are bit-identical for any number.
  */
 #ifndef PONDERA_SOFTMAX_H
 #define PONDERA_SOFTMAX_H
@@ -24,7 +24,7 @@ INLINE float take_in(Found *found, float *scores, long count)
     float highest = most[0];
     for (int lane = 1; lane < WIDTH; lane++)
         highest = most[lane] > highest ? most[lane] : highest;
-    const float base = highest == -INFINITY ? 0 : highest; /* nothing to look at as yet */
+    const float base = highest == -INFINITY ? 0 : highest; /* all slots so far are masked */
     Floats sums = {0};
     for (long s = 0; s < count; s += WIDTH) {
         Floats weight = exponential(load(scores + s) - base);

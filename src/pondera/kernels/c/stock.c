@@ -11,8 +11,8 @@
 #include "parallel.h"
 
 enum {
-    BLOCK = 512, /* keys at a time, as in torch */
-    LINE = 16    /* numbers of a cache line, at which torch's buffers begin */
+    BLOCK = 512, /* keys per block, as in torch */
+    LINE = 16    /* numbers per cache line, the alignment of buffers in torch */
 };
 
 /* sgemm of torch: C = alpha op(A) op(B) + beta C, column-major. */
@@ -22,10 +22,10 @@ typedef void Gemm(const char *op_a, const char *op_b, const int *m, const int *n
 
 typedef struct {
     Gemm *gemm;
-    const float *query, *keys, *values;    /* [B, H, D], [B, G, S, D], [B, G, S, D]; a row's numbers are side by side */
+    const float *query, *keys, *values;    /* [B, H, D], [B, G, S, D], [B, G, S, D]; rows are contiguous */
     int64_t B, G, R, S, D;                 /* H = G R */
-    int64_t heads, threads;                /* heads: query heads of an item of work, at most R */
-    int64_t query_B, query_H, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* steps, in numbers */
+    int64_t heads, threads;                /* heads: query heads per work item, at most R */
+    int64_t query_B, query_H, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* strides, in numbers */
     double scaling;
     float *out_BHD;
 } Stock;
@@ -58,7 +58,7 @@ INLINE float lanes(Floats x)
 
 INLINE Floats floor_of(Floats x)
 {
-    Floats whole = __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); /* towards 0; |x| < 2^7 here */
+    Floats whole = __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); /* towards 0; |x| < 2^7 */
     return whole + choose(whole > x, spread(-1), spread(0));
 }
 

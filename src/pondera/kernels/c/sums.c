@@ -9,10 +9,10 @@
 #include "parallel.h"
 
 enum {
-    ITEM = 16,  /* codes of an item of work */
-    WIDTH = 64, /* numbers of a vector that are added up at a time: as many as registers hold */
+    ITEM = 16,  /* codes per work item */
+    WIDTH = 64, /* numbers of a vector that are summed at once, in registers */
     RUN = 256,
-    AHEAD = 8 /* vectors that are asked of memory before they are needed */
+    AHEAD = 8 /* vectors to prefetch ahead */
 };
 
 typedef struct {
@@ -20,7 +20,7 @@ typedef struct {
     long stride; /* from one vector to the next */
     const float *weight_N;
     long K, C;
-    const int64_t *starts; /* of each code in the order, and the end of the last */
+    const int64_t *starts; /* start of each code in sorted order, and the end of the last */
     const int32_t *order;
     float *sums_KC, *counts_K;
 } Sums;
@@ -79,7 +79,7 @@ int sums(const float *x_NC, int64_t stride, const int64_t *codes_N, const float 
             if (codes_N[n] >= 0)
                 starts[codes_N[n] + 2]++;
         for (int64_t k = 2; k < K + 2; k++)
-            starts[k] += starts[k - 1]; /* one place further on than it will be */
+            starts[k] += starts[k - 1]; /* shifted by one; corrected below */
         for (int64_t n = 0; n < N; n++)
             if (codes_N[n] >= 0)
                 order[starts[codes_N[n] + 1]++] = (int32_t)n;
