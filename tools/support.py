@@ -39,7 +39,7 @@ LIMIT = 40
 TOKENS, PROMPT = 24, 18
 VQKV = "VQKV(2, {}codes=4, vectors=64, fitting='kmeans', branches=1)"
 CACHES = {
-    "Full": ("PreallocatedCache()", None),
+    "PreallocatedCache": ("PreallocatedCache()", None),
     "H2O": ("H2O(64)", "H2O(8)"),
     "VQKV": (VQKV.format(""), VQKV.format("window=5, sinks=1, every=2, ")),
 }
@@ -249,7 +249,7 @@ def page(found: dict[str, Found]) -> str:
         counts = Counter(word(each[column]) for each in found.values())
         lines.append(f"| {column} | " + " | ".join(str(counts[verdict]) for verdict in ORDER) + " |")
     lines += ["", "| architecture | " + " | ".join(COLUMNS) + " |", "|---|" + "---|" * len(COLUMNS)]
-    built = {kind: each for kind, each in found.items() if word(each["Full"]) != "not built"}
+    built = {kind: each for kind, each in found.items() if word(each["PreallocatedCache"]) != "not built"}
     lines += [
         f"| {kind} | " + " | ".join(word(each[column]) for column in COLUMNS) + " |" for kind, each in built.items()
     ]

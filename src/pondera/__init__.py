@@ -18,7 +18,7 @@ _HOMES = {
     "Backbone": "pondera.models.backbone",
     "TokenCache": "pondera.cache.token_cache",
     "Think": "pondera.methods.think.base",
-    "Thought": "pondera.methods.think.base",
+    "MethodOutput": "pondera.models.method",
     "UserError": "pondera.core.errors",
 }
 __all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -52,7 +52,7 @@ class KVStoreLayer(KVLayer):
         forgotten: tokens up to here may have been evicted_until, so that they cannot be taken back.
     """
 
-    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "forgotten")
+    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "evicted_until")
 
     def __init__(self, method: Policy, index: int, among: int) -> None:
         super().__init__()

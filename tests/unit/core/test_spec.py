@@ -323,7 +323,7 @@ def test_build_refuses(methods, text, seam, message):
 
 def test_indexing_imports_no_heavy_library():
     code = (
-        "import sys; from pondera.ground import settings, spec; spec.index(); spec.parse('X(a=1)');"
+        "import sys; from pondera.core import run_config, spec; spec.index(); spec.parse('X(a=1)');"
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
     env = {key: value for key, value in os.environ.items() if key != "PONDERA_METHODS"}

@@ -97,7 +97,7 @@ def test_texts_longer_than_the_positions_are_for_models_that_read_block_by_block
     loaded = load(tmp_path / "plain")
     with pytest.raises(UserError, match="150 exceeds the 96 positions"):
         held_out(loaded, given, 1)
-    loaded.model.config.kv_cache = "ElasticMemory(block=16, order=8, samples=4)"
+    loaded.model.config.memory = "ElasticMemory(block=16, order=8, samples=4)"
     endless = AdaptiveLM(loaded.model.config).eval()
     endless.save_pretrained(tmp_path / "endless")
     loaded.tokenizer.save_pretrained(tmp_path / "endless")
