@@ -174,4 +174,4 @@ def test_models_with_a_cache_of_their_own_are_refused(said, text: Path, tmp_path
 
 def test_nothing_is_overwritten(said, model: Path, text: Path):
     code, _, error = said(model, "--data.text", text, "--out", model)
-    assert code == 2 and "something is there already" in error
+    assert code == 2 and "already exists" in error

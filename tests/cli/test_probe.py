@@ -56,7 +56,7 @@ def test_it_lists_the_probes(said):
     [
         (["think_trcae", "."], "unknown probe 'think_trcae'; did you mean 'ThinkTrace'? (allowed: Collapse"),
         (["PonderLM2", "."], "unknown probe 'PonderLM2'"),
-        (["think_trace"], "say which model to look at: pondera probe think_trace RUN"),
+        (["think_trace"], "MODEL is missing; type: pondera probe think_trace RUN"),
         (["think_trace", "./no"], "no such folder: './no'"),
         (
             ["think_trace", "./no", "--text", "a", "--data.text", "b"],

@@ -43,7 +43,7 @@ def test_parts_of_a_book_stay_together_where_books_are_small_enough(
 
 def test_a_share_that_cannot_be_had_is_told(caplog: pytest.LogCaptureFixture):
     assert [len(side) for side in divide(["a", "b"], [10, 10], 0.05)] == [1, 1]
-    assert "5 % of the text was asked for, and 50 % is held out: 1 of 2 documents" in caplog.text
+    assert "5 % of the text was requested, and 50 % is held out: 1 of 2 whole documents" in caplog.text
     caplog.clear()
     assert [len(side) for side in divide([f"{n}" for n in range(12)], [10] * 12, 0.05)] == [11, 1]
     assert not caplog.records, "as near as whole documents come"

@@ -93,7 +93,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path):
     load(run.path)
     flip(run.model_dir / "model.safetensors")
     for path in (run.path, run.model_dir):
-        assert f"{run.model_dir} is damaged (model.safetensors has other content" in message(path)
+        assert f"{run.model_dir} is damaged (model.safetensors does not match its hash" in message(path)
     (run.model_dir / "manifest.json").unlink()
     load(run.path)
 
@@ -106,7 +106,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogC
     earlier, later = run.checkpoints()
     flip(later / "model.safetensors")
     assert load(run.path).model.config.think is None
-    assert f"{later} is damaged (model.safetensors has other content" in caplog.text
+    assert f"{later} is damaged (model.safetensors does not match its hash" in caplog.text
     assert "step-000005 is used instead" in caplog.text
     assert f"{later} is damaged" in message(later)
     flip(earlier / "model.safetensors")

@@ -287,7 +287,7 @@ def test_weights_that_are_not_whole(text, trained, tmp_path):
     with pytest.raises(UserError, match=r"model is damaged \(model.safetensors has \d+ bytes instead of"):
         new_model(onto(text, folder), 300)
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="not all there: missing backbone.lm.model.norm.weight; give a folder whose"):
+    with pytest.raises(UserError, match="weights are missing: backbone.lm.model.norm.weight; give a folder whose"):
         new_model(onto(text, folder), 300)
     os.truncate(folder / "model.safetensors", 1000)
     with pytest.raises(UserError, match="its weights cannot be loaded"):
@@ -302,7 +302,7 @@ def test_foreign_weights_that_are_not_whole(tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXModel
 
     GPTNeoXModel(GPTNeoXConfig(vocab_size=97, **training_worker.SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="not all there: missing lm_head.weight; give a folder"):
+    with pytest.raises(UserError, match="weights are missing: lm_head.weight; give a folder"):
         from_weights(tmp_path, None)
 
 
