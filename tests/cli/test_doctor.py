@@ -89,7 +89,7 @@ def test_time_follows_the_price(examine):
         ({"data.tokenizer": "bpe-3"}, "model", "'bpe-N' takes N from 257"),
         ({"data.tokenizer": "./no/such"}, "model", "data.tokenizer: no such folder: './no/such'"),
         ({"data.text": "./no/such.txt"}, "text", "data.text: no such file or folder: './no/such.txt'"),
-        ({"data.context": 0}, "context", "expected at least 1 token, got 0"),
+        ({"data.context": 0}, "context", "a window needs at least 1 token, got 0"),
         ({"train.steps": 0}, "train", "train.steps: at least 1, got 0"),
         ({"train.dtype": "float16"}, "train", "unknown train.dtype 'float16'"),
         (

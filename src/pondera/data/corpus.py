@@ -205,7 +205,7 @@ class Windows:
 
 def _check(config: DataConfig) -> None:
     if config.context < 1:
-        raise UserError(f"data.context: expected at least 1 token, got {config.context}")
+        raise UserError(f"data.context: a window needs at least 1 token, got {config.context}")
     if not 0 < config.validation < 1:
         raise UserError(
             f"data.validation: expected a share such as 0.05, more than 0 and less than 1; got {config.validation}"
