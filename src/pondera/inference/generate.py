@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pondera.core.errors import UserError
-from pondera.core.hf import CACHE
 from pondera.data.tokenizer import check_ids
 from pondera.inference.load import Loaded, load
 
@@ -76,6 +75,7 @@ def generate(
     import torch
 
     from pondera.cache.token_cache import TokenCache
+    from pondera.core.hf import CACHE
 
     model: Any = loaded.model
     budget = effort_arguments(model, effort, max_passes)

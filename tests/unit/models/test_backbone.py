@@ -109,7 +109,7 @@ class TestLayerRanges:
 
 
 def test_unmapped_architecture_is_refused_by_name():
-    with pytest.raises(UserError, match="qwen3_next: layer ranges are not mapped.*llama"):
+    with pytest.raises(UserError, match="qwen3_next: layer ranges are not supported.*llama"):
         build("qwen3_next").run(torch.zeros(1, 2, 64), range(0, 1))
 
 
