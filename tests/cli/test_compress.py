@@ -57,7 +57,7 @@ def test_everything_at_once(said, model: Path, text: Path, tmp_path: Path):
     assert full["of_full"] == full["agreement"] == 1.0 and all(row["of_full"] < 1 for row in others)
     assert "StreamingLLM(9): " in progress and "pondera generate" in progress
     page = plot.read_text()
-    assert "<svg" in page and "StreamingLLM" in page and "recalled" in page
+    assert "<svg" in page and "StreamingLLM" in page and "Recall" in page
     loaded = load(out)
     assert loaded.model.config.kv_cache == "StreamingLLM(9)"
     assert main(["generate", str(out), "--prompt", "The", "--max-new-tokens", "4"]) == 0

@@ -191,7 +191,7 @@ def test_tokenizer_must_be_there_and_fit(folder: Path, tmp_path: Path):
     larger = train_tokenizer(["one two three four five six seven eight nine ten eleven twelve " * 9], 300)
     larger.save_pretrained(folder)
     assert len(larger) > 280
-    with pytest.raises(UserError, match="embeds 280 tokens"):  # as soon as a text has one of the others
+    with pytest.raises(UserError, match="has embeddings for 280 tokens"):  # as soon as a text has one of the others
         generate(folder, "one two three four five six seven eight nine ten eleven twelve")
     for file in folder.glob("tokenizer*"):
         file.unlink()
