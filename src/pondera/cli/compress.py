@@ -31,7 +31,7 @@ def parser() -> Parser:
         "(next tokens equal to those with the full cache) and recall of an early passage. Recommends the elbow, and with "
         "--out saves the model with that method."
     )
-    found = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("the held-out text"))
+    found = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("evaluation text"))
     found.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
     found.add_argument(
         "--kv-cache",
