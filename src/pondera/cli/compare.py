@@ -19,14 +19,14 @@ pondera compare plain mine.yaml --equal flops --flops 1e14 --out runs/mine --jso
 
 def parser() -> Parser:
     """The argument parser of ``pondera compare``."""
-    found = Parser(
+    arguments = Parser(
         "compare",
         "Trains every recipe with every seed and prints scores and costs, as mean ± standard deviation over seeds. "
         "Settings by dotted name (see `pondera train --help`) apply to all recipes.",
         EXAMPLES,
         settings="",
     )
-    add = found.add_argument
+    add = arguments.add_argument
     add("recipes", nargs="+", metavar="RECIPE", help="recipes or YAML files; the first is the baseline")
     add("--seeds", type=positive_int(1), default=3, metavar="N", help="runs per recipe (default: 3)")
     add("--equal", choices=("tokens", "flops"), default="tokens", help="what the runs have in common (default: tokens)")
@@ -41,7 +41,7 @@ def parser() -> Parser:
     )
     add("--out", type=Path, metavar="DIR", help="folder for runs and report (default: runs/compare-RECIPES)")
     add("--json", action="store_true", help="print JSON only")
-    return found
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

@@ -31,41 +31,41 @@ def parser() -> Parser:
         "(next tokens equal to those with the full cache) and recall of an early passage. Recommends the elbow, and with "
         "--out saves the model with that method."
     )
-    found = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("evaluation text"))
-    found.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
-    found.add_argument(
+    arguments = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("evaluation text"))
+    arguments.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument(
         "--kv-cache",
         action="append",
         default=[],
         metavar="SPEC",
         help="a method such as 'H2O(0.25)', see `pondera methods`; may be repeated (default: a sweep)",
     )
-    found.add_argument(
+    arguments.add_argument(
         "--calibrate", metavar="TEXT", help="calibration text for codebooks (default: the training text of the run)"
     )
-    found.add_argument(
+    arguments.add_argument(
         "--calibrate-tokens",
         type=positive_int(1),
         default=65536,
         metavar="N",
         help="number of calibration tokens (default: %(default)s)",
     )
-    found.add_argument(
+    arguments.add_argument(
         "--windows",
         type=positive_int(1),
         default=8,
         metavar="N",
         help="number of held-out windows (default: %(default)s)",
     )
-    found.add_argument(
+    arguments.add_argument(
         "--plot", type=Path, metavar="FILE", help="write an HTML page with plots of quality against bytes"
     )
-    found.add_argument(
+    arguments.add_argument(
         "--out", type=Path, metavar="FOLDER", help="save the model with the recommended method to this folder"
     )
-    found.add_argument("--keep", metavar="SPEC", help="with --out: save this method instead of the recommended one")
-    found.add_argument("--json", action="store_true", help="print JSON only")
-    return found
+    arguments.add_argument("--keep", metavar="SPEC", help="with --out: save this method instead of the recommended one")
+    arguments.add_argument("--json", action="store_true", help="print JSON only")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,15 +23,15 @@ It takes about five minutes on two cores.
 
 def parser() -> Parser:
     """The argument parser of ``pondera demo``."""
-    found = Parser(
+    arguments = Parser(
         "demo",
         "Trains tiny models on the standard library of this Python and compares them; needs no network.",
         EXAMPLES,
     )
-    found.add_argument(
+    arguments.add_argument(
         "--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for runs and report (default: demo)"
     )
-    return found
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

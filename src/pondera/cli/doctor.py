@@ -16,17 +16,17 @@ pondera doctor mine.yaml --backbone.hidden_size 1024 --train.batch_size 64
 
 def parser() -> Parser:
     """The argument parser of ``pondera doctor``."""
-    found = Parser(
+    arguments = Parser(
         "doctor",
         "Checks installation, machine and config, and estimates memory and time, without training. The exit code is 2 if "
         "the run cannot work. Settings are given as for `pondera train`.",
         EXAMPLES,
         settings="",
     )
-    found.add_argument(
+    arguments.add_argument(
         "recipe", nargs="?", default="plain", metavar="RECIPE", help="a recipe or YAML file (default: plain)"
     )
-    return found
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

@@ -29,20 +29,20 @@ SHOWN = (
 
 def parser() -> Parser:
     """The argument parser of ``pondera eval``."""
-    found = Parser(
+    arguments = Parser(
         "eval",
         "Evaluates a trained model on held-out text.",
         EXAMPLES,
         settings="data.",
         notes=lambda: text_notes("evaluation text"),
     )
-    found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
-    found.add_argument(
+    arguments.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument(
         "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens to score (default: all)"
     )
-    add_budget(found, several=True)
-    found.add_argument("--json", action="store_true", help="print JSON only")
-    return found
+    add_budget(arguments, several=True)
+    arguments.add_argument("--json", action="store_true", help="print JSON only")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

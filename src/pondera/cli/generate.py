@@ -25,33 +25,35 @@ cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
 
 def parser() -> Parser:
     """The argument parser of ``pondera generate``."""
-    found = Parser("generate", "Continues a prompt.", EXAMPLES)
-    found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
-    found.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
-    found.add_argument(
+    arguments = Parser("generate", "Continues a prompt.", EXAMPLES)
+    arguments.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
+    arguments.add_argument(
         "--max-new-tokens",
         type=positive_int(1),
         default=100,
         metavar="N",
         help="maximum number of new tokens (default: 100)",
     )
-    found.add_argument(
+    arguments.add_argument(
         "--temperature", type=bounded_float(0), metavar="X", help="sampling temperature; 0 is greedy (default: 0.8)"
     )
-    found.add_argument(
+    arguments.add_argument(
         "--top-p",
         type=bounded_float(0, 1, above=True),
         metavar="X",
         help="nucleus sampling: probability mass of the candidates (default: 0.95)",
     )
-    found.add_argument("--greedy", action="store_true", help="greedy decoding, same as --temperature 0")
-    found.add_argument(
+    arguments.add_argument("--greedy", action="store_true", help="greedy decoding, same as --temperature 0")
+    arguments.add_argument(
         "--seed", type=positive_int(0), default=0, metavar="N", help="random seed of the sampling (default: 0)"
     )
-    add_budget(found)
-    found.add_argument("--show-concepts", action="store_true", help="list the chunks of the text with their concepts")
-    found.add_argument("--show-compute", action="store_true", help="show the text shaded by passes per token")
-    return found
+    add_budget(arguments)
+    arguments.add_argument(
+        "--show-concepts", action="store_true", help="list the chunks of the text with their concepts"
+    )
+    arguments.add_argument("--show-compute", action="store_true", help="show the text shaded by passes per token")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

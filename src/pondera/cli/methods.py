@@ -24,10 +24,10 @@ PONDERA_METHODS=my_methods pondera methods --json
 
 def parser() -> Parser:
     """The argument parser of ``pondera methods``."""
-    found = Parser("methods", "Lists the methods with their paper, cost and measured results.", EXAMPLES)
-    found.add_argument("name", nargs="?", metavar="NAME", help="describe this method")
-    found.add_argument("--json", action="store_true", help="print JSON only")
-    return found
+    arguments = Parser("methods", "Lists the methods with their paper, cost and measured results.", EXAMPLES)
+    arguments.add_argument("name", nargs="?", metavar="NAME", help="describe this method")
+    arguments.add_argument("--json", action="store_true", help="print JSON only")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

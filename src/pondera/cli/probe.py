@@ -36,27 +36,29 @@ HELD_OUT = 65536
 def parser() -> Parser:
     """The argument parser of ``pondera probe``."""
     about = "Analyses a trained model on a text, or tensors in a file. Without a NAME it lists the probes."
-    found = Parser("probe", about, EXAMPLES)
-    found.add_argument("name", nargs="?", metavar="NAME", help="the probe, such as think_trace or Collapse(rank=12.0)")
-    found.add_argument(
+    arguments = Parser("probe", about, EXAMPLES)
+    arguments.add_argument(
+        "name", nargs="?", metavar="NAME", help="the probe, such as think_trace or Collapse(rank=12.0)"
+    )
+    arguments.add_argument(
         "path",
         nargs="?",
         metavar="MODEL",
         help="a run folder, a model folder, a hub name, or a file of tensors (.safetensors)",
     )
-    found.add_argument("--text", metavar="TEXT", help="input of the model (default: held-out text of the run)")
-    found.add_argument(
+    arguments.add_argument("--text", metavar="TEXT", help="input of the model (default: held-out text of the run)")
+    arguments.add_argument(
         "--data.text", dest="source", metavar="FILE", help="read the input from this file (its first document)"
     )
-    found.add_argument(
+    arguments.add_argument(
         "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens (default: set by the probe)"
     )
-    found.add_argument(
+    arguments.add_argument(
         "--top", type=positive_int(1), metavar="K", help="number of candidates to list (default: set by the probe)"
     )
-    found.add_argument("--plot", type=Path, metavar="FILE", help="write an HTML page with plots")
-    found.add_argument("--json", action="store_true", help="print JSON only")
-    return found
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="write an HTML page with plots")
+    arguments.add_argument("--json", action="store_true", help="print JSON only")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

@@ -21,14 +21,14 @@ pondera report results/heads/books-cpu
 
 def parser() -> Parser:
     """The argument parser of ``pondera report``."""
-    found = Parser("report", "Writes one self-contained HTML page: curves, scores, costs and samples.", EXAMPLES)
-    found.add_argument(
+    arguments = Parser("report", "Writes one self-contained HTML page: curves, scores, costs and samples.", EXAMPLES)
+    arguments.add_argument(
         "runs", nargs="+", metavar="RUN", help=f"run folders, folders that contain some at any depth, or a {ARCHIVE}"
     )
-    found.add_argument(
+    arguments.add_argument(
         "--out", type=Path, default=Path("report.html"), metavar="FILE", help="file to write (default: report.html)"
     )
-    return found
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

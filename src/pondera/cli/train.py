@@ -28,17 +28,17 @@ pondera train adaptivelatentcot --backbone runs/plain-seed0 --out runs/thinking
 
 def parser() -> Parser:
     """The argument parser of ``pondera train``."""
-    found = Parser(
+    arguments = Parser(
         "train",
         "Trains one model. Every setting of the recipe can be overridden by its dotted name.",
         EXAMPLES,
         settings="",
         notes=lambda: f"{recipes()}\n\n{every_setting()}\n",
     )
-    found.add_argument("recipe", metavar="RECIPE", help="a recipe, a YAML file, or with --resume a run folder")
-    found.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME-seedSEED)")
-    found.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the run folder")
-    return found
+    arguments.add_argument("recipe", metavar="RECIPE", help="a recipe, a YAML file, or with --resume a run folder")
+    arguments.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME-seedSEED)")
+    arguments.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the run folder")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:

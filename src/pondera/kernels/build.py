@@ -124,14 +124,14 @@ def _compiler() -> tuple[list[str], str]:
     path = shutil.which(given[0]) if given else next(filter(None, map(shutil.which, COMPILERS)), None)
     if path is None:
         raise Unavailable(f"no C compiler ({given[0] if given else ', '.join(COMPILERS)} not found)")
-    said = ""
+    errors = ""
     for for_this_cpu in FOR_THIS_CPU:
         command = [path, *given[1:], *FLAGS, *for_this_cpu]
         macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
         if macros.returncode == 0:
             return command, macros.stdout
-        said = said or macros.stderr
-    raise Unavailable(f"{path} does not compile: {_gist(said)}")
+        errors = errors or macros.stderr
+    raise Unavailable(f"{path} does not compile: {_gist(errors)}")
 
 
 def _built(command: list[str], source: Path, name: Path) -> Path:
@@ -169,7 +169,7 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:DIGITS]
 
 
-def _gist(said: str) -> str:
+def _gist(output: str) -> str:
     """The first error line in the output of a compiler."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
     return next((line for line in lines if "error" in line), lines[-1] if lines else "no error message")
