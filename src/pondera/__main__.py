@@ -1,4 +1,4 @@
-"""``python -m pondera``: the same as the command ``pondera``."""
+"""``python -m pondera``: same as the command ``pondera``."""
 
 import sys
 

@@ -54,7 +54,7 @@ def test_native_kernels(examine, monkeypatch):
     monkeypatch.setattr(build, "why_not", lambda name: "")
     assert examine({})["ok", "native"] == "kernels in use: " + ", ".join(build.kernels())
     monkeypatch.setattr(build, "why_not", lambda name: build.OFF)
-    assert examine({})["ok", "native"].endswith("so the slower torch code runs: PONDERA_NATIVE=0 turns them off")
+    assert examine({})["ok", "native"].endswith("so the slower torch code runs: disabled by PONDERA_NATIVE=0")
     monkeypatch.setattr(build, "why_not", lambda name: "no C compiler")
     assert examine({})["warning", "native"].endswith("so the slower torch code runs: no C compiler")
 
@@ -82,7 +82,7 @@ def test_time_follows_the_price(examine):
         ({"think": "PonderLM2(thoughts=-1)"}, "model", "thoughts=-1: give 0"),
         ({"backbone.model_type": "lama"}, "model", "unknown backbone model_type 'lama'; did you mean 'llama'"),
         ({"backbone.hiden_size": 8}, "model", "did you mean 'backbone.hidden_size'"),
-        ({"backbone.num_attention_heads": 5}, "model", "backbone: llama refuses these settings"),
+        ({"backbone.num_attention_heads": 5}, "model", "backbone: invalid settings of llama"),
         ({"init": "scald"}, "model", "unknown init 'scald'; did you mean 'scaled'?"),
         ({"backbone.vocab_size": 100}, "model", "the backbone has 100 tokens and the tokenizer 'bpe-2048' has 2048"),
         ({"backbone.max_position_embeddings": 128}, "model", "256 tokens exceed the 128 positions of the backbone"),
@@ -146,7 +146,7 @@ def test_an_architecture_without_a_price(examine):
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     found = examine({**{key: None for key in SMALL}, "backbone": {"model_type": "phi", **sizes}})
     assert not problems(found)
-    assert "cannot be estimated: no price is known for model_type 'phi'" in found["warning", "time"]
+    assert "cannot be estimated: no cost model for model_type 'phi'" in found["warning", "time"]
 
 
 def test_sliding_windows(examine):
@@ -204,5 +204,5 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert out.startswith("checking plain\n  ok       python") and out.endswith("ready to run\n")
     assert main(["doctor", "--train.steps", "-1"]) == 2
     out = capsys.readouterr().out
-    assert "  problem  train" in out and out.endswith("cannot run as it is: see the problems above\n")
+    assert "  problem  train" in out and out.endswith("cannot run: see the problems above\n")
     assert not any(tmp_path.iterdir())

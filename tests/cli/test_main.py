@@ -125,7 +125,7 @@ def test_help_names_every_verb(said):
         ("eval ./nowhere --max-tokens 0", "argument --max-tokens: expected a whole number of at least 1"),
         ("generate ./nowhere", "the following arguments are required: --prompt"),
         ("generate ./nowhere --promt a", "unknown option --promt; did you mean --prompt?"),
-        ("generate ./nowhere --prompt a --greedy --temperature 1", "--greedy leaves nothing to sample"),
+        ("generate ./nowhere --prompt a --greedy --temperature 1", "--greedy does not sample"),
         ("generate ./nowhere --prompt a --temperature nan", "argument --temperature: expected a number at least 0"),
         ("generate ./nowhere --prompt a --top-p 0", "argument --top-p: expected a number above 0 and at most 1"),
         ("report nowhere", "no such folder: 'nowhere'"),
@@ -163,7 +163,7 @@ def test_files_that_are_no_recipe(content, message, said, tmp_path):
 
 def test_a_prompt_that_is_no_text():
     done = pondera("generate", "./nowhere", "--prompt", b"\xff")
-    assert done.returncode == 2 and "--prompt: this is not UTF-8 text" in done.stderr
+    assert done.returncode == 2 and "--prompt: not UTF-8 text" in done.stderr
 
 
 # Exit codes

@@ -56,15 +56,15 @@ def test_it_lists_the_probes(said):
     [
         (["think_trcae", "."], "unknown probe 'think_trcae'; did you mean 'ThinkTrace'? (allowed: Collapse"),
         (["PonderLM2", "."], "unknown probe 'PonderLM2'"),
-        (["think_trace"], "say which model to look at: pondera probe think_trace RUN"),
+        (["think_trace"], "MODEL is missing; type: pondera probe think_trace RUN"),
         (["think_trace", "./no"], "no such folder: './no'"),
         (
             ["think_trace", "./no", "--text", "a", "--data.text", "b"],
-            "--text and --data.text both say what the model reads",
+            "--text and --data.text exclude each other",
         ),
         (["think_trace", "./no", "--data.text", "nowhere.txt"], "no such file or folder: 'nowhere.txt'"),
-        (["think_trace", "./no", "--text", "a\udcff"], "--text: this is not UTF-8 text"),
-        (["think_trace", "./no", "--text", __file__], "there is a file of that name, and --text is what"),
+        (["think_trace", "./no", "--text", "a\udcff"], "--text: not UTF-8 text"),
+        (["think_trace", "./no", "--text", __file__], "this is a file, and --text takes the text itself"),
         (["think_trace", "./no", "--text", "é" * 300 + "\0"], "no such folder: './no'"),
         (["think_trace", "./no", "--text", "a"], "no such folder: './no'"),
         (["think_trace(tpo=3)", "./no", "--text", "a"], "unknown argument of ThinkTrace 'tpo'; did you mean 'top'"),
@@ -143,7 +143,7 @@ def test_a_text_is_cut_to_the_positions_of_the_model(said, model):
 
 def test_without_a_text_a_model_that_is_no_run_says_what_to_give(said, model):
     code, out, err = said("think_trace", model)
-    assert (code, out) == (2, "") and 'say what the model reads: --text "Once upon a time", or --data.text FILE' in err
+    assert (code, out) == (2, "") and 'give --text "Once upon a time" or --data.text FILE' in err
 
 
 def test_concepts_are_listed_and_shown_beside_what_is_written(said, tmp_path, capsys):

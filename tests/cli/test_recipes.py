@@ -87,7 +87,7 @@ def test_bases_that_cannot_be(write):
         run_config.load, write("c.yaml", "base: [plain]")
     )
     file = write("self.yaml", "base: self.yaml")
-    assert "goes round in a circle (self.yaml -> self.yaml)" in error(run_config.load, file)
+    assert "the files extend each other in a circle (self.yaml -> self.yaml)" in error(run_config.load, file)
     write("one.yaml", "base: two.yaml")
     assert "(one.yaml -> two.yaml -> one.yaml)" in error(
         run_config.load, write("two.yaml", "base: one.yaml").with_name("one.yaml")

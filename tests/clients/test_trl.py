@@ -87,7 +87,7 @@ def test_terms_that_a_loss_says_nothing_of_are_refused(chosen):
     add_fused_lm_head(model)
     draw(model)
     log_probs = model(input_ids=x, labels=x, fused_lm_head=True).log_probs
-    with pytest.raises(UserError, match="some tokens less likely"):
+    with pytest.raises(UserError, match="decreases the probability of some tokens"):
         (log_probs[0].sum() - log_probs[1].sum()).backward()
     if "judge" not in str(chosen) and model(x).terms:
         with pytest.raises(UserError, match="base_model"):

@@ -120,8 +120,8 @@ def describe(config: Any) -> Stack:
     entry = family(config)
     if entry.layer is None:
         raise UserError(
-            f"no price is known for model_type {config.model_type!r}; use one of {listed(lambda each: each.layer)}, "
-            "or describe its layer in pondera/arch/families.py"
+            f"no cost model for model_type {config.model_type!r}; use one of {listed(lambda each: each.layer)}, "
+            "or add its layer to pondera/arch/families.py"
         )
     learned = entry.modules is not None and entry.modules.positions is not None
     width, vocabulary = config.hidden_size, config.vocab_size

@@ -1,1 +1,1 @@
-"""The command line: one file per verb, in `main.py` what all of them share."""
+"""The command line: one file per verb; `main.py` dispatches."""

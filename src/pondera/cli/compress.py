@@ -1,4 +1,4 @@
-"""``pondera compress``: how much of the past a model can do without, by bytes and by quality."""
+"""``pondera compress``: measures KV cache methods on a model, as quality against bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pondera.core.errors import UserError
 if TYPE_CHECKING:
     from pondera.evaluation.kv_sweep import SweepRow
 
-SUMMARY = "fits a model's cache into less memory, and shows what that costs"
+SUMMARY = "compresses the KV cache of a model and measures what that costs in quality"
 EXAMPLES = """
 pondera compress runs/plain
 pondera compress path/to/model --data.text book.txt --kv-cache "StreamingLLM(0.25)" --kv-cache "H2O(0.25)"
@@ -25,49 +25,57 @@ pondera generate compressed --prompt "The sea"
 
 
 def parser() -> Parser:
-    """What ``pondera compress`` takes."""
+    """The argument parser of ``pondera compress``."""
     about = (
-        "Measures memories on one model, beside its full cache: bytes, bits per byte of held-out text, how often the next "
-        "token is what the full cache would have said, and how much of an early passage is recalled. Names the elbow, and "
-        "writes a model with it if asked to."
+        "Measures KV cache methods on a model against its full cache: bytes, bits per byte of held-out text, top-1 agreement "
+        "(next tokens equal to those with the full cache) and recall of an early passage. Recommends the elbow, and with "
+        "--out saves the model with that method."
     )
-    found = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("the held-out text"))
-    found.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
-    found.add_argument(
+    arguments = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("evaluation text"))
+    arguments.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument(
         "--kv-cache",
         action="append",
         default=[],
         metavar="SPEC",
-        help="such as 'H2O(0.25)'; give it several times to compare (default: a sweep); pondera methods lists them",
+        help="a method such as 'H2O(0.25)', see `pondera methods`; may be repeated (default: a sweep)",
     )
-    found.add_argument(
-        "--calibrate", metavar="TEXT", help="fit codebooks to this text (default: what a run trained on)"
+    arguments.add_argument(
+        "--calibrate", metavar="TEXT", help="calibration text for codebooks (default: the training text of the run)"
     )
-    found.add_argument(
+    arguments.add_argument(
         "--calibrate-tokens",
         type=positive_int(1),
         default=65536,
         metavar="N",
-        help="so much of it (default: %(default)s)",
+        help="number of calibration tokens (default: %(default)s)",
     )
-    found.add_argument(
-        "--windows", type=positive_int(1), default=8, metavar="N", help="of held-out text (default: %(default)s)"
+    arguments.add_argument(
+        "--windows",
+        type=positive_int(1),
+        default=8,
+        metavar="N",
+        help="number of held-out windows (default: %(default)s)",
     )
-    found.add_argument("--plot", type=Path, metavar="FILE", help="draw quality against bytes into an HTML page")
-    found.add_argument("--out", type=Path, metavar="FOLDER", help="write the model with the elbow's method there")
-    found.add_argument("--keep", metavar="SPEC", help="with --out: this method instead of the elbow's")
-    found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    return found
+    arguments.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write an HTML page with plots of quality against bytes"
+    )
+    arguments.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="save the model with the recommended method to this folder"
+    )
+    arguments.add_argument("--keep", metavar="SPEC", help="with --out: save this method instead of the recommended one")
+    arguments.add_argument("--json", action="store_true", help="print JSON only")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures, prints, draws and writes."""
+    """Measures the methods, prints the table, and writes the plots and the model if requested."""
     for text in [*args.kv_cache, *([args.keep] if args.keep else [])]:
         spec.find(spec.parse(text).name, "kv_cache")
     if args.keep and args.out is None:
-        raise UserError("--keep says what --out writes; give --out FOLDER, too")
+        raise UserError("--keep selects the method that --out saves; give --out FOLDER, too")
     if args.out is not None and args.out.exists():
-        raise UserError(f"--out {args.out}: something is there already; give another folder")
+        raise UserError(f"--out {args.out}: already exists; give another folder")
     with only_json(args.json):
         found = _compress(args)
     if args.json:
@@ -89,9 +97,9 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     found = {"name": loaded.name, "elbow": chosen.method, "rows": as_json(rows)}
     if not args.json:
         context = windows.ids_NT.shape[1] - 1
-        print_table(list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"a cache of {context} tokens")
+        print_table(list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"KV cache of {context} tokens")
         print(
-            f"the elbow: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes for "
+            f"elbow: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes of the full cache, "
             f"{chosen.bits_per_byte - rows[0].bits_per_byte:+.4f} bits per byte"
         )
     if args.plot is not None:
@@ -99,26 +107,26 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     if args.out is not None:
         text = spec.format(spec.parse(args.keep)) if args.keep else chosen.method
         save(loaded, memories[text], text, args.out)
-        print(f"written with {text}: pondera generate {args.out} --prompt ...", file=sys.stderr)
+        print(f"saved with {text}: pondera generate {args.out} --prompt ...", file=sys.stderr)
     return found
 
 
 def _row(row: SweepRow) -> dict[str, str]:
-    """A line of the table."""
+    """A row of the table."""
     return {
         "method": row.method,
         "cache bytes": f"{row.cache_bytes:,.0f}",
         "of full": f"{100 * row.of_full:.1f} %",
-        "tables": f"{row.table_bytes:,}" if row.table_bytes else "",
+        "table bytes": f"{row.table_bytes:,}" if row.table_bytes else "",
         "bits/byte": f"{row.bits_per_byte:.4f}",
-        "says the same": f"{100 * row.agreement:.1f} %",
-        "recalls": f"{100 * row.recall:.1f} %",
+        "top-1 agreement": f"{100 * row.agreement:.1f} %",
+        "recall": f"{100 * row.recall:.1f} %",
         "tokens/s": f"{row.tokens_per_second:.0f}",
     }
 
 
 def _draw(out: Path, name: str, rows: list[SweepRow], chosen: SweepRow) -> None:
-    """Quality against bytes: a line for each method, a point for each of its settings."""
+    """Plots quality against bytes, with a line per method and a point per setting."""
     from pondera.methods.probe.base import Plot
     from pondera.report.plots import write_plots
 
@@ -128,11 +136,11 @@ def _draw(out: Path, name: str, rows: list[SweepRow], chosen: SweepRow) -> None:
             found.setdefault(spec.parse(row.method).name, []).append((100 * row.of_full, height(row)))
         return found
 
-    across = "% of the full cache's bytes"
+    across = "% of the bytes of the full cache"
     plots = [
-        Plot("What is lost", across, "bits per byte", lines(lambda row: row.bits_per_byte)),
-        Plot("What is said", across, "% as the full cache", lines(lambda row: 100 * row.agreement)),
-        Plot("What is recalled", across, "% of a passage", lines(lambda row: 100 * row.recall)),
+        Plot("Loss", across, "bits per byte", lines(lambda row: row.bits_per_byte)),
+        Plot("Top-1 agreement", across, "% of next tokens", lines(lambda row: 100 * row.agreement)),
+        Plot("Recall", across, "% of a passage", lines(lambda row: 100 * row.recall)),
     ]
-    note = f"The elbow: {chosen.method}, {100 * chosen.of_full:.1f} % of the full cache's bytes."
-    write_plots(plots, note, out, f"memories of {name}")
+    note = f"Elbow: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes of the full cache."
+    write_plots(plots, note, out, f"KV cache methods on {name}")

@@ -1,4 +1,4 @@
-"""A run's config from the command line, refused before anything heavy is imported."""
+"""Loads and checks the config of a run before slow imports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pondera.core.run_config import RunConfig
 
 
 def load_config(source: str, overrides: dict[str, Any]) -> RunConfig:
-    """A checked config whose methods exist, from a recipe or file and dotted overrides."""
+    """Loads a recipe or YAML file with dotted overrides and checks that its methods exist."""
     config = run_config.load(source, overrides)
     for seam in spec.SEAMS:
         text = getattr(config, seam)

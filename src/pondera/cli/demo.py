@@ -1,4 +1,4 @@
-"""``pondera demo``: something to look at, from nothing."""
+"""``pondera demo``: trains three tiny models and shows a first comparison."""
 
 from __future__ import annotations
 
@@ -8,30 +8,34 @@ from pathlib import Path
 from pondera.cli.output import print_comparison
 from pondera.cli.parser import Parser
 
-SUMMARY = "trains tiny models of text that you have and shows what thinking changes"
+SUMMARY = "trains three tiny models on local text and shows the effect of latent thoughts"
 EXAMPLES = """
 pondera demo
 pondera demo --out demo
 """
-INTRODUCTION = """Three small Llamas learn from the sources and docs of this Python, with three seeds each.
+INTRODUCTION = """Trains three small Llamas on the sources and docs of this Python, with three seeds each.
 It takes about five minutes on two cores.
   plain              3 layers, one pass per token
-  doubledepth        6 layers, one pass: what two passes through 3 layers cost
-  adaptivelatentcot  3 layers, two passes: every token takes one latent thought before it is predicted
+  doubledepth        6 layers, one pass: same cost as two passes through 3 layers
+  adaptivelatentcot  3 layers, two passes: one latent thought per token before its prediction
 """
 
 
 def parser() -> Parser:
-    """What ``pondera demo`` takes."""
-    found = Parser("demo", "Trains tiny models on this Python's own library and compares them; no network.", EXAMPLES)
-    found.add_argument(
-        "--out", type=Path, default=Path("demo"), metavar="DIR", help="for runs and report (default: demo)"
+    """The argument parser of ``pondera demo``."""
+    arguments = Parser(
+        "demo",
+        "Trains tiny models on the standard library of this Python and compares them; needs no network.",
+        EXAMPLES,
     )
-    return found
+    arguments.add_argument(
+        "--out", type=Path, default=Path("demo"), metavar="DIR", help="folder for runs and report (default: demo)"
+    )
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the demo and says what came out, and where everything is."""
+    """Runs the demo, prints the results and the paths of its files."""
     import sys
 
     from pondera.comparison.demo import demo
@@ -40,12 +44,12 @@ def run(args: argparse.Namespace) -> int:
     print(INTRODUCTION, flush=True)
     found = demo(args.out, progress=True)
     print_comparison(found.comparison)
-    print("\nWhat the thinking model writes, shaded by passes per token:\n")
+    print("\nA sample of the latent-thought model, shaded by passes per token:\n")
     print(shade_terminal(found.sample.tokens, found.sample.passes, color=sys.stdout.isatty()))
     print(f"""
-  the page:     {found.report}
-  the numbers:  {args.out / "results.json"}
-  the runs:     {args.out / "runs"}
+  report:   {found.report}
+  numbers:  {args.out / "results.json"}
+  runs:     {args.out / "runs"}
 
 Next:
   pondera generate {found.thinker} --prompt "class " --show-compute

@@ -1,4 +1,4 @@
-"""``pondera eval``: what a trained model scores on a text, and what a token costs."""
+"""``pondera eval``: evaluates a trained model on held-out text, with the cost per token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pondera.cli.output import only_json, print_json, print_table
 from pondera.cli.parser import Parser, add_budget, positive_int, text_notes
 
-SUMMARY = "scores a trained model on a text, with the price of a token"
+SUMMARY = "evaluates a trained model on held-out text, with the cost per token"
 EXAMPLES = """
 pondera eval runs/ponderlm2-seed0
 pondera eval runs/ponderlm2-seed0 --data.text book.txt --max-tokens 100000
@@ -23,28 +23,30 @@ SHOWN = (
     ("passes_per_token", "passes", "per token"),
     ("inference_flops_per_token", "FLOPs", "per generated token"),
     ("kv_bytes_per_token", "KV cache", "bytes per token"),
-    ("tokens_per_second", "speed", "tokens per second, here and now"),
+    ("tokens_per_second", "speed", "tokens per second, measured"),
 )
 
 
 def parser() -> Parser:
-    """What ``pondera eval`` takes."""
-    found = Parser(
+    """The argument parser of ``pondera eval``."""
+    arguments = Parser(
         "eval",
-        "Scores a trained model on held-out text.",
+        "Evaluates a trained model on held-out text.",
         EXAMPLES,
         settings="data.",
-        notes=lambda: text_notes("the text"),
+        notes=lambda: text_notes("evaluation text"),
     )
-    found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
-    found.add_argument("--max-tokens", type=positive_int(1), metavar="N", help="score at most this many (default: all)")
-    add_budget(found, several=True)
-    found.add_argument("--json", action="store_true", help="print the scores as JSON, and nothing else")
-    return found
+    arguments.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument(
+        "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens to score (default: all)"
+    )
+    add_budget(arguments, several=True)
+    arguments.add_argument("--json", action="store_true", help="print JSON only")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores and prints."""
+    """Evaluates the model at each effort and prints the scores."""
     from pondera.evaluation.perplexity import evaluate
     from pondera.inference.load import load
 
@@ -60,19 +62,19 @@ def run(args: argparse.Namespace) -> int:
                 print(f"  {name:15}{_number(found[0][key]):>12}  {unit}")
     else:
         rows = [_row(effort, one, found) for effort, one in zip(wanted, found, strict=True)]
-        print_table(list(rows[0]), [list(row.values()) for row in rows], "what thinking less costs")
+        print_table(list(rows[0]), [list(row.values()) for row in rows], "quality and cost by effort")
     return 0
 
 
 def _row(effort: str | float | None, one: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, str]:
-    """A line of the curve: what an effort buys, and what it costs in quality against the most passes."""
+    """A row of the table: quality and cost at one effort, compared with the row of most passes."""
     full = max(found, key=lambda other: other["passes_per_token"])
     flops = one["inference_flops_per_token"]
     return {
         "effort": str(effort),
         "passes/token": f"{one['passes_per_token']:.3f}",
         "bits/byte": f"{one['bits_per_byte']:.4f}",
-        "worse by": f"{one['bits_per_byte'] - full['bits_per_byte']:+.4f}",
+        "Δ bits/byte": f"{one['bits_per_byte'] - full['bits_per_byte']:+.4f}",
         "FLOPs/token": "" if flops is None else f"{flops:.3g}",
         "KV bytes/token": "" if one["kv_bytes_per_token"] is None else f"{one['kv_bytes_per_token']:,.0f}",
         "tokens/s": f"{one['tokens_per_second']:.0f}",

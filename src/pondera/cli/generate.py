@@ -1,4 +1,4 @@
-"""``pondera generate``: text from a trained model, as it comes."""
+"""``pondera generate``: streams text from a trained model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pondera.core.escape import escape_lines
 if TYPE_CHECKING:
     from pondera.inference.load import Loaded
 
-SUMMARY = "writes on from a prompt; can show what each token took"
+SUMMARY = "continues a prompt; can show the passes per token"
 EXAMPLES = """
 pondera generate runs/ponderlm2-seed0 --prompt "def read(path):"
 pondera generate runs/ponderlm2-seed0 --prompt "The" --greedy --max-new-tokens 40 --show-compute
@@ -24,29 +24,42 @@ cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
 
 
 def parser() -> Parser:
-    """What ``pondera generate`` takes."""
-    found = Parser("generate", "Writes on from a prompt.", EXAMPLES)
-    found.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
-    found.add_argument("--prompt", required=True, metavar="TEXT", help="what to go on from; - reads it from stdin")
-    found.add_argument("--max-new-tokens", type=positive_int(1), default=100, metavar="N", help="(default: 100)")
-    found.add_argument("--temperature", type=bounded_float(0), metavar="X", help="0 is greedy (default: 0.8)")
-    found.add_argument(
-        "--top-p", type=bounded_float(0, 1, above=True), metavar="X", help="probability drawn from (default: 0.95)"
+    """The argument parser of ``pondera generate``."""
+    arguments = Parser("generate", "Continues a prompt.", EXAMPLES)
+    arguments.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
+    arguments.add_argument(
+        "--max-new-tokens",
+        type=positive_int(1),
+        default=100,
+        metavar="N",
+        help="maximum number of new tokens (default: 100)",
     )
-    found.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    found.add_argument("--seed", type=positive_int(0), default=0, metavar="N", help="of the sampling (default: 0)")
-    add_budget(found)
-    found.add_argument(
-        "--show-concepts", action="store_true", help="then list the chunks of the text with their concepts"
+    arguments.add_argument(
+        "--temperature", type=bounded_float(0), metavar="X", help="sampling temperature; 0 is greedy (default: 0.8)"
     )
-    found.add_argument("--show-compute", action="store_true", help="then show the text shaded by passes per token")
-    return found
+    arguments.add_argument(
+        "--top-p",
+        type=bounded_float(0, 1, above=True),
+        metavar="X",
+        help="nucleus sampling: probability mass of the candidates (default: 0.95)",
+    )
+    arguments.add_argument("--greedy", action="store_true", help="greedy decoding, same as --temperature 0")
+    arguments.add_argument(
+        "--seed", type=positive_int(0), default=0, metavar="N", help="random seed of the sampling (default: 0)"
+    )
+    add_budget(arguments)
+    arguments.add_argument(
+        "--show-concepts", action="store_true", help="list the chunks of the text with their concepts"
+    )
+    arguments.add_argument("--show-compute", action="store_true", help="show the text shaded by passes per token")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Streams the text to stdout."""
     if args.greedy and (args.temperature or args.top_p is not None):
-        raise UserError("--greedy leaves nothing to sample; leave out --greedy, or --temperature and --top-p")
+        raise UserError("--greedy does not sample; leave out --greedy, or --temperature and --top-p")
     prompt = _prompt(args.prompt)
 
     from pondera.inference.generate import generate
@@ -56,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     terminal = sys.stdout.isatty()
 
     def on_text(text: str) -> None:
-        # A model may print anything, and a terminal would obey its control characters.
+        # The model can generate control characters, which must not reach the terminal.
         print(escape_lines(text) if terminal else text, end="", flush=True)
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
@@ -64,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     loaded = load(args.path) if args.show_concepts else None
     if loaded is not None and loaded.model.chunk is None:
         raise UserError(
-            f"--show-concepts: {loaded.name} has no concepts; leave it out, or give a model that was trained with "
+            f"--show-concepts: {loaded.name} has no concepts; leave it out, or use a model trained with "
             'chunk: "ConceptLM()"'
         )
     found = generate(
@@ -87,14 +100,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _show_concepts(loaded: Loaded, ids: list[int]) -> None:
-    """Each complete chunk with its codes, and how many of them the model had predicted."""
+    """Prints each complete chunk with its codes and the number of correctly predicted codes."""
     from pondera.methods.probe.concepts import cell, read
 
     rows = []
     for chunk in read(loaded.model, loaded.tokenizer, ids):
         right = sum(a == b for a, b in zip(chunk.codes, chunk.predicted or [], strict=False))
-        told = f"{right} of {len(chunk.codes)}" if chunk.predicted is not None else ""
-        rows.append([cell(chunk.text), " ".join(map(str, chunk.codes)), told])
+        correct = f"{right} of {len(chunk.codes)}" if chunk.predicted is not None else ""
+        rows.append([cell(chunk.text), " ".join(map(str, chunk.codes)), correct])
     print_table(["chunk", "concept", "predicted"], rows)
 
 
@@ -104,5 +117,5 @@ def _prompt(given: str) -> str:
             return sys.stdin.buffer.read().decode("utf-8")
         given.encode("utf-8")
     except UnicodeError:
-        raise UserError("--prompt: this is not UTF-8 text; convert it first, e.g. with iconv") from None
+        raise UserError("--prompt: not UTF-8 text; convert it first, e.g. with iconv") from None
     return given

@@ -1,4 +1,4 @@
-"""``pondera lm-eval``: EleutherAI's evaluation harness, which then knows ``--model pondera``."""
+"""``pondera lm-eval``: runs EleutherAI's lm-evaluation-harness with ``--model pondera`` registered."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from pondera.cli.parser import Parser
 from pondera.core.errors import Failure, UserError
 from pondera.data.text import first_line
 
-SUMMARY = "runs the tasks of EleutherAI's evaluation harness on a model"
+SUMMARY = "runs tasks of EleutherAI's lm-evaluation-harness on a model"
 ABOUT = """\
-Registers Pondera's models as --model pondera and runs lm-eval's own command with all arguments as they are.
-What it takes: `pondera lm-eval run --help`. Arguments of the model go into --model_args: pretrained (a run, a model folder or
+Registers Pondera's models as --model pondera and runs the command lm-eval with all arguments unchanged.
+Its help: `pondera lm-eval run --help`. Arguments of the model go into --model_args: pretrained (a run folder, a model folder or
 a hub name), dtype, tokenizer, revision, effort, max_passes, max_length and others.
-Needs lm-eval: pip install "pondera[eval]"."""
+Requires lm-eval: pip install "pondera[eval]"."""
 EXAMPLES = """
 pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm2-seed0 --tasks lambada_openai
 pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm3-seed0,effort=0.5 --tasks arc_easy --batch_size 8
@@ -26,22 +26,22 @@ MODEL, ADAPTER = "pondera", "pondera.evaluation.lm_eval_adapter:PonderaLM"
 
 
 class PassThrough(Parser):
-    """A parser that leaves every argument to another program, but for a lone ``--help``."""
+    """A parser that passes all arguments to another program, except a single ``--help``."""
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """All words, unread; or the help."""
+        """All arguments, unparsed; or the help."""
         return (
             super().parse(["--help"]) if list(words) in ([], ["-h"], ["--help"]) else argparse.Namespace(words=[*words])
         )
 
 
 def parser() -> Parser:
-    """What ``pondera lm-eval`` takes."""
+    """The argument parser of ``pondera lm-eval``."""
     return PassThrough("lm-eval", ABOUT, EXAMPLES)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calls lm-eval's command line."""
+    """Runs the command line of lm-eval."""
     try:
         import lm_eval.models  # noqa: F401 (fills the registry, from entry points too where lm-eval reads them)
         from lm_eval.__main__ import cli_evaluate
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         cli_evaluate()
     except UserError:
         raise
-    except Exception as error:  # its own mistakes and those of its input look alike, so its traceback is shown
+    except Exception as error:  # bugs and wrong input raise the same exceptions, so the traceback is shown
         traceback.print_exc()
         raise Failure(f"lm-eval failed: {first_line(error)}") from None
     finally:

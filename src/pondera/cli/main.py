@@ -1,7 +1,7 @@
-"""The command `pondera`: finds the verb, runs it, and turns what goes wrong into a message and an exit code.
+"""The command `pondera`: dispatches to a verb and turns exceptions into messages and exit codes.
 
 A verb is a module with `SUMMARY` (a line of ``pondera --help``), `parser()`, and `run(args)`, which returns the exit
-code. Whatever is slow to import is imported inside `run`, so that help and mistakes in the input are answered at once.
+code. Slow imports are inside `run`, so that help and errors in the input appear at once.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ SUCCESS, FAILURE, MISUSE, INTERRUPTED = 0, 1, 2, 130
 HELP = """\
 usage: pondera VERB ...
 
-Language models that weigh every token: how much to compute for it, and what that is worth at equal cost.
+Language models with adaptive compute and memory per token, compared at equal cost.
 
 verbs:
 {verbs}
 
-  pondera VERB --help    what a verb takes, with examples
+  pondera VERB --help    arguments of a verb, with examples
   pondera --version
 
 start here:
-  pondera demo                               train three tiny models, see what thinking changes: a few minutes
-  pondera train ponderlm2 --data.text books/ a small model of your own text, thinking once per token
-  pondera compare plain ponderlm2 --seeds 3  does it pay? each charged for what it spends
+  pondera demo                               train three tiny models and compare them: a few minutes
+  pondera train ponderlm2 --data.text books/ train a small model on your text, with one latent thought per token
+  pondera compare plain ponderlm2 --seeds 3  compare two recipes at equal cost
 
-exit codes: 0 success; 1 something failed; 2 the input needs a change; 130 interrupted
+exit codes: 0 success; 1 failure; 2 wrong input; 130 interrupted
 """
 
 
@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        argv: the words after ``pondera``; none: those of this process.
+        argv: the arguments after ``pondera``; default: `None`, those of this process.
 
     Returns:
-        The exit code: 0 success, 1 failure, 2 a mistake in the input, 130 interrupted.
+        The exit code: 0 success, 1 failure, 2 wrong input, 130 interrupted.
     """
     _prepare_streams()
     try:
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         _say(str(error))
         return MISUSE
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILURE
     except (KeyboardInterrupt, Interrupted) as error:
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILURE
     except Exception:
         print(escape_lines(traceback.format_exc()), end="", file=sys.stderr)
-        _say("this should not have happened; please report it with the lines above and what `pondera doctor` prints")
+        _say("internal error; please report it with the lines above and the output of `pondera doctor`")
         return FAILURE
 
 
@@ -102,7 +102,7 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _prepare_streams() -> None:
-    """Any text can be printed, whatever the terminal's encoding; progress notes of the library are shown."""
+    """Makes any text printable in any terminal encoding, and shows log messages of the package."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -111,5 +111,5 @@ def _prepare_streams() -> None:
 
 
 def _say(message: str) -> None:
-    """A message may quote what files hold, such as the names of documents, which a terminal must not obey."""
+    """Prints a message; it is escaped, because it can quote control characters from files."""
     print(f"pondera: {escape_lines(message)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""``pondera methods``: what there is to choose from, read from the method files."""
+"""``pondera methods``: lists the methods, read from their files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pondera.core import spec
 from pondera.core.cards import Card, cards
 from pondera.core.spec import MethodInfo
 
-SUMMARY = "lists the methods, or explains one"
+SUMMARY = "lists all methods, or describes one"
 EXAMPLES = """
 pondera methods
 pondera methods PonderLM2
@@ -23,15 +23,15 @@ PONDERA_METHODS=my_methods pondera methods --json
 
 
 def parser() -> Parser:
-    """What ``pondera methods`` takes."""
-    found = Parser("methods", "Lists the methods: where each is from, its price, what was measured of it.", EXAMPLES)
-    found.add_argument("name", nargs="?", metavar="NAME", help="explain this one")
-    found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    return found
+    """The argument parser of ``pondera methods``."""
+    arguments = Parser("methods", "Lists the methods with their paper, cost and measured results.", EXAMPLES)
+    arguments.add_argument("name", nargs="?", metavar="NAME", help="describe this method")
+    arguments.add_argument("--json", action="store_true", help="print JSON only")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the index, or one method's own documentation."""
+    """Prints the list of methods, or the documentation of one method."""
     if args.name is None:
         methods = list(spec.index().values())
         if args.json:
@@ -50,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def documentation(method: MethodInfo) -> str:
-    """The docstring of a method's class, read without importing it."""
+    """The class docstring of a method, read without importing it."""
     body = ast.parse(method.file.read_bytes()).body
     cls = next(node for node in body if isinstance(node, ast.ClassDef) and node.name == method.name)
     return inspect.cleandoc(ast.get_docstring(cls) or "(no docstring)")
 
 
 def card_of(method: MethodInfo) -> Card | None:
-    """What was measured of a method that ships with the package; `None` for one of the user's own."""
+    """The result card of a method in the package; `None` for a method of the user."""
     return cards().get(method.name) if method.file.is_relative_to(spec.PACKAGE) else None
 
 
@@ -67,7 +67,7 @@ def _entry(method: MethodInfo) -> str:
     rows = (
         ("write", f"{method.seam}: {method.signature}"),
         ("paper", method.paper),
-        ("price", method.price),
+        ("cost", method.price),
         *results,
     )
     return "\n".join([f"{method.name}: {method.summary}", *(f"  {name:12}{text}" for name, text in rows if text)])

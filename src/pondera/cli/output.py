@@ -1,4 +1,4 @@
-"""What verbs print."""
+"""Output of the verbs: tables and JSON."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 
 @contextlib.contextmanager
 def only_json(wanted: bool) -> Iterator[None]:
-    """Sends what a job prints to stderr, so that stdout carries nothing but JSON."""
+    """Redirects stdout to stderr if `wanted`, so that stdout has JSON only."""
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield
 
 
 def print_json(value: Any) -> None:
-    """Prints strict JSON: NaN and infinity, which it does not have, become null."""
+    """Prints strict JSON; NaN and infinity become null."""
     print(json.dumps(json.loads(json.dumps(value, default=str), parse_constant=lambda _: None), indent=2))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """Prints a table as wide as the terminal; the first column is text, the others align to the right."""
+    """Prints a table in the width of the terminal; all columns but the first are right-aligned."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -32,12 +32,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
         table.add_column(name, justify="right" if index else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    # Piped into a file, a table is as wide as it needs to be.
+    # Without a terminal the width is fixed.
     Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)
 
 
 def print_comparison(found: dict[str, Any]) -> None:
-    """Prints what `pondera.comparison.compare.compare` returned: the table, how to read it, and the verdict."""
+    """Prints the result of `pondera.comparison.compare.compare`: the table, a legend and the significance statements."""
     from pondera.report.page import COLUMNS
 
     rows = found["rows"]
@@ -52,7 +52,7 @@ def print_comparison(found: dict[str, Any]) -> None:
 
 
 def _cell(value: dict[str, Any], show: Callable[[float], str]) -> str:
-    """The mean of a measure over the seeds, with its spread where there is one."""
+    """The mean over seeds, with the standard deviation if it is not zero."""
     if value["mean"] is None:
         return "–"
     return show(value["mean"]) + (f" ± {show(value['spread'])}" if value["spread"] else "")

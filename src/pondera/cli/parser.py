@@ -1,4 +1,4 @@
-"""What the verbs' arguments have in common: errors that teach, and any setting of a run by its dotted name."""
+"""The argument parser of the verbs: settings by dotted name, and errors that name the fix."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pondera.core.errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser for one verb. What it cannot use becomes a `UserError`.
+    """An argument parser for one verb that raises `UserError` for wrong arguments.
 
     Args:
-        verb: the verb.
-        about: what it does.
-        examples: commands to type, one a line.
-        settings: which settings of a run can be given as ``--dotted.name VALUE``: all that start with this; none: none.
-        notes: makes text that ``--help`` ends with.
+        verb: name of the verb.
+        about: description of the verb.
+        examples: example commands, one per line.
+        settings: prefix of the settings that can be given as ``--dotted.name VALUE``; default: `None`, no settings.
+        notes: returns the text at the end of ``--help``.
 
     Example:
         >>> parser = Parser("train", "Trains.", "pondera train plain", settings="")
@@ -48,10 +48,10 @@ class Parser(argparse.ArgumentParser):
         self._notes = notes
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
-        """The arguments; given settings are in `overrides`, as a mapping from dotted name to text.
+        """Parses the arguments; settings are in `overrides`, a mapping from dotted name to text.
 
         Raises:
-            UserError: an unknown option (with the nearest), a word too few or too many, or a value that does not fit.
+            UserError: an unknown option (with the nearest one), a missing or extra argument, or an invalid value.
         """
         rest, overrides = self._divide(list(words))
         args = self.parse_args(rest)
@@ -59,15 +59,15 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def format_help(self) -> str:
-        """The help of the verb, with its notes."""
+        """The help of the verb, followed by its notes."""
         return super().format_help() + (f"\n{self._notes()}" if self._notes else "")
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong with the arguments, and where to read what they are."""
-        raise UserError(f"{message}; `{self.prog} --help` shows what it takes")
+        """Raises a `UserError` with a pointer to ``--help``."""
+        raise UserError(f"{message}; `{self.prog} --help` lists the arguments")
 
     def _divide(self, words: list[str]) -> tuple[list[str], dict[str, str]]:
-        """Splits off ``--setting value``: argparse would take those values for arguments of the verb."""
+        """Separates ``--setting value`` pairs, whose values argparse would treat as positional arguments."""
         rest: list[str] = []
         overrides: dict[str, str] = {}
         while words:
@@ -86,13 +86,13 @@ class Parser(argparse.ArgumentParser):
                     raise UserError(f"{option} needs a value: {option} VALUE")
                 value = words.pop(0)
             if own is not None:
-                rest.append(f"{option}={value}")  # joined, so that a value may start with a dash
+                rest.append(f"{option}={value}")  # joined, so that a value can start with a dash
             else:
                 overrides[option.removeprefix("--")] = value
         return rest, overrides
 
     def _is_setting(self, option: str) -> bool:
-        """Whether this names a setting or something in a group of settings, which `settings.load` checks by name."""
+        """Whether an option names a setting or a field in a group of settings, which `run_config.load` checks."""
         name = option.removeprefix("--")
         known = self._setting_names()
         return name in known or ("." in name and name.split(".")[0] in {other.split(".")[0] for other in known})
@@ -113,7 +113,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def positive_int(smallest: int) -> Callable[[str], int]:
-    """An argument type: a whole number of at least `smallest`."""
+    """An argument type: an integer of at least `smallest`."""
 
     def read(text: str) -> int:
         value = run_config.scalar(text)
@@ -141,41 +141,39 @@ def bounded_float(low: float, high: float = float("inf"), above: bool = False) -
 
 
 def add_budget(parser: Parser, several: bool = False) -> None:
-    """The arguments that say how much thinking is wanted.
+    """Adds the arguments ``--effort`` and ``--max-passes``.
 
     Args:
-        parser: of the verb.
-        several: the effort may be a list.
+        parser: the parser of the verb.
+        several: allow a list of efforts.
     """
-    more = "; several, with commas between, show what each costs in quality" if several else ""
+    more = "; several efforts, separated by commas, are compared" if several else ""
     parser.add_argument(
         "--effort",
         type=efforts if several else effort,
         metavar="X",
-        help=f"of the thinking: low, medium, high, or from 0 (one pass per token) to 1 (as trained, the default){more}",
+        help=f"compute per token: low, medium, high, or from 0 (one pass per token) to 1 (as trained, the default){more}",
     )
-    parser.add_argument("--max-passes", type=positive_int(1), metavar="N", help="no token takes more passes")
+    parser.add_argument("--max-passes", type=positive_int(1), metavar="N", help="maximum number of passes per token")
 
 
 def text_notes(purpose: str) -> str:
-    """What ``--help`` says of the settings that name a text.
+    """The part of ``--help`` on the settings that select a text.
 
     Args:
-        purpose: what the text is for.
+        purpose: use of the text, as a noun.
     """
     helps = {key: run_config.fields()[key].metadata["help"] for key in ("data.text", "data.context", "data.column")}
     lines = "\n".join(f"  --{key:14}{text}" for key, text in helps.items())
-    return (
-        f"{purpose} (default: what the run held out of its own; a model that is not from a run needs one):\n{lines}\n"
-    )
+    return f"{purpose} (default: the held-out text of the run; required for a model without a run folder):\n{lines}\n"
 
 
 def effort(text: str) -> str | float:
-    """An argument type: the name of an effort, or a number."""
+    """An argument type: a named effort or a number."""
     value: Any = run_config.scalar(text)
     return float(value) if type(value) in (int, float) else text
 
 
 def efforts(text: str) -> list[str | float]:
-    """An argument type: one effort or several."""
+    """An argument type: efforts, separated by commas."""
     return [effort(part.strip()) for part in text.split(",")]

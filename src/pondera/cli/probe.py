@@ -1,4 +1,4 @@
-"""``pondera probe``: looks at a trained model from outside, e.g. at what it would say after each pass."""
+"""``pondera probe``: analyses a trained model, e.g. its predictions after each pass."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pondera.inference.load import Loaded
     from pondera.methods.probe.base import Probe
 
-SUMMARY = "looks at how a trained model thinks, or at its codebooks"
+SUMMARY = "analyses the passes or the codebooks of a trained model"
 EXAMPLES = """
 pondera probe
 pondera probe think_trace runs/ponderlm2-seed0 --text "Once upon a time there was"
@@ -30,33 +30,39 @@ pondera probe collapse runs/conceptlm-seed0 --plot collapse.html
 pondera probe collapse tokenizer.safetensors
 """
 HELD_OUT = 65536
-"""Tokens of a run's held-out text that are read where no text is given."""
+"""Tokens of held-out text that a probe reads by default."""
 
 
 def parser() -> Parser:
-    """What ``pondera probe`` takes."""
-    about = "Looks at a trained model that reads a text, or at tensors in a file. Without a NAME it lists the probes."
-    found = Parser("probe", about, EXAMPLES)
-    found.add_argument("name", nargs="?", metavar="NAME", help="the probe, such as think_trace or Collapse(rank=12.0)")
-    found.add_argument(
+    """The argument parser of ``pondera probe``."""
+    about = "Analyses a trained model on a text, or tensors in a file. Without a NAME it lists the probes."
+    arguments = Parser("probe", about, EXAMPLES)
+    arguments.add_argument(
+        "name", nargs="?", metavar="NAME", help="the probe, such as think_trace or Collapse(rank=12.0)"
+    )
+    arguments.add_argument(
         "path",
         nargs="?",
         metavar="MODEL",
         help="a run folder, a model folder, a hub name, or a file of tensors (.safetensors)",
     )
-    found.add_argument("--text", metavar="TEXT", help="what the model reads (default: what a run held out)")
-    found.add_argument("--data.text", dest="source", metavar="FILE", help="or the file that it reads (its beginning)")
-    found.add_argument(
-        "--max-tokens", type=positive_int(1), metavar="N", help="look at so many tokens (default: the probe's own)"
+    arguments.add_argument("--text", metavar="TEXT", help="input of the model (default: held-out text of the run)")
+    arguments.add_argument(
+        "--data.text", dest="source", metavar="FILE", help="read the input from this file (its first document)"
     )
-    found.add_argument("--top", type=positive_int(1), metavar="K", help="candidates to list (default: the probe's own)")
-    found.add_argument("--plot", type=Path, metavar="FILE", help="draw what was found into an HTML page")
-    found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
-    return found
+    arguments.add_argument(
+        "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens (default: set by the probe)"
+    )
+    arguments.add_argument(
+        "--top", type=positive_int(1), metavar="K", help="number of candidates to list (default: set by the probe)"
+    )
+    arguments.add_argument("--plot", type=Path, metavar="FILE", help="write an HTML page with plots")
+    arguments.add_argument("--json", action="store_true", help="print JSON only")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Lists the probes, or prints what one of them finds."""
+    """Lists the probes, or runs one and prints its results."""
     if args.name is None:
         methods = spec.index(PROBES)
         if args.json:
@@ -68,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     given = {"max_tokens": args.max_tokens, "top": args.top}
     probe = spec.build(_chosen(args.name, {key: value for key, value in given.items() if value is not None}), *PROBES)
     if args.path is None:
-        raise UserError(f"say which model to look at: pondera probe {args.name} RUN")
+        raise UserError(f"MODEL is missing; type: pondera probe {args.name} RUN")
     with only_json(args.json):
         name, found = _found(probe, args)
     shown = probe.show(found)
@@ -83,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _found(probe: Probe, args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """What was looked at, and what was found."""
+    """Runs the probe; returns the name of the model or file and the results."""
     file = Path(args.path).expanduser()
     if file.suffix == ".safetensors" or file.is_file():
         if args.text is not None or args.source is not None:
-            raise UserError(f"{args.path} is a file of tensors, which reads no text; leave --text and --data.text out")
+            raise UserError(f"{args.path} is a file of tensors and takes no text; leave --text and --data.text out")
         return file.name, probe.look(_tensors(file))
     text = _text(args)
 
@@ -98,7 +104,7 @@ def _found(probe: Probe, args: argparse.Namespace) -> tuple[str, dict[str, Any]]
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a file; never anything that would have to be executed to be read."""
+    """Loads the tensors of a safetensors file; formats that execute code are not supported."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -113,26 +119,26 @@ def _tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _held_out(loaded: Loaded) -> str:
-    """The beginning of the text that a run did not train on."""
+    """The first held-out tokens of a run, as text."""
     from pondera.data.corpus import prepare
 
     if loaded.run is None:
-        raise UserError('say what the model reads: --text "Once upon a time", or --data.text FILE')
+        raise UserError('a text is missing; give --text "Once upon a time" or --data.text FILE')
     split = prepare(loaded.run.config.data).validation
     return str(loaded.tokenizer.decode(split.ids[:HELD_OUT].tolist(), clean_up_tokenization_spaces=False))
 
 
 def _draw(args: argparse.Namespace, name: str, shown: Any) -> None:
-    """Writes the charts of what was found."""
+    """Writes the plots of the results."""
     from pondera.report.plots import write_plots
 
     if not shown.plots:
-        raise UserError(f"--plot: {args.name} draws nothing; leave it out")
+        raise UserError(f"--plot: {args.name} has no plots; leave it out")
     write_plots(shown.plots, shown.note, args.plot, f"{args.name}: {name}")
 
 
 def _chosen(given: str, options: dict[str, int]) -> Spec:
-    """The probe of that name, in whatever case and with or without underscores, with the options as its arguments."""
+    """The spec of a probe with the options as its arguments; case and underscores of the name are ignored."""
     wanted = spec.parse(given)
     names = {name.lower(): name for name in spec.index(PROBES)}
     name = names.get(wanted.name.replace("_", "").lower())
@@ -142,24 +148,23 @@ def _chosen(given: str, options: dict[str, int]) -> Spec:
 
 
 def _text(args: argparse.Namespace) -> str | None:
-    """What was given to read; none if nothing was."""
+    """The text of ``--text`` or ``--data.text``; `None` without both."""
     if args.text is not None and args.source is not None:
-        raise UserError("--text and --data.text both say what the model reads; give one of them")
+        raise UserError("--text and --data.text exclude each other; give one of them")
     if args.text is None:
         if args.source is None:
             return None
         document = next(open_text(args.source).read(), None)
         if document is None:
-            raise UserError(f"data.text: {args.source!r} holds no text; give a file that does")
+            raise UserError(f"data.text: {args.source!r} contains no text; give another file")
         return document.text
     try:
         args.text.encode()
     except UnicodeEncodeError:
-        raise UserError("--text: this is not UTF-8 text; convert it first, e.g. with iconv") from None
-    if os.path.isfile(args.text):  # unlike a Path, it takes a text that no file could be named
+        raise UserError("--text: not UTF-8 text; convert it first, e.g. with iconv") from None
+    if os.path.isfile(args.text):  # unlike Path.is_file, it does not raise for text that is no valid path
         raise UserError(
-            f"--text {args.text}: there is a file of that name, and --text is what the model reads itself; use --data.text "
-            f"{args.text}"
+            f"--text {args.text}: this is a file, and --text takes the text itself; use --data.text {args.text}"
         )
     return args.text
 

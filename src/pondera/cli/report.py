@@ -1,4 +1,4 @@
-"""``pondera report``: run folders -> one HTML page."""
+"""``pondera report``: writes one HTML page about run folders."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pondera.core.archive import ARCHIVE, unpack
 from pondera.core.errors import UserError
 from pondera.core.run_folder import is_run
 
-SUMMARY = "makes one HTML page from run folders"
+SUMMARY = "writes one HTML page about run folders"
 EXAMPLES = """
 pondera report runs/plain-seed0 runs/ponderlm2-seed0
 pondera report runs/ --out all.html
@@ -20,17 +20,19 @@ pondera report results/heads/books-cpu
 
 
 def parser() -> Parser:
-    """What ``pondera report`` takes."""
-    found = Parser("report", "Makes one self-contained HTML page: curves, scores beside prices, samples.", EXAMPLES)
-    found.add_argument(
+    """The argument parser of ``pondera report``."""
+    arguments = Parser("report", "Writes one self-contained HTML page: curves, scores, costs and samples.", EXAMPLES)
+    arguments.add_argument(
         "runs", nargs="+", metavar="RUN", help=f"run folders, folders that contain some at any depth, or a {ARCHIVE}"
     )
-    found.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="(default: report.html)")
-    return found
+    arguments.add_argument(
+        "--out", type=Path, default=Path("report.html"), metavar="FILE", help="file to write (default: report.html)"
+    )
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Writes the page and says where it is."""
+    """Writes the page and prints its path."""
     from pondera.report.page import write_report
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -41,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def find_runs(given: list[Path], scratch: Path) -> dict[Path, str]:
-    """Each run once, with the path to show for it: run folders, the runs inside other folders, and packed runs.
+    """Finds all runs below the given paths; returns each run once, with its display path.
 
     Args:
         given: run folders, folders that contain runs or archives of runs at any depth, or archives.
         scratch: an empty folder; archives are unpacked into it.
 
     Raises:
-        UserError: a path does not exist, or there is no run in it.
+        UserError: a path does not exist or contains no run.
     """
     found: dict[Path, Path] = {}
     for path in given:
@@ -63,13 +65,13 @@ def find_runs(given: list[Path], scratch: Path) -> dict[Path, str]:
                 inside |= _packed(archive, scratch)
         inside = {run: shown for run, shown in inside.items() if is_run(run)}
         if not inside:
-            raise UserError(f"no run in {str(path)!r}: a run folder holds config.yaml and env.json")
+            raise UserError(f"no run in {str(path)!r}: a run folder contains config.yaml and env.json")
         known = {shown.resolve() for shown in found.values()}
         found |= {run: shown for run, shown in inside.items() if shown.resolve() not in known}
     return {run: str(shown) for run, shown in found.items()}
 
 
 def _packed(archive: Path, scratch: Path) -> dict[Path, Path]:
-    """The runs of an archive, unpacked, each with its path inside the archive."""
+    """Unpacks the runs of an archive; returns each with its path inside the archive."""
     folder = scratch / str(len(list(scratch.iterdir())))
     return {run: archive / run.name for run in unpack(archive, folder)}

@@ -1,4 +1,4 @@
-"""``pondera train``: a recipe or YAML file -> a run folder."""
+"""``pondera train``: trains a recipe or YAML file and writes a run folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pondera.cli.parser import Parser
 from pondera.core import run_config
 from pondera.core.run_folder import Run, is_run
 
-SUMMARY = "trains one model and leaves a run folder"
+SUMMARY = "trains one model and writes a run folder"
 EXAMPLES = """
 pondera train ponderlm2
 pondera train ponderlm2 --data.text books/ --train.steps 2000 --out runs/books
@@ -27,22 +27,22 @@ pondera train adaptivelatentcot --backbone runs/plain-seed0 --out runs/thinking
 
 
 def parser() -> Parser:
-    """What ``pondera train`` takes."""
-    found = Parser(
+    """The argument parser of ``pondera train``."""
+    arguments = Parser(
         "train",
-        "Trains one model. Any setting of the recipe can be changed by its dotted name.",
+        "Trains one model. Every setting of the recipe can be overridden by its dotted name.",
         EXAMPLES,
         settings="",
         notes=lambda: f"{recipes()}\n\n{every_setting()}\n",
     )
-    found.add_argument("recipe", metavar="RECIPE", help="a recipe, a YAML file, or with --resume a run folder")
-    found.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME-seedSEED)")
-    found.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the run folder")
-    return found
+    arguments.add_argument("recipe", metavar="RECIPE", help="a recipe, a YAML file, or with --resume a run folder")
+    arguments.add_argument("--out", type=Path, metavar="DIR", help="the run folder (default: runs/NAME-seedSEED)")
+    arguments.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the run folder")
+    return arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Trains, then says where everything is and what to type next."""
+    """Trains the model, then prints the paths of its files and the next commands."""
     folder = Path(args.recipe)
     again = is_run(folder)
     config = load_config(str(folder / "config.yaml") if again else args.recipe, args.overrides)
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from pondera.training.train import train
 
     done = train(config, out, args.resume, progress=True)
-    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+    if os.environ.get("RANK", "0") == "0":  # only the first process prints
         print(_summary(done))
     return 0
 
@@ -62,18 +62,18 @@ def _summary(done: Run) -> str:
     score = f"  ({result['bits_per_byte']:.4f} bits per byte)" if result.get("bits_per_byte") else ""
     path = shlex.quote(str(done.path))
     rows = [
-        ("scores and prices", f"{done.result_file}{score}"),
-        ("the model", str(done.model_dir)),
-        ("the curve", str(done.metrics_file)),
-        ("talk to it", f'pondera generate {path} --prompt "Once upon a time" --show-compute'),
-        ("score it", f"pondera eval {path} --data.text FILE"),
-        ("see it", f"pondera report {path}"),
+        ("scores and costs", f"{done.result_file}{score}"),
+        ("model", str(done.model_dir)),
+        ("training curve", str(done.metrics_file)),
+        ("generate", f'pondera generate {path} --prompt "Once upon a time" --show-compute'),
+        ("evaluate", f"pondera eval {path} --data.text FILE"),
+        ("report", f"pondera report {path}"),
     ]
     return "\n".join(f"  {name + ':':19}{text}" for name, text in rows)
 
 
 def recipes() -> str:
-    """The shipped recipes, each with its sentence."""
+    """The recipes of the package with their descriptions."""
     lines = ["recipes:"]
     for name in run_config.recipe_names():
         about = run_config.load(name).about
@@ -82,8 +82,8 @@ def recipes() -> str:
 
 
 def every_setting() -> str:
-    """Every field of a run with its help and default."""
-    lines = ["settings, with their defaults (a recipe may have its own):"]
+    """All settings of a run with their help and default."""
+    lines = ["settings and their defaults (a recipe may override them):"]
     for name, item in run_config.fields().items():
         help = f"{item.metadata['help']} (default: {_shown(item.default)})"
         lines += [f"  --{name} VALUE", *textwrap.wrap(help, 100, initial_indent=" " * 6, subsequent_indent=" " * 6)]

@@ -1,7 +1,7 @@
-"""Run folders packed into one compressed archive, so that hundreds of small files are one file.
+"""Packs run folders into one compressed archive and unpacks it.
 
-An archive holds run folders by name. The same files always give the same bytes: names are sorted, and times, owners and
-permissions are left out.
+An archive stores run folders by name. It is reproducible, the same files give the same bytes: names are sorted, and times,
+owners and permissions are not stored.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from pondera.core.errors import UserError
 from pondera.core.run_folder import write_atomic
 
 ARCHIVE = "runs.tar.xz"
-"""The name of an archive of run folders, wherever one is committed."""
+"""File name of a committed archive of run folders."""
 
 
 def pack(folder: Path, archive: Path) -> int:
     """Writes every file below `folder` to `archive` and returns the number of files.
 
     Args:
-        folder: its files are stored under their paths relative to it.
-        archive: the file to write; it is replaced.
+        folder: the folder to pack; files are stored under their paths relative to it.
+        archive: the file to write; an existing one is replaced.
 
     Raises:
-        UserError: the folder does not exist or holds no file.
+        UserError: the folder does not exist or contains no file.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     if not files:
@@ -43,10 +43,10 @@ def pack(folder: Path, archive: Path) -> int:
 
 
 def unpack(archive: Path, folder: Path) -> list[Path]:
-    """Restores the run folders of an archive below `folder`, and returns them in order.
+    """Restores the run folders of an archive below `folder`, and returns them sorted by name.
 
     Raises:
-        UserError: the file is missing or is not such an archive.
+        UserError: the file is missing or is not an archive of run folders.
     """
     try:
         with tarfile.open(archive, "r:xz") as tar:

@@ -1,4 +1,4 @@
-"""What was measured of each method that ships with the package: generated from the results files, read-only here."""
+"""Result cards of the methods in the package, read from a generated file."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ FILE = Path(__file__).parents[1] / "cards.json"
 
 @dataclass(frozen=True)
 class Card:
-    """A method's results in short.
+    """Summary of the results of one method.
 
     Args:
         claim: the claim of the paper in one line.
-        verdict: reproduced, partly, not reproduced, not tried; or control, for a method without a claim.
+        verdict: ``reproduced``, ``partly``, ``not reproduced`` or ``not tried``; ``control`` for a method without a claim.
         measured: the measurements in one line.
     """
 
@@ -28,7 +28,7 @@ class Card:
 
 @functools.cache
 def cards() -> dict[str, Card]:
-    """The cards by the name of the method.
+    """All cards, by method name.
 
     Example:
         >>> cards()["RandomEviction"].verdict

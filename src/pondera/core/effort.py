@@ -1,4 +1,4 @@
-"""How much thinking is wanted: one knob for every method."""
+"""Effort: one setting for the compute per token, shared by all methods."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ EFFORTS = {"low": 0.25, "medium": 0.5, "high": 1.0}
 
 @dataclass(frozen=True)
 class Effort:
-    """How much thinking is wanted; the same knob for every method.
+    """The compute that a method may spend per token.
 
     Args:
-        effort: from 0 (one pass for every token) to 1 (as trained). Where depth is fixed, the share of the passes beyond
-            the first; where tokens differ, a threshold t of the method's becomes t ** effort, so fewer of them reach it.
-        max_passes: no token gets more; none: as many as the method has.
+        effort: from 0 (one pass per token) to 1 (as trained). A method of fixed depth runs this share of its passes after
+            the first. A method that halts per token raises its threshold t to t ** effort, so fewer tokens reach it.
+        max_passes: upper limit of the passes per token; default: `None`, the limit of the method.
 
     Example:
         >>> Effort(effort=0.5).passes(5), Effort(max_passes=2).passes(5), round(Effort(effort=0.5).threshold(0.01), 3)
@@ -28,10 +28,10 @@ class Effort:
 
     @classmethod
     def of(cls, effort: str | float | None = None, max_passes: int | None = None) -> Effort:
-        """From what a user gave.
+        """Parses an effort as given by the user.
 
         Raises:
-            UserError: an effort that is neither a name nor a number from 0 to 1, or less than one pass.
+            UserError: the effort is neither a name nor a number from 0 to 1, or `max_passes` is less than 1.
         """
         if isinstance(effort, str) and effort in EFFORTS:
             effort = EFFORTS[effort]
@@ -42,21 +42,21 @@ class Effort:
         if not 0 <= number <= 1:
             raise UserError(f"effort={effort}: give low, medium, high or a number from 0 (one pass) to 1 (as trained)")
         if max_passes is not None and max_passes < 1:
-            raise UserError(f"max_passes={max_passes}: a token takes at least 1 pass")
+            raise UserError(f"max_passes={max_passes}: give 1 or more")
         return cls(number, max_passes)
 
     def passes(self, most: int, adaptive: bool = False) -> int:
-        """The most passes that a token may take, of `most`.
+        """The maximum number of passes per token at this effort.
 
         Args:
-            most: passes that the method has.
-            adaptive: tokens differ, and `threshold` has to say how far each goes.
+            most: passes per token at full effort.
+            adaptive: the number of passes differs between tokens; `threshold` decides it, unless the effort is 0.
         """
         wanted = most if adaptive and self.effort > 0 else 1 + round(self.effort * (most - 1))
         return wanted if self.max_passes is None else min(wanted, self.max_passes)
 
     def threshold(self, value: float) -> float:
-        """A threshold below 1 that tokens have to reach to go on."""
+        """The threshold of a halting method at this effort; `value` is the one at full effort, below 1."""
         return value**self.effort
 
 

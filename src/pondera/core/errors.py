@@ -1,4 +1,4 @@
-"""The ways in which a command can end early: the user's input, a failure on the way, an interruption."""
+"""Exceptions that end a command: wrong input, a failure at run time, an interruption."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Something the user gave cannot be used; the message says what to type instead.
+    """The input of the user is invalid; the message says what to type instead.
 
     The command line prints the message without a traceback and exits with code 2.
 
@@ -19,26 +19,26 @@ class UserError(ValueError):
 
 
 class Failure(RuntimeError):
-    """Something went wrong on the way, such as a full disk or a loss that is not a number.
+    """The command failed at run time, e.g. because the disk is full or the loss is NaN.
 
     The command line prints the message without a traceback and exits with code 1.
     """
 
 
 class Interrupted(Exception):
-    """The user or the system asked for an end, and everything was saved; the message says how to go on.
+    """The user or the system interrupted the command after its state was saved; the message says how to resume.
 
     The command line prints the message and exits with code 130.
     """
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
-    """A `UserError` for a name that does not exist, with the nearest names that do.
+    """A `UserError` for an unknown name that suggests the nearest known names.
 
     Args:
-        kind: what the name should have been, e.g. ``"recipe"``.
-        given: what the user wrote.
-        allowed: every name that would have worked.
+        kind: what the name stands for, e.g. ``"recipe"``.
+        given: the unknown name.
+        allowed: all known names.
 
     Example:
         >>> print(unknown("recipe", "ponderml2", ["plain", "ponderlm2"]))

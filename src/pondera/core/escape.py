@@ -1,15 +1,15 @@
-"""Text that is shown as it is, whatever it holds: characters that would act on a terminal or a page are written out."""
+"""Escapes control characters, so that untrusted text can be printed to a terminal or a page."""
 
 from __future__ import annotations
 
 import unicodedata
 
 HIDDEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}  # controls, formats (text direction), lone surrogates, line separators
-JOINERS = "\u200c\u200d"  # formats that only shape the letters beside them
+JOINERS = "\u200c\u200d"  # formats that only change the shape of adjacent letters
 
 
 def escape(token: str) -> str:
-    """The token with every character that would act instead of show written out; a line end shows and ends the line.
+    """Escapes the control characters of a token; a line end is shown as ``↵`` and kept.
 
     Example:
         >>> escape("a\\x1b[2J\\n")
@@ -19,7 +19,7 @@ def escape(token: str) -> str:
 
 
 def escape_lines(text: str) -> str:
-    """The same for a text whose lines end as lines do.
+    """Escapes the control characters of a text; line ends are kept.
 
     Example:
         >>> escape_lines("a\\x1b[2J\\nb")

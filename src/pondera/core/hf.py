@@ -1,8 +1,8 @@
-"""Every name that Pondera takes from transformers and that may move between its versions.
+"""All names imported from transformers that may change between its versions.
 
-Nothing else in the package imports transformers' internals, but `hf_config.py`, which is light. What differs between
-versions is decided here, by what the installed one offers: no other file asks for a version. `versions.py` knows those
-that the contract suite passed on (``tools/versions.py`` runs it, ``docs/versions.md`` has the results).
+Only this file and `hf_config.py`, which imports no models, import internals of transformers. Differences between versions are
+resolved here, by the features of the installed version; no other file depends on the version. `versions.py` lists the
+versions that pass the contract suite (``tools/versions.py`` runs it, ``docs/versions.md`` has the results).
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ __all__ = [
 ]
 
 CACHE = "cache" if "cache" in inspect.signature(create_causal_mask).parameters else "past_key_values"
-"""What transformers calls the KV cache: a keyword of models, decoder layers and mask makers, a field of outputs and a
-name among what `generate` hands around. ``past_key_values`` until 5.23, ``cache`` since 5.24."""
+"""Name of the KV cache in transformers: a keyword of models, decoder layers and mask functions, a field of outputs and a key
+of the model keywords in `generate`. ``past_key_values`` until 5.23, ``cache`` since 5.24."""
 
 _CHECKPOINTING = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
 
@@ -76,24 +76,24 @@ def checkpointing_arguments(wanted: bool) -> dict[str, Any]:
 
 
 def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool = False) -> None:
-    """Switches activation checkpointing of a model on, whatever the installed version calls it."""
+    """Enables activation checkpointing of a model, under the name that the installed version uses."""
     getattr(model, f"{_CHECKPOINTING}_checkpointing_enable")({"use_reentrant": use_reentrant})
 
 
 def is_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether activation checkpointing of a model is on."""
+    """Whether activation checkpointing of a model is enabled."""
     return bool(getattr(model, f"is_{_CHECKPOINTING}_checkpointing"))
 
 
 def register(config_class: type[PreTrainedConfig], model_class: type[PreTrainedModel]) -> None:
-    """Lets transformers find a causal LM in the three ways in which it looks for one.
+    """Registers a causal LM with transformers.
 
-    By its config (`AutoModelForCausalLM`), by the class name that ``config.json`` has under ``architectures``
-    (``transformers serve`` asks the package itself), and among the names of causal LMs (label smoothing shifts the labels
-    of these alone). It may be called again.
+    transformers looks for a model in three places: by its config class (`AutoModelForCausalLM`), by the class name under
+    ``architectures`` in ``config.json`` (``transformers serve`` reads it from the package), and in the list of causal LMs
+    (label smoothing shifts labels for these only). Calling this again is harmless.
     """
     AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    # transformers executes its own __init__ a second time (processing_utils.py), and modules hold the one or the other.
+    # transformers executes its __init__ twice (processing_utils.py), and its modules refer to either copy.
     parts = [module for name, module in list(sys.modules.items()) if name.startswith("transformers.")]
     for module in [sys.modules["transformers"], *(vars(part).get("transformers") for part in parts)]:
         if getattr(module, "__name__", None) == "transformers":

@@ -1,6 +1,6 @@
-"""The names of transformers that configs need: importing these does not import any model.
+"""Names from transformers that configs need; importing them does not import any model.
 
-Kept apart from `hf.py`, which imports generation and attention code, so that reading a config stays light.
+Separate from `hf.py`, which imports generation and attention code, so that reading a config stays fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = [
     "written_by_transformers",
 ]
 
-# Names that are no dataclass field but that `PreTrainedConfig` takes or writes.
+# Names that `PreTrainedConfig` accepts or writes although they are not dataclass fields.
 _WRITTEN = (
     "attn_implementation",
     "auto_map",
@@ -45,6 +45,6 @@ _WRITTEN = (
 
 @functools.cache
 def written_by_transformers() -> frozenset[str]:
-    """Fields that transformers itself may write into any ``config.json``, or takes wherever it takes a config's."""
+    """Fields that transformers may write into any ``config.json``, or accepts next to the fields of a config."""
     fields = [field.name for field in dataclasses.fields(PreTrainedConfig)]
     return frozenset([*fields, *_WRITTEN, *GenerationConfig._get_default_generation_params()])

@@ -1,4 +1,4 @@
-"""Long calls into compiled code that Ctrl-C shall end."""
+"""Runs long calls into compiled code so that Ctrl-C can interrupt them."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import TypeVar
 
 Result = TypeVar("Result")
 LOOK = 0.2
-"""Seconds between two looks at signals."""
+"""Seconds between two checks for signals."""
 LAST = 1.0
-"""Seconds that work gets to end by itself after an interruption."""
+"""Grace period in seconds for the work to end after an interruption."""
 
 
 def interruptible(
     work: Callable[[threading.Event], Result], waiting: Callable[[float], None] = lambda _: None
 ) -> Result:
-    """Runs work in a thread of its own and waits for it, so that signals are heard while compiled code runs.
+    """Runs `work` in a separate thread and waits for it, so that signals are handled while compiled code runs.
 
-    Python handles a signal in the main thread and between two steps of its own code. A call that stays in compiled code for
-    an hour is deaf that long. After an interruption such work runs on in its thread until it ends, or the process does.
+    Python handles a signal in the main thread, between two bytecode instructions. A long call into compiled code blocks
+    signals until it returns. After an interruption the thread continues until the work ends or the process exits.
 
     Args:
-        work: gets an event that is set when nobody waits any more; where it can, it should end then.
-        waiting: is told how many seconds the work has taken so far, again and again.
+        work: called with an event that is set after an interruption; if it can, it should end then.
+        waiting: called every `LOOK` seconds with the seconds elapsed.
 
     Raises:
-        KeyboardInterrupt, or whatever a signal handler raises; and what the work raises.
+        KeyboardInterrupt: or any other exception of a signal handler, and any exception of the work.
 
     Example:
         >>> interruptible(lambda stop: 6 * 7)

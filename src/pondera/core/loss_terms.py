@@ -1,4 +1,4 @@
-"""Loss terms as sums and counts, so that how a batch is split changes nothing."""
+"""Loss terms as sums and counts, so that the loss does not depend on how a batch is split."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 @dataclass
 class LossTerm:
-    """One loss term: a sum and what it was summed over.
+    """One loss term: a sum and the number of its elements.
 
-    A mean per micro-batch would weigh short and long micro-batches alike and grow with gradient accumulation; a sum and
-    a count let the trainer divide once, by the count of the whole step.
+    A mean per micro-batch would give short and long micro-batches equal weight and grow with gradient accumulation. With a
+    sum and a count the trainer divides once, by the count of the whole step.
 
     Args:
-        sum: the summed term, a scalar that carries gradient.
-        count: how many things were summed.
-        weight: its weight in the loss.
+        sum: the sum, a scalar with gradient.
+        count: number of elements in the sum.
+        weight: weight of the mean in the loss.
 
     Example:
         >>> LossTerm(torch.tensor(6.0), 3).mean()
@@ -30,6 +30,6 @@ class LossTerm:
     weight: float = 1.0
 
     def mean(self) -> Tensor:
-        """The unweighted mean; 0 where nothing was counted, as the sum is."""
+        """The unweighted mean; 0 if the count is 0."""
         count = torch.as_tensor(self.count)
         return self.sum / torch.where(count == 0, torch.ones_like(count), count)

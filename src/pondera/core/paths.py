@@ -1,4 +1,4 @@
-"""Where Pondera keeps what it can make again: prepared text, compiled kernels."""
+"""The cache folder for data that can be rebuilt: prepared corpora and compiled kernels."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def cache_folder(given: Path | None = None) -> Path:
-    """The folder that was given; else ``$PONDERA_CACHE``, else ``~/.cache/pondera``. It need not be there yet."""
+    """The given folder, else ``$PONDERA_CACHE``, else ``~/.cache/pondera``. It may not exist yet."""
     return Path(given or os.environ.get("PONDERA_CACHE") or "~/.cache/pondera").expanduser()

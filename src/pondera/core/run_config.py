@@ -1,10 +1,10 @@
-"""RunConfig: everything that decides a run, as one nested dataclass.
+"""RunConfig: all settings of a run, as one nested dataclass.
 
-A run is written as YAML (a recipe, or the user's own file) and any field, at any depth, can be overridden from the
-command line: ``--data.text books/ --train.steps 500 --backbone.hidden_size 256``. The text behind each field is its
-help (``pondera train --help`` prints it). A file may build on another one: ``base: plain``.
+A run is written as YAML (a recipe or a file of the user). The command line can override any field by its dotted name:
+``--data.text books/ --train.steps 500 --backbone.hidden_size 256``. The text of each field is its help, which
+``pondera train --help`` prints. A file can extend another one with ``base: plain``.
 
-The YAML is the one people expect: ``1e-3`` is a number, ``none`` is null, while ``yes``, ``on`` and dates are text.
+The YAML follows version 1.2: ``1e-3`` is a number, ``yes``, ``on`` and dates are text. In addition, ``none`` is null.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class DataConfig:
-    """What is read: the ``data`` part of a run."""
+    """Training data: the ``data`` part of a run."""
 
     text: str = option(
         "stdlib", "a text file, a folder, 'stdlib' (the sources and docs of this Python), or a HF dataset name"
@@ -42,38 +42,34 @@ class DataConfig:
     context: int = option(256, "tokens per training window")
     column: str = option("text", "the text column of a JSON, CSV or Parquet file or HF dataset")
     validation: float = option(0.05, "share of documents held out, chosen by the hash of their name")
-    document_mask: bool = option(
-        False, "tokens of a window attend within their own document only (slower: masks are dense)"
-    )
-    max_bytes: int | None = option(
-        None, "read at most this many bytes of training text, whole documents in their fixed order; none: all of it"
-    )
+    document_mask: bool = option(False, "tokens attend within their own document only (slower: the masks are dense)")
+    max_bytes: int | None = option(None, "limit of training text in bytes; whole documents are used, in a fixed order")
 
 
 @dataclass
 class TrainConfig:
-    """How it is learned: the ``train`` part of a run."""
+    """Optimization: the ``train`` part of a run."""
 
     steps: int = option(500, "optimizer steps")
     freeze_backbone_steps: int = option(
-        0, "in the first so many steps only what the think method adds learns, for a backbone that was trained before"
+        0, "freeze a pretrained backbone for this many steps; only the parameters of the method train"
     )
     batch_size: int = option(8, "windows per optimizer step, over all processes")
     micro_batch_size: int | None = option(
-        None, "windows per forward pass on one process (none: the whole step at once)"
+        None, "windows per forward pass and process; without it, the whole step in one pass"
     )
     lr: float = option(2e-3, "peak learning rate (AdamW)")
-    warmup: float = option(0.05, "share of the steps spent warming up; then cosine to min_lr")
+    warmup: float = option(0.05, "share of the steps for the linear warm-up; then cosine decay to min_lr")
     min_lr: float = option(0.1, "final learning rate as a share of the peak")
     weight_decay: float = option(0.1, "AdamW weight decay, on matrices only")
     beta1: float = option(0.9, "AdamW beta 1")
     beta2: float = option(0.95, "AdamW beta 2")
     grad_clip: float = option(1.0, "largest gradient norm")
     dtype: str = option("float32", "float32, or bfloat16 (autocast; slow on most CPUs)")
-    seed: int = option(0, "seed of weights, data order and thinking rounds")
+    seed: int = option(0, "random seed of weights, data order and randomised methods")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
     eval_every: int = option(100, "steps between two validations; the last step is always validated")
-    eval_tokens: int = option(32768, "validation tokens used while training")
+    eval_tokens: int = option(32768, "validation tokens per validation during training")
     save_every: int = option(100, "steps between two checkpoints")
     keep: int = option(2, "checkpoints kept")
     gradient_checkpointing: bool = option(
@@ -83,21 +79,21 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """Everything that decides a run."""
+    """All settings of a run."""
 
-    name: str = option("run", "what to call the run in tables")
-    about: str = option("", "one sentence on what the recipe is for")
+    name: str = option("run", "name of the run in tables")
+    about: str = option("", "one sentence that describes the recipe")
     backbone: Any = option(
-        None, "a HF config as a mapping (model_type: llama, ...), a checkpoint folder, or a run to go on from"
+        None, "a Hugging Face config as a mapping (model_type: llama, ...), a checkpoint folder, or a run to start from"
     )
     init: str = option(
         "hf", "'hf': the architecture's own initialisation; 'scaled': std sqrt(2/5D), embeddings scaled to unit RMS"
     )
     think: str | None = option(None, "how much to compute, e.g. PonderLM2(thoughts=1)")
     kv_cache: str | None = option(None, "how much of the KV cache to keep, without training, e.g. SnapKV(1024)")
-    memory: str | None = option(None, "a trained memory, e.g. ElasticMemory(block=64)")
+    memory: str | None = option(None, "a trained recurrent memory, e.g. ElasticMemory(block=64)")
     chunk: str | None = option(None, "how many tokens to predict at once, e.g. ConceptLM(chunk=4)")
-    head: str | None = option(None, "what scores the vocabulary, e.g. VQLogits(codes=512)")
+    head: str | None = option(None, "the output head, e.g. VQLogits(codes=512)")
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -112,17 +108,16 @@ def recipe_names() -> list[str]:
 
 
 def read(source: str | Path) -> dict[str, Any]:
-    """The mapping in a recipe or YAML file, laid over the one that its ``base`` names.
+    """The mapping of a recipe or YAML file, merged over that of its ``base``.
 
-    ``base: plain`` builds on a recipe, ``base: mine.yaml`` on a file (seen from the file that says so). Groups are
-    merged key by key, except that a backbone of another ``model_type`` starts afresh; ``name`` and ``about`` are each
-    file's own.
+    ``base: plain`` extends a recipe, ``base: mine.yaml`` a file (relative to the extending file). Groups are merged key by
+    key, except that a backbone of another ``model_type`` replaces the whole group. ``name`` and ``about`` are not inherited.
 
     Args:
         source: a recipe name (``"ponderlm2"``) or the path of a YAML file.
 
     Raises:
-        UserError: no such recipe or file, not a YAML mapping, or bases that go round in a circle.
+        UserError: no such recipe or file, not a YAML mapping, or circular bases.
     """
     return _read(_locate(source), ())
 
@@ -141,7 +136,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     chain = (*above, path.resolve())
     if below.resolve() in chain:
         circle = " -> ".join(step.name for step in (*chain, below))
-        raise UserError(f"{path}: base: goes round in a circle ({circle}); one of these files must stand by itself")
+        raise UserError(f"{path}: base: the files extend each other in a circle ({circle}); remove one base")
     inherited = _read(below, chain)
     return _merge({key: value for key, value in inherited.items() if key not in ("name", "about")}, tree)
 
@@ -151,7 +146,7 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     for key, value in above.items():
         old = below.get(key)
         if isinstance(old, dict) and value is None:
-            continue  # an empty group changes nothing
+            continue  # an empty group overrides nothing
         if isinstance(old, dict) and isinstance(value, dict):
             same_kind = value.get("model_type", old.get("model_type")) == old.get("model_type")
             value = _merge(old, value) if same_kind else value
@@ -191,7 +186,7 @@ def load(source: str | Path, overrides: dict[str, Any] | None = None) -> RunConf
 
     Args:
         source: a recipe name or the path of a YAML file.
-        overrides: dotted field -> value. Text is taken as it is where the setting is text, else read by `scalar`.
+        overrides: dotted field -> value. A string is kept if the setting is text, else parsed by `scalar`.
 
     Raises:
         UserError: an unknown field (with the nearest name) or a value of the wrong type.
@@ -208,7 +203,7 @@ def load(source: str | Path, overrides: dict[str, Any] | None = None) -> RunConf
 
 
 def scalar(text: str) -> Any:
-    """Reads one command-line value: a number, truth value, null, ``[list]`` or ``{mapping}``; all else is text.
+    """Parses one command-line value: a number, bool, null, ``[list]`` or ``{mapping}``; anything else is text.
 
     Example:
         >>> [scalar(text) for text in ("1e-3", "true", "none", "[1, 2]", "note: a", "C:/data")]
@@ -223,10 +218,10 @@ def scalar(text: str) -> Any:
 
 
 def assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    """Sets ``tree["a"]["b"] = value`` for ``dotted == "a.b"``; absent or empty groups on the way are made.
+    """Sets ``tree["a"]["b"] = value`` for ``dotted == "a.b"``; missing or empty groups are created.
 
     Raises:
-        UserError: something on the way is a value, not a group.
+        UserError: a part of the path is a value, not a group.
     """
     *path, last = dotted.split(".")
     node = tree
@@ -266,12 +261,12 @@ def fields(cls: type = RunConfig, prefix: str = "") -> dict[str, dataclasses.Fie
 
 
 def typed(hint: Any, value: Any, name: str) -> Any:
-    """`value` if it is what `hint` asks for; whole numbers and lists may stand for floats and tuples, and 1e3 for 1000.
+    """Checks that a value has the annotated type; converts int to float, list to tuple, and 1e3 to 1000.
 
     Args:
-        hint: a type or a union of types; checked only if all are plain (numbers, truth values, text, containers, none).
-        value: what the user gave.
-        name: what to call it in the error.
+        hint: a type or a union of types; checked only if all are plain (bool, int, float, str, containers, `None`).
+        value: the value given by the user.
+        name: its name in the error message.
 
     Raises:
         UserError: the value has another type.
@@ -319,7 +314,7 @@ def _unknown_setting(given: str, siblings: list[str]) -> UserError:
 
 
 def _override(dotted: str, text: str) -> Any:
-    """One override's text as its setting wants it: where the setting is text, ``7`` and ``true`` are text too."""
+    """Parses the value of an override; for a setting of type text, ``7`` and ``true`` stay text."""
     item = fields().get(dotted)
     kinds = str(item.type).split(" | ") if item else []
     value = scalar(text)
@@ -327,7 +322,7 @@ def _override(dotted: str, text: str) -> Any:
 
 
 class _Yaml(yaml.SafeLoader):
-    """PyYAML with the rules of YAML 1.2, in which 1e-3 is a number and `no` is a word; and `none` for null."""
+    """PyYAML with the scalars of YAML 1.2, where 1e-3 is a number and `no` is text; `none` is null."""
 
     yaml_implicit_resolvers = {}
 

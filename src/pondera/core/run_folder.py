@@ -1,11 +1,11 @@
-"""The run folder: everything a training leaves behind, and all that reports read.
+"""The run folder: all files that training writes and reports read.
 
     RUN/  config.yaml    the RunConfig                  env.json      versions, machine, command line, commit, seed
-          metrics.jsonl  one JSON object per line       result.json   the final scores and prices
+          metrics.jsonl  one JSON object per line       result.json   the final scores and costs
           checkpoints/   step-000100/, ...              traces/       passes and losses by token; depths.json
           model/         the final Hugging Face folder
 
-Whatever can be half-written by a crash is either replaced in one move or recognised as torn when read.
+Files are either replaced atomically, or an incomplete write is detected when they are read.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from pondera.core import run_config
 from pondera.core.errors import UserError
 from pondera.core.run_config import RunConfig
 
-MARKS = ("config.yaml", "env.json")  # a folder with both is a run
+MARKS = ("config.yaml", "env.json")  # a folder with both is a run folder
 CHECKPOINT = re.compile(r"step-(\d+)")
 PACKAGES = ("pondera", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
 class Run:
-    """One run folder; `Run.create` makes it, `Run.open` reads it.
+    """One run folder, created by `Run.create` or opened by `Run.open`.
 
     Example:
         >>> import tempfile
@@ -57,15 +57,15 @@ class Run:
 
     @classmethod
     def create(cls, path: str | Path, config: RunConfig, exist_ok: bool = False) -> Run:
-        """Makes the folder and writes `config.yaml` and `env.json`.
+        """Creates the folder and writes `config.yaml` and `env.json`.
 
         Args:
-            path: where; parents are made.
-            config: what decides the run.
-            exist_ok: write into a folder that has files already (metrics and checkpoints in it stay).
+            path: the folder; missing parents are created.
+            config: settings of the run.
+            exist_ok: allow a folder that contains files (existing metrics and checkpoints stay).
 
         Raises:
-            UserError: the folder has files in it and `exist_ok` is false, or `path` is a file.
+            UserError: the folder is not empty and `exist_ok` is false, or `path` is a file.
         """
         import yaml
 
@@ -73,7 +73,7 @@ class Run:
         if run.path.exists() and not run.path.is_dir():
             raise UserError(f"{run.path} is a file; give the name of a folder for the run")
         if not exist_ok and run.path.is_dir() and any(run.path.iterdir()):
-            what = "already holds a run" if is_run(run.path) else "is not empty"
+            what = "already contains a run" if is_run(run.path) else "is not empty"
             raise UserError(f"{run.path} {what}; give another folder, or resume the run")
         run.path.mkdir(parents=True, exist_ok=True)
         write_atomic(run.env_file, _json(environment(config.train.seed), indent=2) + "\n")
@@ -82,7 +82,7 @@ class Run:
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """An existing run folder.
+        """Opens an existing run folder.
 
         Raises:
             UserError: no such folder, or it is not a run folder (the message says what is missing).
@@ -105,7 +105,7 @@ class Run:
 
     @property
     def env(self) -> dict[str, Any]:
-        """What `env.json` says of where and how the run was made."""
+        """The environment of the run, from `env.json`."""
         return _read_json(self.env_file)
 
     def log(self, **values: Any) -> None:
@@ -113,54 +113,54 @@ class Run:
         with open(self.metrics_file, "ab+") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - 1))
-            if size and file.read(1) != b"\n":  # a line torn by a crash: drop it, or this one would be glued to it
+            if size and file.read(1) != b"\n":  # remove a line that is incomplete after a crash
                 file.seek(0)
                 file.truncate(file.read().rfind(b"\n") + 1)
             file.write((_json(values) + "\n").encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every logged line, in order; a torn last line is left out.
+        """All logged lines, in order; an incomplete last line is ignored.
 
         Raises:
             UserError: a line other than the last is not JSON.
         """
         if not self.metrics_file.is_file():
             return []
-        lines = self.metrics_file.read_bytes().split(b"\n")[:-1]  # what follows the last newline is torn
+        lines = self.metrics_file.read_bytes().split(b"\n")[:-1]  # text after the last newline is incomplete
         found = []
         for number, line in enumerate(lines, start=1):
             try:
                 found.append(_object(line))
             except ValueError:
-                message = f"{self.metrics_file}, line {number}: not a JSON object; delete the line to go on"
+                message = f"{self.metrics_file}, line {number}: not a JSON object; delete the line to continue"
                 raise UserError(message) from None
         return found
 
     def truncate_after(self, step: int) -> None:
-        """Forgets every logged line of a later step, so that a resumed run logs each step once."""
+        """Removes the logged lines of later steps, so that a resumed run logs each step once."""
         kept = [line for line in self.metrics() if line.get("step", 0) <= step]
         write_atomic(self.metrics_file, "".join(_json(line) + "\n" for line in kept))
 
     def write_result(self, values: dict[str, Any]) -> None:
-        """Writes the final scores and prices; with this file the run counts as finished."""
+        """Writes the final scores and costs; a run with this file is finished."""
         write_atomic(self.result_file, _json(values, indent=2) + "\n")
 
     def result(self) -> dict[str, Any] | None:
-        """The final scores and prices, or None while the run is unfinished."""
+        """The final scores and costs, or `None` while the run is unfinished."""
         return _read_json(self.result_file) if self.result_file.is_file() else None
 
     def write_trace(self, name: str, values: dict[str, Any]) -> None:
-        """Writes `traces/NAME.json`: a text (``{"tokens": [str], "passes": [float], "nll": [float]}``), or statistics."""
+        """Writes `traces/NAME.json`: one sequence (``{"tokens": [str], "passes": [float], "nll": [float]}``) or statistics."""
         self.traces_dir.mkdir(exist_ok=True)
         write_atomic(self.traces_dir / f"{name}.json", _json(values) + "\n")
 
     def traces(self) -> dict[str, dict[str, Any]]:
-        """Every trace by its name."""
+        """All traces, by name."""
         return {path.stem: _read_json(path) for path in sorted(self.traces_dir.glob("*.json"))}
 
     @contextmanager
     def saving(self, step: int) -> Iterator[Path]:
-        """A folder to write the checkpoint of `step` into; it gets its final name only when the block succeeds.
+        """Context manager that yields a temporary checkpoint folder and renames it to its final name on success.
 
         Example::
 
@@ -194,10 +194,10 @@ def is_run(path: str | Path) -> bool:
 
 
 def write_atomic(path: Path, text: str | bytes) -> None:
-    """Replaces a file in one move: readers see the old content or the new, whatever happens in between.
+    """Replaces a file atomically: readers see the old or the new content, never a part.
 
     Raises:
-        OSError: the new content cannot be written, e.g. a full disk; the old file is still there and nothing else.
+        OSError: the new content cannot be written, e.g. because the disk is full; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -212,8 +212,8 @@ def write_atomic(path: Path, text: str | bytes) -> None:
 
 
 def environment(seed: int) -> dict[str, Any]:
-    """What a reader needs to make the run again, or to see why theirs differs."""
-    torch = sys.modules.get("torch")  # a run that never loaded torch has no threads to tell of
+    """The environment of a run: what is needed to repeat it or to explain a difference."""
+    torch = sys.modules.get("torch")  # without torch there is no thread count to record
     return {
         "command": _command(),
         "seed": seed,
@@ -228,7 +228,7 @@ def environment(seed: int) -> dict[str, Any]:
 
 
 def _command() -> str:
-    """The command line, to be typed again: `pondera` by its name, wherever it is installed."""
+    """The command line to repeat the run; `pondera` is written without its path."""
     program = Path(sys.argv[0])
     ours = program.name == "pondera" or program.parts[-2:] == ("pondera", "__main__.py")
     return shlex.join(["pondera" if ours else sys.argv[0], *sys.argv[1:]])
@@ -242,7 +242,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout that this file is in ("-dirty" when files were changed), if it is in one."""
+    """The git commit of this source tree, with "-dirty" if it has changes; `None` outside a checkout."""
     root = Path(__file__).parents[3]
     if not (root / ".git").exists():
         return None
@@ -258,7 +258,7 @@ def _json(value: Any, indent: int | None = None) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON's own types: tensors and arrays as lists or numbers, NaN and infinity as null."""
+    """Converts a value to JSON types: tensors and arrays to lists or numbers, NaN and infinity to null."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if isinstance(value, dict):

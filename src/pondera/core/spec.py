@@ -1,20 +1,20 @@
 """Spec strings and the index of methods.
 
-A method is named by text that reads like its constructor, ``PonderLM2(thoughts=1)``: in YAML, in a checkpoint's config
-and on the command line. Its arguments are plain values or other methods. The text is parsed, never evaluated.
+A spec string names a method and its arguments like a constructor call, ``PonderLM2(thoughts=1)``: in YAML, in the config of a
+checkpoint and on the command line. Arguments are plain values or other methods. The string is parsed, never evaluated.
 
 The folder is the registry. A seam is a folder of ``pondera/methods/`` (``think/``, ``kv_cache/``, ``memory/``, ``chunk/``,
-``head/``), a method is one file in it, and the file's stem without underscores is the class's name in lower case:
-``think/ponder_lm2.py`` holds ``PonderLM2``. Files that start with ``_`` and ``base.py`` hold no method. Files are parsed, not
-imported, until a method is built. ``quantize/`` holds methods that are arguments of others, ``probe/`` what looks at a
-model from outside; both are found and built in the same way.
+``head/``), and a method is one file in it. The file name without underscores is the class name in lower case:
+``think/ponder_lm2.py`` defines ``PonderLM2``. ``base.py`` and files that start with ``_`` define no method. Files are parsed,
+and imported only when a method is built. ``quantize/`` has methods that are arguments of other methods, ``probe/`` has
+analyses of trained models; both are found and built in the same way.
 
-To try a method without touching the package, put its file under the same folder names anywhere and name that place::
+To try a method without changing the package, put its file into a folder with the same subfolders and name that folder::
 
-    my_methods/think/my_idea.py      # holds class MyIdea(Think)
+    my_methods/think/my_idea.py      # defines class MyIdea(Think)
     PONDERA_METHODS=my_methods pondera train ponderlm2 --think "MyIdea(depth=2)"
 
-``PONDERA_METHODS`` takes several folders, separated like those of ``PATH``. A checkpoint of such a method needs it too.
+``PONDERA_METHODS`` takes several folders, separated as in ``PATH``. Loading a checkpoint of such a method needs it, too.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from typing import Any, NoReturn
 from pondera.core.errors import UserError, unknown
 from pondera.core.run_config import typed
 
-SEAMS = ("think", "kv_cache", "memory", "chunk", "head")  # what a model is made of: each is a setting of a run
+SEAMS = ("think", "kv_cache", "memory", "chunk", "head")  # parts of a model: each is a setting of a run
 PARTS = ("quantize",)  # arguments of other methods
 PROBES = ("probe",)
 PACKAGE = Path(__file__).parent.parent / "methods"
@@ -60,16 +60,16 @@ class Spec:
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What a method's file says about it, read without importing it.
+    """Description of a method, read from its file without importing it.
 
     Args:
-        name: the class's name.
-        seam: the folder it is in.
-        file: the file.
-        module: what it is imported as.
-        summary: first line of the class's docstring.
+        name: name of the class.
+        seam: name of the folder.
+        file: path of the file.
+        module: module name for the import.
+        summary: first line of the class docstring.
         paper, price: the class attributes of these names; empty if absent.
-        signature: how it is written, e.g. ``PonderLM2(thoughts: int = 1)``.
+        signature: constructor signature, e.g. ``PonderLM2(thoughts: int = 1)``.
     """
 
     name: str
@@ -83,14 +83,14 @@ class MethodInfo:
 
 
 def parse(text: str) -> Spec:
-    """Reads a spec string.
+    """Parses a spec string.
 
     Args:
         text: a name, or a call whose arguments are numbers, quoted text, True, False, None, lists, tuples, mappings and
             other specs.
 
     Raises:
-        UserError: it holds anything else; the message points at it.
+        UserError: the string has any other syntax; the message marks the place.
 
     Example:
         >>> parse("VQKV(bits=2.75, quantizer=SimVQ(256))")
@@ -112,10 +112,10 @@ def parse(text: str) -> Spec:
 
 
 def format(spec: Spec) -> str:
-    """The canonical text of a spec; `parse` reads it back.
+    """The canonical string of a spec, the inverse of `parse`.
 
     Raises:
-        UserError: an argument is not something that a spec can hold.
+        UserError: an argument has a type that a spec does not allow.
 
     Example:
         >>> format(parse("PonderLM2( 2,mode = 'x' )")), format(parse("PonderLM2"))
@@ -125,14 +125,14 @@ def format(spec: Spec) -> str:
 
 
 def index(seams: Sequence[str] = SEAMS + PARTS) -> dict[str, MethodInfo]:
-    """Every method by name: those of the package, then those of ``PONDERA_METHODS``, seam by seam.
+    """All methods by name: those of the package, then those of ``PONDERA_METHODS``, sorted by seam.
 
     Args:
         seams: the folders to read.
 
     Raises:
-        UserError: a file does not hold the class it is named after, cannot be read as Python, or two methods share a
-            name; or ``PONDERA_METHODS`` names something that is no folder of seam folders.
+        UserError: a file does not define the class of its name or is not valid Python, two methods have the same name, or
+            ``PONDERA_METHODS`` names a folder without seam folders.
     """
     found: dict[str, MethodInfo] = {}
     for root in (PACKAGE, *_user_folders()):
@@ -150,14 +150,14 @@ def index(seams: Sequence[str] = SEAMS + PARTS) -> dict[str, MethodInfo]:
 
 
 def find(name: str, seam: str | None = None) -> MethodInfo:
-    """The method of that name.
+    """Finds a method by name.
 
     Args:
-        name: the class's name.
-        seam: the seam it must be on; none: any.
+        name: name of the class.
+        seam: required seam; default: `None`, any seam.
 
     Raises:
-        UserError: there is none (with the nearest name), or it is on another seam.
+        UserError: no such method (the message has the nearest name), or it belongs to another seam.
     """
     methods = index(PROBES) if seam in PROBES else index()
     method = methods.get(name)
@@ -172,17 +172,17 @@ def find(name: str, seam: str | None = None) -> MethodInfo:
 
 
 def build(spec: str | Spec, seam: str) -> Any:
-    """Constructs the method that a spec names, and the methods among its arguments, importing only their files.
+    """Constructs the method of a spec, and the methods among its arguments, importing only their files.
 
-    Arguments must be named in the constructor; those annotated with plain types are checked.
+    The arguments must be parameters of the constructor. Those annotated with plain types are checked.
 
     Args:
-        spec: a spec or its text.
-        seam: the seam it must be on; methods among its arguments may be on any.
+        spec: a spec or spec string.
+        seam: required seam; methods among the arguments may belong to any seam.
 
     Raises:
-        UserError: unreadable text, no such method, an unknown, missing or wrongly typed argument, or a value that the
-            constructor refuses with a `ValueError`.
+        UserError: a syntax error, an unknown method, an unknown, missing or wrongly typed argument, or a `ValueError` of
+            the constructor.
     """
     return _construct(parse(spec) if isinstance(spec, str) else spec, seam)
 
@@ -202,7 +202,7 @@ def _construct(spec: Spec, seam: str | None) -> Any:
         raise UserError(f"{format(spec)}: {error}; write {method.signature}") from None
     try:
         hints = typing.get_type_hints(cls.__init__)
-    except NameError:  # an annotation imported for type checkers only: nothing to check against
+    except NameError:  # an annotation that is imported for type checkers only: cannot be checked
         hints = {}
     for name, value in bound.arguments.items():
         bound.arguments[name] = typed(hints.get(name, Any), value, f"{method.name}: {name}")
@@ -213,7 +213,7 @@ def _construct(spec: Spec, seam: str | None) -> Any:
 
 
 def _built(value: Any) -> Any:
-    """`value` with every spec in it constructed."""
+    """Replaces every spec in a value by the constructed method."""
     if isinstance(value, Spec):
         return _construct(value, None)
     if isinstance(value, (list, tuple)):
@@ -244,7 +244,7 @@ def _user_folders() -> list[Path]:
     for folder in folders:
         if not any((folder / seam).is_dir() for seam in SEAMS + PARTS + PROBES):
             listing = ", ".join(f"{seam}/" for seam in SEAMS + PARTS + PROBES)
-            raise UserError(f"PONDERA_METHODS: {str(folder)!r} is no folder that holds any of {listing}")
+            raise UserError(f"PONDERA_METHODS: {str(folder)!r} contains none of the folders {listing}")
     return folders
 
 
@@ -253,7 +253,7 @@ def _user_folders() -> list[Path]:
 
 @functools.cache
 def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
-    # Every model that is built asks for the index; a file is parsed again only when it says something else.
+    # The index is read for every model that is built; a file is parsed again only if its content changed.
     wanted = file.stem.replace("_", "")
     try:
         body = ast.parse(source, filename=file.name).body
@@ -262,11 +262,11 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
     cls = next((node for node in body if isinstance(node, ast.ClassDef) and node.name.lower() == wanted), None)
     if cls is None:
         raise UserError(
-            f"{file}: a file in {seam}/ holds the method it is named after, but there is no class whose name in lower "
-            f"case is {wanted!r}; rename the class or the file (a leading underscore: not a method)"
+            f"{file}: a file in {seam}/ must define the method of its name, but there is no class whose name in lower "
+            f"case is {wanted!r}; rename the class or the file (start the file name with an underscore if it is no method)"
         )
     module = f"pondera.methods.{seam}.{file.stem}"
-    if not file.is_relative_to(PACKAGE):  # the same stem may stand in several folders
+    if not file.is_relative_to(PACKAGE):  # several folders may have a file of the same name
         module = f"pondera_{file.stem}_{zlib.crc32(str(file).encode()):08x}"
     texts = _texts(cls)
     return MethodInfo(
@@ -282,7 +282,7 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
 
 
 def _texts(cls: ast.ClassDef) -> dict[str, str]:
-    """The class attributes that are assigned a string literal."""
+    """The class attributes that are string literals."""
     found: dict[str, str] = {}
     for node in cls.body:
         if isinstance(node, (ast.Assign, ast.AnnAssign)) and isinstance(node.value, ast.Constant):
@@ -293,7 +293,7 @@ def _texts(cls: ast.ClassDef) -> dict[str, str]:
 
 
 def _parameters(cls: ast.ClassDef) -> Iterator[str]:
-    """The constructor's named parameters as text: from ``__init__``, or a dataclass's fields."""
+    """The parameters of the constructor as text, from ``__init__`` or from the fields of a dataclass."""
     parameters: list[tuple[str, ast.expr | None, ast.expr | None]] = []
     init = next((node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"), None)
     if init is not None:
@@ -338,7 +338,7 @@ def _value(node: ast.AST, text: str) -> Any:
                     _refuse_node(text, f"{word.arg} is given twice", word)
                 kwargs[str(word.arg)] = _value(word.value, text)
             return Spec(name, tuple(_value(arg, text) for arg in args), kwargs)
-    _refuse_node(text, "only names, plain values and other methods can stand here", node)
+    _refuse_node(text, "only names, plain values and other methods are allowed here", node)
 
 
 def _text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Objects that tell the spec string they were built by."""
+"""SpecRepr: a base class whose `repr` is the spec string of the object."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 class SpecRepr:
-    """Notes what its constructor was given, so that `repr` is a spec: `pondera.core.spec.build` makes the same of it.
+    """Records the arguments of the constructor, so that `repr` is a spec string from which `spec.build` makes an equal object.
 
     Example:
-        >>> class Some(Described):
+        >>> class Some(SpecRepr):
         ...     def __init__(self, size: int = 4, mode: str = "fast") -> None: ...
         >>> Some(), Some(8, mode="fast"), Some(mode="slow")
         (Some(), Some(8), Some(mode='slow'))
@@ -25,9 +25,9 @@ class SpecRepr:
 
         @functools.wraps(construct)
         def noting(self: Any, *args: Any, **kwargs: Any) -> None:
-            if "_given" not in vars(self):  # by the class itself, not by the one it is derived from
+            if "_given" not in vars(self):  # recorded by the class itself, not by a base class
                 given = inspect.signature(construct).bind(self, *args, **kwargs).arguments
-                # A tensor without its graph, which could not be copied when an object is built from its description.
+                # Detached, because a tensor with a graph cannot be copied.
                 plain = {name: value.detach() if _tensor(value) else value for name, value in given.items()}
                 object.__setattr__(self, "_given", {name: plain[name] for name in plain if name != "self"})
             construct(self, *args, **kwargs)
@@ -35,7 +35,7 @@ class SpecRepr:
         cls.__init__ = noting
 
     def __repr__(self) -> str:
-        """What it was given and is not the default."""
+        """The spec string: arguments that differ from their defaults."""
         given, parameters = self._given, inspect.signature(type(self)).parameters
         first = next(iter(parameters), None)
         changed = {name: value for name, value in given.items() if _tensor(value) or value != parameters[name].default}

@@ -1,6 +1,6 @@
-"""Which versions of transformers the contract suite passed on; importing this imports nothing heavy.
+"""Tested versions of transformers; importing this does not import transformers.
 
-``versions.json`` beside this file is written by ``tools/versions.py``.
+``tools/versions.py`` runs the contract suite and writes ``versions.json`` in this folder.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from packaging.version import Version
 
 @functools.cache
 def passed() -> tuple[str, ...]:
-    """The versions of transformers that were tested and passed, ascending."""
+    """The versions of transformers that pass the contract suite, ascending."""
     found = json.loads(Path(__file__).with_suffix(".json").read_text())["transformers"]
     return tuple(sorted(found, key=Version))
 
 
 def installed() -> str:
-    """The version of transformers that is installed; asked without importing it."""
+    """The installed version of transformers, read without importing it."""
     return importlib.metadata.version("transformers")
 
 
 def was_tested(version: str) -> bool:
-    """Whether one of the minor series of a version was tested.
+    """Whether a version of the same minor series was tested.
 
     Example:
         >>> was_tested("5.23.1"), was_tested("4.0.1")

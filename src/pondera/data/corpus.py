@@ -1,11 +1,11 @@
-"""From text to training windows: split, tokenise once, keep as memory-mapped bins.
+"""Prepares training windows: splits text, tokenises it once and stores memory-mapped bins.
 
-`prepare` leaves a folder in the cache and opens it:
+`prepare` writes a folder in the cache and opens it:
 
-    manifest.json         sizes of the files below (a folder that does not match is built again), dtypes, digest
+    manifest.json         sizes of the files below (the folder is rebuilt if they differ), dtypes, digest
     tokenizer/            loads with AutoTokenizer
-    train/, validation/   ids.bin: all documents, each ended by the EOS token
-                          bytes.bin: UTF-8 bytes of the text before each token, and in total
+    train/, validation/   ids.bin: all documents, each followed by the EOS token
+                          bytes.bin: cumulative UTF-8 bytes before each token, and the total
                           starts.bin: each document's first token;  names.json: their names
 
 Shapes: T tokens of a split, D documents, C context.
@@ -37,27 +37,27 @@ if TYPE_CHECKING:
     from torch import LongTensor
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 2  # raise it whenever the bins of the same text would differ
-TOKENIZER_BYTES = 20_000_000  # of training text are plenty to learn a BPE from
-BATCH_BYTES = 4_000_000  # of text tokenised at once
+FORMAT = 2  # increase it whenever the bins of the same text change
+TOKENIZER_BYTES = 20_000_000  # of training text for a BPE
+BATCH_BYTES = 4_000_000  # of text per batch of the tokenizer
 SPLITS = ("train", "validation")
 
 log = logging.getLogger(__name__)
 
 
 def prepare(config: DataConfig, cache_dir: Path | None = None) -> Corpus:
-    """Reads, splits and tokenises the text of `config`, or finds it done.
+    """Splits and tokenises the text of `config`, or opens the cached result.
 
-    Documents are held out by the sha256 of their names (see `divide`), the same ones everywhere. What was
-    prepared is found again by content (text, tokenizer, share, limit), not by path or date. Processes that prepare
-    the same corpus at once wait for the first.
+    Documents are held out by the sha256 of their names (see `divide`), so the split is the same on all machines. The cache
+    key is the content (text, tokenizer, share, limit), not the path or date. Concurrent processes that prepare the same
+    corpus wait for the first.
 
     Args:
         config: the ``data`` part of a run.
-        cache_dir: where corpora are kept; by default ``$PONDERA_CACHE`` or ``~/.cache/pondera``.
+        cache_dir: folder of the corpora; default: ``$PONDERA_CACHE`` or ``~/.cache/pondera``.
 
     Raises:
-        UserError: text or tokenizer cannot be read, or there is too little text for this context.
+        UserError: text or tokenizer cannot be read, or there is not enough text for this context.
 
     Example:
         >>> corpus = prepare(DataConfig(text="stdlib", tokenizer="bpe-512", max_bytes=300_000))
@@ -82,8 +82,8 @@ def prepare(config: DataConfig, cache_dir: Path | None = None) -> Corpus:
                 _build(folder, source, config, tokenizer)
     except OSError as error:
         raise UserError(
-            f"cannot keep the prepared text in {str(cache)!r} ({error.strerror or error}); "
-            "set PONDERA_CACHE to a folder with room that you may write to"
+            f"cannot write the prepared text to {str(cache)!r} ({error.strerror or error}); "
+            "set PONDERA_CACHE to a writable folder with free space"
         ) from None
     corpus = Corpus(folder)
     _check_length(corpus, config.context)
@@ -91,16 +91,16 @@ def prepare(config: DataConfig, cache_dir: Path | None = None) -> Corpus:
 
 
 class Corpus:
-    """A prepared text on disk.
+    """A prepared corpus on disk.
 
     Attributes:
-        path: its folder.
+        path: folder of the corpus.
         tokenizer_path: a folder that ``AutoTokenizer.from_pretrained`` loads.
         vocab_size: one more than the largest token id.
-        train: the documents to learn from.
-        validation: the documents held out.
+        train: the training documents.
+        validation: the held-out documents.
         digest: sha256 of both splits' tokens and the vocabulary; equal digests mean equal data.
-        skipped: files of the source that were left out, counted by reason.
+        skipped: number of skipped files, by reason.
     """
 
     def __init__(self, path: Path):
@@ -113,14 +113,14 @@ class Corpus:
         self.train, self.validation = (Split(path / name, *manifest["dtypes"]) for name in SPLITS)
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer that the bins were made with."""
+        """The tokenizer of the corpus."""
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(self.tokenizer_path)
 
 
 class Split:
-    """All documents of one side in a row, each ended by the EOS token.
+    """All documents of one split, concatenated, each followed by the EOS token.
 
     Attributes:
         ids: memory-mapped token ids, (T,).
@@ -138,17 +138,17 @@ class Split:
         self.num_documents = len(self._starts)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Split, self._arguments  # a data-loading process maps the files anew instead of receiving their content
+        return Split, self._arguments  # a data-loading process maps the files itself instead of receiving their content
 
     def windows(self, context: int, document_mask: bool = False) -> Windows:
         """This split as windows of `context` tokens."""
         return Windows(self, context, document_mask)
 
     def num_bytes_of(self, start: int, stop: int) -> int:
-        """UTF-8 bytes of the text behind ``ids[start:stop]``.
+        """UTF-8 bytes of the text of ``ids[start:stop]``.
 
-        Exact for any range, and additive: adjacent ranges add up to their union. EOS tokens count 0 bytes; a character
-        spelled by several tokens counts for the first of them.
+        Exact for any range and additive over adjacent ranges. EOS tokens count 0 bytes; a character of several tokens counts
+        for the first of them.
         """
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens}")
@@ -169,17 +169,17 @@ class Split:
 
 
 class Windows:
-    """A map-style dataset of consecutive windows that do not overlap; a last partial one is dropped.
+    """A map-style dataset of consecutive, non-overlapping windows; an incomplete last window is dropped.
 
-    Window i holds ``input_ids = ids[i*C : i*C + C]`` and ``targets``, the token after each of them, so every token of
-    the split but the first (and those of the dropped end) is predicted exactly once. The text that window i predicts
-    has ``split.num_bytes_of(i*C + 1, i*C + C + 1)`` bytes.
+    Window i has ``input_ids = ids[i*C : i*C + C]`` and ``targets``, the next token of each. So every token of the split
+    is predicted exactly once, except the first and those of the dropped window. The targets of window i have
+    ``split.num_bytes_of(i*C + 1, i*C + C + 1)`` bytes.
 
     Args:
-        split: where the tokens are.
+        split: the tokens.
         context: C, tokens per window.
-        document_mask: adds ``document_ids``, counted 1, 2, ... from the window's start, for callers that forbid attention
-            across documents.
+        document_mask: add ``document_ids``, counted 1, 2, ... from the start of the window, to mask attention across
+            documents.
     """
 
     def __init__(self, split: Split, context: int, document_mask: bool = False):
@@ -211,7 +211,7 @@ def _check(config: DataConfig) -> None:
             f"data.validation: expected a share such as 0.05, more than 0 and less than 1; got {config.validation}"
         )
     if config.max_bytes is not None and config.max_bytes < 1:
-        raise UserError(f"data.max_bytes: at least 1, or none for all the text; got {config.max_bytes}")
+        raise UserError(f"data.max_bytes: expected at least 1, or none for all text; got {config.max_bytes}")
 
 
 def _check_length(corpus: Corpus, context: int) -> None:
@@ -221,8 +221,8 @@ def _check_length(corpus: Corpus, context: int) -> None:
             fitting = min((corpus.train.num_tokens - 1) // 2, corpus.validation.num_tokens - 1)
             advice = f"use --data.context {fitting} or less, or more text" if fitting > 0 else "give more text"
             raise UserError(
-                f"data.context: {windows} window{'s' * (windows > 1)} of {context} tokens and the token after need "
-                f"{needed} {name} tokens, and there are {split.num_tokens}; {advice}"
+                f"data.context: {windows} window{'s' * (windows > 1)} of {context} tokens and one more token need "
+                f"{needed} {name} tokens, but there are {split.num_tokens}; {advice}"
             )
 
 
@@ -235,7 +235,7 @@ def _is_intact(folder: Path) -> bool:
 
 
 def _build(folder: Path, source: Source, config: DataConfig, tokenizer: PreTrainedTokenizerFast | None) -> None:
-    """Writes the corpus beside its place and moves it there when it is whole. The caller holds the lock."""
+    """Writes the corpus to a temporary folder and renames it when complete. The caller holds the lock."""
     train, validation, sizes_D = _divide(source, config)
     if tokenizer is None:
         log.info("training %s on %s", config.tokenizer, source.name)
@@ -273,13 +273,13 @@ def _build(folder: Path, source: Source, config: DataConfig, tokenizer: PreTrain
         os.replace(part, folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    log.info("%s is ready; files left out: %s", source.name, source.skips() or "none")
+    log.info("%s is ready; skipped files: %s", source.name, source.skips() or "none")
 
 
 def _divide(source: Source, config: DataConfig) -> tuple[list[int], list[int], np.ndarray]:
-    """Rows of the training and of the held-out documents in the order of their hashes, and every document's bytes.
+    """Indices of the training and held-out documents in the order of their hashes, and the bytes of all documents.
 
-    Each side has at least one document, whatever the hashes say.
+    Each split has at least one document.
     """
     names, sizes = [], []
     for document in source.read():
@@ -289,8 +289,8 @@ def _divide(source: Source, config: DataConfig) -> tuple[list[int], list[int], n
         left_out = ", ".join(f"{count} {reason}" for reason, count in source.skips().items())
         found = f"one document of {sizes[0]:,} bytes" if sizes else "no text"
         raise UserError(
-            f"data.text: {source.name!r} holds {found}{f' (files left out: {left_out})' if left_out else ''}; "
-            "give at least two documents, one of them to hold out, or name one long text file"
+            f"data.text: {source.name!r} contains {found}{f' (skipped files: {left_out})' if left_out else ''}; "
+            "give at least two documents, or one long text file: a part must be held out"
         )
     train, held_out = divide(names, sizes, config.validation)
     if config.max_bytes is not None:
@@ -298,14 +298,14 @@ def _divide(source: Source, config: DataConfig) -> tuple[list[int], list[int], n
         train = _within(config.max_bytes, train, sizes)
         if not train:
             raise UserError(
-                f"data.max_bytes: no training document is as short as {config.max_bytes:,} bytes; "
+                f"data.max_bytes: every training document has more than {config.max_bytes:,} bytes; "
                 f"give at least {smallest:,}"
             )
     return train, held_out, np.array(sizes, np.int64)
 
 
 def _within(limit: int, rows: list[int], sizes: list[int]) -> list[int]:
-    """Those of `rows`, taken in turn, that still fit into `limit` bytes."""
+    """Greedily selects documents, in order, up to a total of `limit` bytes."""
     chosen = []
     for row in rows:
         if sizes[row] <= limit:
@@ -315,7 +315,7 @@ def _within(limit: int, rows: list[int], sizes: list[int]) -> list[int]:
 
 
 def _sample(source: Source, rows: list[int], sizes_D: np.ndarray) -> Iterator[str]:
-    """Texts to train a tokenizer on: documents in turn until they are enough."""
+    """Texts to train a tokenizer on: the first documents, up to about `TOKENIZER_BYTES`."""
     enough = int(np.searchsorted(np.cumsum(sizes_D[rows]), TOKENIZER_BYTES)) + 1
     chosen = set(rows[:enough])
     return (document.text for row, document in enumerate(source.read()) if row in chosen)
@@ -333,7 +333,7 @@ def _batches(documents: Iterable[tuple[_Writer, Document]]) -> Iterator[list[tup
 
 
 class _Writer:
-    """Appends documents to the bins of one split."""
+    """Writes documents to the bins of one split."""
 
     def __init__(self, folder: Path, ids_dtype: str, bytes_dtype: str):
         folder.mkdir()
@@ -355,7 +355,7 @@ class _Writer:
         self.num_bytes += int(ends[-1])
 
     def close(self) -> bytes:
-        """Finishes the files; returns the hash of the tokens."""
+        """Closes the files; returns the hash of the tokens."""
         for file in (self.ids, self.bytes, self.starts):
             file.close()
         (self.folder / "names.json").write_text(json.dumps(self.names))

@@ -1,4 +1,4 @@
-"""Files whose rows hold texts: JSON, JSON lines, CSV, TSV and Parquet."""
+"""Readers for files with one text per row: JSON, JSON lines, CSV, TSV and Parquet."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import IO, Any
 from pondera.core.errors import UserError, unknown
 
 PACKED = (".xz", ".gz")
-LONGEST = 2**31 - 1  # characters of a CSV field; the csv module stops at 131,072 unless told otherwise
+LONGEST = 2**31 - 1  # characters of a CSV field; the default limit of the csv module is 131,072
 
 Row = tuple[str, dict[str, Any]]
-"""A row and where it is, e.g. ``books.csv:3``."""
+"""The place of a row, e.g. ``books.csv:3``, and its fields."""
 
 
 class NoRows(ValueError):
-    """A file whose ending promises rows, and that has none."""
+    """A file without rows despite its extension."""
 
 
 def reader(path: Path) -> Callable[[IO[bytes], str, tuple[str, ...]], Iterator[Row]] | None:
-    """What reads the rows of a file, by its ending; `None`: a file without rows, that is plain text.
+    """The row reader for the extension of a file, or `None` for plain text.
 
-    Upper and lower case do not matter, nor does a further ``.xz`` or ``.gz``.
+    Case and a second extension ``.xz`` or ``.gz`` are ignored.
 
     Example:
         >>> [reader(Path(name)) is None for name in ("book.txt", "books.JSONL", "books.csv.gz", "books.parquet")]
@@ -46,7 +46,7 @@ def _json_lines(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterat
 
 
 def _json(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[Row]:
-    """A list of objects, one object, or JSON lines under another name, as in many datasets."""
+    """Reads a list of objects, one object, or JSON lines, which many datasets name ``.json``."""
     content = file.read()
     text = content.decode("utf-8-sig")
     if not text.strip():
@@ -71,7 +71,7 @@ def _parsed(place: str, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data.text: {place}: not valid JSON ({error}); each line of this file is one object") from None
+        raise UserError(f"data.text: {place}: not valid JSON ({error}); each line must be one object") from None
 
 
 def _object(place: str, row: Any, columns: tuple[str, ...]) -> Row:
@@ -82,7 +82,7 @@ def _object(place: str, row: Any, columns: tuple[str, ...]) -> Row:
 
 
 def _csv(file: IO[bytes], place: str, columns: tuple[str, ...], delimiter: str = ",") -> Iterator[Row]:
-    """Rows under a header. A row with more or fewer fields than the header is refused: its text may have been cut."""
+    """Reads rows under a header. A row with another number of fields raises, because its text may be incomplete."""
     lines = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
     rows = _fields(csv.reader(lines, delimiter=delimiter, strict=True), place)
     header = next(rows, None)
@@ -91,15 +91,15 @@ def _csv(file: IO[bytes], place: str, columns: tuple[str, ...], delimiter: str =
     for number, fields in enumerate(rows, 1):
         if fields and len(fields) != len(header):
             raise UserError(
-                f"data.text: {place}:{number}: {len(fields)} fields under a header of {len(header)}; put texts that hold "
-                f"{delimiter!r} or a line break in double quotes"
+                f"data.text: {place}:{number}: {len(fields)} fields under a header of {len(header)}; quote texts that "
+                f"contain {delimiter!r} or a line break with double quotes"
             )
         if fields:
             yield f"{place}:{number}", dict(zip(header, fields, strict=True))
 
 
 def _fields(rows: Iterator[list[str]], place: str) -> Iterator[list[str]]:
-    """The rows, with fields of any length; the csv module has one limit for the whole process, which is put back."""
+    """Reads rows with fields of any length; the process-wide limit of the csv module is restored after each row."""
     while True:
         before = csv.field_size_limit(LONGEST)
         try:
@@ -132,10 +132,10 @@ def _parquet(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[
         wanted = [name for name in columns if name in table.schema_arrow.names]
         batches = table.iter_batches(batch_size=1000, columns=wanted)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-            if row[columns[0]] is not None:  # as in datasets, nothing at all is no text
+            if row[columns[0]] is not None:  # as in datasets, null is no text
                 yield f"{place}:{number}", row
     except ArrowException as error:
-        raise NoRows(f"damaged or no Parquet file: {str(error).splitlines()[0]}") from None
+        raise NoRows(f"not a Parquet file, or damaged: {str(error).splitlines()[0]}") from None
     if not table.metadata.num_rows:
         raise NoRows("empty")
 

@@ -1,4 +1,4 @@
-"""Which windows each forward pass of a training takes, and how they become one batch.
+"""StepSampler: the windows of each forward pass in training, and their collation into batches.
 
 Shapes: B batch, C context.
 """
@@ -16,7 +16,7 @@ from torch.utils.data import Sampler
 
 
 def mixed_seed(*parts: int) -> int:
-    """A seed from several numbers, such that no two combinations are likely to share one.
+    """Hashes several numbers to one seed.
 
     Example:
         >>> mixed_seed(0, 1) == mixed_seed(1, 0)
@@ -26,20 +26,20 @@ def mixed_seed(*parts: int) -> int:
 
 
 class StepSampler(Sampler[list[int]]):
-    """The windows of every optimizer step: a new permutation per epoch, drawn from the seed alone.
+    """Samples the windows of every optimizer step: a new permutation per epoch, determined by the seed.
 
-    It depends neither on the global random state nor on the number of processes, so a training that is resumed, split
-    into micro-batches or spread over processes sees the same windows in each step.
+    The order is independent of the global random state and of the number of processes. So each step has the same windows
+    if training is resumed, split into micro-batches or distributed over processes.
 
     Args:
-        num_windows: windows of the split.
+        num_windows: number of windows in the split.
         batch_size: windows per optimizer step, over all processes.
-        micro_batch_size: windows per forward pass of one process; the last of a step may have fewer.
-        steps: optimizer steps of the whole training.
-        seed: of the permutations.
-        first_step: steps that are done already.
-        rank: of this process.
-        num_processes: that share a step, in equal parts.
+        micro_batch_size: windows per forward pass of one process; the last pass of a step may have fewer.
+        steps: optimizer steps in total.
+        seed: seed of the permutations.
+        first_step: number of completed steps.
+        rank: rank of this process.
+        num_processes: number of processes, which take equal shares of a step.
 
     Example:
         >>> order = StepSampler(num_windows=10, batch_size=4, micro_batch_size=2, steps=5, seed=0)
@@ -62,7 +62,7 @@ class StepSampler(Sampler[list[int]]):
         self.steps, self.seed, self.first_step = steps, seed, first_step
         self.share = batch_size // num_processes
         self.rank = rank
-        self._permutation = lru_cache(maxsize=2)(self._permute)  # a step may straddle two epochs
+        self._permutation = lru_cache(maxsize=2)(self._permute)  # a step can span two epochs
 
     def windows_of(self, step: int) -> list[int]:
         """The windows of one step, over all processes."""
@@ -87,7 +87,7 @@ ARGUMENTS = {"input_ids": "input_ids", "targets": "shift_labels", "document_ids"
 
 
 def collate(windows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Windows as the model's keyword arguments: ``input_ids``, ``shift_labels`` and, if they tell documents apart,
+    """Collates windows into keyword arguments of the model: ``input_ids``, ``shift_labels`` and, with a document mask,
     ``document_ids``, each ``[B, C]``."""
     names = [name for name in ARGUMENTS if name in windows[0]]
     return {ARGUMENTS[name]: torch.stack([window[name] for window in windows]) for name in names}

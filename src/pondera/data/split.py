@@ -1,4 +1,4 @@
-"""Which documents are held out: by the hash of their names, so that the same ones are held out everywhere."""
+"""Splits documents into training and held-out ones by the hash of their names, reproducibly on every machine."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import logging
 from collections import Counter
 
 FAR = 3.0
-"""How many times as much, or as little, as was asked for is worth a word."""
+"""A warning is logged if the held-out share deviates by more than this factor."""
 
 log = logging.getLogger(__name__)
 
 
 def divide(names: list[str], sizes: list[int], share: float) -> tuple[list[int], list[int]]:
-    """Numbers of the training and of the held-out documents, each in the order of their hashes.
+    """Indices of the training and of the held-out documents, each in the order of their hashes.
 
-    A name is held out if its hash is among the lowest `share` of all hashes. Documents that share a name are parts of one
-    text (or have no title of their own, such as ``"Untitled"``), so they stay together. Where that holds out far more or
-    less than was asked for, whole names are held out in the order of their hashes, as far as they fit; and where no name
-    fits, the parts are divided by themselves, and a warning says so. Each side has at least one document.
+    A name is held out if its hash is in the lowest `share` of the hash range. Documents of one name are parts of one text (or
+    have a generic title such as ``"Untitled"``), so they stay together. If the result deviates far from `share`, whole names
+    are held out in the order of their hashes while they fit. If no name fits, the documents are split individually, and a
+    warning is logged. Each split has at least one document.
 
     Args:
-        names: of at least two documents.
+        names: names of the documents, at least two.
         sizes: their bytes.
-        share: what is to be held out, more than 0 and less than 1.
+        share: share of the text to hold out, above 0 and below 1.
 
     Example:
         >>> [len(side) for side in divide(["speech"] * 200, [10] * 200, 0.05)]
@@ -36,14 +36,14 @@ def divide(names: list[str], sizes: list[int], share: float) -> tuple[list[int],
             train, held_out = _by_hash([_hash(part) for part in _parts(names)], share)
             log.warning(
                 "data.validation: %d documents share %d names (titles), and no whole names make up %g %% of the text; "
-                "documents of one name are now on both sides. If they are parts of one text, give them more titles",
+                "documents of one name are now in both splits. If they are parts of one text, use more titles",
                 len(names),
                 len(set(names)),
                 100 * share,
             )
     if _far(held_out, sizes, share):
         log.warning(
-            "data.validation: %g %% of the text was asked for, and %.2g %% is held out: %d of %d documents, which are not cut",
+            "data.validation: %g %% of the text was requested, and %.2g %% is held out: %d of %d whole documents",
             100 * share,
             100 * _share(held_out, sizes),
             len(held_out),
@@ -64,7 +64,7 @@ def _by_hash(hashes: list[int], share: float) -> tuple[list[int], list[int]]:
 
 
 def _by_whole_names(names: list[str], sizes: list[int], share: float) -> tuple[list[int], list[int]]:
-    """Names in the order of their hashes, until they are enough; those that are too large for that are passed over."""
+    """Holds out names in the order of their hashes up to the share; names that are too large are skipped."""
     hashes = {name: _hash(name) for name in set(names)}
     size_of: Counter[str] = Counter()
     for name, size in zip(names, sizes, strict=True):
@@ -79,7 +79,7 @@ def _by_whole_names(names: list[str], sizes: list[int], share: float) -> tuple[l
 
 
 def _parts(names: list[str]) -> list[str]:
-    """Names with the number of their occurrence."""
+    """Makes names unique by appending their occurrence number."""
     seen: Counter[str] = Counter()
     found = []
     for name in names:
@@ -93,6 +93,6 @@ def _share(rows: list[int], sizes: list[int]) -> float:
 
 
 def _far(held_out: list[int], sizes: list[int], share: float) -> bool:
-    """Whether the share of the text, or what is left, is several times what was asked for, or a fraction of it."""
+    """Whether the held-out or the training share deviates from the requested one by more than the factor `FAR`."""
     found = _share(held_out, sizes)
     return not (share / FAR <= found <= share * FAR and 1 - found >= (1 - share) / FAR)

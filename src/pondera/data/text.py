@@ -1,8 +1,8 @@
-"""Where text comes from: a file, a folder, this Python's own library, or a Hugging Face dataset.
+"""Text sources: a file, a folder, the standard library of this Python, or a Hugging Face dataset.
 
-Whatever it is, `open_text` gives a `Source`: named documents that can be read any number of times in the same order,
-one at a time, so that a corpus need not fit in memory. Names never hold a path outside the source: they decide which
-documents are held out, and that must not change from one machine to the next.
+`open_text` returns a `Source`: named documents that can be read repeatedly in the same order, one at a time, so that a
+corpus need not fit in memory. Names do not include a path outside the source: they decide which documents are held out,
+which must be the same on every machine.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from typing import IO, Any, NamedTuple
 from pondera.core.errors import UserError, unknown
 from pondera.data.row_files import PACKED, READERS, NoRows, Row, reader
 
-ADVICE = f"give UTF-8 text or rows ({', '.join(READERS)}), packed as .xz or .gz or not"
-PIECE = 16_384  # characters of a lone plain-text file that make one document
+ADVICE = f"give UTF-8 text or rows ({', '.join(READERS)}), optionally compressed as .xz or .gz"
+PIECE = 16_384  # characters per document of a single plain-text file
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-TOPICS = "pydoc_data/topics.py"  # the language reference, as one big dictionary
+TOPICS = "pydoc_data/topics.py"  # the language reference, as one large dictionary
 
 
 class Document(NamedTuple):
-    """One text with the name that decides which side of the split it falls on."""
+    """One text and its name, which decides its split."""
 
     name: str
     text: str
@@ -48,10 +48,10 @@ class Source:
     """Documents in a fixed order.
 
     Attributes:
-        name: what the user called it.
-        digest: sha256 of the content and the names; two sources with the same digest give the same documents.
-        read: starts over at every call.
-        skipped: file -> why it was left out (``"binary"``, ``"empty"``, ...); complete once everything was read.
+        name: name given by the user.
+        digest: sha256 of contents and names; sources of equal digest have equal documents.
+        read: returns a new iterator over the documents.
+        skipped: skipped file -> reason (``"binary"``, ``"empty"``, ...); complete after all documents were read.
     """
 
     name: str
@@ -60,12 +60,12 @@ class Source:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def skips(self) -> dict[str, int]:
-        """How many files were left out, by reason."""
+        """Number of skipped files, by reason."""
         return dict(Counter(self.skipped.values()))
 
 
 class NotText(UserError):
-    """A file that cannot be read as text: an error when it was named, left out when it merely lies in a folder."""
+    """A file that cannot be read as text: an error if the user named it, skipped if it is in a folder."""
 
     def __init__(self, path: Path, reason: str, advice: str = ADVICE):
         super().__init__(f"data.text: {str(path)!r} cannot be read as text ({reason}); {advice}")
@@ -73,14 +73,14 @@ class NotText(UserError):
 
 
 def open_text(text: str, column: str = "text") -> Source:
-    """Opens what ``data.text`` names.
+    """Opens the text source that ``data.text`` names.
 
     Args:
         text: ``"stdlib"``, a file, a folder, or the name of a Hugging Face dataset.
-        column: the field of a JSON, CSV, TSV or Parquet file, or of a dataset, that holds the text.
+        column: the text field of a JSON, CSV, TSV or Parquet file or a dataset.
 
     Raises:
-        UserError: it is none of these, or cannot be read.
+        UserError: no such source, or it cannot be read.
 
     Example:
         >>> open_text("stdlib").skips().get("binary", 0)
@@ -103,8 +103,8 @@ def open_text(text: str, column: str = "text") -> Source:
 
 
 def cut(text: str, size: int = PIECE) -> Iterator[str]:
-    """Cuts text into pieces of at most `size` characters, at a paragraph's end where there is one, else at a line's or
-    a word's. Joined, the pieces are the text.
+    """Cuts text into pieces of at most `size` characters, at the end of a paragraph if possible, else of a line
+    or a word. The concatenated pieces equal the text.
 
     Example:
         >>> list(cut("one two\\n\\nthree", size=12))
@@ -122,14 +122,14 @@ def cut(text: str, size: int = PIECE) -> Iterator[str]:
 
 @contextmanager
 def hub() -> Iterator[None]:
-    """Offline mode for whatever is loaded inside, if the hub's host has no address: else its client retries for a
-    minute before it says so. What the hub's cache holds still loads."""
+    """Enables offline mode of the hub client in the block if the host of the hub does not resolve; otherwise the client
+    retries for a minute before it fails. Files in the cache of the hub still load."""
     import huggingface_hub.constants as constants
 
     before = constants.HF_HUB_OFFLINE
     host = urllib.parse.urlsplit(constants.ENDPOINT).hostname
     try:
-        if not urllib.request.getproxies():  # a proxy resolves names for us
+        if not urllib.request.getproxies():  # a proxy resolves host names itself
             socket.getaddrinfo(host, 443)
     except OSError:
         constants.HF_HUB_OFFLINE = True
@@ -140,16 +140,16 @@ def hub() -> Iterator[None]:
 
 
 def _stdlib() -> Source:
-    """The sources of the running Python's library, its documentation files and its language reference."""
+    """The standard library of the running Python: sources, documentation files and language reference."""
     root = Path(sysconfig.get_path("stdlib"))
     files = [
         (name, path)
         for name, path in _walk(root, {}, NOT_LIBRARY)
         if path.suffix in (".py", ".txt", ".rst", ".md")
-        and not name.startswith(("config-", "_sysconfigdata"))  # how and where this Python was built
+        and not name.startswith(("config-", "_sysconfigdata"))  # depend on the build of this Python
     ]
     if not files:
-        raise UserError(f"data.text: this Python keeps no library sources in {str(root)!r}; give a file or a folder")
+        raise UserError(f"data.text: this Python has no library sources in {str(root)!r}; give a file or a folder")
     library = _files("stdlib", [item for item in files if item[0] != TOPICS], "text", whole=True)
 
     def read() -> Iterator[Document]:
@@ -172,7 +172,7 @@ def _folder(root: Path, name: str, column: str) -> Source:
 
 
 def _walk(root: Path, skipped: dict[str, str], prune: Collection[str] = ()) -> list[tuple[str, Path]]:
-    """Every regular file below `root` that is not hidden nor in a folder named in `prune`, by relative POSIX path."""
+    """All regular files below `root`, except hidden ones and folders in `prune`, sorted by relative POSIX path."""
     files = []
     for folder, folders, names in os.walk(root):
         for hidden in [name for name in folders + names if name.startswith(".")]:
@@ -183,8 +183,8 @@ def _walk(root: Path, skipped: dict[str, str], prune: Collection[str] = ()) -> l
 
 
 def _files(name: str, files: list[tuple[str, Path]], column: str, whole: bool = False) -> Source:
-    """Documents of files. `whole`: each plain text file is one, and those that are not text are left out; otherwise
-    plain text is cut, so that there is something to hold out, and what is not text is an error."""
+    """A source of files. If `whole`, each plain text file is one document and other files are skipped. Otherwise plain text
+    is cut into several documents, so that some can be held out, and a file that is not text is an error."""
     skipped: dict[str, str] = {}
 
     def read() -> Iterator[Document]:
@@ -202,7 +202,7 @@ def _files(name: str, files: list[tuple[str, Path]], column: str, whole: bool = 
 
 
 def _digest(kind: str, files: Iterable[tuple[str, Path]]) -> str:
-    """Of names and bytes, not of dates: a copied file is the same file."""
+    """Hash of names and contents, not of dates, so that copies have the same digest."""
     total = hashlib.sha256(kind.encode())
     for relative, path in files:
         one = hashlib.sha256(relative.encode("utf-8", "surrogateescape"))
@@ -211,7 +211,7 @@ def _digest(kind: str, files: Iterable[tuple[str, Path]]) -> str:
                 while chunk := file.read(1 << 20):
                     one.update(chunk)
         except OSError:
-            one.update(b"unreadable")  # reading it will say so
+            one.update(b"unreadable")  # reading it later raises
         total.update(one.digest())
     return total.hexdigest()
 
@@ -223,7 +223,7 @@ def _unpacked(path: Path) -> IO[bytes]:
 
 @contextmanager
 def _as_text(path: Path) -> Iterator[None]:
-    """Turns every way in which reading a file can fail into `NotText`."""
+    """Turns all errors of reading a file into `NotText`."""
     try:
         yield
     except UnicodeDecodeError:
@@ -231,7 +231,7 @@ def _as_text(path: Path) -> Iterator[None]:
     except NoRows as error:
         raise NotText(path, str(error)) from None
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError):
-        raise NotText(path, "damaged archive", "download or pack it again") from None
+        raise NotText(path, "damaged archive", "download or compress it again") from None
     except OSError as error:
         raise NotText(path, error.strerror or "unreadable", "check the file") from None
 
@@ -246,7 +246,7 @@ def _plain(relative: str, path: Path, whole: bool) -> Iterator[Document]:
     if whole:
         yield Document(relative, text)
     else:
-        size = min(PIECE, max(1024, len(text) // 32))  # a small file, too, has several pieces
+        size = min(PIECE, max(1024, len(text) // 32))  # so that a small file has several pieces, too
         yield from (Document(f"{relative}#{number}", piece) for number, piece in enumerate(cut(text, size), 1))
 
 
@@ -257,14 +257,14 @@ def _rows(relative: str, path: Path, column: str, rows: Callable[..., Iterator[R
                 raise unknown(f"data.column (the text field of {place})", column, row)
             if not isinstance(row[column], str):
                 raise UserError(
-                    f"data.column: field {column!r} of {place} holds {type(row[column]).__name__}, not text"
+                    f"data.column: field {column!r} of {place} has type {type(row[column]).__name__}, not text"
                 )
             title = row.get("title")
             yield Document(title if isinstance(title, str) and title else place, row[column])
 
 
 def _unicode(text: str) -> str:
-    """JSON can spell half a surrogate pair, which no UTF-8 can hold."""
+    """Replaces lone surrogates, which JSON allows and UTF-8 does not."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -279,8 +279,10 @@ def _dataset(name: str, column: str) -> Source:
             loaded: Any = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(name, split="train")
             rows: Any = loaded["train"] if isinstance(loaded, datasets.DatasetDict) else loaded
     except ConnectionError:
-        raise _no_dataset(name, "the Hugging Face hub cannot be reached, and its cache here does not have it") from None
-    except Exception as error:  # a dataset is other people's code and files: anything can come out
+        raise _no_dataset(
+            name, "the Hugging Face hub cannot be reached, and the dataset is not in the local cache"
+        ) from None
+    except Exception as error:  # code and files of a dataset can raise anything
         raise _no_dataset(name, first_line(error)) from None
     if column not in rows.column_names:
         raise unknown(f"data.column (the text field of {name})", column, rows.column_names)
@@ -291,7 +293,7 @@ def _dataset(name: str, column: str) -> Source:
             for text in table.column(column).to_pylist():
                 row += 1
                 if text is not None and not isinstance(text, str):
-                    raise UserError(f"data.column: field {column!r} of {name} holds {type(text).__name__}, not text")
+                    raise UserError(f"data.column: field {column!r} of {name} has type {type(text).__name__}, not text")
                 if text and text.strip():
                     yield Document(f"{path.name}:{row}", text)
 
@@ -302,19 +304,19 @@ def _dataset(name: str, column: str) -> Source:
 
 
 def first_line(error: Exception) -> str:
-    """What someone else's error says, without the rest of it."""
+    """The first line of the message of an error."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _no_dataset(name: str, reason: str) -> UserError:
     return UserError(
-        f"data.text: {name!r} is not 'stdlib', not a file or folder here, and not a Hugging Face dataset that loads "
+        f"data.text: {name!r} is not 'stdlib', not a file or folder, and not a Hugging Face dataset that loads "
         f"({reason}){_near(Path(name))}"
     )
 
 
 def _near(path: Path) -> str:
-    """The file next door that was probably meant."""
+    """A hint with the most similar file name in the same folder, or an empty string."""
     folder = path.expanduser().parent
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
     near = difflib.get_close_matches(path.name, ["stdlib", *names], n=1)

@@ -1,4 +1,4 @@
-"""From text to token ids, and how many bytes of text each of them stands for."""
+"""Tokenizers: training, loading, and encoding with the bytes of text per token."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ if TYPE_CHECKING:
 
 EOS = "<|endoftext|>"
 LONGEST_WORD = 4096
-"""Characters of a word that a tokenizer learns from."""
+"""Maximum characters per word in tokenizer training."""
 ENDLESS_WORD = re.compile(
     "|".join(rf"{kind}{{{LONGEST_WORD + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"(?:[^\w\s]|_)", r"\s"))
 )
-"""Letters, digits, other signs or blanks in a row: what a byte-level tokenizer takes for one word."""
+"""Long runs of letters, digits, other characters or spaces, which a byte-level tokenizer treats as one word."""
 MANY = 1_000_000
-"""Characters that take so long to encode that Ctrl-C must be heard meanwhile."""
+"""From this many characters on, encoding is slow enough to need handling of Ctrl-C."""
 
 log = logging.getLogger(__name__)
 
 
 def bpe_size(spec: str) -> int | None:
-    """N of ``bpe-N``; none if `spec` names a tokenizer.
+    """N of ``bpe-N``, or `None` if `spec` names a tokenizer.
 
     Example:
         >>> bpe_size("bpe-2048"), bpe_size("gpt2")
@@ -52,7 +52,7 @@ def bpe_size(spec: str) -> int | None:
 
 
 def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
-    """Loads a tokenizer folder or hub name; refuses one that lacks an EOS token or cannot tell where its tokens lie."""
+    """Loads a tokenizer from a folder or hub name; it must be fast (for token offsets) and have an EOS token."""
     folder = Path(spec).expanduser()
     if not folder.is_dir() and not HUB_NAME.fullmatch(spec):
         raise UserError(
@@ -63,26 +63,28 @@ def load_tokenizer(spec: str) -> PreTrainedTokenizerFast:
     try:
         with hub():
             tokenizer = AutoTokenizer.from_pretrained(folder if folder.is_dir() else spec)
-    except Exception as error:  # a damaged file surfaces as whatever its parser raises
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(
             f"data.tokenizer: {spec!r} is not 'bpe-N' (such as bpe-2048), "
             f"nor a folder or hub name that loads as a tokenizer ({first_line(error)})"
         ) from None
     if not tokenizer.is_fast:
-        raise UserError(f"data.tokenizer: {spec!r} has no fast version (tokenizer.json), which counting bytes needs")
+        raise UserError(
+            f"data.tokenizer: {spec!r} has no fast version (tokenizer.json), which is needed to count bytes"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"data.tokenizer: {spec!r} has no EOS token, which must end every document; "
+            f"data.tokenizer: {spec!r} has no EOS token, which is needed after every document; "
             "set eos_token in its tokenizer_config.json"
         )
     return tokenizer
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `size` pieces (fewer if the text runs out of pairs), EOS being the first.
+    """Trains a byte-level BPE of at most `size` tokens (fewer if no more pairs exist); EOS has id 0.
 
-    Training takes a time that grows with the square of a word's length, so words of more than `LONGEST_WORD` characters, such
-    as the letters of a genome, are cut. All other text is learnt as it stands.
+    The time of training is quadratic in the length of a word. So words of more than `LONGEST_WORD` characters, such as a
+    genome, are cut. All other text is used unchanged.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -119,17 +121,17 @@ def _tell_every_half_minute(seconds: float) -> None:
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
-    """sha256 of all that decides how text becomes tokens."""
+    """sha256 of the tokenizer."""
     return hashlib.sha256(f"{tokenizer.eos_token}\n{tokenizer.backend_tokenizer.to_str()}".encode()).hexdigest()
 
 
 def check_ids(ids: Sequence[int] | np.ndarray, tokenizer: PreTrainedTokenizerFast, embedded: int) -> None:
-    """Refuses token ids that a model has no embedding for.
+    """Checks that a model has an embedding for all token ids.
 
     Args:
-        ids: token ids of a text.
-        tokenizer: that gave them.
-        embedded: how many tokens the model embeds.
+        ids: token ids.
+        tokenizer: the tokenizer of the ids.
+        embedded: number of token embeddings of the model.
 
     Raises:
         UserError: an id is too large; the message names the token.
@@ -138,32 +140,32 @@ def check_ids(ids: Sequence[int] | np.ndarray, tokenizer: PreTrainedTokenizerFas
     if largest >= embedded:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
-            f"the text has the token {token!r} (id {largest}), and the model embeds {embedded:,} tokens (ids 0 to "
-            f"{embedded - 1}); take it out of the text, or give the tokenizer that the model was trained with"
+            f"the text has the token {token!r} (id {largest}), but the model has embeddings for {embedded:,} tokens (ids 0 to "
+            f"{embedded - 1}); remove it from the text, or use the tokenizer of the model"
         )
 
 
 def encode(
     texts: list[str], tokenizer: PreTrainedTokenizerFast, embedded: int | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Token ids of each text without special tokens, and how many UTF-8 bytes of it each token brings us to.
+    """Token ids of each text without special tokens, and the cumulative UTF-8 bytes at the end of each token.
 
-    Tokenizers drop characters, and spell one character with several tokens; so what counts is where a token's text
-    ends, never going back, and the last token ends the text. Differences then add up whatever the tokenizer does.
-    A text that yields no token yields two empty arrays.
+    Tokenizers can drop characters and split a character into several tokens. So a token is charged up to the end of its
+    text, the ends never decrease, and the last token ends the text. The differences then always add up to the bytes of
+    the text. A text without tokens gives two empty arrays.
 
     Args:
         texts: the texts.
-        tokenizer: of the model.
-        embedded: how many tokens the model embeds; `None`: no limit.
+        tokenizer: tokenizer of the model.
+        embedded: number of token embeddings of the model; default: `None`, not checked.
 
     Raises:
-        UserError: a text has a token that the model does not embed.
+        UserError: a text has a token without an embedding.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_padding()
     backend.no_truncation()
-    backend.encode_special_tokens = True  # a text that spells the EOS token must not end a document
+    backend.encode_special_tokens = True  # a text that contains the EOS string must not end a document
     if sum(map(len, texts)) < MANY:
         encodings = backend.encode_batch(texts, add_special_tokens=False)
     else:
@@ -182,7 +184,7 @@ def encode(
 
 
 def bytes_before(text: str) -> np.ndarray:
-    """UTF-8 bytes before each character of `text`, and in all: (len(text) + 1,).
+    """Cumulative UTF-8 bytes before each character of a text, and the total: (len(text) + 1,).
 
     Example:
         >>> bytes_before("aé日").tolist()

@@ -1,4 +1,4 @@
-"""Continues a prompt, and tells how many passes each token took."""
+"""Generates a continuation of a prompt and reports the passes per token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pondera.core.errors import UserError
-from pondera.core.hf import CACHE
 from pondera.data.tokenizer import check_ids
 from pondera.inference.load import Loaded, load
 
@@ -21,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Generated:
-    """A continuation.
+    """A generated continuation.
 
     Args:
-        text: what was written after the prompt, without special tokens.
-        tokens: each token of the prompt and the continuation as the text that it completes (``""`` for all but the last
-            token of a character that is spelled by several).
-        passes: passes that each of them took. The last token, which decoding itself has no need to run, is run too.
-        prompt_tokens: how many of them are the prompt.
-        ids: their numbers.
+        text: the generated text, without special tokens.
+        tokens: the text of each token of prompt and continuation (``""`` for all but the last token of a character of
+            several tokens).
+        passes: passes of each token. The last token, which decoding does not run, is run as well.
+        prompt_tokens: number of tokens in the prompt.
+        ids: token ids of prompt and continuation.
     """
 
     text: str
@@ -50,32 +49,33 @@ def generate(
     effort: str | float | None = None,
     max_passes: int | None = None,
 ) -> Generated:
-    """Continues `prompt` until the model ends the text or `max_new_tokens` are written.
+    """Continues `prompt` until the model generates an end token or `max_new_tokens` are reached.
 
     Args:
-        path: what `load` takes, or what it returned.
-        prompt: text; if empty, the model starts a text of its own.
-        max_new_tokens: at most so many tokens.
-        temperature: 0 takes the likeliest token each time; else from 0.01 (close to that) to 100 (close to chance).
-        top_p: draw from the likeliest tokens that together have this much probability.
-        seed: the same seed draws the same text; torch's own random state is left as it was.
-        on_text: called with every piece of text as soon as its last character is whole; the pieces join to `text`.
-        effort: how much thinking is wanted: ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
-        max_passes: no token gets more passes.
+        path: argument or result of `load`.
+        prompt: the prompt; if empty, the model starts a new document.
+        max_new_tokens: maximum number of new tokens.
+        temperature: sampling temperature from 0.01 to 100; 0 is greedy decoding.
+        top_p: probability mass of nucleus sampling.
+        seed: random seed of the sampling; the random state of torch is restored.
+        on_text: called with each piece of text when its last character is complete; the pieces join to `text`.
+        effort: compute per token: ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
+        max_passes: maximum number of passes per token; default: `None`, no limit.
 
     Raises:
-        UserError: a setting out of range, or a prompt that leaves no room in the model's positions.
+        UserError: a setting is out of range, or the prompt and the new tokens exceed the positions of the model.
 
     Example::
 
         generate("runs/ponderlm2", "Once upon a time", on_text=lambda text: print(text, end="", flush=True))
     """
     _check(max_new_tokens, temperature, top_p, seed)
-    loaded = path if isinstance(path, Loaded) else load(path)  # a path that is not there is told before torch is loaded
+    loaded = path if isinstance(path, Loaded) else load(path)  # an error in the path appears before torch is imported
 
     import torch
 
     from pondera.cache.token_cache import TokenCache
+    from pondera.core.hf import CACHE
 
     model: Any = loaded.model
     budget = effort_arguments(model, effort, max_passes)
@@ -108,15 +108,15 @@ def generate(
 
 
 class Stream:
-    """Spells tokens one at a time, in the way `generate` feeds its streamers: the prompt first.
+    """A streamer for `generate` that decodes one token at a time; the first call has the prompt.
 
     Args:
-        tokenizer: spells them.
-        on_text: told the text that comes after the first call's tokens, special tokens left out.
+        tokenizer: decodes the tokens.
+        on_text: called with the text after the prompt, without special tokens.
 
     Attributes:
-        text: everything that `on_text` was told.
-        tokens: the text that each token completes.
+        text: all text passed to `on_text`.
+        tokens: the text of each token.
 
     Example::
 
@@ -138,7 +138,7 @@ class Stream:
         self._in_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """Takes the next tokens."""
+        """Decodes the next tokens."""
         for token in value.flatten().tolist():
             self._pending.append(token)
             piece = self.decoder.step(self.tokenizer.backend_tokenizer, token)
@@ -147,7 +147,7 @@ class Stream:
         self._in_prompt = False
 
     def end(self) -> None:
-        """Spells what is left of a character that was never completed, as part of the last token."""
+        """Adds the rest of an incomplete character to the last token."""
         rest = cast(str, self.tokenizer.decode(self._pending, skip_special_tokens=True))
         self.tokens[-1:] = [token + rest for token in self.tokens[-1:]]
         self._tell(rest)
@@ -163,22 +163,22 @@ class Stream:
 
 
 def start_token(tokenizer: PreTrainedTokenizerFast) -> int:
-    """What a text begins after: BOS, or the EOS token of the text before.
+    """The token before the first token of a document: BOS, else EOS.
 
     Raises:
-        UserError: a tokenizer that has neither.
+        UserError: the tokenizer has neither.
     """
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
-        raise UserError("the tokenizer has neither BOS nor EOS, so nothing can start a text; set its eos_token")
+        raise UserError("the tokenizer has neither a BOS nor an EOS token to start a document with; set its eos_token")
     return cast(int, start)
 
 
 def effort_arguments(model: AdaptiveLM, effort: str | float | None, max_passes: int | None) -> dict[str, Any]:
-    """The keywords that tell a model how much thinking is wanted, checked; none of them where nothing was said.
+    """Checks an effort and returns it as keyword arguments of the model, without those that are `None`.
 
     Raises:
-        UserError: a budget that is none, or a model that cannot think.
+        UserError: an invalid effort, or a model without a method that uses it.
     """
     from pondera.core.effort import Effort
 
@@ -186,7 +186,7 @@ def effort_arguments(model: AdaptiveLM, effort: str | float | None, max_passes: 
     given = {name: value for name, value in given.items() if value is not None}
     Effort.of(**given)
     if given and model.method is None:
-        raise UserError(f"{next(iter(given))}: this model takes one pass per token and cannot think; leave it out")
+        raise UserError(f"{next(iter(given))}: this model always runs one pass per token; leave it out")
     return given
 
 
@@ -194,18 +194,18 @@ def _check(max_new_tokens: int, temperature: float, top_p: float, seed: int) -> 
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens}: give 1 or more")
     if temperature != 0 and not 0.01 <= temperature <= 100:
-        raise UserError(f"temperature={temperature}: give 0 (always the likeliest token), or from 0.01 to 100")
+        raise UserError(f"temperature={temperature}: give 0 (greedy), or a number from 0.01 to 100")
     if not 0 < top_p <= 1:
-        raise UserError(f"top_p={top_p}: give a share above 0 and up to 1 (all tokens)")
+        raise UserError(f"top_p={top_p}: give a probability above 0 and up to 1 (all tokens)")
     if not 0 <= seed < 2**63:
-        raise UserError(f"seed={seed}: give a whole number from 0 to 2**63 - 1")
+        raise UserError(f"seed={seed}: give an integer from 0 to 2**63 - 1")
 
 
 def _prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     try:
         prompt.encode()
     except UnicodeEncodeError:
-        raise UserError("prompt: holds bytes that are not UTF-8 text; convert it first") from None
+        raise UserError("prompt: not UTF-8 text; convert it first") from None
     return tokenizer.encode(prompt) or [start_token(tokenizer)]
 
 
@@ -214,6 +214,6 @@ def _check_room(prompt_tokens: int, max_new_tokens: int, limit: int | None) -> N
         room = limit - prompt_tokens
         advice = f"use max_new_tokens={room} or less" if room > 0 else f"shorten the prompt below {limit} tokens"
         raise UserError(
-            f"the prompt has {prompt_tokens} tokens, and {max_new_tokens} new ones would make "
+            f"the prompt has {prompt_tokens} tokens; with {max_new_tokens} new tokens these are "
             f"{prompt_tokens + max_new_tokens}, more than the {limit} positions of this model; {advice}"
         )

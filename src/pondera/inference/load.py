@@ -1,4 +1,4 @@
-"""Opens what `eval`, `generate` and the harness are given: a run folder, a model folder, or a hub checkpoint."""
+"""Loads a model and its tokenizer from a run folder, a model folder, or a hub checkpoint."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Loaded:
-    """A model, ready to use.
+    """A loaded model.
 
     Args:
-        model: in eval mode.
-        tokenizer: the one saved beside it.
-        name: what to call it in tables.
-        run: the run folder it is from, if it is from one.
-        foreign: not a Pondera model, but another one, wrapped.
+        model: the model, in eval mode.
+        tokenizer: its tokenizer.
+        name: name in tables.
+        run: its run folder; default: `None`.
+        foreign: true if the checkpoint is not a Pondera model and was wrapped as an `AdaptiveLM`.
     """
 
     model: AdaptiveLM
@@ -56,24 +56,24 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Loaded:
-    """Loads a model and its tokenizer, completely or not at all.
+    """Loads a model and its tokenizer.
 
-    Only safetensors are read: unpickling weights would run whatever code is in them. Where there is a manifest, as in
-    all that Pondera trained, every file is held against its hash.
+    Only safetensors are supported, because pickled weights can execute code. If there is a manifest, as in every model that
+    Pondera trained, the hash of each file is checked.
 
     Args:
         path: a run folder (its final model, else its newest intact checkpoint), a Pondera model folder, or the folder
-            or hub name of any causal LM of transformers, which comes wrapped as an `AdaptiveLM` that chose nothing.
-        device: where the model goes; none: the accelerator if there is one, else the CPU.
-        dtype: of the weights, one of `DTYPES`; `None` or ``"auto"``: as they are saved.
-        tokenizer: a folder or hub name with another tokenizer than the model's own.
-        revision: branch, tag or commit of a hub model and of its tokenizer.
-        trust_remote_code: run Python code that a checkpoint brings along. Only for code that you have read.
+            or hub name of any causal LM of transformers, which is wrapped as an `AdaptiveLM` without methods.
+        device: device of the model; default: `None`, the accelerator if there is one, else the CPU.
+        dtype: dtype of the weights, one of `DTYPES`; default: `None`, same as ``"auto"``, the saved dtype.
+        tokenizer: a folder or hub name of another tokenizer; default: `None`, the one of the model.
+        revision: branch, tag or commit of a hub model and of its tokenizer; default: `None`, ``"main"``.
+        trust_remote_code: execute Python code of the checkpoint. Use this only for code that you have read.
 
-    A tokenizer may have more tokens than the model embeds. Text that gives one of them is refused where it is read.
+    A tokenizer can have more tokens than the model has embeddings. A text with such a token raises when it is encoded.
 
     Raises:
-        UserError: there is no model, it is damaged, or it has no tokenizer.
+        UserError: the model does not exist, is damaged, or has no tokenizer.
 
     Example::
 
@@ -101,9 +101,9 @@ def load(
 
 
 def _find(path: Path, given: str) -> tuple[Path, Run | None]:
-    """The folder (or hub name) that holds the weights, and the run around it."""
+    """The folder (or hub name) of the weights, and the run folder that contains it."""
     if path.is_file():
-        raise UserError(f"{given!r} is a file; give the folder that holds it: a run, or a model with its config.json")
+        raise UserError(f"{given!r} is a file; give its folder: a run folder, or a model folder with config.json")
     if not path.is_dir():
         if HUB_NAME.fullmatch(given):
             return path, None
@@ -122,12 +122,12 @@ def _find(path: Path, given: str) -> tuple[Path, Run | None]:
     if (path / "config.json").is_file():
         return _whole(path), next((Run(above) for above in path.resolve().parents[:2] if is_run(above)), None)
     runs = sorted(entry.name for entry in path.iterdir() if entry.is_dir() and is_run(entry))
-    hint = f"; it holds the runs {', '.join(runs)}: give one of them" if runs else "; give a run or model folder"
+    hint = f"; it contains the runs {', '.join(runs)}: give one of them" if runs else "; give a run or model folder"
     raise UserError(f"{given!r} is neither a run nor a model folder (no config.json){hint}")
 
 
 def _whole(folder: Path) -> Path:
-    """The folder, unless its manifest says that it holds something else than was written."""
+    """Checks a folder against its manifest and returns it."""
     manifest = folder / checkpoints.MANIFEST
     if manifest.is_file() and (damage := checkpoints.find_damage(folder)):
         raise UserError(
@@ -143,7 +143,7 @@ def _near(path: Path) -> str:
 
 
 def _check_files(folder: Path) -> None:
-    """Refuses weights that are absent, pickled, torn or incomplete, by the name of the file."""
+    """Raises for missing, pickled, damaged or incomplete weight files, by file name."""
     from safetensors import SafetensorError, safe_open
 
     found = sorted(folder.glob("*.safetensors"))
@@ -154,32 +154,32 @@ def _check_files(folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index} is damaged; copy it again") from None
         if missing := sorted(shards - set(found)):
-            raise UserError(f"{missing[0]}: this part of the weights is missing; copy it beside the others")
+            raise UserError(f"{missing[0]}: this shard of the weights is missing; copy it into the folder")
     if not found:
         pickled = sorted(file.name for pattern in PICKLES for file in folder.glob(pattern))
         if pickled:
             raise UserError(
-                f"{folder} has pickled weights ({pickled[0]}), which may run code when opened, so Pondera does not; "
-                "convert them once: load with transformers where you trust them, then model.save_pretrained(FOLDER)"
+                f"{folder} has pickled weights ({pickled[0]}), which can execute code when loaded and are not supported; "
+                "convert them if you trust them: load with transformers, then model.save_pretrained(FOLDER)"
             )
         raise UserError(f"{folder} has a config.json but no weights (model.safetensors)")
     for file in found:
         try:
-            with safe_open(file, "pt"):  # reads the header, and compares what it promises with the size of the file
+            with safe_open(file, "pt"):  # reads the header and checks the size of the file
                 pass
         except (SafetensorError, OSError) as error:
             raise UserError(f"{file} is damaged ({first_line(error)}); copy it again or give another folder") from None
 
 
 def _weights(source: Path, given: str, options: dict[str, Any]) -> Any:
-    """The transformers model, with every weight that its config asks for and no other.
+    """Loads the transformers model; missing and unexpected weights raise.
 
     Args:
-        source: a folder, or a hub name.
-        given: what the user called it.
-        options: more arguments of ``from_pretrained``.
+        source: a folder or hub name.
+        given: the path as given by the user.
+        options: further arguments of ``from_pretrained``.
     """
-    import pondera.models.adaptive_lm  # noqa: F401 (transformers' Auto classes know our models from here on)
+    import pondera.models.adaptive_lm  # noqa: F401 (registers the models with the Auto classes of transformers)
     from pondera.core.hf import AutoModelForCausalLM
 
     local = source.is_dir()
@@ -191,15 +191,15 @@ def _weights(source: Path, given: str, options: dict[str, Any]) -> Any:
             model, info = loading
     except UserError:
         raise
-    except Exception as error:  # a config can ask for anything, and any part of the library can then refuse it
-        what = "its model cannot be loaded" if local else "no such folder here, nor a hub model that loads"
+    except Exception as error:  # a wrong config can raise anything
+        what = "its model cannot be loaded" if local else "no such folder, and no hub model that loads"
         near = "" if local else _near(source)
         raise UserError(f"{given!r}: {what} ({first_line(error)}){near}") from error
     for kind in ("missing", "unexpected"):
         if keys := sorted(info[f"{kind}_keys"]):
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             raise UserError(
-                f"{given!r}: its weights do not fit its config.json: {kind} {', '.join(keys[:3])}{more}; "
+                f"{given!r}: the weights do not match config.json: {kind} {', '.join(keys[:3])}{more}; "
                 "give a folder whose files belong to one checkpoint"
             )
     return model
@@ -207,7 +207,7 @@ def _weights(source: Path, given: str, options: dict[str, Any]) -> Any:
 
 @contextmanager
 def _no_bar() -> Iterator[None]:
-    """Keeps transformers from showing a bar while it reads weights that are here already."""
+    """Disables the progress bar of transformers while local weights load."""
     from transformers.utils import logging as theirs
 
     shown = theirs.is_progress_bar_enabled()
@@ -220,7 +220,7 @@ def _no_bar() -> Iterator[None]:
 
 
 def _wrapped(lm: PreTrainedModel) -> AdaptiveLM:
-    """An `AdaptiveLM` that chose nothing around a model that is loaded already."""
+    """Wraps a loaded model as an `AdaptiveLM` without methods."""
     import torch
 
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -244,14 +244,14 @@ def _other_tokenizer(given: str | Path, options: dict[str, Any]) -> PreTrainedTo
 def _tokenizer(source: Path, given: str, options: dict[str, Any]) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
 
-    advice = "save the one it was trained with there: tokenizer.save_pretrained(FOLDER)"
+    advice = "save the tokenizer of the model there: tokenizer.save_pretrained(FOLDER)"
     local = source.is_dir()
     if local and not any([*source.glob("tokenizer*"), *source.glob("vocab*")]):
-        raise UserError(f"{given!r}: no tokenizer beside the model; {advice}")
+        raise UserError(f"{given!r}: no tokenizer in the folder; {advice}")
     try:
         with nullcontext() if local else hub():
             tokenizer = AutoTokenizer.from_pretrained(str(source), local_files_only=local, **options)
-    except Exception as error:  # a damaged file surfaces as whatever its parser raises
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{given!r}: its tokenizer cannot be loaded ({first_line(error)}); {advice}") from None
     if not tokenizer.is_fast:
         raise UserError(f"{given!r}: its tokenizer has no fast version (tokenizer.json); convert it and {advice}")
@@ -259,11 +259,10 @@ def _tokenizer(source: Path, given: str, options: dict[str, Any]) -> PreTrainedT
 
 
 def _set_special_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, own: bool) -> None:
-    """Completes the generation config with the tokenizer's special tokens.
+    """Fills in missing special tokens of the generation config from the tokenizer.
 
-    Ids of a ``generation_config.json`` stay as they are: a chat model has several end tokens. Ids that an architecture
-    has by default mean nothing to a tokenizer that Pondera trained, so for a Pondera model (`own`) the tokenizer's replace
-    them.
+    Ids from ``generation_config.json`` are kept, since a chat model has several end tokens. Default ids of an architecture are
+    wrong for a tokenizer that Pondera trained, so for a Pondera model (`own`) they are replaced.
     """
     config, rows = lm.generation_config, cast(Any, lm.get_input_embeddings()).weight.shape[0]
     by_default = own and bool(getattr(config, "_from_model_config", False))

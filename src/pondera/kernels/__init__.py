@@ -1,6 +1,6 @@
-"""Native kernels: what a CPU does many times faster in C than torch's own operations can, built where it runs.
+"""Native kernels: C functions that are much faster on a CPU than the operations of torch, compiled on first use.
 
-A kernel is a file ``NAME.c`` here, and `pondera.kernels.build.library` makes a library of it at first use. Its caller keeps a
-form in torch, which is the oracle in the tests, and runs wherever the library is None or the tensors do not
+A kernel is a file ``c/NAME.c``; `pondera.kernels.build.library` compiles it on first use. The caller also has an implementation
+in torch. It is the reference implementation in the tests, and it runs if the library is `None` or the tensors do not
 `fit <pondera.kernels.call.fit>`.
 """

@@ -1,12 +1,11 @@
-"""Builds the kernels of this folder with the user's C compiler, once for each machine, and loads them.
+"""Compiles the C kernels with the compiler of the user, once per machine, and loads them.
 
-A library is found again by what it was made of: sources, flags, and the macros that the compiler defines, which tell its
-version and what the CPU can do. Its file also has the digest of its bytes in its name, so one that was cut short or
-changed is seen, and built again. It appears under that name in one move; processes that build the same one at once do the
-work twice and harm no one.
+The cache key of a library is the hash of its sources, flags, and the macros that the compiler defines, which depend on its
+version and the CPU. The file name also has the digest of the file, so a damaged library is detected and rebuilt. A library is
+renamed to its final name atomically; concurrent builds are redundant but harmless.
 
-Kernels have threads of their own, made for a call and gone after it (``parallel.h``). OpenMP would keep them, and a process
-that was forked after it used OpenMP waits for them for ever, as torch itself does there.
+Kernels create threads per call (``parallel.h``). OpenMP would keep its threads, and a process that is forked after using OpenMP
+would wait for them forever, as torch does in that case.
 """
 
 from __future__ import annotations
@@ -27,30 +26,30 @@ from pondera.core.paths import cache_folder
 HERE = Path(__file__).parent / "c"
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared", "-pthread")
-"""No -ffast-math: kernels rely on infinities, and on comparisons with what is no number."""
+"""No -ffast-math: kernels rely on infinities and on comparisons with NaN."""
 FOR_THIS_CPU = (("-march=native",), ("-mcpu=native",), ())
-"""The first of these that the compiler takes."""
+"""The first of these that the compiler supports is used."""
 DIGITS = 16
-"""Of a digest, in the name of a file."""
-OFF = "PONDERA_NATIVE=0 turns them off"
+"""Number of digits of a digest in a file name."""
+OFF = "disabled by PONDERA_NATIVE=0"
 PATIENCE = 300
-"""Seconds for a compiler."""
+"""Time limit of the compiler in seconds."""
 
 log = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
-    """Why there are no native kernels."""
+    """A native kernel is not available; the message has the reason."""
 
 
 def library(name: str) -> ctypes.CDLL | None:
-    """The kernels of ``NAME.c``, built at first use; None where they are off or cannot be built.
+    """The library of ``NAME.c``, compiled on first use, or `None` if kernels are disabled or cannot be compiled.
 
-    ``PONDERA_NATIVE=0`` turns all of them off; the environment variable CC names another compiler. Why one cannot be built
-    is said once in the log. Calls of its functions let other Python threads run.
+    ``PONDERA_NATIVE=0`` disables all kernels; the environment variable CC selects the compiler. The reason of a failure is
+    logged once. Calls of the functions release the GIL.
 
     Args:
-        name: of the source, without ``.c``.
+        name: name of the source file, without ``.c``.
 
     Example:
         >>> kernels = library("nearest")
@@ -64,7 +63,7 @@ def library(name: str) -> ctypes.CDLL | None:
 
 
 def why_not(name: str) -> str:
-    """Why `library` has no such kernels; empty where it has. Builds them if it can."""
+    """The reason why `library` returns `None`; empty if the kernel is available. Compiles it if necessary."""
     if _off():
         return OFF
     found = _found(name)
@@ -72,7 +71,7 @@ def why_not(name: str) -> str:
 
 
 def kernels() -> list[str]:
-    """The names of all that there are."""
+    """The names of all kernels."""
     return sorted(source.stem for source in HERE.glob("*.c"))
 
 
@@ -82,7 +81,7 @@ def _off() -> bool:
 
 @functools.cache
 def _found(name: str) -> ctypes.CDLL | str:
-    """The library, or why there is none; the same for as long as the process lives."""
+    """The library or the reason why it is not available, cached for the process."""
     try:
         return load(HERE / f"{name}.c", cache_folder() / "native")
     except Unavailable as reason:
@@ -92,15 +91,17 @@ def _found(name: str) -> ctypes.CDLL | str:
 
 @functools.cache
 def _say(reason: str) -> None:
-    """Once for all kernels."""
-    log.warning("no native kernels: %s; what they do goes on more slowly (PONDERA_NATIVE=0 silences this)", reason)
+    """Logs a reason once."""
+    log.warning(
+        "no native kernels: %s; the slower torch implementation is used (PONDERA_NATIVE=0 silences this)", reason
+    )
 
 
 def load(source: Path, cache: Path) -> ctypes.CDLL:
-    """The library of a source, from a folder of libraries, where it is left if it has to be built.
+    """Loads the library of a source from a cache folder; compiles it if it is missing or damaged.
 
     Raises:
-        Unavailable: no compiler, one that fails, or a folder that cannot be written to.
+        Unavailable: no compiler, a failed compilation, or a folder that is not writable.
     """
     command, macros = _compiler()
     parts = [source, *sorted(source.parent.glob("*.h"))]
@@ -118,23 +119,23 @@ def load(source: Path, cache: Path) -> ctypes.CDLL:
 
 
 def _compiler() -> tuple[list[str], str]:
-    """The command that compiles for this CPU, and the macros that it defines."""
+    """The command that compiles for this CPU, and the macros that the compiler defines."""
     given = shlex.split(os.environ.get("CC", ""))
     path = shutil.which(given[0]) if given else next(filter(None, map(shutil.which, COMPILERS)), None)
     if path is None:
-        raise Unavailable(f"no C compiler ({given[0] if given else ', '.join(COMPILERS)} is not there)")
-    said = ""
+        raise Unavailable(f"no C compiler ({given[0] if given else ', '.join(COMPILERS)} not found)")
+    errors = ""
     for for_this_cpu in FOR_THIS_CPU:
         command = [path, *given[1:], *FLAGS, *for_this_cpu]
         macros = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
         if macros.returncode == 0:
             return command, macros.stdout
-        said = said or macros.stderr
-    raise Unavailable(f"{path} does not compile: {_gist(said)}")
+        errors = errors or macros.stderr
+    raise Unavailable(f"{path} does not compile: {_gist(errors)}")
 
 
 def _built(command: list[str], source: Path, name: Path) -> Path:
-    """Compiles to a file beside the final one, which it then becomes."""
+    """Compiles to a temporary file in the same folder and renames it."""
     handle, draft = tempfile.mkstemp(suffix=".draft", dir=name.parent)
     os.close(handle)
     try:
@@ -168,7 +169,7 @@ def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()[:DIGITS]
 
 
-def _gist(said: str) -> str:
-    """The first error of what a compiler said."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line), lines[-1] if lines else "it does not say why")
+def _gist(output: str) -> str:
+    """The first error line in the output of a compiler."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line), lines[-1] if lines else "no error message")

@@ -1,4 +1,4 @@
-"""Calling kernels with tensors."""
+"""Calls kernels with tensors."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pondera.kernels.build import library
 
 
 def fit(*tensors: Tensor) -> bool:
-    """Whether a kernel can read these tensors as they are: contiguous float32 in a CPU's memory.
+    """Whether a kernel can read these tensors: contiguous float32 on the CPU.
 
-    Not where torch traces what it should only record (`torch.compile`, fake tensors), as it cannot look into a kernel.
+    False while torch traces (`torch.compile`, fake tensors), because it cannot trace a kernel.
 
     Example:
         >>> fit(torch.ones(3, 4)), fit(torch.ones(3, 4).T), fit(torch.ones(3, 4).double())
@@ -26,7 +26,7 @@ def fit(*tensors: Tensor) -> bool:
 
 
 def fit_rows(*tensors: Tensor) -> bool:
-    """Whether a kernel that takes strides can read them: a CPU's float32, numbers of a row side by side, no gradient wanted.
+    """Whether a kernel with strides can read these tensors: float32 on the CPU, contiguous last dimension, no gradient.
 
     Example:
         >>> fit_rows(torch.ones(3, 4)[:, 1:]), fit_rows(torch.ones(3, 4).T)
@@ -35,7 +35,7 @@ def fit_rows(*tensors: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     gradient = torch.is_grad_enabled()
-    for x in tensors:  # no generator: this is asked for every token and layer
+    for x in tensors:  # no generator expression: this runs for every token and layer
         if not (type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.float32 and x.stride(-1) == 1):
             return False
         if gradient and x.requires_grad:
@@ -44,24 +44,24 @@ def fit_rows(*tensors: Tensor) -> bool:
 
 
 def run(name: str, *arguments: Tensor | int | float | None) -> bool:
-    """Calls the function ``name`` of ``name.c``, which may take long and lets other Python threads run meanwhile.
+    """Calls the function ``name`` of ``name.c``; the GIL is released during the call.
 
     Args:
-        name: of the source and its function, which returns an ``int``: 0 where it did its work.
-        arguments: tensors, which it gets as addresses of their first numbers (None: NULL); ``int`` as ``int64_t`` and
-            ``float`` as ``double``. Nobody checks them against the source.
+        name: name of the source file and of its function, which returns an ``int``, 0 on success.
+        arguments: tensors are passed as pointers to their data, `None` as NULL, ``int`` as ``int64_t`` and ``float`` as
+            ``double``. They are not checked against the C signature.
 
     Returns:
-        Whether there is such a kernel, and it did its work.
+        False if the kernel is not available, else true.
 
     Raises:
-        MemoryError: it did not get the memory that it needs.
+        MemoryError: the kernel could not allocate memory.
     """
     kernels = library(name)
     if kernels is None:
         return False
     if getattr(kernels, name)(*map(_passed, arguments)):
-        raise MemoryError(f"the native kernel {name!r} did not get the memory it needs")
+        raise MemoryError(f"the native kernel {name!r} could not allocate memory")
     return True
 
 

@@ -1,1 +1,1 @@
-"""The model floor: a Hugging Face decoder as a backbone, its caches, and AdaptiveLM on top."""
+"""Models: a Hugging Face decoder as a backbone, and AdaptiveLM, which adds methods to it."""

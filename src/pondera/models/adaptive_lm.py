@@ -1,4 +1,4 @@
-"""AdaptiveLM: a backbone and the methods chosen for it, as one transformers model.
+"""AdaptiveLM: a backbone and its methods as one transformers model.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -50,26 +50,26 @@ if TYPE_CHECKING:
     from pondera.methods.think.base import Think
 
 IGNORED = -100
-"""Label of tokens that carry no loss, as in transformers."""
+"""Label of tokens without a loss, as in transformers."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class AdaptiveOutput(ModelOutput):
-    """What `AdaptiveLM` returns.
+    """Output of `AdaptiveLM`.
 
-    As a mapping it holds what there is of `loss`, `logits`, `passes` and the cache, under the name that the installed
-    transformers gives it; in training also `terms` and `trace`. Out of training these two are attributes alone:
-    what holds anything but tensors could not be gathered from several processes.
+    As a mapping it contains `loss`, `logits`, `passes` and the cache (under the name of the installed transformers), if they
+    are not `None`; in training also `terms` and `trace`. In evaluation these two are attributes only, because accelerate
+    can gather nothing but tensors from several processes.
 
     Args:
-        loss: the weighted sum of the terms' means, if labels were given.
-        logits: ``[B, T, V]``; none in training where a head has its loss without them.
-        cache: the KV cache, if one was used; `past_key_values` is the same.
-        passes: ``[B, T]``, passes that each token got.
+        loss: weighted sum of the means of the loss terms, if labels were given.
+        logits: ``[B, T, V]``; `None` in training if the head computes its loss without them.
+        cache: the KV cache, if one was used; same as `past_key_values`.
+        passes: ``[B, T]``, passes of each token.
         terms: loss terms as sums and counts, by name.
-        trace: what the method recorded.
+        trace: records of the method.
     """
 
     loss: Tensor | None = None
@@ -82,15 +82,15 @@ class AdaptiveOutput(ModelOutput):
 
 
 class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
-    """A causal LM that weighs each token: any transformers backbone plus at most one method per seam.
+    """A causal LM with adaptive compute and memory: any transformers backbone plus at most one method per seam.
 
-    Everything that transformers does with a causal LM works: `generate` with greedy, sampling, beams, streamers and
-    left-padded batches, `save_pretrained`, and `AutoModelForCausalLM.from_pretrained` once this class is imported.
-    With nothing chosen it equals its backbone bit for bit.
+    It supports the interfaces of a transformers causal LM: `generate` with greedy decoding, sampling, beams, streamers and
+    left-padded batches, `save_pretrained`, and `AutoModelForCausalLM.from_pretrained` after this class is imported.
+    Without a method its outputs equal those of the backbone bit for bit.
 
     Args:
-        config: what it is made of. A config made from a checkpoint folder loads that checkpoint's weights; of another
-            Pondera model also what the two methods share, and a line of the log says what came from there.
+        config: backbone and methods. If the backbone is a checkpoint folder, its weights are loaded. If it is another
+            Pondera model, parameters with the same name and shape in both methods are loaded, too, and logged.
 
     Example:
         >>> sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -115,18 +115,18 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     _said_lost = False
 
     def __init__(self, config: AdaptiveConfig, **unknown_settings: Any) -> None:
-        if unknown_settings:  # what `from_pretrained` was given and neither it nor the config knows
+        if unknown_settings:  # arguments that neither `from_pretrained` nor the config uses
             raise unknown("setting", next(iter(unknown_settings)), SETTINGS)
         super().__init__(config)
-        self.loss_type = "ForCausalLM"  # by which Trainer knows that labels are shifted here, and counts them so
+        self.loss_type = "ForCausalLM"  # tells Trainer that the model shifts the labels
         self.think: Think | None = spec.build(config.think, "think") if config.think else None
         self.chunk: Chunk | None = spec.build(config.chunk, "chunk") if config.chunk else None
         self.memory: Method | None = spec.build(config.memory, "memory") if config.memory else None
         self.kv_cache: KVCacheMethod | None = spec.build(config.kv_cache, "kv_cache") if config.kv_cache else None
         self._seam = next((seam for seam in ("think", "chunk", "memory") if getattr(self, seam) is not None), None)
         old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
-        # Training moves weights away from the unit RMS that they were drawn at, so what a new method feeds back is matched
-        # to trained embeddings as on any pretrained backbone; a scale that was trained with comes along with its method.
+        # Trained weights no longer have unit RMS, so a new method matches its feedback to the trained embeddings, as on any
+        # pretrained backbone. A trained scale is loaded with its method.
         unit_rms = config.init == "scaled" and old is None
         inner = _causal_lm(config, self.think, old)
         _put_head(inner, config, old)
@@ -136,8 +136,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             self.backbone.check_head()
         if config.embed_scale is None:
             config.embed_scale = self._embed_scale(old)
-        # A row of the table that training knows as padding stays as it is for ever, and the pad token is often the one that
-        # ends texts; a fresh model, whose pad token is not known yet, would learn it and a resumed one would not.
+        # The embedding of a padding index gets no gradient, and the pad token is often the EOS token. A new model, whose pad
+        # token is not set yet, would train that row and a resumed one would not.
         cast(nn.Embedding, self.backbone.lm.get_input_embeddings()).padding_idx = None
         put_scale(self.backbone.lm, config.embed_scale)
         if self.kv_cache is not None:
@@ -145,12 +145,12 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         if self.method is not None:
             bind_method(self)
             for parameter in self.method.parameters():
-                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the method; `post_init` would draw it anew)
+                setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (else `post_init` would initialise it again)
         if config.dtype is not None:
             cast(nn.Module, self).to(config.dtype)
         lm = self.backbone.lm
         self._no_split_modules = lm._no_split_modules
-        # transformers looks for tied weights in direct children only, and ours lie one level deeper.
+        # transformers looks for tied weights in direct children only; here they are one level deeper.
         tied = lm.all_tied_weights_keys if config.tie_word_embeddings else {}
         self._tied_weights_keys = {f"backbone.lm.{key}": f"backbone.lm.{source}" for key, source in tied.items()}
         self.generation_config = storable(lm.generation_config)
@@ -161,26 +161,26 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             self._take_over(old)
 
     def _take_over(self, old: AdaptiveLM) -> None:
-        """What else an old model knows: where a text ends, and what its method has under the names and shapes of ours."""
+        """Takes the generation config of an old model, and the parameters of its method with equal names and shapes."""
         self.generation_config = old.generation_config
         mine, theirs = ({} if lm.method is None else lm.method.state_dict() for lm in (self, old))
         shared = {name: theirs[name] for name in theirs if name in mine and mine[name].shape == theirs[name].shape}
         if self.method is not None:
             self.method.load_state_dict(shared, strict=False)
-        said = [sorted(names) for names in (shared, mine.keys() - shared, theirs.keys() - shared)]
+        groups = [sorted(names) for names in (shared, mine.keys() - shared, theirs.keys() - shared)]
         log.info(
-            "%s: taken over: its backbone (%d tensors), of its method %s; new: %s; left out: %s",
+            "%s: loaded: the backbone (%d tensors), method parameters: %s; new: %s; not used: %s",
             self.config._checkpoint,
             len(old.backbone.lm.state_dict()),
-            *(", ".join(names) or "nothing" for names in said),
+            *(", ".join(names) or "none" for names in groups),
         )
 
     def _check_attention(self) -> None:
         kernel = self.backbone.config._attn_implementation
         if self.method is not None and kernel not in (None, "sdpa", "eager"):
             raise UserError(
-                f"attn_implementation: {kernel!r} reads slots that share a position as packed documents, or takes no mask "
-                "of ours; models with a method need 'sdpa' (fused kernels on GPUs all the same) or 'eager'"
+                f"attn_implementation: {kernel!r} treats KV slots of equal position as packed documents, or takes no custom "
+                "mask; a model with a method needs 'sdpa' (also fused on GPUs) or 'eager'"
             )
 
     def _embed_scale(self, old: AdaptiveLM | None) -> float:
@@ -194,53 +194,53 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
 
     @property
     def method(self) -> Method | None:
-        """What makes states of embeddings, on whichever seam; none: the backbone alone, in one pass."""
+        """The method that computes the hidden states, of any seam, or `None` for one pass of the backbone."""
         return None if self._seam is None else getattr(self, self._seam)
 
     @property
     def positions(self) -> int | None:
-        """How many tokens a text may have; none: any number."""
+        """Maximum length of a sequence in tokens, or `None` if it is not limited."""
         if self.method is not None and self.method.unbounded_positions:
             return None
         return getattr(self.backbone.config, "max_position_embeddings", None)
 
     @property
     def embedded(self) -> int:
-        """How many tokens the model embeds. A tokenizer may have more, such as the image token of a text model."""
+        """Number of token embeddings. A tokenizer can have more tokens, such as the image token of a text model."""
         return cast(Any, self.get_input_embeddings()).weight.shape[0]
 
     @property
     def chosen(self) -> str | None:
-        """What `method` was built from."""
+        """The spec string of `method`."""
         return None if self._seam is None else getattr(self.config, self._seam)
 
     @property
     def head(self) -> Head | None:
-        """What scores the vocabulary in place of the backbone's output matrix; none: that matrix."""
+        """The output head that replaces the output matrix of the backbone, or `None`."""
         return cast("Head", self.get_output_embeddings()) if self.config.head else None
 
     def get_input_embeddings(self) -> nn.Module:
-        """The backbone's token embeddings."""
+        """The token embeddings of the backbone."""
         return self.backbone.lm.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the backbone's token embeddings."""
+        """Replaces the token embeddings of the backbone."""
         self.backbone.lm.set_input_embeddings(value)
 
     def get_decoder(self) -> nn.Module:
-        """The backbone's decoder, without its head."""
+        """The decoder of the backbone, without its head."""
         return self.backbone.decoder
 
     def get_output_embeddings(self) -> nn.Module:
-        """The backbone's head."""
+        """The head of the backbone."""
         return cast(nn.Module, self.backbone.lm.get_output_embeddings())
 
     def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the backbone's head."""
+        """Replaces the head of the backbone."""
         self.backbone.lm.set_output_embeddings(value)
 
     def new_cache(self) -> Cache:
-        """An empty cache, of the method's own kind where there is one."""
+        """An empty cache of the type that the method needs."""
         if self.method is not None:
             return self.method.new_cache(self.backbone, self.kv_cache)
         if self.kv_cache is not None:
@@ -248,12 +248,12 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         return DynamicCache(config=self.backbone.config)
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Tells the method which optimizer step comes, so that all ranks draw the same."""
+        """Announces an optimizer step to the method, so that all ranks make the same random choices."""
         if self.method is not None:
             self.method.begin_step(step, seed)
 
     def passes(self) -> float:
-        """Passes per token at inference, on average."""
+        """Mean passes per token at inference."""
         return self.method.passes() if self.method is not None else 1.0
 
     def forward(
@@ -274,30 +274,31 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **kwargs: Any,
     ) -> AdaptiveOutput:
-        """Logits, and the loss if labels are given.
+        """Computes logits, and the loss if labels are given.
 
         Args:
-            input_ids: ``[B, T]`` token ids; or give `inputs_embeds`.
-            attention_mask: ``[B, seen + T]`` over tokens (not slots), 1 = real, 0 = padding.
-            position_ids: ``[B, T]`` token positions; none: counted from each row's first real token. Without a mask and a
-                cache, a document begins wherever they do not go on by one, and sees no other.
+            input_ids: ``[B, T]`` token ids; alternative to `inputs_embeds`.
+            attention_mask: ``[B, seen + T]`` over tokens (not KV slots), 1 = real, 0 = padding.
+            position_ids: ``[B, T]`` token positions; default: `None`, counted from the first real token of each sequence.
+                Without a mask and a cache, a document starts where a position is not the previous one plus 1, and
+                attention is limited to the document.
             past_key_values: a cache from `new_cache` or an earlier call.
             inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
-            labels: ``[B, T]``, as `input_ids`; shifted here. -100 carries no loss.
+            labels: ``[B, T]``, same as `input_ids`; shifted here. -100 is ignored.
             use_cache: return a cache.
-            logits_to_keep: only the last so many positions, or these positions.
-            effort: how much thinking is wanted, ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
-            max_passes: no token gets more passes.
-            document_ids: ``[B, T]``, 1, 2, 3, ...: tokens of different documents do not see each other. Without a cache.
-            cache: `past_key_values`, as transformers calls it since 5.24.
-            num_items_in_batch: labels of the whole optimizer step, of which this call is a part: the loss is this part's
-                share of the step's.
-            return_dict: `False` gives a tuple.
-            kwargs: ``shift_labels``, ``[B, T]``: the token after each input; not shifted. And what transformers passes to
-                every model, if it asks for nothing that is not there.
+            logits_to_keep: number of last positions to compute logits for, or indices of positions.
+            effort: compute per token, ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
+            max_passes: maximum number of passes per token; default: `None`, no limit.
+            document_ids: ``[B, T]``, 1, 2, 3, ...: attention is limited to tokens of the same document. Needs no cache.
+            cache: name of `past_key_values` in transformers since 5.24.
+            num_items_in_batch: number of labels in the whole optimizer step; the loss is then the share of this call in the
+                loss of the step.
+            return_dict: `False` returns a tuple.
+            kwargs: ``shift_labels``, ``[B, T]``, the next token of each input, not shifted again; and keywords that
+                transformers passes to every model.
 
         Raises:
-            UserError: an unknown keyword, or what a method or the backbone cannot do.
+            UserError: an unknown keyword, or an argument that the method or the backbone does not support.
         """
         shift_labels = None
         if kwargs:
@@ -306,7 +307,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         if cache is None:
             cache = past_key_values
         elif past_key_values is not None and past_key_values is not cache:
-            raise UserError("cache and past_key_values are two names of one thing, and two caches were given; give one")
+            raise UserError(
+                "cache and past_key_values are two names of one argument, but two different caches were given; give one"
+            )
         if cache is None and use_cache:
             cache = self.new_cache()
         if labels is not None and shift_labels is None:
@@ -351,7 +354,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         elif terms and self.training and not self._said_lost:
             self._said_lost = True
             log.warning(
-                "no labels in training: %s of %s are in out.terms and in no loss", ", ".join(terms), self.chosen
+                "no labels in training: %s of %s are in out.terms but not in a loss",
+                ", ".join(terms),
+                self.chosen,
             )
         out = AdaptiveOutput(loss, logits_BTV, passes=thought.passes_BT, **cast(Any, {CACHE: cache}))
         if self.training:
@@ -372,12 +377,12 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         budget: Effort = FULL,
         document_ids: Tensor | None = None,
     ) -> MethodOutput:
-        """What the head makes logits of, after all thinking, and what was lost and recorded on the way.
+        """Final hidden states after all passes, with the loss terms and records of the method.
 
         Args:
             input_ids, attention_mask, position_ids, cache, inputs_embeds, document_ids: as for `forward`.
-            labels_BT: the token after each, where it is known.
-            budget: how much thinking is wanted.
+            labels_BT: the next token of each, if known.
+            budget: compute per token.
         """
         h_BTD = self.backbone.embed(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
         if position_ids is not None and attention_mask is None and document_ids is None:
@@ -387,7 +392,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                 refuse_packed_cache(position_ids)
         if document_ids is not None:
             if cache is not None:
-                raise UserError("document_ids: documents are told apart in training only; leave past_key_values out")
+                raise UserError("document_ids: not supported with a cache; leave past_key_values out")
             attention_mask = document_ids
         method = self.method
         if position_ids is None and (method is not None or document_ids is not None):
@@ -398,17 +403,17 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             return MethodOutput(h_BTD, torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device))
         if cache is not None and not isinstance(cache, TokenCache):
             raise UserError(
-                f"past_key_values: a {type(cache).__name__} cannot hold what this model keeps; pass model.new_cache()"
+                f"past_key_values: a {type(cache).__name__} does not support the method of this model; pass model.new_cache()"
             )
         return method(self.backbone, h_BTD, position_ids, cache, attention_mask, budget, labels_BT)
 
     @property
     def base_model(self) -> Any:
-        """For trainers that apply the output matrix themselves: called, it gives final states, after all thinking."""
+        """For trainers that apply the output matrix themselves: a callable that returns the final hidden states."""
         return BaseModel(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As any module; where someone lays a forward of their own over ours, what it loses of the loss is put back."""
+        """Like `nn.Module`; if a trainer replaces `forward`, hooks keep the loss terms of the method."""
         if name == "forward":
             watch_forward(self)
         super().__setattr__(name, value)
@@ -416,25 +421,25 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Any = None, **more: Any
     ) -> None:
-        """transformers asks here for activation checkpointing: refused, left out or done, as the method can bear."""
+        """Called by transformers to enable activation checkpointing; raises or ignores it if the method does not support it."""
         method = self.method
         if enable and method is not None:
             if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
                 raise UserError(
-                    f"use_reentrant: {self.chosen} hands its layers tensors that reentrant checkpointing passes no gradient "
-                    'to; use gradient_checkpointing_kwargs={"use_reentrant": False}'
+                    f"use_reentrant: {self.chosen} passes tensors to its layers that get no gradient with reentrant "
+                    'checkpointing; use gradient_checkpointing_kwargs={"use_reentrant": False}'
                 )
             if not method.supports_recompute:
                 log.warning(
-                    "gradient_checkpointing: left out. %s reads the rows of its earlier steps from a cache, which cannot be "
-                    "recomputed; it trains the same without, in more memory (a smaller batch takes less)",
+                    "gradient_checkpointing: ignored. %s reads KV slots of earlier steps from a cache, which cannot be "
+                    "recomputed; training is the same without it, but needs more memory (use a smaller batch)",
                     self.chosen,
                 )
                 return
         cast(Any, super())._set_gradient_checkpointing(enable, gradient_checkpointing_func, **more)
 
     def train(self, mode: bool = True) -> Self:
-        """As any module; says so where an adapter trains and what the method has of its own is frozen."""
+        """Like `nn.Module`; warns if an adapter trains while parameters of the method are frozen."""
         super().train(mode)
         method = self.method
         # An adapter that trains a copy of the method (modules_to_save) wraps the frozen original.
@@ -443,7 +448,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             if frozen and any(parameter.requires_grad for parameter in self.parameters()):
                 self._said_frozen = True
                 log.warning(
-                    "%d of the weights of %s are frozen while others train, as adapters freeze all that they do not know; to "
+                    "%d parameters of %s are frozen while others train, because adapters freeze all other parameters; to "
                     "train them, too, use LoraConfig(..., modules_to_save=[%r])",
                     frozen,
                     self.chosen,
@@ -454,14 +459,14 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        """`generate` asks here for its cache; a method needs one that counts tokens and slots apart."""
+        """Called by `generate` to create a cache; a method needs one that counts tokens and KV slots separately."""
         if self.method is None and self.kv_cache is None:
             cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
         elif model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise UserError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: a model with a method or a memory "
-                    "brings its own cache; leave cache_implementation out"
+                    f"cache_implementation={generation_config.cache_implementation!r}: a model with a method "
+                    "creates its own cache; leave cache_implementation out"
                 )
             model_kwargs[CACHE] = self.new_cache()
 
@@ -474,14 +479,14 @@ def next_token_term(logits_BTV: Tensor, shift_labels_BT: Tensor) -> LossTerm:
 
 
 def _causal_lm(config: AdaptiveConfig, think: Think | None, old: AdaptiveLM | None) -> PreTrainedModel:
-    """The transformers model inside: that of an old model, loaded from its checkpoint, or built and initialised."""
+    """The transformers model of the backbone: from an old model, from a checkpoint, or newly initialised."""
     backbone = cast(PreTrainedConfig, config.backbone)
     window = getattr(backbone, "sliding_window", None)
     if think is not None and think.interleaved and window:
         backbone = type(backbone).from_dict(backbone.to_dict())
         backbone.sliding_window = window * think.slots_per_token
         backbone._attn_implementation = cast(PreTrainedConfig, config.backbone)._attn_implementation
-    if old is not None:  # its weights, in a model whose windows are as wide as the new method needs
+    if old is not None:  # its weights, in a model with the window size of the new method
         lm = old.backbone.lm
         known = {
             name: tensor for name, tensor in lm.state_dict().items() if not old.config.head or ".table" not in name
@@ -496,13 +501,13 @@ def _causal_lm(config: AdaptiveConfig, think: Think | None, old: AdaptiveLM | No
 
 
 def _put_head(lm: PreTrainedModel, config: AdaptiveConfig, old: AdaptiveLM | None) -> None:
-    """Puts the chosen head in the place of a causal LM's output matrix; of an old model the same head goes on."""
+    """Replaces the output matrix of a causal LM by the configured head; the head of an old model is kept."""
     if old is not None and old.config.head:
         config.head = config.head or old.config.head
         if config.head != old.config.head:
             raise UserError(
-                f"head: {config.head}: the model it goes on from scores its vocabulary by {old.config.head}, and has no output "
-                "matrix to make another head from; leave head out"
+                f"head: {config.head}: the backbone checkpoint has the head {old.config.head} and no output matrix to build "
+                "another head from; leave head out"
             )
         lm.set_output_embeddings(old.backbone.lm.get_output_embeddings())
         return
@@ -510,19 +515,19 @@ def _put_head(lm: PreTrainedModel, config: AdaptiveConfig, old: AdaptiveLM | Non
         return
     if getattr(lm.config, "tie_word_embeddings", False):
         raise UserError(
-            f"head: {config.head} takes the place of an output matrix, which is tied to the embeddings here; use "
+            f"head: {config.head} replaces the output matrix, which is tied to the embeddings; use "
             "tie_word_embeddings: false in the backbone"
         )
     matrix, head = cast(nn.Linear, lm.get_output_embeddings()), cast("Head", spec.build(config.head, "head"))
     trained = config._checkpoint is not None
     head.bind(matrix.out_features, matrix.in_features, matrix.weight if trained else None)
     for parameter in head.parameters():
-        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (by the head; `post_init` would draw it anew)
+        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (else `post_init` would initialise it)
     lm.set_output_embeddings(head)
 
 
 def _saved_model(path: str, **options: Any) -> Any:
-    """The causal LM of a checkpoint, with every weight that its config asks for."""
+    """Loads the causal LM of a checkpoint; missing weights raise."""
     try:
         loading: Any = AutoModelForCausalLM.from_pretrained(
             path, use_safetensors=True, output_loading_info=True, **options
@@ -533,11 +538,11 @@ def _saved_model(path: str, **options: Any) -> Any:
     if missing := sorted(info["missing_keys"]):
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise UserError(
-            f"{path}: its weights are not all there: missing {', '.join(missing[:3])}{more}; give a folder whose files "
+            f"{path}: weights are missing: {', '.join(missing[:3])}{more}; give a folder whose files "
             "belong to one checkpoint"
         )
     if unused := sorted(info["unexpected_keys"]):
-        log.info("%s: left out, as its config has no place for them: %s", path, ", ".join(unused))
+        log.info("%s: unexpected weights ignored: %s", path, ", ".join(unused))
     return lm
 
 

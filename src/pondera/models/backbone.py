@@ -1,6 +1,6 @@
-"""Any Hugging Face causal LM as a backbone: the only file that knows what is inside a decoder.
+"""Backbone: a Hugging Face causal LM with access to embeddings, decoder passes, layer ranges and head.
 
-Shapes: B batch, T tokens, S slots (rows of the call), K cached and new rows together, D width, V vocabulary.
+Shapes: B batch, T tokens, S KV slots of the call, K cached and new KV slots, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from pondera.models.top_logits import top_logits
 
 
 class Backbone(nn.Module):
-    """A causal LM taken apart at its public joints: embed, whole passes, head.
+    """A causal LM split at its public interfaces: embeddings, decoder passes, head.
 
     Args:
         lm: any transformers causal LM.
-        unit_rms: the weights were drawn so that token embeddings enter at unit RMS, as final states leave.
+        unit_rms: the initialisation gives token embeddings unit RMS, the same as final hidden states.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -51,14 +51,14 @@ class Backbone(nn.Module):
     """
 
     decoder: nn.Module
-    """The stack without the head."""
+    """The decoder stack without the head."""
 
     def __init__(self, lm: PreTrainedModel, unit_rms: bool = False) -> None:
         super().__init__()
         self.lm = lm
         self.unit_rms = unit_rms
         self.config: PreTrainedConfig = lm.config.get_text_config(decoder=True)
-        # Looked up once, as it is called for every token; past nn.Module's registry, where it would be a second copy.
+        # Looked up once, because it is called for every token; not registered as a submodule, since `lm` contains it.
         object.__setattr__(self, "decoder", lm.get_decoder())
         self._routed = False
         self._logit_scale = (getattr(self.config, "logit_scale", None) or 1.0) / getattr(
@@ -72,15 +72,15 @@ class Backbone(nn.Module):
         return layer_kinds(self.config)
 
     def embed(self, ids_BT: Tensor) -> Tensor:
-        """Token embeddings as the decoder takes them, ``[B, T, D]``."""
+        """Token embeddings, the inputs of the decoder, ``[B, T, D]``."""
         return self.lm.get_input_embeddings()(ids_BT)
 
     def mix_embeddings(self, weights_BTV: Tensor, ids_BTV: Tensor | None = None) -> Tensor:
-        """Weighted sums of token embeddings, ``[B, T, D]``, scaled as `embed` scales them.
+        """Weighted sums of token embeddings, ``[B, T, D]``, with the scale of `embed`.
 
         Args:
-            weights_BTV: of all tokens, or of those that `ids_BTV` names.
-            ids_BTV: which tokens are mixed at each position; none: all of them.
+            weights_BTV: weights of all tokens, or of the tokens `ids_BTV`.
+            ids_BTV: token ids to mix at each position; default: `None`, all tokens.
         """
         if ids_BTV is None:
             every_V = torch.arange(weights_BTV.shape[-1], device=weights_BTV.device)
@@ -92,16 +92,16 @@ class Backbone(nn.Module):
         return mixed.unflatten(0, ids_BTV.shape[:2])
 
     def head(self, h_BTD: Tensor) -> Tensor:
-        """Logits ``[B, T, V]`` of final hidden states."""
+        """Logits of final hidden states, ``[B, T, V]``."""
         return self._as_the_model_gives_them(cast(nn.Module, self.lm.get_output_embeddings())(h_BTD))
 
     @property
     def plain_logits(self) -> bool:
-        """Whether the model's logits are its head's output as it is."""
+        """Whether the logits are the unchanged output of the head."""
         return self._logit_scale == 1.0 and self._logit_cap is None
 
     def top(self, h_BTD: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The highest logits of final hidden states and the tokens they belong to, ``[B, T, count]`` each."""
+        """The highest logits of final hidden states and their token ids, ``[B, T, count]`` each."""
         head = self.lm.get_output_embeddings()
         if not isinstance(head, nn.Linear) or head.bias is not None:
             return self.head(h_BTD).topk(count, dim=-1)
@@ -115,23 +115,27 @@ class Backbone(nn.Module):
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Refuses a model whose logits are more than its head's output, in a way that `head` does not know."""
+        """Raises if the model post-processes its logits in an unsupported way.
+
+        Raises:
+            UserError: `embed`, `step` and `head` do not give the logits of the model.
+        """
         was_training, ids_BT = self.training, torch.arange(4, device=self.lm.device)[None]
         self.eval()
         try:
             ours, theirs = self.head(self.step(self.embed(ids_BT))), self.lm(input_ids=ids_BT, use_cache=False).logits
-        except Exception as error:  # whatever an architecture raises inside
+        except Exception as error:  # an architecture can raise anything
             raise UserError(
-                f"backbone: {self.config.model_type} cannot be called by its input vectors, decoder and head apart "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); known and tested are "
+                f"backbone: {self.config.model_type} does not support separate calls of embeddings, decoder and head "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:120]}); tested architectures: "
                 f"{listed(lambda each: each.support != 'expected')}"
             ) from error
         finally:
             self.train(was_training)
         if not torch.allclose(ours.float(), theirs.float(), atol=1e-2 * float(theirs.abs().max()), rtol=1e-2):
             raise UserError(
-                f"backbone: {self.config.model_type} does something to its logits that Pondera does not know; "
-                f"known and tested are {listed(lambda each: each.support != 'expected')}"
+                f"backbone: {self.config.model_type}: unsupported logit post-processing (soft-capping and scaling are "
+                f"supported); tested architectures: {listed(lambda each: each.support != 'expected')}"
             )
 
     def step(
@@ -144,18 +148,18 @@ class Backbone(nn.Module):
         log_weight_BS: Tensor | None = None,
         attention: Server | None = None,
     ) -> Tensor:
-        """One whole pass through the decoder by its public call; returns states after the final norm, ``[B, S, D]``.
+        """One pass through the whole decoder; returns hidden states after the final norm, ``[B, S, D]``.
 
         Args:
-            h_BSD: one input vector per slot; packed into ``[1, N, D]`` if `rows` say so.
-            cache: counts slots; new rows are appended to it.
-            mask: none, a 2-D mask over all cached and new slots (1 = real, 0 = padding; without a cache also 1, 2, 3, ...
-                for documents that must not see each other), a `SlotMask`, or one for each kind of layer.
-            position_ids: ``[B, S]`` token positions; slots of one token share theirs. Packed as the inputs are.
-            rows: which slots of which texts the rows of a packed call are; then `mask` must be a `SlotMask` of all texts.
-            log_weight_BS: added to every attention score of that row, like `SlotMask.log_weight_BK` but as one more
-                coordinate of queries and keys, which fused kernels take and gradient can flow through. Without a cache.
-            attention: serves the calls of all attention layers in place of the backbone's own function.
+            h_BSD: one input vector per KV slot; packed as ``[1, N, D]`` if `rows` is given.
+            cache: cache of KV slots; new ones are appended.
+            mask: `None`, a 2-D mask over cached and new slots (1 = real, 0 = padding; without a cache also the document
+                numbers 1, 2, 3, ...), a `SlotMask`, or a `SlotMask` per layer type.
+            position_ids: ``[B, S]`` token positions, equal for the slots of one token; packed like the inputs.
+            rows: batch row and slot of each row of a packed call; `mask` must then be a `SlotMask` of the whole batch.
+            log_weight_BS: bias on the attention scores of each slot, like `SlotMask.log_weight_BK`, but as an additional
+                coordinate of queries and keys, which fused kernels and gradients support. Needs no cache.
+            attention: replaces the attention function of all layers.
         """
         call: dict[str, Any] = {
             "inputs_embeds": h_BSD,
@@ -186,7 +190,7 @@ class Backbone(nn.Module):
         mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Some of the layers: ``run(h, range(0, n))`` equals `step`; a first range adds positions, a last one the norm.
+        """Runs a range of layers; ``run(h, range(0, n))`` equals `step`. The first range adds positions, the last one the norm.
 
         Args:
             h_BSD: inputs of the first layer of the range, ``[B, S, D]``.
@@ -194,7 +198,7 @@ class Backbone(nn.Module):
             cache, mask, position_ids: as for `step`, without `SlotMask`.
 
         Raises:
-            UserError: an architecture whose inside Pondera does not know.
+            UserError: the layers of this architecture are not mapped.
         """
         parts = self._mapped_modules()
         decoder, count = self.decoder, self.config.num_hidden_layers
@@ -204,7 +208,7 @@ class Backbone(nn.Module):
             )
         if not layers:
             return h_BSD
-        # An earlier range of this pass may have filled its layers already: lengths are those of this range's own layers.
+        # An earlier range of this pass may have updated its layers, so lengths are read from the layers of this range.
         own_cache = Cache(layers=cache.layers[layers.start :]) if cache is not None else None
         if position_ids is None:
             seen = own_cache.get_seq_length() if own_cache is not None else 0
@@ -213,7 +217,7 @@ class Backbone(nn.Module):
             h_BSD = h_BSD + getattr(decoder, parts.positions)(position_ids)
         masks = self._layer_masks(h_BSD, own_cache, mask, position_ids)
         types = self.layer_types
-        # Once for all layers of a kind: turning takes a dozen small operations to prepare, which decoding would feel.
+        # Computed once per layer type: the rotary embedding takes a dozen small operations, which would slow down decoding.
         arguments = {
             kind: {"attention_mask": masks[kind], parts.cache_argument or CACHE: cache, "use_cache": cache is not None}
             | self._turned(kind, position_ids, h_BSD)
@@ -224,22 +228,22 @@ class Backbone(nn.Module):
         return getattr(decoder, parts.norm)(h_BSD) if layers.stop == count else h_BSD
 
     def _turned(self, kind: str, position_ids: Tensor, h_BSD: Tensor) -> dict[str, Any]:
-        """What layers of a kind take to turn queries and keys by; nothing where positions are learned vectors."""
+        """Rotary arguments of the layers of one type; empty for learned position embeddings."""
         rotation = self.rotation(kind, position_ids, h_BSD)
         if rotation is None:
             return {}
         return {"position_embeddings": (rotation.cos_BSr, rotation.sin_BSr), "position_ids": position_ids}
 
     def rotation(self, kind: str, position_ids: Tensor, h_BSD: Tensor) -> Rotary | None:
-        """What queries and keys at these positions are turned by; none where positions are learned vectors in the inputs.
+        """The rotary embedding of these positions, or `None` for learned position embeddings.
 
         Args:
-            kind: of layer, as in `layer_types`: some architectures turn them differently.
+            kind: layer type, as in `layer_types`; some architectures use several frequencies.
             position_ids: ``[B or 1, S]``; may be negative.
-            h_BSD: inputs of the call, for their dtype and device.
+            h_BSD: inputs of the call, for dtype and device.
 
         Raises:
-            UserError: an architecture whose inside Pondera does not know.
+            UserError: the layers of this architecture are not mapped.
         """
         parts = self._mapped_modules()
         if parts.rotary is None:
@@ -249,13 +253,13 @@ class Backbone(nn.Module):
         return Rotary(cos_BSr, sin_BSr, family(self.config).interleaved)
 
     def more_layers(self, count: int) -> Backbone:
-        """Further layers of the same architecture and a final norm, for vectors that are no tokens, newly drawn.
+        """Creates new layers of the same architecture with a final norm, for inputs that are not tokens.
 
-        They see all that came before, whatever windows the backbone's own layers have. Where positions are learned vectors,
-        which stand in the inputs already, none are added again.
+        They use full attention, also if the layers of the backbone have windows. Learned position embeddings are already in
+        the inputs and are not added again.
 
         Args:
-            count: how many.
+            count: number of layers.
         """
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = count
@@ -263,7 +267,7 @@ class Backbone(nn.Module):
             config.layer_types = ["full_attention"] * count
         else:
             config.sliding_window = None
-        config.vocab_size, config.pad_token_id = 1, None  # of a table that is thrown away
+        config.vocab_size, config.pad_token_id = 1, None  # of the unused embedding table
         decoder: PreTrainedModel = cast(Any, type(self.decoder))(config).to(self.lm.dtype)
         if self.unit_rms:
             scaled_init(decoder)
@@ -276,8 +280,8 @@ class Backbone(nn.Module):
         parts = modules(self.config)
         if parts is None:
             raise UserError(
-                f"{self.config.model_type}: layer ranges are not mapped for this architecture, so methods that split the "
-                f"stack cannot run on it; mapped: {listed(lambda each: each.modules)}. Methods that use whole passes can."
+                f"{self.config.model_type}: layer ranges are not supported for this architecture, so methods that split the "
+                f"stack cannot run on it; supported: {listed(lambda each: each.modules)}. Methods that use whole passes work."
             )
         return parts
 
@@ -310,15 +314,15 @@ class Backbone(nn.Module):
         if isinstance(mask, (SlotMask, Mapping)):
             return self._dense_masks(h_BSD, mask)
         if mask is None and cache is None and position_ids is not None:
-            # Without a mask transformers reads position ids that do not count 0, 1, 2, ... as packed documents, and
-            # slots of one token, which share a position, would each become a document of their own.
+            # Without a mask transformers treats position ids that are not 0, 1, 2, ... as packed documents. KV slots of one
+            # token share a position, so each would become a separate document.
             return _all_real(h_BSD)
         if mask is not None and cache is None and has_documents(mask):
             return self._dense_masks(h_BSD, document_mask(mask))
         return mask
 
     def _dense_masks(self, h_BSD: Tensor, mask: SlotMask | Mapping[str, SlotMask]) -> Any:
-        """The 4-D masks that the decoder takes instead of building its own, one per kind of layer if it has several."""
+        """The 4-D masks that replace those of the decoder, one per layer type if there are several."""
         masks = self._masks_by_kind(h_BSD, mask)
         return masks if len(masks) > 1 else next(iter(masks.values()))
 
@@ -326,8 +330,8 @@ class Backbone(nn.Module):
         kinds = set(self.layer_types)
         if "linear_attention" in kinds:
             raise UserError(
-                f"{self.config.model_type}: its linear-attention layers read slots in storage order and cannot follow a "
-                "mask of their own; use a method that only needs causal order, such as PonderLM2, and data.document_mask: false"
+                f"{self.config.model_type}: linear-attention layers read KV slots in storage order and do not support a "
+                "custom mask; use a method that only needs causal order, such as PonderLM2, and data.document_mask: false"
             )
         masks: dict[str, Tensor | None] = {}
         for kind in kinds:
@@ -340,7 +344,7 @@ class Backbone(nn.Module):
         return masks
 
     def _as_attention_takes_it(self, allowed_BSK: Tensor, log_weight_BK: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """``[B, 1, S, K]``: booleans where they say all and the attention function knows them, else what to add."""
+        """The 4-D mask, ``[B, 1, S, K]``: boolean if possible, else additive."""
         if log_weight_BK is None and self.config._attn_implementation != "eager":
             return allowed_BSK[:, None]
         added = allowed_BSK.new_zeros(()) if log_weight_BK is None else log_weight_BK[:, None]
@@ -352,7 +356,7 @@ def _all_real(h_BSD: Tensor) -> Tensor:
 
 
 class _NoPositions(nn.Module):
-    """Stands where an architecture looks up the vectors of its positions."""
+    """Replaces a learned position embedding by zeros."""
 
     def forward(self, position_ids: Tensor) -> Tensor:
         return torch.zeros((), device=position_ids.device)
@@ -360,13 +364,13 @@ class _NoPositions(nn.Module):
 
 @torch.no_grad()
 def scaled_init(lm: PreTrainedModel) -> None:
-    """Draws linear and embedding weights with std sqrt(2/5D), cut at 3 std; residual outputs further / sqrt(2 layers).
+    """Truncated normal initialisation with std sqrt(2/5D), cut at 3 std; residual outputs are divided by sqrt(2 layers).
 
-    Source: the initialisation of the PonderLM family's public code. With embeddings multiplied by sqrt(5D/2), token
-    inputs and fed-back states both enter at about unit RMS.
+    Source: the public code of the PonderLM papers. With embeddings multiplied by sqrt(5D/2), token inputs and fed-back
+    hidden states both have about unit RMS.
 
     Args:
-        lm: the freshly built model; changed in place.
+        lm: the new model; changed in place.
     """
     config = lm.config.get_text_config(decoder=True)
     std = math.sqrt(2 / (5 * config.hidden_size))

@@ -1,14 +1,14 @@
-"""Checkpoints: Hugging Face folders that training can go on from, whole or not there at all.
+"""Checkpoints: Hugging Face folders that training can resume from, written atomically.
 
     RUN/checkpoints/step-000100/
-      config.json, model.safetensors, tokenizer...   loads with AutoModelForCausalLM by itself
-      optimizer.pt                                   AdamW's moments by parameter name, on any number of processes
-      state.json                                     the step, and what was being averaged for the next metrics line
-      manifest.json                                  sizes and hashes of all of these
+      config.json, model.safetensors, tokenizer...   loads with AutoModelForCausalLM
+      optimizer.pt                                   AdamW moments by parameter name, for any number of processes
+      state.json                                     the step, and the running averages of the next metrics line
+      manifest.json                                  sizes and hashes of all files
 
-The final model, RUN/model, is such a folder without the optimizer and the state.
+The final model, RUN/model, is such a folder without optimizer and state.
 
-Nothing else has to be kept: learning rate, data order and random numbers are functions of the step and the seed.
+Nothing else is needed: learning rate, data order and random numbers are functions of step and seed.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ def save(
     tokenizer: Path,
     keep: int,
 ) -> None:
-    """Writes a checkpoint, then forgets all but the newest `keep`.
+    """Writes a checkpoint, then deletes all but the newest `keep`.
 
     Args:
-        run: the run that it belongs to.
-        step: optimizer steps done.
-        model: for its configs.
-        weights: all of them, by name.
-        optimizer: state of the optimizer, by parameter name.
-        state: what else training needs to go on; JSON.
+        run: the run of the checkpoint.
+        step: number of completed optimizer steps.
+        model: provides the configs.
+        weights: all weights, by name.
+        optimizer: optimizer state, by parameter name.
+        state: other state of the training, as JSON.
         tokenizer: a tokenizer folder.
-        keep: how many checkpoints to keep, this one included.
+        keep: number of checkpoints to keep, including this one.
 
     Raises:
-        Failure: it could not be written, or the weights are not finite. Earlier checkpoints are as they were.
+        Failure: writing failed, or weights are not finite. Earlier checkpoints are unchanged.
     """
     import torch
 
@@ -67,9 +67,9 @@ def save(
         _flush(run.checkpoints_dir)
     except Failure:
         raise
-    except Exception as error:  # each library has its own way to say that the disk is full
+    except Exception as error:  # libraries raise different exceptions for a full disk
         last = run.checkpoints()
-        kept = f"{last[-1].name} is intact: make room, then go on with --resume" if last else "there is none yet"
+        kept = f"{last[-1].name} is intact: free disk space, then continue with --resume" if last else "none"
         raise Failure(
             f"the checkpoint of step {step} could not be written ({error}); the last checkpoint: {kept}"
         ) from error
@@ -78,10 +78,10 @@ def save(
 
 
 def export(run: Run, model: AdaptiveLM, weights: dict[str, Tensor], tokenizer: Path) -> None:
-    """Writes the final model to ``RUN/model``, in one move.
+    """Writes the final model to ``RUN/model`` atomically.
 
     Raises:
-        Failure: it could not be written, or the weights are not finite.
+        Failure: writing failed, or weights are not finite.
     """
     partial = run.model_dir.with_name(f".{run.model_dir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -95,27 +95,27 @@ def export(run: Run, model: AdaptiveLM, weights: dict[str, Tensor], tokenizer: P
         raise
     except Exception as error:
         raise Failure(
-            f"the model could not be written ({error}); make room, then finish the run with --resume"
+            f"the model could not be written ({error}); free disk space, then finish the run with --resume"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_model(folder: Path, model: AdaptiveLM, weights: dict[str, Tensor], tokenizer: Path) -> None:
-    """A folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` load."""
+    """Writes a folder that ``AutoModelForCausalLM`` and ``AutoTokenizer`` can load."""
     bad = next((name for name, tensor in weights.items() if not tensor.isfinite().all()), None)
     if bad is not None:
-        raise Failure(f"{bad} has weights that are not finite, so nothing was saved; try a lower learning rate")
-    tied = model.all_tied_weights_keys  # gathered from shards, tied weights come as copies
+        raise Failure(f"{bad} has non-finite weights, so nothing was saved; try a lower learning rate")
+    tied = model.all_tied_weights_keys  # weights gathered from shards include copies of tied ones
     model.save_pretrained(folder, state_dict={name: tensor for name, tensor in weights.items() if name not in tied})
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
 
 
 def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and what is wrong with newer ones.
+    """Finds the newest intact checkpoint.
 
     Returns:
-        The folder, or none if there is no checkpoint that is whole; and a sentence for each damaged one passed over.
+        The folder, or `None` if there is no intact checkpoint; and a message for each newer damaged one.
     """
     complaints = []
     for folder in reversed(run.checkpoints()):
@@ -127,7 +127,7 @@ def newest_intact(run: Run) -> tuple[Path | None, list[str]]:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint or final model, or none if all its files are what was written."""
+    """Describes the damage of a checkpoint or final model; `None` if all files match the manifest."""
     try:
         files = json.loads((folder / MANIFEST).read_bytes())
         for name, wanted in files.items():
@@ -137,14 +137,14 @@ def find_damage(folder: Path) -> str | None:
             if path.stat().st_size != wanted["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
             if _sha256(path) != wanted["sha256"]:
-                return f"{name} has other content than was written"
+                return f"{name} does not match its hash"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"no readable {MANIFEST}"
     return None
 
 
 def quarantine(run: Run, keep: Path | None) -> None:
-    """Renames the checkpoints that are newer than `keep`, so that no one takes them for whole."""
+    """Renames the damaged checkpoints that are newer than `keep`, so that they are not loaded."""
     for folder in reversed(run.checkpoints()):
         if folder == keep:
             return
@@ -154,19 +154,19 @@ def quarantine(run: Run, keep: Path | None) -> None:
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The `state` that a checkpoint was saved with."""
+    """Reads the `state` of a checkpoint."""
     return json.loads((folder / STATE).read_bytes())
 
 
 def read_optimizer(folder: Path) -> dict[str, Any]:
-    """The `optimizer` that a checkpoint was saved with; tensors only, nothing that could run."""
+    """Reads the `optimizer` of a checkpoint; only tensors are unpickled."""
     import torch
 
     return torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
 
 
 def _seal(folder: Path) -> None:
-    """Writes the manifest of a folder that is whole, and has all of it put on the disk."""
+    """Writes the manifest of a complete folder and flushes its files to disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     described = {
         path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
@@ -181,7 +181,7 @@ def _sha256(path: Path) -> str:
 
 
 def _flush(folder: Path) -> None:
-    """Has the system put a folder and the files in it on the disk, so that a power cut cannot take them back."""
+    """Flushes a folder and its files to disk, so that they survive a power failure."""
     for path in [*folder.iterdir(), folder]:
         if path.is_file() or path == folder:
             handle = os.open(path, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""AdaptiveConfig: a backbone's config plus at most one method per seam, as spec strings."""
+"""AdaptiveConfig: the config of a backbone plus at most one method per seam, as spec strings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pondera.models.peft_defaults import announce_to_peft
 INITS = ("hf", "scaled")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 TEXT_CONFIG = "text_config"
-SETTINGS = ("backbone", "think", "memory", "segment", "head", "init", "embed_scale", "dtype")
+SETTINGS = ("backbone", *spec.SEAMS, "init", "embed_scale", "dtype")
 
 
 IMPOSSIBLE = {
@@ -45,24 +45,24 @@ IMPOSSIBLE = {
 
 
 class AdaptiveConfig(PreTrainedConfig):
-    """What an `AdaptiveLM` is made of. Saved as ``config.json`` with ``model_type: pondera``.
+    """Config of an `AdaptiveLM`, saved as ``config.json`` with ``model_type: pondera``.
 
     Args:
-        backbone: a transformers config, the same as a mapping with ``model_type``, or the folder (or hub name) of a
-            checkpoint; the weights of a checkpoint are loaded when an `AdaptiveLM` is built from this config. Of another
-            Pondera model the backbone is taken over, and of its method what the new method has, too.
-        think: how much to compute for each token, e.g. ``"PonderLM2(thoughts=1)"``; none: one pass.
-        kv_cache: how much of the KV cache to keep, without training, e.g. ``"SnapKV(1024)"``; default: all of it.
-        memory: a trained memory, e.g. ``"ElasticMemory(block=64)"``; default: `None`.
-        chunk: how many tokens to predict at once, e.g. ``"ConceptLM(chunk=4)"``; default: one.
-        head: what makes scores of the vocabulary, e.g. ``"VQLogits(codes=512)"``; none: the backbone's output matrix.
-        init: ``"hf"`` keeps the architecture's own initialisation; ``"scaled"`` draws linear and embedding weights
+        backbone: a transformers config, a mapping with ``model_type``, or the folder (or hub name) of a checkpoint, whose
+            weights are loaded when an `AdaptiveLM` is built from this config. If it is another Pondera model, its backbone
+            is used, and the parameters that its method shares with the new one.
+        think: compute per token, e.g. ``"PonderLM2(thoughts=1)"``; default: `None`, one pass.
+        kv_cache: compression of the KV cache without training, e.g. ``"SnapKV(1024)"``; default: `None`, the full cache.
+        memory: a trained recurrent memory, e.g. ``"ElasticMemory(block=64)"``; default: `None`.
+        chunk: tokens predicted at once, e.g. ``"ConceptLM(chunk=4)"``; default: `None`, one.
+        head: the output head, e.g. ``"VQLogits(codes=512)"``; default: `None`, the output matrix of the backbone.
+        init: ``"hf"`` keeps the initialisation of the architecture; ``"scaled"`` draws linear and embedding weights
             from a truncated normal with std sqrt(2/5D), divides output projections by sqrt(2 layers) and multiplies
-            embeddings by `embed_scale` so that they enter at unit RMS (the recipe of the PonderLM papers). A Pondera
-            model keeps what it was drawn with, whatever is said here.
-        embed_scale: what token embeddings are multiplied with; none: decided by `init` and the think method, or by the
-            Pondera model that `backbone` names.
-        dtype: of all weights, e.g. ``"bfloat16"``; none: what the checkpoint has.
+            embeddings by `embed_scale` to unit RMS (the recipe of the PonderLM papers). For a Pondera model as backbone its
+            own `init` is used.
+        embed_scale: factor of the token embeddings; default: `None`, determined by `init` and the think method, or by
+            a Pondera model as backbone.
+        dtype: dtype of all weights, e.g. ``"bfloat16"``; default: `None`, that of the checkpoint.
 
     Raises:
         UserError: an unknown setting, architecture, backbone field, method or argument.
@@ -87,7 +87,7 @@ class AdaptiveConfig(PreTrainedConfig):
     embed_scale: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Whoever holds a config may ask transformers for its model.
+        # transformers can look up the model of any config, so it is registered here.
         model = importlib.import_module("pondera.models.adaptive_lm").AdaptiveLM
         importlib.import_module("pondera.core.hf").register(AdaptiveConfig, model)
         kwargs.pop(TEXT_CONFIG, None)
@@ -127,19 +127,19 @@ class AdaptiveConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """From a ``config.json``, whose backbone must be written out: a name would fetch weights from elsewhere.
+        """Builds a config from ``config.json``, where the backbone must be a mapping; a name would download other weights.
 
-        The backbone may have fields that its config class does not declare, as those of many checkpoints do.
+        The backbone can have fields that its config class does not declare, as in many checkpoints.
         """
         if isinstance(config_dict.get("backbone"), str) or "_checkpoint" in config_dict:
             raise UserError(
-                "config.json names another checkpoint (backbone), whose weights would be fetched; what Pondera saved does "
-                "not: give the folder of a trained model"
+                "config.json names another checkpoint as backbone, whose weights would be downloaded; a model saved by "
+                "Pondera does not: give the folder of a trained model"
             )
         if isinstance(backbone := config_dict.get("backbone"), dict):
             config_dict = {**config_dict, "backbone": backbone_config(backbone, saved=True)}
         if config_dict.get("transformers_version") not in (None, installed()):
-            # Another version may write fields that this one does not know; here they mean nothing.
+            # Another version can write fields that are unknown to this one; they are ignored.
             foreign = [name for name in config_dict if not _known(name) and name not in SETTINGS]
             config_dict = {name: value for name, value in config_dict.items() if name not in foreign}
         return super().from_dict(config_dict, **kwargs)
@@ -149,45 +149,45 @@ class AdaptiveConfig(PreTrainedConfig):
         """The ``config.json`` of a Pondera model.
 
         Raises:
-            UserError: it is another model's.
+            UserError: the config belongs to another model type.
         """
         tree, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         if tree and tree.get("model_type", cls.model_type) != cls.model_type:
             name = str(pretrained_model_name_or_path)
             raise UserError(
-                f"{name}: a {tree['model_type']} checkpoint, not one that Pondera saved; to build on its weights write "
+                f"{name}: a {tree['model_type']} checkpoint, not a Pondera model; to use its weights, write "
                 f'AdaptiveLM(AdaptiveConfig(backbone="{name}", think="..."))'
             )
         return tree, unused
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
-        """The backbone's config: what transformers asks for head counts, vocabulary and layer types."""
+        """The config of the backbone, where transformers reads head counts, vocabulary size and layer types."""
         return self.backbone if isinstance(self.backbone, PreTrainedConfig) else self
 
     def to_dict(self) -> dict[str, Any]:
-        """The config as plain mappings; where weights once came from is left out, they are saved beside it."""
+        """The config as plain mappings, without the source of the initial weights."""
         tree = super().to_dict()
         for mark in ("_checkpoint", "_retrofit"):
             tree.pop(mark, None)
-        # PEFT reads sizes in this mapping, where it knows nothing of a backbone but of a part called text_config.
+        # PEFT reads sizes from this mapping, where it looks for a part called text_config.
         announce_to_peft(self.model_type)
         tree[TEXT_CONFIG] = tree.get("backbone")
         return tree
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What is saved: each field once."""
+        """The saved fields, without duplicates."""
         tree = super().to_diff_dict()
         tree.pop(TEXT_CONFIG, None)
         return tree
 
 
 def _known(name: str) -> bool:
-    """Whether a field may stand in a config: ours, or one that transformers writes or takes."""
+    """Whether a config may have this field: ours, or one that transformers writes or accepts."""
     return name in SETTINGS or name.startswith("_") or name in written_by_transformers()
 
 
 def _spec_text(seam: str, given: Any) -> str:
-    """The text that names a method; of an object that knows what it was made with, its own."""
+    """The spec string of a method, given as text or as an object."""
     if isinstance(given, str):
         return given
     if isinstance(given, SpecRepr):
@@ -199,12 +199,12 @@ def _spec_text(seam: str, given: Any) -> str:
 def _mapping(backbone: Any) -> dict | None:
     if backbone is None or isinstance(backbone, dict):
         return backbone
-    told = (
+    advice = (
         "save it and give its folder, or give its .config for new weights"
         if hasattr(backbone, "save_pretrained")
         else "give a config, a mapping with model_type, or a checkpoint's folder"
     )
-    raise UserError(f"backbone: got {_shown(backbone)}; {told}")
+    raise UserError(f"backbone: got {_shown(backbone)}; {advice}")
 
 
 def _shown(given: Any) -> str:
@@ -212,11 +212,11 @@ def _shown(given: Any) -> str:
 
 
 def backbone_config(tree: dict[str, Any], saved: bool = False) -> PreTrainedConfig:
-    """A transformers config from a mapping, with unknown architectures and fields refused by name.
+    """Builds a transformers config from a mapping; unknown architectures and fields raise.
 
     Args:
-        tree: ``model_type`` and any fields of that architecture's config.
-        saved: the mapping is from a saved model. Its unknown fields are kept, as transformers keeps them.
+        tree: ``model_type`` and fields of its config.
+        saved: the mapping is from a saved model; unknown fields are kept, as in transformers.
     """
     tree = dict(tree)
     name = tree.pop("model_type", None)
@@ -230,14 +230,14 @@ def backbone_config(tree: dict[str, Any], saved: bool = False) -> PreTrainedConf
     try:
         return config_class(**tree)
     except Exception as error:
-        raise UserError(f"backbone: {name} refuses these settings: {str(error).splitlines()[-1].strip()}") from error
+        raise UserError(f"backbone: invalid settings of {name}: {str(error).splitlines()[-1].strip()}") from error
 
 
 def _check_fields(tree: dict[str, Any], name: str) -> None:
     default = CONFIG_MAPPING[name]()
     allowed = set(default.to_dict()) | set(type(default).attribute_map) | {"attn_implementation", "dtype"}
     for key in tree:
-        # A leading underscore or a generation field may stand in a config.json that transformers itself wrote.
+        # transformers can write fields with a leading underscore and generation fields into config.json.
         if key not in allowed and not key.startswith("_") and not hasattr(default, key):
             raise unknown(f"{name} setting", f"backbone.{key}", [f"backbone.{field}" for field in allowed])
 
@@ -249,7 +249,7 @@ def _checkpoint_config(path: str) -> PreTrainedConfig:
         raise
     except (OSError, ValueError) as error:
         raise UserError(
-            f"backbone: {path!r} is neither a checkpoint folder (with config.json) nor a model that could be fetched: "
+            f"backbone: {path!r} is neither a checkpoint folder (with config.json) nor a model that could be downloaded: "
             f"{str(error).splitlines()[0]}"
         ) from None
 

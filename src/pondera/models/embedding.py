@@ -1,4 +1,4 @@
-"""Token embeddings with a factor inside the module, as Gemma has it.
+"""ScaledEmbedding: token embeddings with a factor inside the module, as in Gemma.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -17,11 +17,11 @@ from pondera.core.hf import PreTrainedModel
 
 
 class ScaledEmbedding(nn.Embedding):
-    """A table whose rows are multiplied as they are looked up; whoever asks the module gets what the layers get.
+    """An embedding that multiplies its output by a constant.
 
     Args:
-        table: whose weight this one shares; a factor of its own is kept, too.
-        scale: the further factor.
+        table: provides the weight, which is shared; if it has a scale, both scales are multiplied.
+        scale: the additional factor.
     """
 
     def __init__(self, table: nn.Embedding, scale: float) -> None:
@@ -30,9 +30,9 @@ class ScaledEmbedding(nn.Embedding):
         self.padding_idx, self.max_norm, self.norm_type = None, None, 2.0
         self.scale_grad_by_freq, self.sparse = False, False
         self.weight = table.weight
-        if hasattr(table, "_is_hf_initialized"):  # else `post_init` would draw the rows anew
+        if hasattr(table, "_is_hf_initialized"):  # else `post_init` would initialise the weight again
             self._is_hf_initialized = table._is_hf_initialized
-        own = getattr(table, "scalar_embed_scale", None)  # of a buffer that is not filled yet while weights are loaded
+        own = getattr(table, "scalar_embed_scale", None)  # the buffer is not filled yet while weights are loaded
         self.embed_scale = scale * float(getattr(table, "embed_scale", 1.0) if own is None else own)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,9 +41,9 @@ class ScaledEmbedding(nn.Embedding):
 
 
 def put_scale(lm: PreTrainedModel, scale: float) -> None:
-    """Makes the token embeddings of a causal LM `scale` times as large, and has the LM fold that in when saved by itself.
+    """Scales the token embeddings of a causal LM; `lm.save_pretrained` folds the scale into the weights.
 
-    Saved by itself, `lm` is a plain model of its architecture, whose class has no place for the factor.
+    The class of a plain model has no scale, so a separately saved `lm` needs it in its weights.
     """
     if scale == 1.0:
         return
@@ -53,7 +53,7 @@ def put_scale(lm: PreTrainedModel, scale: float) -> None:
 
 @torch.no_grad()
 def _save_folded(lm: PreTrainedModel, scale: float, save_directory: Any, **options: Any) -> None:
-    """Saves a plain model that computes the same: larger rows of the table, and an output matrix that is not tied."""
+    """Saves an equivalent plain model, with the scale in the embedding weights and an untied output matrix."""
     config = copy.deepcopy(lm.config)
     config.tie_word_embeddings = False
     table = cast(nn.Embedding, lm.get_input_embeddings()).weight

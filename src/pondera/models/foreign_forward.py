@@ -1,8 +1,8 @@
-"""Trainers that lay a forward of their own over a model's and apply the output matrix themselves (TRL's do).
+"""Support for trainers that replace `forward` and apply the output matrix themselves (such as those of TRL).
 
-Such a forward calls `model.base_model` for the last hidden states and turns them into a log-probability per label. What it
-gets here are the states after all of the method's thinking, and the method's own loss terms come along as gradients of
-those log-probabilities, so that nothing of the training is left out.
+Such a forward calls `model.base_model` for the last hidden states and computes a log-probability per label. It gets the
+states after all passes of the method. The loss terms of the method are added as gradients of these log-probabilities, so
+training is complete.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -30,10 +30,10 @@ class _States(ModelOutput):
 
 
 class BaseModel:
-    """What an `AdaptiveLM` has for `base_model`: called like a decoder, it answers with states that are ready for the head.
+    """The `base_model` of an `AdaptiveLM`: called like a decoder, it returns hidden states for the head.
 
     Args:
-        model: the whole.
+        model: the whole model.
     """
 
     def __init__(self, model: AdaptiveLM) -> None:
@@ -48,15 +48,17 @@ class BaseModel:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
-        """Final states as ``last_hidden_state``, ``[B, T, D]``.
+        """Returns final hidden states as ``last_hidden_state``, ``[B, T, D]``.
 
         Args:
             input_ids, attention_mask, position_ids, inputs_embeds, kwargs: as for `AdaptiveLM.forward`.
-            use_cache: no.
+            use_cache: not supported.
         """
         model, own = self._model, self._model.__dict__
         if use_cache:
-            raise UserError("use_cache: base_model gives states for training; call the model itself to get a cache")
+            raise UserError(
+                "use_cache: base_model returns hidden states for training; call the model itself for a cache"
+            )
         check_keywords(
             kwargs, ["input_ids", "attention_mask", "position_ids", "inputs_embeds"], position_ids is not None
         )
@@ -71,7 +73,7 @@ class BaseModel:
 
 
 def watch_forward(model: nn.Module) -> None:
-    """Has the calls of a model watched from now on, as someone has laid a forward over its own."""
+    """Registers hooks on a model whose forward was replaced, to keep labels and loss terms."""
     if "_watched" not in model.__dict__:
         model.__dict__["_watched"] = True
         model.register_forward_pre_hook(_note_labels, with_kwargs=True)
@@ -92,18 +94,18 @@ def _carry_terms(model: nn.Module, args: Any, output: Any) -> None:
         return
     if getattr(output, "log_probs", None) is None:
         raise UserError(
-            f"base_model: the loss made of these states leaves out the method's own terms ({', '.join(terms)}); train with "
+            f"base_model: a loss on these hidden states misses the loss terms of the method ({', '.join(terms)}); train with "
             "`pondera train`, transformers' Trainer or TRL's SFTTrainer"
         )
     output.log_probs = _Carry.apply(output.log_probs, torch.stack(list(terms.values())).sum(), ", ".join(terms))
 
 
 class _Carry(torch.autograd.Function):
-    """Log-probabilities as they are, and in the backward pass the method's terms, weighted as these tokens are.
+    """Returns log-probabilities unchanged; the backward pass adds the gradient of the loss terms, weighted like the tokens.
 
-    A loss that divides the sum of -log p by the number of tokens of a whole step gives each token a gradient of -1 over that
-    number. Minus the sum of these gradients is the share of the step's tokens that are in this call, and so the weight that
-    the mean of a term has in the step's mean.
+    A loss that divides the sum of -log p by the N tokens of a whole step gives each token a gradient of -1/N. The negative
+    sum of these gradients is the share of the tokens of the step that are in this call, which is the weight of the mean of a
+    term in the mean of the step.
     """
 
     @staticmethod
@@ -116,7 +118,7 @@ class _Carry(torch.autograd.Function):
         grad = grads[0]
         if bool((grad > 0).any()):
             raise UserError(
-                f"this loss makes some tokens less likely, and says nothing of how much the method's own terms ({ctx.names}) "
-                "count beside it; train so with a method that has none (pondera methods), or with transformers' Trainer"
+                f"this loss decreases the probability of some tokens, so the weight of the method's loss terms "
+                f"({ctx.names}) is not defined; use a method without loss terms (pondera methods), or transformers' Trainer"
             )
         return grad, -grad.sum(), None

@@ -1,4 +1,4 @@
-"""Generation settings of a checkpoint, for the model that is built on it."""
+"""Makes the generation config of an older checkpoint valid, so that it can be saved."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SAMPLING = (
     "epsilon_cutoff",
     "eta_cutoff",
 )
-"""Settings that greedy decoding does not read."""
+"""Settings that greedy decoding ignores."""
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +25,17 @@ log = logging.getLogger(__name__)
 def storable(config: GenerationConfig) -> GenerationConfig:
     """A copy that `save_pretrained` accepts.
 
-    Older checkpoints have sampling settings without ``do_sample: true``. transformers reads such a file, warns, and
-    refuses to write it again. Greedy decoding does not read those settings, so the copy leaves them out.
+    Older checkpoints have sampling settings without ``do_sample: true``. transformers loads such a file with a warning, but
+    does not save it. Greedy decoding ignores those settings, so the copy does not have them.
     """
     config = copy.deepcopy(config)
-    if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:  # "there is none", in some older checkpoints
+    if isinstance(config.pad_token_id, int) and config.pad_token_id < 0:  # means `None` in some older checkpoints
         config.pad_token_id = None
     try:
         config.validate(strict=True)
     except ValueError:
         unread = [name for name in SAMPLING if getattr(config, name, None) is not None]
-        log.info("generation_config.json: do_sample is not true; left out: %s", ", ".join(unread))
+        log.info("generation_config.json: do_sample is not true; ignored: %s", ", ".join(unread))
         for name in unread:
             setattr(config, name, None)
     return config

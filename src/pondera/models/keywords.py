@@ -1,4 +1,4 @@
-"""What else a forward may be called with: known keywords are taken, others are refused by name.
+"""Checks additional keywords of a forward call; unknown ones raise.
 
 Shapes: B batch, T tokens.
 """
@@ -12,18 +12,18 @@ import torch
 from pondera.core.errors import UserError, unknown
 
 SHIFT_LABELS = "shift_labels"
-"""``[B, T]``, the token after each input. Not a parameter of its own: transformers' Trainer takes every parameter with
-"label" in its name for one that each batch must have, and computes no evaluation loss where it is missing."""
+"""``[B, T]``, the token after each input. Not a parameter: transformers' Trainer expects every parameter with "label" in its
+name in each batch, and computes no evaluation loss if one is missing."""
 
 PASSED = frozenset(
     {
-        # by `generate`, to every model; the tokenizer is for its stopping criteria
+        # passed by `generate`; the tokenizer is for its stopping criteria
         "assistant_tokenizer",
         "cache_position",
         "tokenizer",
         "output_router_logits",
         "is_first_iteration",
-        # by data collators that lay texts end to end, beside the position ids that say the same
+        # passed by data collators that pack documents, in addition to position ids with the same information
         "cu_seq_lens_q",
         "cu_seq_lens_k",
         "max_length_q",
@@ -31,7 +31,7 @@ PASSED = frozenset(
         "seq_idx",
     }
 )
-"""Keywords that transformers passes and that change nothing here."""
+"""Keywords that transformers passes and that are ignored."""
 
 LENGTHS = frozenset({"cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"})
 
@@ -42,27 +42,27 @@ _INSTEAD = {
 
 
 def check_keywords(given: dict[str, Any], parameters: list[str], positioned: bool) -> None:
-    """Refuses what a forward was given beyond its parameters and cannot heed.
+    """Raises for keywords of a forward call that are unknown or not supported.
 
     Args:
-        given: keywords that are no parameter; those that are `None` or `False` ask for nothing.
-        parameters: the forward's own.
-        positioned: position ids were given, too.
+        given: keywords that are not parameters; `None` and `False` are always accepted.
+        parameters: parameters of the forward.
+        positioned: whether position ids were given.
 
     Raises:
-        UserError: an unknown keyword (with the nearest known one), or a known one that asks for what is not there.
+        UserError: an unknown keyword (with the nearest known one), or a request that is not supported.
     """
     for name, value in given.items():
         asked = value is not None and value is not False
         if name in _INSTEAD:
             if asked:
-                raise UserError(f"{name}: an AdaptiveLM returns final states only; {_INSTEAD[name]}")
+                raise UserError(f"{name}: an AdaptiveLM returns final hidden states only; {_INSTEAD[name]}")
         elif name == "token_type_ids":
             if asked and bool(torch.as_tensor(value).any()):
-                raise UserError("token_type_ids: causal models know one type of token; leave it out")
+                raise UserError("token_type_ids: causal models have one token type; leave it out")
         elif name in LENGTHS:
             if asked and not positioned:
-                raise UserError(f"{name}: where texts begin is read from position_ids; pass position_ids, too")
+                raise UserError(f"{name}: the start of each document is read from position_ids; pass position_ids, too")
         elif name not in PASSED:
             allowed = {*parameters, SHIFT_LABELS, "past_key_values", "cache"}
             raise unknown("keyword of forward", name, allowed - {"self", "kwargs"})

@@ -1,4 +1,4 @@
-"""What every method between embeddings and head promises, whichever seam it is on.
+"""Method: the base class of all methods between embeddings and head.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -24,16 +24,15 @@ from pondera.models.backbone import Backbone
 
 @dataclass
 class MethodOutput:
-    """What a method returns.
+    """Output of a method.
 
     Args:
-        h_BTD: one state per token, ready for the head.
-        passes_BT: passes that each token costs at inference.
-        terms: loss terms of the method's own, by name.
-        judge: further terms, which need what the head makes of the states: called with logits ``[B, T, V]`` and labels
-            ``[B, T]`` where there are labels.
-        trace: what a method found worth showing, when asked to record. ``"states"``: the states after each pass,
-            ``[B, T, D]`` each; ``"residuals"``: the largest change in each round of refinement.
+        h_BTD: final hidden state of each token.
+        passes_BT: passes of each token at inference.
+        terms: loss terms of the method, by name.
+        deferred_loss: computes further loss terms from logits ``[B, T, V]`` and labels ``[B, T]``; called if there are labels.
+        trace: records of the method, if `Method.record` is set. ``"states"``: the hidden states after each pass,
+            ``[B, T, D]`` each; ``"residuals"``: the largest change in each Jacobi round.
     """
 
     h_BTD: Tensor
@@ -56,46 +55,44 @@ class SlotMaker(Protocol):
 
 
 class Method(nn.Module, ABC):
-    """Makes states of embeddings with the backbone's layers, where one plain pass would not do.
+    """Computes hidden states from embeddings with the layers of a backbone, in place of one plain pass.
 
-    A method is constructed from its spec string, then attached to a backbone. It must be causal, and what it computes
-    with a cache, with padding or in a batch must equal what it computes without; the contract tests check every file of
-    its folder.
+    A method is constructed from its spec string, then bound to a backbone. It must be causal, and its results must not depend
+    on a cache, padding or batching; the contract tests check every file of its folder.
 
-    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
-    them).
+    The class attributes `paper` and `price` name the source and the cost (``pondera methods`` prints them).
     """
 
     paper: ClassVar[str]
     price: ClassVar[str]
 
     drops_window_rows: ClassVar[bool] = True
-    """Its cache drops rows that have left a sliding window; false where they are kept and masked."""
+    """The cache drops rows outside of a sliding window; false if it keeps and masks them."""
 
     supports_recompute: ClassVar[bool] = True
-    """Gradient checkpointing may run its passes again; false where a pass reads rows that an earlier one left."""
+    """Gradient checkpointing can recompute its passes; false if a pass reads KV slots of an earlier one."""
 
     unbounded_positions: ClassVar[bool] = False
-    """It counts positions anew as it goes, so that a text may be longer than the backbone has positions for."""
+    """Positions restart per block, so sequences may exceed `max_position_embeddings`."""
 
     record: bool = False
-    """Set it to have `MethodOutput.trace` filled with what the method finds worth showing."""
+    """If true, the method fills `MethodOutput.trace`."""
 
     slots_per_token: int = 1
-    """KV rows that a token leaves in every layer."""
+    """KV slots per token in every layer."""
 
     def bind(self, backbone: Backbone) -> None:  # noqa: B027 (optional: a method without parameters needs none)
-        """Creates what depends on the backbone (parameters, scales). Called once, before training or loading."""
+        """Creates parameters and scales that depend on the backbone. Called once, before training or loading."""
 
     def embed_scale(self, width: int) -> float:
-        """What ``init: scaled`` multiplies embeddings with, so that they enter at unit RMS."""
+        """The factor of the embeddings with ``init: scaled``, which gives them unit RMS."""
         return math.sqrt(2.5 * width)
 
     def begin_step(self, step: int, seed: int) -> None:  # noqa: B027 (optional: only randomised methods need it)
-        """Told before each optimizer step, so that every rank and every part of a batch makes the same random choice."""
+        """Called before each optimizer step, so that all ranks and micro-batches make the same random choices."""
 
     def train(self, mode: bool = True) -> Self:
-        """Leaving training, what was drawn for its last step is forgotten, so that a model in memory and on disk agree."""
+        """Like `nn.Module`; eval mode also resets the random choices of the last step, which are not saved."""
         super().train(mode)
         if not mode:
             self.begin_step(-1, 0)
@@ -121,45 +118,45 @@ class Method(nn.Module, ABC):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """States of T new tokens.
+        """Computes the hidden states of T new tokens.
 
         Args:
             backbone: runs the passes.
             h_BTD: token embeddings.
-            position_ids: ``[B, T]`` or ``[1, T]`` token positions; all slots of a token share its own.
-            cache: what came before; what the new tokens leave is added.
-            mask: ``[B, seen + T]``, 0 = padding, else the number of the token's document (1 where there is but one);
-                none: no padding.
-            budget: how much thinking is wanted. A cache whose layout depends on it takes the budget of its first call.
-            labels_BT: the token after each, where training or scoring knows it; negative where it does not. Only losses
-                and controls may look.
+            position_ids: ``[B, T]`` or ``[1, T]`` token positions; all KV slots of a token share its position.
+            cache: the cache of earlier tokens; the new tokens are appended.
+            mask: ``[B, seen + T]``, 0 = padding, else the number of the document (1 if there is only one);
+                default: `None`, no padding.
+            budget: compute per token. If the layout of the cache depends on it, the budget of the first call is used.
+            labels_BT: the next token of each, negative if unknown. Only losses and controls may use it.
         """
 
     @abstractmethod
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """What processing `tokens` new tokens after `context` cached ones takes, for the price.
+        """The decoder passes and matrix products for `tokens` new tokens after `context` cached ones.
 
         Args:
-            tokens: new tokens.
-            context: cached ones.
-            training: with the passes of training.
-            shares: of the tokens that take each pass, as measured, from 1 downwards; none: every token takes all.
+            tokens: number of new tokens.
+            context: number of cached tokens.
+            training: include passes that run in training only.
+            shares: measured share of the tokens that run each pass, descending from 1; default: `None`, all tokens run all
+                passes.
         """
 
     def at_budget(self, budget: Effort) -> Method | None:
-        """What the price is of where so much is wanted and `shares` cannot say it: none where the backbone runs alone."""
+        """The method whose cost applies at this budget, or `None` if only the backbone runs."""
         return self
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
-        """KV rows that `tokens` tokens leave in every layer of the backbone; `shares` as for `cost_schedule`."""
+        """KV slots of `tokens` tokens in every layer of the backbone; `shares` as for `cost_schedule`."""
         return tokens * self.slots_per_token
 
     def extra_cache_bytes(self, tokens: int, number_bytes: int) -> float:
-        """Bytes that its cache holds after `tokens` tokens beside those rows, for numbers of so many bytes."""
+        """Bytes in the cache after `tokens` tokens in addition to KV slots, with `number_bytes` per number."""
         return 0.0
 
     def passes(self) -> float:
-        """Passes per token at inference, where every token takes all that it may."""
+        """Maximum passes per token at inference."""
         return float(self.slots_per_token)

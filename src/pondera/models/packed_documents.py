@@ -1,4 +1,4 @@
-"""Texts laid end to end in one row, told apart by position ids that begin anew.
+"""Packed documents: several documents in one batch row, separated by position ids that restart.
 
 Shapes: B batch, T tokens.
 """
@@ -11,9 +11,9 @@ from pondera.core.errors import UserError
 
 
 def documents(position_ids: Tensor) -> Tensor | None:
-    """The number of each token's document, 1, 2, ...; `None` where every row is a single one.
+    """Document number of each token, 1, 2, ..., or `None` if every batch row is one document.
 
-    As in transformers, a document begins wherever a position is not the one after the position before it.
+    As in transformers, a document starts where a position is not the previous one plus 1.
 
     Args:
         position_ids: ``[B, T]``.
@@ -33,9 +33,9 @@ def documents(position_ids: Tensor) -> Tensor | None:
 
 
 def refuse_packed_cache(position_ids: Tensor) -> None:
-    """Refuses a call with a cache whose positions go back: a cache holds one document per row."""
+    """Raises if positions restart in a call with a cache, which supports one document per batch row."""
     if position_ids.shape[-1] > 1 and bool((position_ids.diff(dim=-1) < 0).any()):
         raise UserError(
-            "position_ids: they begin anew within a row, which tells documents apart, and a cache holds one document per row; "
-            "leave the cache out (use_cache=False), or give each document a row of its own"
+            "position_ids: they restart within a batch row, which means packed documents, but a cache supports one "
+            "document per row; use no cache (use_cache=False), or one row per document"
         )

@@ -1,18 +1,18 @@
-"""Which layers PEFT adapts of a Pondera model where nobody says."""
+"""Default target modules of PEFT for Pondera models."""
 
 from __future__ import annotations
 
 import sys
 
 FAMILIES = ("llama", "gpt2", "gpt_neox")
-"""Together they name the attention projections of every mapped architecture."""
+"""Together they have the attention projections of all mapped architectures."""
 
 
 def announce_to_peft(model_type: str) -> None:
-    """Adds a line for Pondera models to PEFT's tables of default layers, if PEFT is imported and has none.
+    """Adds Pondera models to the tables of default target modules in PEFT, if PEFT is imported.
 
-    PEFT looks a model type up in tables by the kind of adapter and has no other way to be told. The layers are those that
-    it adapts in `FAMILIES`; names that a backbone does not have match nothing.
+    PEFT has one table per adapter type, keyed by model type, and no function to extend it. The entry is the union of those of
+    `FAMILIES`; names that a backbone does not have match nothing.
     """
     constants = sys.modules.get("peft.utils.constants")
     if constants is None:

@@ -85,15 +85,15 @@ def rotary_frequencies(model: PreTrainedModel, instead: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotary:
-    """What queries and keys at some positions are turned by.
+    """Cosines and sines of some positions, applied to queries and keys.
 
     Args:
-        cos_BSr, sin_BSr: as the backbone's rotary embedding gives them, scaled if it scales; batch may be 1.
-        interleaved: as for `rotate`; both angles of a pair then stand side by side in `cos_BSr` and `sin_BSr`, too.
+        cos_BSr, sin_BSr: outputs of the rotary embedding of the backbone, including its scale; batch may be 1.
+        interleaved: as for `rotate`; both angles of a pair are then adjacent in `cos_BSr` and `sin_BSr`, too.
 
     Example:
-        >>> turn = Rotary(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]]))
-        >>> turn.apply(torch.tensor([[[[3.0, 4.0]]]])).tolist(), turn.undo(torch.tensor([[[[-4.0, 3.0]]]])).tolist()
+        >>> rotary = Rotary(torch.tensor([[[0.0, 0.0]]]), torch.tensor([[[1.0, 1.0]]]))
+        >>> rotary.apply(torch.tensor([[[[3.0, 4.0]]]])).tolist(), rotary.undo(torch.tensor([[[[-4.0, 3.0]]]])).tolist()
         ([[[[-4.0, 3.0]]]], [[[[3.0, 4.0]]]])
     """
 
@@ -102,12 +102,12 @@ class Rotary:
     interleaved: bool = False
 
     def apply(self, x_BHSd: Tensor) -> Tensor:
-        """Vectors without positions, turned."""
+        """Rotates vectors by their positions."""
         cos, sin = self._of_pairs(x_BHSd)
         return rotate(x_BHSd, cos, sin, self.interleaved).to(x_BHSd.dtype)
 
     def undo(self, x_BHSd: Tensor) -> Tensor:
-        """Turned vectors, as they were before: the inverse of these very numbers, however they were rounded or scaled."""
+        """Inverse of `apply`, exact for the given cosines and sines, also if they are rounded or scaled."""
         cos, sin = self._of_pairs(x_BHSd)
         scale = cos.square() + sin.square()
         return rotate(x_BHSd, cos / scale, -sin / scale, self.interleaved).to(x_BHSd.dtype)

@@ -1,4 +1,4 @@
-"""Whether a method is right on a backbone that no test of Pondera knows: a few tokens, when the model is built.
+"""Self-check of a method on an untested architecture, with a few tokens when the model is built.
 
 Shapes: B batch, T tokens, N packed rows, D width, V vocabulary.
 """
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
 
 TOKENS, PADS, PIECES = 6, 2, (4, 1, 1)
-"""What is read: two rows of so many tokens, padding on the left of the first, and how they are cut for a cache."""
+"""Tokens per sequence, left padding of the first of two sequences, and lengths of the pieces for the cache."""
 
 
 def check_method(model: AdaptiveLM) -> None:
-    """Refuses a backbone on which the model's method does not run, or padding, packing or the cache change what it says.
+    """Raises if the method fails on this backbone, or if padding, packing or a cache change its logits.
 
-    Families on which all methods are tested are known, and are not run.
+    Families on which all methods are tested are not checked.
 
     Raises:
-        UserError: which architecture, and why.
+        UserError: names the architecture and the reason.
     """
     if model.method is None or _is_tested(model):
         return
@@ -41,7 +41,7 @@ def check_method(model: AdaptiveLM) -> None:
             wrong = _wrong(model)
     except UserError as error:
         wrong = str(error)
-    except Exception as error:  # whatever an architecture raises inside
+    except Exception as error:  # an architecture can raise anything
         wrong = f"a call of a few tokens fails ({described(error)})"
     finally:
         if rounds is not None:
@@ -51,10 +51,10 @@ def check_method(model: AdaptiveLM) -> None:
 
 
 def bind_method(model: AdaptiveLM) -> None:
-    """Shows the method its backbone; refuses an architecture that does not say of itself what the method asks.
+    """Binds the method to its backbone.
 
     Raises:
-        UserError: which architecture, and why.
+        UserError: the config of an unmapped architecture lacks a field that the method needs.
     """
     method: Any = model.method
     try:
@@ -63,7 +63,7 @@ def bind_method(model: AdaptiveLM) -> None:
         raise _misfit(model, error.why) from error
     except UserError:
         raise
-    except Exception as error:  # whatever a configuration raises
+    except Exception as error:  # a config can raise anything
         if _is_tested(model):
             raise
         raise _misfit(model, described(error)) from error
@@ -82,15 +82,13 @@ def _misfit(model: AdaptiveLM, wrong: str) -> UserError:
 
 
 def _wrong(model: AdaptiveLM) -> str | None:
-    """What is wrong; `None`: nothing was found."""
+    """Describes the first failed check; `None` if all pass."""
     vocabulary = model.backbone.config.vocab_size
     ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 5) % vocabulary
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :PADS] = 0
     method: Any = model.method
-    if hasattr(
-        method, "eval_rounds"
-    ):  # what a prompt is read with may be an approximation, which a cache need not meet
+    if hasattr(method, "eval_rounds"):  # prefill may be approximate, which a cache does not have to reproduce
         method.eval_rounds = "exact"
     whole = model(ids_BT, attention_mask=mask_BT).logits
     bound = max(1e-4, 8 * torch.finfo(whole.dtype).eps) * float(whole.float().abs().max())
@@ -99,28 +97,28 @@ def _wrong(model: AdaptiveLM) -> str | None:
         return not bool(((found.float() - expected.float()).abs() <= bound).all())
 
     if apart(model(ids_BT[:1, PADS:]).logits, whole[:1, PADS:]):
-        return "a row with padding on its left gets other logits than the row alone"
+        return "a left-padded sequence gets other logits than the sequence alone"
     cached = _in_pieces(model, ids_BT, mask_BT)
     if apart(cached[mask_BT.bool()], whole[mask_BT.bool()]):
-        return "with a cache it gives other logits than without"
+        return "logits with a cache differ from those without"
     think = model.think
     if think is None or not think.packed:
         return None
     if think.adaptive and apart(*_packed_and_alone(model.backbone, ids_BT)):
-        return "rows of several sequences in one packed call get other states than each sequence alone"
+        return "packed sequences get other hidden states than each sequence alone"
     think.packed = False
     try:
         for found, expected in ((whole, model(ids_BT, attention_mask=mask_BT).logits),
                                 (cached, _in_pieces(model, ids_BT, mask_BT))):  # fmt: skip
             if apart(found[mask_BT.bool()], expected[mask_BT.bool()]):
-                return "tokens that are run without those that leave off get other logits than with all of them"
+                return "active tokens get other logits when halted tokens are not run"
     finally:
         think.packed = True
     return None
 
 
 def _packed_and_alone(backbone: Backbone, ids_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """States of two sequences of different lengths, ``[1, N, D]``: in one packed call, and by themselves."""
+    """Hidden states of two sequences of different lengths, ``[1, N, D]``: in one packed call, and separately."""
     rows_BTD = [backbone.embed(ids_BT[:1, :3]), backbone.embed(ids_BT[1:, :1])]
     order_T = torch.arange(3, device=ids_BT.device)
     wanted_BT = order_T < torch.tensor([[3], [1]], device=ids_BT.device)

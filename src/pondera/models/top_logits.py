@@ -1,6 +1,6 @@
-"""The highest logits alone: what a mixture of a few tokens needs of the head, in the backward pass, too.
+"""Top-k logits with a backward pass over the k selected rows of the head only.
 
-Shapes: B batch, T tokens, N tokens of all texts, k chosen, D width, V vocabulary.
+Shapes: B batch, T tokens, N = B * T, k selected, D width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch.nn import functional as F
 
 
 class TopLogits(torch.autograd.Function):
-    """States times the rows of a table, the highest products and the rows they belong to.
+    """The highest products of hidden states with the rows of a table, and the indices of these rows.
 
-    Equals ``(h @ weight.mT).topk(count)``, whose backward pass would run two products over the whole table, with all
-    logits kept for it. Here only the chosen rows take part: k instead of V of them.
+    Equals ``(h @ weight.mT).topk(count)``, whose backward pass would store all logits and run two products over the whole
+    table. Here it uses only the k selected rows.
     """
 
     @staticmethod
@@ -31,7 +31,7 @@ class TopLogits(torch.autograd.Function):
         h_BTD, weight_VD, ids_BTk = ctx.saved_tensors
         weights_Nk = grad_outputs[0].flatten(0, 1).to(weight_VD.dtype).contiguous()
         with torch.enable_grad():
-            # A bag of rows weighted by the gradient is the gradient of the state; the bag's own gradient is the table's.
+            # The rows weighted by the gradient give the gradient of the state; its gradient is that of the table.
             table_VD = weight_VD.detach().requires_grad_(ctx.needs_input_grad[1])
             bags_ND = F.embedding_bag(ids_BTk.flatten(0, 1), table_VD, per_sample_weights=weights_Nk, mode="sum")
         grad_VD = None
@@ -41,7 +41,7 @@ class TopLogits(torch.autograd.Function):
 
 
 def top_logits(h_BTD: Tensor, weight_VD: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` highest logits of each state and their tokens, ``[B, T, count]`` each.
+    """The `count` highest logits of each hidden state and their token ids, ``[B, T, count]`` each.
 
     Example:
         >>> logits, ids = top_logits(torch.tensor([[[1.0, 2.0]]]), torch.eye(2), count=1)

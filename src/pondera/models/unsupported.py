@@ -1,4 +1,4 @@
-"""What `AdaptiveLM` would inherit from transformers and cannot do, refused by name before anything runs."""
+"""Features of transformers that `AdaptiveLM` inherits but does not support; they raise at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pondera.core.errors import UserError
 
 
 class NoContinuousBatching:
-    """Continuous batching keeps all texts in one paged cache, which the methods' caches and `Backbone.step` do not know."""
+    """Rejects continuous batching, whose paged cache is not supported by the methods and `Backbone.step`."""
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refused."""
@@ -24,6 +24,6 @@ class NoContinuousBatching:
 
     def _refuse(self, name: str) -> NoReturn:
         raise UserError(
-            f"{name}: an AdaptiveLM cannot be batched continuously; pad the texts on the left and call generate(input_ids, "
+            f"{name}: an AdaptiveLM does not support continuous batching; left-pad the sequences and call generate(input_ids, "
             "attention_mask=...), or serve it without --continuous-batching"
         )

@@ -1,9 +1,9 @@
-"""Slots of which tokens own different numbers, in one causal order: x1 z1 z1' x2 x3 z3 ...
+"""Variable number of KV slots per token, packed in causal order: x1 z1 z1' x2 x3 z3 ...
 
-All slots of a text stand in one store, each behind those that came before it, so a slot sees what is stored up to itself.
-Slots that a token does not have are never run and leave no row.
+A sequence stores its KV slots in causal order, so each slot attends to all slots before it. Slots that a token does not have
+are not computed and not stored.
 
-Shapes: B batch, T tokens, S slots of a call, N rows that run, K stored rows, D width.
+Shapes: B batch, T tokens, S slots of a call, N computed rows, K stored slots, D width.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pondera.models.backbone import Backbone
 
 @dataclass
 class VarlenSlots:
-    """The slots that a call may add, in causal order.
+    """The candidate KV slots of a call, in causal order.
 
     Args:
-        token_BS: the number of each slot's token in its text (padding counts).
-        position_BS: the token's position.
-        wanted_BS: which of them there are.
-        log_weight_BS: added to every attention score of the slot, now and whenever it is read; none: nothing.
+        token_BS: index of the token of each slot in its sequence (including padding).
+        position_BS: position of the token.
+        wanted_BS: bool, which slots exist.
+        log_weight_BS: bias on the attention scores of the slot, in this and later calls; default: `None`, no bias.
     """
 
     token_BS: Tensor
@@ -39,15 +39,15 @@ class VarlenSlots:
 
 
 class VarlenPass:
-    """Runs slots after those that a cache holds.
+    """Runs new KV slots after those in a cache.
 
     Args:
-        backbone: runs them.
-        cache: of one depth; what came before. New slots are added.
+        backbone: runs the pass.
+        cache: cache of one depth with the earlier slots; new ones are appended.
         mask: ``[B, T]`` token mask over cached and new tokens, as for `Think.forward`.
-        tokens: T, cached and new ones.
-        packed: gather the slots that are wanted; else all run and the others are masked, which computes the same: it is
-            what the tests hold the packed form against.
+        tokens: T, cached and new tokens.
+        packed: run only the slots that exist. Otherwise all slots run and the others are masked, which is the reference
+            implementation in the tests.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class VarlenPass:
         self._one_text = not has_documents(mask)
 
     def run(self, x_BSD: Tensor, slots: VarlenSlots) -> Tensor:
-        """States ``[B, S, D]`` of input vectors; what stands at slots that are not wanted means nothing."""
+        """Hidden states of input vectors, ``[B, S, D]``; values at slots that do not exist are undefined."""
         if isinstance(self.cache, CompressedSlotCache):
             return self._compressed(self.cache, x_BSD, slots)
         rows = PackedRows.where(slots.wanted_BS)
@@ -87,7 +87,7 @@ class VarlenPass:
         return cache.run(self.backbone.step, x_BSD, wanted_BS, *rows)
 
     def _dense(self, x_BSD: Tensor, slots: VarlenSlots) -> Tensor:
-        """Every text gets as many columns."""
+        """Runs all slots; every sequence gets the same number of columns."""
         before = self._depths.width(0)
         query_BS = torch.where(slots.wanted_BS, slots.token_BS, FREE)
         self._depths.append_metadata(0, query_BS, slots.log_weight_BS)
@@ -97,13 +97,13 @@ class VarlenPass:
             return self.backbone.step(x_BSD, store, mask, slots.position_BS)
 
     def _packed(self, x_BSD: Tensor, slots: VarlenSlots, rows: PackedRows) -> Tensor:
-        """Each text's wanted slots follow its own last one."""
+        """Runs existing slots only; they follow the last slot of their sequence."""
         wanted_BS, before = slots.wanted_BS, self._depths.width(0)
         token_N = slots.token_BS[wanted_BS]
         weight_N = None if slots.log_weight_BS is None else slots.log_weight_BS[wanted_BS]
         column_N = self._depths.allocate(0, rows, token_N, weight_N)
         order_N = before + rows.order_N if column_N is None else column_N
-        query_BS = rows.pad(token_N[None] - FREE) + FREE  # free where a text has fewer rows
+        query_BS = rows.pad(token_N[None] - FREE) + FREE  # `FREE` if a sequence has fewer rows
         mask = None if rows.batch == 1 and self._plain() else self._mask(query_BS, rows.pad(order_N[None]))
         write = DepthWrite(0, range(1), rows, column_N, self._depths.width(0))
         with self._depths.writing(write) as store:
@@ -115,8 +115,8 @@ class VarlenPass:
         return cast(DepthCache, self.cache)
 
     def _plain(self) -> bool:
-        """Whether causal order is all there is to it, which the backbone knows by itself: without holes, and either no
-        slot weighs less than another or no token has two."""
+        """Whether the plain causal mask of the backbone is correct: one document, no gaps, and no slot bias or at most one
+        slot per token."""
         held = self._depths.depths[0]
         assert held is not None
         if not self.packed or not self._one_text:

@@ -29,7 +29,7 @@ def test_create_then_open(run):
 
 
 def test_create_refuses_what_is_there(run, tmp_path):
-    with pytest.raises(UserError, match="already holds a run"):
+    with pytest.raises(UserError, match="already contains a run"):
         Run.create(run.path, RunConfig())
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty"):

@@ -231,7 +231,7 @@ def test_several_user_folders(methods, tmp_path_factory, monkeypatch):
 def test_a_folder_without_seams_is_refused(tmp_path, monkeypatch):
     for folder in (tmp_path, tmp_path / "absent"):
         monkeypatch.setenv("PONDERA_METHODS", str(folder))
-        assert f"PONDERA_METHODS: {str(folder)!r} is no folder that holds any of think/" in error(spec.index)
+        assert f"PONDERA_METHODS: {str(folder)!r} contains none of the folders think/" in error(spec.index)
 
 
 def test_a_file_without_its_class_is_refused(methods):

@@ -450,9 +450,7 @@ def test_a_name_that_is_nothing_says_what_it_could_have_been(tmp_path, monkeypat
         raise ConnectionError("timeout")
 
     monkeypatch.setattr(datasets, "load_dataset", missing)
-    with pytest.raises(
-        UserError, match="not a file or folder here, and not a Hugging Face dataset.*did you mean 'stdlib'"
-    ):
+    with pytest.raises(UserError, match="not a file or folder, and not a Hugging Face dataset.*did you mean 'stdlib'"):
         prepare(DataConfig(text="stdlb"), cache)
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(UserError, match="hub cannot be reached"):

@@ -26,7 +26,7 @@ def test_one_shared_title_does_not_decide(title: str, wanted: float, caplog: pyt
     assert sorted(train + held_out) == list(range(400))
     assert wanted / 2 < share(held_out, [7] * 400) < min(2 * wanted, 1 - (1 - wanted) / 2)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "400 documents share 1 names" in caplog.text and "both sides" in caplog.text
+    assert "400 documents share 1 names" in caplog.text and "both splits" in caplog.text
 
 
 @pytest.mark.parametrize("books", [10, 20, 40])
@@ -43,7 +43,7 @@ def test_parts_of_a_book_stay_together_where_books_are_small_enough(
 
 def test_a_share_that_cannot_be_had_is_told(caplog: pytest.LogCaptureFixture):
     assert [len(side) for side in divide(["a", "b"], [10, 10], 0.05)] == [1, 1]
-    assert "5 % of the text was asked for, and 50 % is held out: 1 of 2 documents" in caplog.text
+    assert "5 % of the text was requested, and 50 % is held out: 1 of 2 whole documents" in caplog.text
     caplog.clear()
     assert [len(side) for side in divide([f"{n}" for n in range(12)], [10] * 12, 0.05)] == [11, 1]
     assert not caplog.records, "as near as whole documents come"

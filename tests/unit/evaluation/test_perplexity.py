@@ -306,7 +306,7 @@ class TestEffort:
         words = ["eval", path, "--data.text", str(book), "--max-tokens", "50", "--effort"]
         assert main([*words, "0,1"]) == 0
         printed = capsys.readouterr().out
-        assert "worse by" in printed and "1.000" in printed and "2.000" in printed
+        assert "Δ bits/byte" in printed and "1.000" in printed and "2.000" in printed
         assert main([*words, "0,1", "--json"]) == 0
         none, full = json.loads(capsys.readouterr().out)
         assert (none["effort"], none["passes_per_token"], full["passes_per_token"]) == (0, 1, 2)

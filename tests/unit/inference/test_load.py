@@ -93,7 +93,7 @@ def test_one_flipped_bit_is_found(tmp_path: Path):
     load(run.path)
     flip(run.model_dir / "model.safetensors")
     for path in (run.path, run.model_dir):
-        assert f"{run.model_dir} is damaged (model.safetensors has other content" in message(path)
+        assert f"{run.model_dir} is damaged (model.safetensors does not match its hash" in message(path)
     (run.model_dir / "manifest.json").unlink()
     load(run.path)
 
@@ -106,7 +106,7 @@ def test_damaged_checkpoints_are_passed_over(tmp_path: Path, caplog: pytest.LogC
     earlier, later = run.checkpoints()
     flip(later / "model.safetensors")
     assert load(run.path).model.config.think is None
-    assert f"{later} is damaged (model.safetensors has other content" in caplog.text
+    assert f"{later} is damaged (model.safetensors does not match its hash" in caplog.text
     assert "step-000005 is used instead" in caplog.text
     assert f"{later} is damaged" in message(later)
     flip(earlier / "model.safetensors")
@@ -191,7 +191,7 @@ def test_tokenizer_must_be_there_and_fit(folder: Path, tmp_path: Path):
     larger = train_tokenizer(["one two three four five six seven eight nine ten eleven twelve " * 9], 300)
     larger.save_pretrained(folder)
     assert len(larger) > 280
-    with pytest.raises(UserError, match="embeds 280 tokens"):  # as soon as a text has one of the others
+    with pytest.raises(UserError, match="has embeddings for 280 tokens"):  # as soon as a text has one of the others
         generate(folder, "one two three four five six seven eight nine ten eleven twelve")
     for file in folder.glob("tokenizer*"):
         file.unlink()

@@ -137,11 +137,11 @@ def test_without_a_compiler_it_is_said_once(forgetful, caplog: pytest.LogCapture
     monkeypatch.delenv("CC", raising=False)
     with caplog.at_level(logging.WARNING):
         assert build.library("nearest") is None and build.library("nearest") is None and build.library("other") is None
-    assert len(caplog.messages) == 1 and "no C compiler (cc, gcc, clang is not there)" in caplog.messages[0]
+    assert len(caplog.messages) == 1 and "no C compiler (cc, gcc, clang not found)" in caplog.messages[0]
     assert build.why_not("nearest").startswith("no C compiler")
     monkeypatch.setenv("CC", "no-such-compiler -O2")
     build._found.cache_clear()
-    assert "no-such-compiler is not there" in build.why_not("nearest")
+    assert "no-such-compiler not found" in build.why_not("nearest")
 
 
 @needs_compiler

@@ -80,7 +80,7 @@ def test_caches_of_other_kinds_are_refused_by_name():
     model = AdaptiveLM(
         AdaptiveConfig(backbone={"model_type": "llama", "vocab_size": 97, **SIZES}, kv_cache="PreallocatedCache()")
     ).eval()
-    with pytest.raises(UserError, match="brings its own cache"):
+    with pytest.raises(UserError, match="creates its own cache"):
         model.generate(torch.tensor([[1, 2]]), max_new_tokens=2, cache_implementation="static", pad_token_id=0)
 
 

@@ -1,4 +1,4 @@
-"""Texts laid end to end in one row, told apart by position ids that begin anew."""
+"""Packed documents: several documents in one batch row, separated by position ids that restart."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_method_keeps_packed_texts_apart_or_refuses_them(seam: str, name: 
 @pytest.mark.parametrize("chosen", [{}, {"think": "PonderLM2(thoughts=1)"}, {"kv_cache": "H2O(budget=64)"}], ids=str)
 def test_a_cache_holds_one_text_per_row(chosen):
     model, (x, positions, _) = build(**chosen), packed()
-    with pytest.raises(UserError, match="position_ids.*leave the cache out"):
+    with pytest.raises(UserError, match="position_ids.*use no cache"):
         model(x, position_ids=positions, use_cache=True)
 
 

@@ -105,7 +105,7 @@ def test_mistakes(said, tmp_path: Path):
         (["collapse", flat], "latents: give a matrix of floats, got torch.float32 of shape [32768]"),
         (["collapse", junk], "cannot be read as safetensors"),
         (["collapse", tmp_path / "no.safetensors"], "no such file"),
-        (["collapse", good, "--text", "a"], "is a file of tensors, which reads no text"),
+        (["collapse", good, "--text", "a"], "is a file of tensors and takes no text"),
         (["collapse", good, "--plot", tmp_path], "is a folder; give a file"),
         (["think_trace", good], "ThinkTrace analyzes a model that reads a text"),
     ):

@@ -88,12 +88,12 @@ def from_weights(folder: Path, think: str | None) -> AdaptiveLM:
 
 
 def line(caplog: pytest.LogCaptureFixture) -> str:
-    said = [record.getMessage() for record in caplog.records if "taken over" in record.getMessage()]
+    said = [record.getMessage() for record in caplog.records if "loaded: the backbone" in record.getMessage()]
     assert len(said) == 1
     return said[0]
 
 
-# What is taken over
+# What is loaded from the old model
 
 
 @pytest.mark.parametrize(
@@ -136,20 +136,22 @@ def test_method_is_taken_over_as_far_as_it_goes(tmp_path, caplog):
     old = save(tmp_path / "pause", backbone, PAUSE)
     new = from_weights(tmp_path / "pause", PAUSE)
     assert torch.equal(new.think.pause_PD, old.think.pause_PD) and torch.equal(new(IDS).logits, old(IDS).logits)
-    assert line(caplog).endswith("of its method pause_PD; new: nothing; left out: nothing")
+    assert line(caplog).endswith("method parameters: pause_PD; new: none; not used: none")
 
     caplog.clear()
     other = from_weights(tmp_path / "pause", "PauseToken(pauses=2)")
     assert other.think.pause_PD.shape[0] == 2 and not torch.equal(other.think.pause_PD[:1], old.think.pause_PD)
-    assert line(caplog).endswith("of its method nothing; new: pause_PD; left out: pause_PD"), "no part of another shape"
+    assert line(caplog).endswith("method parameters: none; new: pause_PD; not used: pause_PD"), (
+        "no part of another shape"
+    )
 
     caplog.clear()
     save(tmp_path / "cot", backbone, "AdaptiveLatentCoT(steps=1)", init="scaled")
     routed = from_weights(tmp_path / "cot", "AdaptiveLatentCoT(steps=2, halting='router')")
     assert routed.think.feedback.scale == 1, "what its thoughts were trained with"
     assert re.search(
-        r"/cot: taken over: its backbone \(\d+ tensors\), of its method feedback.scale; "
-        r"new: router.bias, router.weight; left out: nothing$",
+        r"/cot: loaded: the backbone \(\d+ tensors\), method parameters: feedback.scale; "
+        r"new: router.bias, router.weight; not used: none$",
         line(caplog),
     )
 
@@ -287,7 +289,7 @@ def test_weights_that_are_not_whole(text, trained, tmp_path):
     with pytest.raises(UserError, match=r"model is damaged \(model.safetensors has \d+ bytes instead of"):
         new_model(onto(text, folder), 300)
     (folder / "manifest.json").unlink()
-    with pytest.raises(UserError, match="not all there: missing backbone.lm.model.norm.weight; give a folder whose"):
+    with pytest.raises(UserError, match="weights are missing: backbone.lm.model.norm.weight; give a folder whose"):
         new_model(onto(text, folder), 300)
     os.truncate(folder / "model.safetensors", 1000)
     with pytest.raises(UserError, match="its weights cannot be loaded"):
@@ -302,7 +304,7 @@ def test_foreign_weights_that_are_not_whole(tmp_path):
     from transformers import GPTNeoXConfig, GPTNeoXModel
 
     GPTNeoXModel(GPTNeoXConfig(vocab_size=97, **training_worker.SIZES)).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="not all there: missing lm_head.weight; give a folder"):
+    with pytest.raises(UserError, match="weights are missing: lm_head.weight; give a folder"):
         from_weights(tmp_path, None)
 
 
@@ -337,7 +339,7 @@ def test_command(text, trained, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert f"{trained.model_dir}: taken over: its backbone" in done.stderr and "new: pause_PD" in done.stderr
+    assert f"{trained.model_dir}: loaded: the backbone" in done.stderr and "new: pause_PD" in done.stderr
     run = Run.open(tmp_path / "run")
     assert run.config.backbone == run.config.data.tokenizer == str(trained.model_dir)
     assert run.result()["passes_per_token"] == 2

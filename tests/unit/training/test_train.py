@@ -207,7 +207,7 @@ def damage_size(folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage, named",
     [
-        (damage_content, "model.safetensors has other content"),
+        (damage_content, "model.safetensors does not match its hash"),
         (damage_size, "optimizer.pt has 1000 bytes instead of"),
         (lambda folder: (folder / "state.json").unlink(), "state.json is missing"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "no readable manifest.json"),
@@ -223,7 +223,9 @@ def test_damage_is_found(damage, named, straight, tmp_path):
 def test_damaged_checkpoint_is_passed_over(straight, unfinished, text, caplog):
     damage_content(unfinished.checkpoints()[-1])
     same(train(tiny(text), unfinished.path, resume=True, progress=False), straight)
-    assert re.search(r"step-000008 is damaged \(model.safetensors has other content.*renamed to damaged", caplog.text)
+    assert re.search(
+        r"step-000008 is damaged \(model.safetensors does not match its hash.*renamed to damaged", caplog.text
+    )
     assert (unfinished.checkpoints_dir / "damaged-step-000008").is_dir()
 
 

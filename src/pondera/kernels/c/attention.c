@@ -1,7 +1,7 @@
-/* Attention of a few queries to many slots: keys and values are read once, for all query heads that share them.
+/* Attention of a few queries to many KV slots: keys and values are read once for all query heads that share them.
  *
- * Slots are met in blocks that stay in a core's cache: the scores of a block, what they add to the softmax, and the values
- * weighted by them. Each item of work is a part of the slots of one KV head of one text; parts are merged at the end.
+ * Slots are processed in blocks that fit into the cache of a core: scores, softmax update and weighted values of a block. A
+ * work item is a range of the slots of one KV head of one batch row; the parts are merged at the end.
  */
 #include <stdlib.h>
 
@@ -10,20 +10,20 @@
 
 enum {
     BLOCK = 64, /* slots */
-    PART = 512, /* slots of an item of work */
-    TILE = 4,   /* queries whose sums are in registers at once */
-    PAIR = 2    /* rows, or vectors of a row, that go with them */
+    PART = 512, /* slots per work item */
+    TILE = 4,   /* queries whose sums stay in registers */
+    PAIR = 2    /* rows, or vectors of a row, per tile */
 };
 
 typedef struct {
-    const float *query, *keys, *values; /* [B, G, N, D], [B, G, S, D], [B, G, S, E]; a row's numbers are side by side */
-    const int32_t *position;            /* [B, G, S]: the slot's token; negative: nothing to look at */
-    const uint8_t *mask;                /* [B, T, K]: which tokens a query may look at; NULL: none that come after it */
+    const float *query, *keys, *values; /* [B, G, N, D], [B, G, S, D], [B, G, S, E]; rows are contiguous */
+    const int32_t *position;            /* [B, G, S]: token of the slot; negative: masked */
+    const uint8_t *mask;                /* [B, T, K]: allowed tokens per query; NULL: causal */
     int64_t B, G, R, T, S, D, E;        /* N = R * T */
-    int64_t query_B, query_G, query_R, query_T, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* steps, in numbers */
-    int64_t position_B, position_G, mask_B, mask_T, mask_K, start, threads; /* start: the first query's token */
+    int64_t query_B, query_G, query_R, query_T, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* strides, in numbers */
+    int64_t position_B, position_G, mask_B, mask_T, mask_K, start, threads; /* start: token of the first query */
     float scaling;
-    float *out_BTGRE, *score_BGNS; /* scores too, unless NULL */
+    float *out_BTGRE, *score_BGNS; /* scores are optional (NULL) */
 } Attention;
 
 typedef struct {
@@ -34,7 +34,7 @@ typedef struct {
     int failed;
 } Work;
 
-/* Products of some queries with some rows. */
+/* Products of queries with rows. */
 INLINE void products(const float *query, long query_step, const float *rows, long row_step, long D, int queries, int count,
                      float *scores, long scores_step)
 {
@@ -64,7 +64,7 @@ INLINE void score_tile(const float *query, long D, const float *rows, long row_s
         products(query, D, rows + s * row_step, row_step, D, queries, 1, scores + s, BLOCK);
 }
 
-/* Some vectors of the weighted sums of some queries. */
+/* A part of the vectors of the weighted sums of queries. */
 INLINE void weigh(const float *weights, const float *rows, long row_step, long slots, const float *shrink, int queries,
                   int vectors, float *to, long to_step)
 {
@@ -100,7 +100,7 @@ INLINE void weigh_tile(const float *weights, const float *rows, long row_step, l
         }
 }
 
-/* With the number of queries known when it is compiled, sums stay in registers. */
+/* With a compile-time number of queries, sums stay in registers. */
 #define BY_QUERIES(count, call_of)                                                                                          \
     switch (count) {                                                                                                        \
     case 1: call_of(1); break;                                                                                              \
@@ -109,7 +109,7 @@ INLINE void weigh_tile(const float *weights, const float *rows, long row_step, l
     default: call_of(TILE);                                                                                                 \
     }
 
-/* What is added to the scores of a query: 0 where it may look, else -inf. Returns how many slots it may look at. */
+/* The additive mask of a query: 0 for allowed slots, else -inf. Returns the number of allowed slots. */
 static long look(const Attention *a, long b, long t, const int32_t *position, long slots, float *bias)
 {
     const uint8_t *mask = a->mask ? a->mask + b * a->mask_B + t * a->mask_T : NULL;
@@ -157,7 +157,7 @@ static void attend_part(void *given, long item)
             }
         for (long n = 0; n < N && (seen || a->score_BGNS); n++) {
             float *row = scores + n * BLOCK;
-            if (seen < a->T * slots) /* a key that is not looked at may be no number */
+            if (seen < a->T * slots) /* the score of a masked key can be NaN */
                 for (long s = 0; s < slots; s++)
                     row[s] = bias[n % a->T * BLOCK + s] == 0 ? row[s] : -INFINITY;
             if (a->score_BGNS)
@@ -175,7 +175,7 @@ static void attend_part(void *given, long item)
     free(scores);
 }
 
-/* Softmax attention; 0, or 1 where memory is short. Values of slots that no query may look at must be numbers all the same. */
+/* Softmax attention. Returns 0, or 1 if memory allocation fails. Values of masked slots must be finite. */
 int attention(const Attention *a)
 {
     const long N = a->R * a->T, parts = a->S > PART ? (a->S + PART - 1) / PART : 1, items = a->B * a->G * parts;

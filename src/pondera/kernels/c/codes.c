@@ -1,9 +1,9 @@
-/* Sums by code: what attention needs of keys and values that are kept as codes, without decoding them.
+/* Attention over vector-quantized keys and values with look-up tables, without decoding them.
  *
- * A token has C codes, each of which names one of K rows of its own table. The score of a token is the sum of what the
- * tables say about its codes (`lookup`); weighted values are a sum over rows of the weights of the tokens that have that code
- * (`tally`). Four queries share each reading of a code. Tokens go by in blocks, and codes in groups whose tables fit, with what
- * is summed, into the fastest cache.
+ * A token has C codes; code c is a row index of table c, which has K rows. The score of a token is the sum of the table
+ * entries of its codes (`lookup`). The weighted values need, for each row, the sum of the weights of the tokens with that code
+ * (`tally`). Four queries share each read of a code. Tokens are processed in blocks, and codes in groups whose tables and sums
+ * fit into the L1 cache.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -15,26 +15,26 @@ enum {
     LANES = 4,   /* queries at once */
     GROUP = 4,   /* codes of a token at once */
     BLOCK = 512, /* tokens */
-    PART = 8192  /* tokens of an item of work */
+    PART = 8192  /* tokens per work item */
 };
 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
 
 typedef struct {
-    const uint8_t *codes_BGSC; /* a token's codes side by side, all below K; steps of the others, in bytes: */
+    const uint8_t *codes_BGSC; /* codes of a token are contiguous, all below K; other strides, in bytes: */
     int64_t codes_B, codes_G, codes_S;
     int64_t B, G, N, S, C, K, threads;
-    float *table_BGMCKL; /* M = N / LANES, rounded up; L = LANES: what is looked up, or what is tallied */
-    float *numbers_BGNS; /* scores that are written, or weights that are read */
-    Lanes *tallies;      /* of each item */
+    float *table_BGMCKL; /* M = N / LANES, rounded up; L = LANES: input of lookup, output of tally */
+    float *numbers_BGNS; /* scores (output of lookup) or weights (input of tally) */
+    Lanes *tallies;      /* per work item */
     long parts;
 } Codes;
 
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
-    const uint8_t *codes;   /* of the first token */
-    long start, end, lanes; /* tokens; queries that there are */
+    const uint8_t *codes;   /* codes of the first token */
+    long start, end, lanes; /* tokens; number of queries */
     float *numbers;         /* of the first query */
     Lanes *table;           /* of the first code */
 } Item;
@@ -130,7 +130,7 @@ static long prepare(Codes *t)
     return t->B * t->G * ((t->N + LANES - 1) / LANES);
 }
 
-/* The sum over a token's codes of what the tables say. */
+/* The sum of the table entries of the codes of each token. */
 int lookup(const Codes *given)
 {
     Codes t = *given;
@@ -138,7 +138,7 @@ int lookup(const Codes *given)
     return 0;
 }
 
-/* The sum over tokens of their weights, by code; 0, or 1 where memory is short. */
+/* The sum of the weights of the tokens of each code. Returns 0, or 1 if memory allocation fails. */
 int tally(const Codes *given)
 {
     Codes t = *given;

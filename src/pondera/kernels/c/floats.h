@@ -1,4 +1,4 @@
-/* Several floats at once, in whatever registers the CPU has, and the exponential that a softmax needs of them. */
+/* SIMD vectors of floats, and their exponential for the softmax. */
 #ifndef PONDERA_FLOATS_H
 #define PONDERA_FLOATS_H
 
@@ -39,10 +39,10 @@ INLINE float sum_of(Floats x)
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-/* e to the x, to the last bit or two; 0 below -87, where float32 ends; meant for x of at most 0. */
+/* exp(x), accurate to one or two units in the last place; 0 below -87, the limit of float32; for x of at most 0. */
 INLINE Floats exponential(Floats x)
 {
-    const Floats magic = spread(12582912.f); /* 1.5 * 2^23: adding it rounds to a whole number, in the lowest bits */
+    const Floats magic = spread(12582912.f); /* 1.5 * 2^23: adding it rounds to an integer, in the lowest bits */
     Ints nothing = x < spread(-87.f);
     x = choose(nothing, spread(-87.f), x);
     Floats shifted = x * 1.44269504f + magic, whole = shifted - magic;

@@ -1,9 +1,8 @@
-/* Which row of a table is nearest to each vector: the product with the table and the search for the best in one go.
+/* Nearest row of a table for each vector: the product with the table and the argmax in one pass.
  *
- * A score is an offset of the row plus the product of vector and row. The table is packed into panels of rows side by side,
- * so that a tile of scores, of a few vectors with one panel, is summed up in registers; then every lane keeps the best
- * score it has seen and the panel that it came from. No score is ever stored, so memory is that of the table, once more.
- * A score that is no number is never the best.
+ * The score of a row is its offset plus the product of vector and row. The table is packed into panels of adjacent rows, so
+ * that a tile of scores (a few vectors with one panel) is accumulated in registers; each lane keeps its best score and the
+ * panel of that score. Scores are not stored, so the additional memory is a copy of the table. A NaN score is never the best.
  */
 #include <math.h>
 #include <stdint.h>
@@ -19,10 +18,10 @@ enum { WIDTH = 8 };
 #endif
 enum {
     PANEL = 2 * WIDTH,      /* rows of a panel */
-    TILE = 6,               /* vectors of a tile: its scores leave a register or more for the panel and the vectors */
-    ITEM = 32 * TILE,       /* vectors of an item of work */
-    FEW = 1 << 17,          /* numbers of tables that one thread packs before others are there */
-    CHUNK_BYTES = 128 << 10 /* of panels that all tiles of an item pass before the next ones: they stay in a core's cache */
+    TILE = 6,               /* vectors of a tile, so that scores, panel and vectors fit into registers */
+    ITEM = 32 * TILE,       /* vectors per work item */
+    FEW = 1 << 17,          /* tables up to this size are packed by one thread */
+    CHUNK_BYTES = 128 << 10 /* of panels per pass over the tiles of an item, to fit into the cache of a core */
 };
 
 typedef float Floats __attribute__((vector_size(4 * WIDTH)));
@@ -31,14 +30,14 @@ typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
 typedef struct {
     Floats score[TILE][2];
     Ints panel[TILE][2];
-} Best; /* by lane */
+} Best; /* per lane */
 
 typedef struct {
     const float *x_NC;
     long stride; /* from one vector to the next */
     const float *rows_RKC, *centre_RC, *table_RKC, *offset_RK;
     long N, K, C, R;
-    float *panels; /* of each the offsets, then C times as many rows' numbers */
+    float *panels; /* per panel: offsets, then C numbers per row */
     int64_t *codes_NR;
     int failed;
 } Search;
@@ -51,7 +50,7 @@ static void pack_panel(void *task, long item)
     const long r = item / num_panels(s), first = item % num_panels(s) * PANEL;
     float *to = s->panels + item * (s->C + 1) * PANEL;
     for (long lane = 0; lane < PANEL; lane++) {
-        const int is_row = first + lane < s->K; /* what fills the last panel up is never the best */
+        const int is_row = first + lane < s->K; /* padding of the last panel is never the best */
         const long row = r * s->K + first + lane;
         to[lane] = is_row ? s->offset_RK[row] : -INFINITY;
         for (long c = 0; c < s->C; c++)
@@ -63,7 +62,7 @@ static inline Floats spread(float value) { return value - (Floats){0}; }
 
 static inline Ints choose(Ints where, Ints yes, Ints no) { return (where & yes) | (~where & no); }
 
-/* The scores of a tile, and of each lane the best so far. */
+/* The scores of a tile, and the best score of each lane so far. */
 static inline void meet(const float *x_tC, const float *restrict panel, long C, int32_t number, Best *best)
 {
     const Floats *restrict rows = (const Floats *)panel;
@@ -85,7 +84,7 @@ static inline void meet(const float *x_tC, const float *restrict panel, long C, 
         }
 }
 
-/* The first row of all that have the highest score. */
+/* The first row with the highest score. */
 static int64_t first_row(const Best *best, int t)
 {
     const float *score = (const float *)best->score[t];
@@ -101,7 +100,7 @@ static int64_t first_row(const Best *best, int t)
     return row;
 }
 
-/* The best of a table for all tiles of an item. */
+/* The best rows of a table for all tiles of a work item. */
 static void search_table(const float *x_nC, long tiles, const float *panels, long count, long C, Best *best)
 {
     const long step = (C + 1) * PANEL, fitting = CHUNK_BYTES / (long)sizeof(float) / step, chunk = fitting ? fitting : 1;
@@ -147,10 +146,10 @@ static void search_item(void *task, long item)
     free(x_nC);
 }
 
-/* Codes of N vectors by R tables of K rows, of which each after the first codes what the row of the one before it left.
+/* Codes of N vectors by R tables of K rows; each table after the first codes the residual of the table before.
  *
- * Scores are of vectors less a centre with `table`, which are the `rows` as the search sees them, and have an offset.
- * Returns 0, or 1 where memory is short.
+ * The scores are products of the centred vectors with `table` (the `rows` in the form used for the search) plus an offset.
+ * Returns 0, or 1 if memory allocation fails.
  */
 int nearest(const float *x_NC, int64_t stride, const float *rows_RKC, const float *centre_RC, const float *table_RKC,
             const float *offset_RK, int64_t N, int64_t K, int64_t C, int64_t R, int64_t threads, int64_t *codes_NR)

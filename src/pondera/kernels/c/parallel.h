@@ -1,9 +1,9 @@
-/* Threads for one call: they take the next of a number of items until there is none.
+/* A parallel loop over work items for one call.
  *
- * Where torch has threads of OpenMP, it is those that do the work: after an operation of torch's they wait busily for a while
- * for its next one, and would hold up threads of ours on the same cores. A process that was forked has none of them left and
- * would wait for ever; there, and where there is no OpenMP, threads are made for the call and gone when it returns. Making one
- * takes some 10 microseconds, so an item should be worth a hundred.
+ * If torch has OpenMP threads, they do the work: after an operation of torch they spin for a while, waiting for the next one,
+ * and would compete with other threads for the cores. After a fork these threads do not exist and OpenMP would wait forever; in
+ * that case, and without OpenMP, threads are created for the call. Creating a thread takes about 10 microseconds, so an item
+ * should take 100 or more.
  */
 #ifndef PONDERA_PARALLEL_H
 #define PONDERA_PARALLEL_H
@@ -30,7 +30,7 @@ static void *take_items(void *given)
 }
 
 #ifdef __linux__
-/* Of the OpenMP that torch has loaded, if any: this library is linked to none. */
+/* Entry points of the OpenMP library that torch has loaded, if any; this library is not linked to OpenMP. */
 extern void GOMP_parallel(void (*work)(void *), void *task, unsigned threads, unsigned flags) __attribute__((weak));
 static int forked;
 
@@ -40,7 +40,7 @@ __attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL
 
 static void take_items_of(void *queue) { take_items(queue); }
 
-/* Whether torch's threads have done the work. */
+/* Whether the threads of torch have done the work. */
 static int parallel_in_openmp(Queue *queue, long threads)
 {
     if (!GOMP_parallel || forked)
@@ -52,7 +52,7 @@ static int parallel_in_openmp(Queue *queue, long threads)
 static int parallel_in_openmp(Queue *queue, long threads) { return 0 * (queue != NULL) * threads; }
 #endif
 
-/* Calls work(task, item) for every item from 0 to items - 1, on so many threads at most, the caller's among them. */
+/* Calls work(task, item) for every item from 0 to items - 1, on at most `threads` threads including the caller. */
 static void parallel(long items, long threads, void (*work)(void *task, long item), void *task)
 {
     Queue queue = {0, items, work, task};
@@ -62,7 +62,7 @@ static void parallel(long items, long threads, void (*work)(void *task, long ite
     if (threads > 1 && parallel_in_openmp(&queue, threads))
         return;
     while (made < threads - 1 && made < MOST_THREADS && !pthread_create(&others[made], NULL, take_items, &queue))
-        made++; /* of threads that cannot be made, those that can do the work */
+        made++; /* if a thread cannot be created, the others do the work */
     take_items(&queue);
     for (int other = 0; other < made; other++)
         pthread_join(others[other], NULL);

@@ -1,7 +1,7 @@
-/* Softmax over slots that are met part by part: what each part found, and how the parts become one.
+/* Online softmax over parts of the KV slots, and merging of the parts.
  *
- * A part keeps, for each query, the highest score, the sum of the exponentials of scores less that, and the values weighted
- * so. Parts are of the same size whatever the number of threads, so that this changes no bit.
+ * For each query a part stores the highest score, the sum of exp(score - highest), and the values weighted in this way. The
+ * size of the parts does not depend on the number of threads, so results are bit-identical for any number.
  */
 #ifndef PONDERA_SOFTMAX_H
 #define PONDERA_SOFTMAX_H
@@ -12,8 +12,8 @@ typedef struct {
     float highest, sum;
 } Found;
 
-/* Takes scores of count slots (a multiple of WIDTH; -inf for none) in, which become weights; returns by how much what was
- * weighted before has to be multiplied. */
+/* Turns the scores of count slots (a multiple of WIDTH; -inf for masked slots) into weights; returns the factor that rescales
+ * the earlier weighted sums. */
 INLINE float take_in(Found *found, float *scores, long count)
 {
     Floats most = spread(found->highest);
@@ -24,7 +24,7 @@ INLINE float take_in(Found *found, float *scores, long count)
     float highest = most[0];
     for (int lane = 1; lane < WIDTH; lane++)
         highest = most[lane] > highest ? most[lane] : highest;
-    const float base = highest == -INFINITY ? 0 : highest; /* nothing to look at as yet */
+    const float base = highest == -INFINITY ? 0 : highest; /* all slots so far are masked */
     Floats sums = {0};
     for (long s = 0; s < count; s += WIDTH) {
         Floats weight = exponential(load(scores + s) - base);
@@ -37,7 +37,7 @@ INLINE float take_in(Found *found, float *scores, long count)
     return shrink;
 }
 
-/* The weighted values of so many parts as one; zeros where there was nothing to look at. */
+/* Merges the weighted values of all parts; zeros if all slots are masked. */
 static void merge(const Found *found, long found_step, const float *values, long values_step, long parts, long width,
                   float *to)
 {

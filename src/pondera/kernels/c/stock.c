@@ -1,9 +1,9 @@
-/* torch's fused attention of one query per head, bit for bit, with its work in another order.
+/* The fused attention of torch for one query per head, bit-identical, with a cache-friendly loop order.
  *
- * torch goes through all keys and values for one query head, then for the next, and so fetches them from memory once for
- * every query head that shares them. Here the heads that share a block of keys take their turns while it is in a core's cache.
- * What happens to one head is the same in the same order: blocks of so many keys, torch's own matrix products, its softmax.
- * Whether the bits are the same is for the caller to try, as they hang on how torch and this file were compiled.
+ * torch processes all keys and values for one query head, then for the next, so it reads them from memory once per query head.
+ * Here the heads that share a block of keys are processed while the block is in the cache of a core. The operations of one head
+ * and their order are the same: the block size, the matrix products of torch, its softmax. The caller must verify that results
+ * are bit-identical, because they depend on how torch and this file were compiled.
  */
 #include <stdlib.h>
 
@@ -11,21 +11,21 @@
 #include "parallel.h"
 
 enum {
-    BLOCK = 512, /* keys at a time, as in torch */
-    LINE = 16    /* numbers of a cache line, at which torch's buffers begin */
+    BLOCK = 512, /* keys per block, as in torch */
+    LINE = 16    /* numbers per cache line, the alignment of buffers in torch */
 };
 
-/* Of torch: C = alpha op(A) op(B) + beta C, matrices by columns. */
+/* sgemm of torch: C = alpha op(A) op(B) + beta C, column-major. */
 typedef void Gemm(const char *op_a, const char *op_b, const int *m, const int *n, const int *k, const float *alpha,
                   const float *a, const int *lda, const float *b, const int *ldb, const float *beta, float *c,
                   const int *ldc);
 
 typedef struct {
     Gemm *gemm;
-    const float *query, *keys, *values;    /* [B, H, D], [B, G, S, D], [B, G, S, D]; a row's numbers are side by side */
+    const float *query, *keys, *values;    /* [B, H, D], [B, G, S, D], [B, G, S, D]; rows are contiguous */
     int64_t B, G, R, S, D;                 /* H = G R */
-    int64_t heads, threads;                /* heads: query heads of an item of work, at most R */
-    int64_t query_B, query_H, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* steps, in numbers */
+    int64_t heads, threads;                /* heads: query heads per work item, at most R */
+    int64_t query_B, query_H, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* strides, in numbers */
     double scaling;
     float *out_BHD;
 } Stock;
@@ -35,9 +35,9 @@ typedef struct {
     int failed;
 } Work;
 
-/* Where torch would have the scores of a head, in numbers from the start of a cache line, on which the bits of its products
- * hang. Its threads take heads in equal runs, and each has its scores, a maximum, a sum and weighted values behind those of
- * the one before. */
+/* The offset of the scores of a head in torch, counted from the start of a cache line, because the bits of its products depend
+ * on alignment. Its threads process equal ranges of heads; the scores, maximum, sum and weighted values of each thread follow
+ * those of the thread before. */
 static long offset(const Stock *a, long head)
 {
     const long heads = a->B * a->G * a->R, threads = a->threads < heads ? a->threads : heads;
@@ -45,7 +45,7 @@ static long offset(const Stock *a, long head)
     return thread * (block + 2 + a->D) % LINE;
 }
 
-/* As torch adds lanes up: halves onto halves. */
+/* Sum of the lanes in the order of torch: halves onto halves. */
 INLINE float lanes(Floats x)
 {
     float part[WIDTH];
@@ -58,11 +58,11 @@ INLINE float lanes(Floats x)
 
 INLINE Floats floor_of(Floats x)
 {
-    Floats whole = __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); /* towards 0; |x| < 2^7 here */
+    Floats whole = __builtin_convertvector(__builtin_convertvector(x, Ints), Floats); /* towards 0; |x| < 2^7 */
     return whole + choose(whole > x, spread(-1), spread(0));
 }
 
-/* torch's quick exponential (20 units in the last place), with its coefficients and in its order. */
+/* The fast exponential of torch (20 units in the last place), with the same coefficients and order. */
 INLINE Floats quick_exponential(Floats x)
 {
     const Floats lowest = spread(-0x1.5d58ap+6f), highest = spread(0x1.62e43p+6f);
@@ -79,7 +79,7 @@ INLINE Floats quick_exponential(Floats x)
     return power * choose(nothing, spread(0), (Floats)(exponent << 23)) * 2;
 }
 
-/* Scales products and gives the highest. */
+/* Scales products and returns the highest. */
 static float scale(float *scores, long count, float scaling)
 {
     Floats most = spread(-INFINITY);
@@ -99,7 +99,7 @@ static float scale(float *scores, long count, float scaling)
     return highest;
 }
 
-/* Scores become weights; gives their sum. */
+/* Turns scores into weights; returns their sum. */
 static float weights(float *scores, long count, float highest)
 {
     Floats sums = {0};
@@ -164,7 +164,7 @@ static void attend_heads(void *given, long item)
     free(buffer);
 }
 
-/* 0 where it did its work; 1: no memory, or no threads in which torch's products stay in theirs. */
+/* Returns 0 on success; 1 if memory allocation fails, or if there are no threads where the products of torch run serially. */
 int stock(const Stock *a)
 {
     Work work = {a, 0};

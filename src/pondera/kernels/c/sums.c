@@ -1,7 +1,7 @@
 /* The sum of the vectors of each code.
  *
- * Vectors are put in the order of their codes, those of one code in their own order, and each code's are added up; so sums
- * are the same on every run and for any number of threads. Float32 adds a RUN of them, double precision the runs.
+ * Vectors are sorted by code (stable), then the vectors of each code are summed; so sums are the same in every run and for any
+ * number of threads. RUN vectors are summed in float32, these partial sums in double precision.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -9,10 +9,10 @@
 #include "parallel.h"
 
 enum {
-    ITEM = 16,  /* codes of an item of work */
-    WIDTH = 64, /* numbers of a vector that are added up at a time: as many as registers hold */
+    ITEM = 16,  /* codes per work item */
+    WIDTH = 64, /* numbers of a vector that are summed at once, in registers */
     RUN = 256,
-    AHEAD = 8 /* vectors that are asked of memory before they are needed */
+    AHEAD = 8 /* vectors to prefetch ahead */
 };
 
 typedef struct {
@@ -20,12 +20,12 @@ typedef struct {
     long stride; /* from one vector to the next */
     const float *weight_N;
     long K, C;
-    const int64_t *starts; /* of each code in the order, and the end of the last */
+    const int64_t *starts; /* start of each code in sorted order, and the end of the last */
     const int32_t *order;
     float *sums_KC, *counts_K;
 } Sums;
 
-/* Adds `width` numbers of some vectors; where this is a constant, the sums stay in registers. */
+/* Sums `width` numbers of vectors; if it is a constant, the sums stay in registers. */
 static inline void add_run(const Sums *s, const int32_t *order, long run, long first, long width, double *sum)
 {
     float part[WIDTH] = {0};
@@ -66,8 +66,8 @@ static void sum_item(void *task, long item)
     }
 }
 
-/* Sums and numbers of the N vectors of each of K codes, each vector times its weight, if there are weights. Vectors with a
- * negative code are left out. N is below 2^31. Returns 0, or 1 where memory is short. */
+/* Sums and counts of the N vectors of each of K codes, with weights if given. Vectors with a negative code are ignored. N must
+ * be below 2^31. Returns 0, or 1 if memory allocation fails. */
 int sums(const float *x_NC, int64_t stride, const int64_t *codes_N, const float *weight_N, int64_t N, int64_t K, int64_t C,
          int64_t threads, float *sums_KC, float *counts_K)
 {
@@ -79,7 +79,7 @@ int sums(const float *x_NC, int64_t stride, const int64_t *codes_N, const float 
             if (codes_N[n] >= 0)
                 starts[codes_N[n] + 2]++;
         for (int64_t k = 2; k < K + 2; k++)
-            starts[k] += starts[k - 1]; /* one place further on than it will be */
+            starts[k] += starts[k - 1]; /* shifted by one; corrected below */
         for (int64_t n = 0; n < N; n++)
             if (codes_N[n] >= 0)
                 order[starts[codes_N[n] + 1]++] = (int32_t)n;
