@@ -189,7 +189,7 @@ def build(spec: str | Spec, seam: str) -> Any:
 
 def _construct(spec: Spec, seam: str | None) -> Any:
     method = find(spec.name, seam)
-    cls = getattr(_import(method), method.name)
+    cls = load_class(method)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [item for item in inspect.signature(cls).parameters.values() if item.kind not in variadic]
     for key in spec.kwargs:
@@ -221,6 +221,11 @@ def _built(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _built(item) for key, item in value.items()}
     return value
+
+
+def load_class(method: MethodInfo) -> type:
+    """The class that a file of the index holds; imports the file."""
+    return getattr(_import(method), method.name)
 
 
 def _import(method: MethodInfo) -> Any:

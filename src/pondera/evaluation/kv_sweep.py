@@ -65,7 +65,7 @@ class SweepRow:
     table_bytes: int = 0
 
 
-def compress(
+def sweep(
     loaded: Loaded,
     memories: Sequence[str],
     windows: HeldOutWindows,
@@ -141,7 +141,7 @@ def _made(model: AdaptiveLM, text: str, fits: bool) -> KVCacheMethod:
     if method.fitted:
         method.check(config, compressible(config))
     elif not fits:
-        raise UserError(f"{text} needs calibration text: give some with --calibrate TEXT")
+        raise UserError(f"{text} needs calibration text: give some with --calibrate TEXT (in Python: calibrate=TEXT)")
     return method
 
 
@@ -238,7 +238,7 @@ def save(loaded: Loaded, method: KVCacheMethod, text: str, out: Path) -> Path:
         out: the folder; it must not exist, or be empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: something is there already; give another folder")
+        raise UserError(f"{out}: something is there already; give another folder")
     model = loaded.model
     model.config.kv_cache, model.kv_cache = text, method
     model.save_pretrained(out)
