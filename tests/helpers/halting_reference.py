@@ -15,7 +15,7 @@ from pondera.methods.think.common.interleave import interleaved_cache
 class Halting(Think):
     """Feeds the state back once, except at every third token, which halts after its first pass."""
 
-    paper, price = "none: for tests", "5/3 passes"
+    paper, cost = "none: for tests", "5/3 passes"
 
     def new_cache(self, backbone):
         return interleaved_cache(backbone, 1)

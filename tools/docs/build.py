@@ -24,10 +24,10 @@ PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.D
 def methods(_: str) -> str:
     """The index of methods."""
     rows = [
-        (f"`{m.name}`", m.seam, m.paper, m.price, f"[{cards()[m.name].verdict}](results/cards/{m.name}.json)")
+        (f"`{m.name}`", m.seam, m.paper, m.cost, f"[{cards()[m.name].verdict}](results/cards/{m.name}.json)")
         for m in spec.index().values()
     ]
-    return table(["method", "seam", "source", "price", "claim at our scale"], rows)
+    return table(["method", "seam", "source", "cost", "claim at our scale"], rows)
 
 
 @generated

@@ -24,7 +24,7 @@ PONDERA_METHODS=my_methods pondera methods --json
 
 def parser() -> Parser:
     """What ``pondera methods`` takes."""
-    found = Parser("methods", "Lists the methods: where each is from, its price, what was measured of it.", EXAMPLES)
+    found = Parser("methods", "Lists the methods: where each is from, its cost, what was measured of it.", EXAMPLES)
     found.add_argument("name", nargs="?", metavar="NAME", help="explain this one")
     found.add_argument("--json", action="store_true", help="print JSON, and nothing else")
     return found
@@ -67,13 +67,13 @@ def _entry(method: MethodInfo) -> str:
     rows = (
         ("write", f"{method.seam}: {method.signature}"),
         ("paper", method.paper),
-        ("price", method.price),
+        ("cost", method.cost),
         *results,
     )
     return "\n".join([f"{method.name}: {method.summary}", *(f"  {name:12}{text}" for name, text in rows if text)])
 
 
 def _plain(method: MethodInfo) -> dict[str, Any]:
-    keys = ("name", "seam", "signature", "summary", "paper", "price")
+    keys = ("name", "seam", "signature", "summary", "paper", "cost")
     card = card_of(method)
     return {key: getattr(method, key) for key in keys} | {"file": str(method.file), "results": card and asdict(card)}

@@ -68,8 +68,9 @@ class MethodInfo:
         file: the file.
         module: what it is imported as.
         summary: first line of the class's docstring.
-        paper, price: the class attributes of these names; empty if absent.
+        paper, cost: the class attributes of these names; empty if absent.
         signature: how it is written, e.g. ``PonderLM2(thoughts: int = 1)``.
+        examples: the class attribute of this name: spec strings that the contract tests build, by name.
     """
 
     name: str
@@ -78,8 +79,9 @@ class MethodInfo:
     module: str
     summary: str
     paper: str
-    price: str
+    cost: str
     signature: str
+    examples: dict[str, str]
 
 
 def parse(text: str) -> Spec:
@@ -281,9 +283,29 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
         module=module,
         summary=(ast.get_docstring(cls) or "").partition("\n")[0],
         paper=texts.get("paper", ""),
-        price=texts.get("price", ""),
+        cost=texts.get("cost", ""),
         signature=f"{cls.name}({', '.join(_parameters(cls))})",
+        examples=_examples(cls, file),
     )
+
+
+def _examples(cls: ast.ClassDef, file: Path) -> dict[str, str]:
+    """The class attribute `examples`, which is a literal."""
+    for node in cls.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and "examples" in map(_name, targets) and node.value:
+            try:
+                found = ast.literal_eval(node.value)
+            except ValueError:
+                found = None
+            if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+                raise UserError(f'{file}: examples: write text by name, such as {{"exact": "{cls.name}()"}}')
+            return found
+    return {}
+
+
+def _name(target: ast.AST | None) -> str:
+    return target.id if isinstance(target, ast.Name) else ""
 
 
 def _texts(cls: ast.ClassDef) -> dict[str, str]:

@@ -48,12 +48,15 @@ class Method(nn.Module, ABC):
     with a cache, with padding or in a batch must equal what it computes without; the contract tests check every file of
     its folder.
 
-    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
+    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods`` prints
     them).
     """
 
     paper: ClassVar[str]
-    price: ClassVar[str]
+    cost: ClassVar[str]
+    examples: ClassVar[dict[str, str]] = {}
+    """Spec strings by name, for the contract tests. ``"exact"``: what is computed piece by piece equals what is computed at
+    once; ``"identity"`` (optional): the method does nothing. Further forms are named like ``"exact-random"``."""
 
     drops_window_rows: ClassVar[bool] = True
     """Its cache drops rows that have left a sliding window; false where they are kept and masked."""

@@ -23,12 +23,14 @@ class Head(SpecRepr, nn.Module, ABC):
     A head is described by its constructor and made by `bind`. It must give the same logits to a state whatever else is
     in the batch, and `term` must equal the cross-entropy of those logits.
 
-    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
+    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods`` prints
     them).
     """
 
     paper: ClassVar[str]
-    price: ClassVar[str]
+    cost: ClassVar[str]
+    examples: ClassVar[dict[str, str]] = {}
+    """Spec strings by name, for the contract tests, of a vocabulary of 50 and states of width 12."""
 
     @abstractmethod
     def bind(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:

@@ -68,12 +68,15 @@ class Quantizer(SpecRepr, nn.Module, ABC):
     part of a product and every level of a residual. D is split over G groups, each coded by R levels in turn, each level
     one of K codes; so a vector's codes have the shape ``[G, R]`` and its rate is the sum of their bits.
 
-    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
+    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods`` prints
     them).
     """
 
     paper: ClassVar[str]
-    price: ClassVar[str]
+    cost: ClassVar[str]
+    examples: ClassVar[dict[str, str]] = {}
+    """Spec strings by name, for the contract tests, on vectors of width 6. A name that ends in ``no gradient`` or ``own
+    gradient`` says that the estimator is not straight-through."""
     discrete: ClassVar[bool] = True
     """False where nothing is coded, so that there are neither codes nor a table."""
 
