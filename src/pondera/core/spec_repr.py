@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from typing import Any
+from typing import Any, Self
 
 
 class SpecRepr:
-    """Notes what its constructor was given, so that `repr` is a spec: `pondera.core.spec.build` makes the same of it.
+    """Keeps what its constructor was given, so that `repr` is a spec: `pondera.core.spec.build` makes the same of it.
 
     Example:
-        >>> class Some(Described):
+        >>> class Some(SpecRepr):
         ...     def __init__(self, size: int = 4, mode: str = "fast") -> None: ...
         >>> Some(), Some(8, mode="fast"), Some(mode="slow")
         (Some(), Some(8), Some(mode='slow'))
@@ -19,20 +18,16 @@ class SpecRepr:
 
     _given: dict[str, Any]
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        construct = cls.__init__
-
-        @functools.wraps(construct)
-        def noting(self: Any, *args: Any, **kwargs: Any) -> None:
-            if "_given" not in vars(self):  # by the class itself, not by the one it is derived from
-                given = inspect.signature(construct).bind(self, *args, **kwargs).arguments
-                # A tensor without its graph, which could not be copied when an object is built from its description.
-                plain = {name: value.detach() if _tensor(value) else value for name, value in given.items()}
-                object.__setattr__(self, "_given", {name: plain[name] for name in plain if name != "self"})
-            construct(self, *args, **kwargs)
-
-        cls.__init__ = noting
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        try:  # copying calls this without arguments, and then sets `_given` with all other attributes
+            given = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs).arguments
+        except TypeError:  # `__init__` is about to say what is wrong
+            given = {}
+        # A tensor without its graph, which could not be copied when an object is built from its description.
+        plain = {name: value.detach() if _tensor(value) else value for name, value in list(given.items())[1:]}
+        object.__setattr__(made, "_given", plain)
+        return made
 
     def __repr__(self) -> str:
         """What it was given and is not the default."""
