@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__ = lazy_names(
     __name__,
-    ("think", "kv_cache", "memory", "chunk", "head", "quantize", "probe"),
+    None,
     {
         "AdaptiveConfig": "pondera.models.config",
         "AdaptiveLM": "pondera.models.adaptive_lm",

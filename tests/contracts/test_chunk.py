@@ -127,7 +127,7 @@ def test_the_future_does_not_leak(method: str, backbone: str):
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)
 def test_no_effort_is_the_backbone_bit_for_bit(method: str, backbone: str):
     model, plain, x = made(method, backbone), build(None, backbone), ids(2, 9)
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("segment.")})
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("chunk.")})
     documents = torch.tensor([[1] * 4 + [2] * 5] * 2)
     assert torch.equal(plain(x).logits, model(x, effort=0).logits)
     assert torch.equal(plain(x, document_ids=documents).logits, model(x, document_ids=documents, effort=0).logits)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def lazy_names(
-    package: str, seams: tuple[str, ...], others: Mapping[str, str]
+    package: str, seams: tuple[str, ...] | None, others: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """A package's ``__getattr__`` and ``__dir__``.
 
@@ -18,7 +18,7 @@ def lazy_names(
 
     Args:
         package: its name.
-        seams: the folders whose methods it offers, see `pondera.core.spec.index`.
+        seams: the folders whose methods it offers, see `pondera.core.spec.index`; `None`: all folders.
         others: further names, each with the module that defines it.
 
     Example::
@@ -27,7 +27,8 @@ def lazy_names(
     """
 
     def methods() -> dict[str, Any]:
-        return importlib.import_module("pondera.core.spec").index(seams)
+        spec = importlib.import_module("pondera.core.spec")
+        return spec.index(spec.SEAMS + spec.PARTS + spec.PROBES if seams is None else seams)
 
     def listed() -> list[str]:
         return sorted({*others, *methods()})

@@ -36,10 +36,8 @@ from typing import Any, NoReturn
 
 from pondera.core.errors import UserError, unknown
 from pondera.core.run_config import typed
+from pondera.core.seams import PARTS, PROBES, SEAMS
 
-SEAMS = ("think", "kv_cache", "memory", "chunk", "head")  # what a model is made of: each is a setting of a run
-PARTS = ("quantize",)  # arguments of other methods
-PROBES = ("probe",)
 PACKAGE = Path(__file__).parent.parent / "methods"
 
 _SCALARS = (bool, int, float, str, type(None))

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from pondera.core import spec
 from pondera.core.errors import UserError, unknown
 from pondera.core.hf_config import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SubConfigSpec, written_by_transformers
+from pondera.core.seams import SeamSettings
 from pondera.core.spec_repr import SpecRepr
 from pondera.core.versions import installed
 from pondera.models.peft_defaults import announce_to_peft
@@ -15,10 +16,10 @@ from pondera.models.peft_defaults import announce_to_peft
 INITS = ("hf", "scaled")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 TEXT_CONFIG = "text_config"
-SETTINGS = ("backbone", "think", "memory", "segment", "head", "init", "embed_scale", "dtype")
+SETTINGS = ("backbone", *spec.SEAMS, "init", "embed_scale", "dtype")
 
 
-class AdaptiveConfig(PreTrainedConfig):
+class AdaptiveConfig(PreTrainedConfig, SeamSettings):
     """What an `AdaptiveLM` is made of. Saved as ``config.json`` with ``model_type: pondera``.
 
     Args:
@@ -52,11 +53,6 @@ class AdaptiveConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"backbone": SubConfigSpec(AutoConfig, model_type="llama")}
 
     backbone: dict | PreTrainedConfig | str | None = None
-    think: str | None = None
-    kv_cache: str | None = None
-    memory: str | None = None
-    chunk: str | None = None
-    head: str | None = None
     init: str = "hf"
     embed_scale: float | None = None
 

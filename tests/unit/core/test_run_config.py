@@ -87,7 +87,7 @@ def test_bad_files(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"bakcbone": {}}, "unknown setting 'bakcbone'; did you mean 'backbone'? (allowed: about, backbone, data,"),
+        ({"bakcbone": {}}, "unknown setting 'bakcbone'; did you mean 'backbone'? (allowed: about, backbone, chunk, data,"),
         ({"train": {"step": 3}}, "unknown setting 'train.step'; did you mean 'train.steps'"),
         ({"lr": 1}, "unknown setting 'lr'; did you mean 'train.lr'?"),
         ({"train": {"context": 1}}, "unknown setting 'train.context'; did you mean 'data.context'?"),
@@ -204,7 +204,7 @@ def test_overrides(recipes):
     assert (config.train.steps, config.train.lr, config.train.gradient_checkpointing) == (20, 1e-3, True)
     assert (config.data.text, config.data.max_bytes) == ("C:\\data: new", None)
     assert (config.name, config.about, config.think) == ("7", "", None)
-    assert config.memory == "VQKV(bits=2.75, sizes=[1, 2])"
+    assert config.kv_cache == "VQKV(bits=2.75, sizes=[1, 2])"
     assert config.backbone == {"model_type": "llama", "hidden_size": 64, "rope": {"scaling": {"factor": 2.0}}}
 
 
