@@ -134,7 +134,7 @@ class TestConfig:
 
     def test_a_misspelt_setting_is_refused_when_loading(self, tmp_path):
         build().save_pretrained(tmp_path)
-        assert AdaptiveLM.from_pretrained(tmp_path, kv_cache="H2O(budget=64)").memory is not None
+        assert AdaptiveLM.from_pretrained(tmp_path, kv_cache="H2O(budget=64)").kv_cache is not None
         with pytest.raises(UserError, match="'memroy'; did you mean 'memory'"):
             AdaptiveLM.from_pretrained(tmp_path, memroy="H2O(budget=64)")
 
@@ -169,7 +169,7 @@ class TestConfig:
     def test_a_method_that_knows_how_it_was_made_may_be_given_itself(self):
         from pondera.methods.kv_cache.h2o import H2O
 
-        assert AdaptiveConfig(backbone=dict(BACKBONES["llama"]), memory=H2O(budget=64)).memory == "H2O(64)"
+        assert AdaptiveConfig(backbone=dict(BACKBONES["llama"]), kv_cache=H2O(budget=64)).kv_cache == "H2O(64)"
 
     @pytest.mark.parametrize("given", [PonderLM2(thoughts=1), PonderLM2, 3], ids=str)
     def test_other_objects_are_refused_with_what_to_type(self, given):
