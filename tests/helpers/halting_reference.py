@@ -7,8 +7,8 @@ from pathlib import Path
 METHOD = '''
 import torch
 
-from pondera.cost.model import Call
-from pondera.methods.think.base import Think, Thought
+from pondera.cost.model import DecoderPass
+from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.interleave import interleaved_cache
 
 
@@ -27,10 +27,10 @@ class Halting(Think):
         last_BTD = torch.where(continue_BT[..., None], second_BTD, first_BTD)
         change = (last_BTD - first_BTD).abs().max().item()
         trace = {"states": [first_BTD, last_BTD], "residuals": [change, change / 10]} if self.record else {}
-        return Thought(last_BTD, 1 + continue_BT.long(), trace=trace)
+        return MethodOutput(last_BTD, 1 + continue_BT.long(), trace=trace)
 
     def cost_schedule(self, tokens, context=0, *others, **given):
-        return [Call(tokens, context + tokens, repeats=2)]
+        return [DecoderPass(tokens, context + tokens, repeats=2)]
 '''
 
 
