@@ -35,7 +35,7 @@ def test_a_sample_comes_out_as_the_table_says(kind: str, tool, committed: dict):
         pytest.skip(f"the table is of transformers {committed['transformers']}")
     model = tool.tiny_model(kind)
     with torch.no_grad():
-        found = {name: tool.word(tool.attempt(tool.try_cache, model, name)) for name in ("Full", "H2O")}
+        found = {name: tool.word(tool.attempt(tool.try_cache, model, name)) for name in ("PreallocatedCache", "H2O")}
         found["PonderLM3"] = tool.word(tool.attempt(tool.try_thinking, kind, "PonderLM3"))
     assert found == {name: tool.word(committed["found"][kind][name]) for name in found}
 

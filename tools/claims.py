@@ -163,7 +163,7 @@ EVICTION = {
 }
 
 CACHES = {
-    "Full": Claim(
+    "PreallocatedCache": Claim(
         "A control: transformers' cache without its copies.",
         "control",
         lambda: [decoding("PreallocatedCache()", (16384, 65536))],

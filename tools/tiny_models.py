@@ -100,7 +100,7 @@ def _shrunk(default: PreTrainedConfig, made: Any) -> dict[str, Any]:
         given["layer_types"] = list(known["layer_types"])[:1] * depth
     given |= {name: depth for name in DEPTHS if name in known}
     given |= {name: 0 if name == "pad_token_id" else 1 for name in IDS if isinstance(known.get(name), (int, list))}
-    for name in getattr(made, "sub_configs", {}).items():
+    for name in getattr(made, "sub_configs", {}):
         if isinstance(known.get(name), dict) and "text" in name:
             given[name] = _shrunk(getattr(default, name), type(getattr(default, name)))
     return given

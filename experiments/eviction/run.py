@@ -33,7 +33,7 @@ from pondera.core import spec
 SHARES = (0.5, 0.25, 0.125)
 TASKS = ("needle", "needle, later", "list", "copy", "text")
 POLICIES = {
-    "Full": "PreallocatedCache()",
+    "PreallocatedCache": "PreallocatedCache()",
     "StreamingLLM": "StreamingLLM({n})",
     "RandomEviction": "RandomEviction({n}, recent=8, sinks=4)",
     "H2O": "H2O({n})",
@@ -86,7 +86,7 @@ def measure(lm: Any, memory: str, texts: Texts, later: bool) -> dict[str, float]
 
 def arms() -> list[tuple[str, float]]:
     """Policies and shares; all is kept once only."""
-    return [("Full", 1.0), *((name, share) for share in SHARES for name in POLICIES if name != "Full")]
+    return [("PreallocatedCache", 1.0), *((name, share) for share in SHARES for name in POLICIES if name != "PreallocatedCache")]
 
 
 def run_seed(seed: int, args: argparse.Namespace) -> list[dict[str, Any]]:

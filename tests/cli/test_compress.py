@@ -139,7 +139,7 @@ def test_the_sweep_can_be_built(text: str):
         (["--kv-cache", "StremingLLM(4)"], "did you mean 'StreamingLLM'"),
         (["--kv-cache", "PonderLM2()"], "is a think method"),
         (["--kv-cache", "StreamingLLM(0)"], "at least 5"),
-        (["--kv-cache", "ElasticMemory(4)"], "is trained with its model"),
+        (["--kv-cache", "ElasticMemory(4)"], "is a memory method; write memory: ElasticMemory"),
         (["--kv-cache", "VQKV(2)"], "give some with --calibrate"),
         (["--kv-cache", "VQKV(2)", "--calibrate", "TEXT"], "tokens after the first 4"),
         (["--kv-cache", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),

@@ -127,7 +127,7 @@ def test_the_table_has_a_line_per_token_and_drives_no_terminal(said, model, tmp_
     rows = [line for line in out.splitlines() if line.startswith("│")]
     assert len(rows) == min(32, len(saved_models.tokenizer().encode(TEXT)))
     assert all(line.split("│")[2].strip() in ("1", "2") for line in rows)
-    assert "the next token became likelier from the first pass to the last at " in out.splitlines()[-1]
+    assert "the next token became more likely from the first pass to the last at " in out.splitlines()[-1]
 
 
 def test_the_last_token_of_a_text_has_no_target(said, model):
@@ -166,7 +166,7 @@ def test_models_in_which_there_is_nothing_to_see(said, methods, tmp_path):
     (methods / "think" / "silent.py").write_text(silent)
     for name, message in (
         ("plain", "this model takes one pass per token and does not think"),
-        ("silent", "Silent() does not record its states, so they cannot be read out"),
+        ("silent", "Silent() does not record its states, so the probe cannot read them"),
     ):
         code, out, err = said("think_trace", saved_models.save(tmp_path / name, name), "--text", TEXT)
         assert (code, out) == (2, "") and message in err

@@ -442,7 +442,7 @@ class TestDescription:
         one, other = plain.build(WIDTH), plain.build(WIDTH)
         weights = {id(weight) for weight in one.parameters()} & {id(weight) for weight in other.parameters()}
         assert not weights and not list(plain.parameters()) and plain.dim == 0 and one.dim == WIDTH
-        with pytest.raises(UserError, match="built already"):
+        with pytest.raises(UserError, match="already built"):
             one.build(WIDTH)
         with pytest.raises(UserError, match="description"):
             plain(vectors(2))
@@ -519,7 +519,7 @@ def test_it_is_said_once(masked: bool, caplog: pytest.LogCaptureFixture):
         quantizer(x, mask)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == (0 if masked else 1)
-    assert masked or "1 of 20 vectors hold inf or nan" in said[0]
+    assert masked or "1 of 20 vectors contain inf or nan" in said[0]
 
 
 def test_a_batch_of_nothing_else_is_no_batch():

@@ -7,7 +7,8 @@ the model's own name at any other time. The model's configuration itself is neve
 
 What serves a call is found by a hook before the module: in a keyword that the decoder was given, or by a finder, such as
 one that looks at the cache. It is noted in a context variable, so threads do not meet. A hook behind the module raises
-where the call was never served.
+where the call was never served. torch.compile runs a routed model with breaks in its graph, and not with ``fullgraph=True``,
+as it does not trace context variables.
 
 Shapes: B batch, T tokens, H query heads, G KV heads, K keys, D head width.
 """
@@ -141,7 +142,10 @@ class _Before:
         server = kwargs.get(KEYWORD)
         if server is None:
             server = None if self.find is None else self.find(module, args, kwargs)
-            _RUNNING.set(None if server is None else _Running(server))
+            if server is not None:
+                _RUNNING.set(_Running(server))
+            elif _RUNNING.get() is not None:  # never set for nothing, which torch.compile could not trace
+                _RUNNING.set(None)
             return None
         _RUNNING.set(_Running(server))
         return args, {name: value for name, value in kwargs.items() if name != KEYWORD}

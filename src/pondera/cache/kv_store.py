@@ -155,6 +155,19 @@ class KVStore:
         self.whole = self.whole and used == tokens
         self.used = used
 
+    def renumber(self, keep_C: Tensor, number_C: Tensor) -> None:
+        """Empties the slots of tokens that go, and gives the others their new numbers.
+
+        Args:
+            keep_C: which tokens stay, of all seen.
+            number_C: the new number of each token, and one entry more.
+        """
+        position, end = self.position, len(keep_C)
+        at = torch.where(position >= 0, position, end).long()
+        keep = torch.cat([keep_C, keep_C.new_zeros(1)])[at]
+        position.copy_(torch.where(keep, number_C[at], EMPTY))
+        self.whole = self.whole and bool(keep_C.all())
+
     def select(self, rows: Tensor) -> None:
         """Keeps these rows of the batch, in this order."""
         rows = rows.to(self.keys_BGSD.device)

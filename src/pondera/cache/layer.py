@@ -9,10 +9,11 @@ Shapes: B batch, H query heads, G KV heads, R = H / G, T new tokens, K tokens se
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import LongTensor, Tensor, nn
@@ -41,6 +42,7 @@ class AttentionCall:
         further: what else the attention function was given.
         base: the model's own attention function.
         given_mask: the mask as `base` takes it.
+        key_bias_BK: added to the scores of each key, seen and new; `None`: nothing.
     """
 
     module: nn.Module
@@ -53,6 +55,7 @@ class AttentionCall:
     further: dict[str, Any] = field(default_factory=dict)
     base: Attention = sdpa_attention
     given_mask: Tensor | None = None
+    key_bias_BK: Tensor | None = None
 
     @cached_property
     def softmax(self) -> Softmax:
@@ -136,12 +139,18 @@ class KVLayer(CacheLayerMixin):
     Attributes:
         seen: tokens that have been through, padding counted, forgotten or not.
         record_past: tokens may yet be taken back, so nothing is forgotten before `crop` says which stay.
+        hold: more passes of the same tokens come, so nothing is evicted before `release`.
+        positions: position id of each slot, `None` where slots count on from the first one; see `slots_per_token`.
+        slots_per_token: slots in a row that share a position.
         expected: the attention module that this layer is for has been called with it.
         pending: new keys have come, and the attention call that belongs to them has not been served yet.
     """
 
     holds: ClassVar[tuple[str, ...]]
     """The names of the attributes that are all it holds of a text, beside `seen`."""
+
+    shared: ClassVar[tuple[str, ...]] = ("method", "coders")
+    """Attributes that copies share."""
 
     is_sliding = False
     is_croppable = True
@@ -150,7 +159,9 @@ class KVLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        self.record_past = self.expected = self.pending = False
+        self.record_past = self.expected = self.pending = self.hold = False
+        self.positions: Tensor | None = None
+        self.slots_per_token = 1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Takes dtype and device from the first keys."""
@@ -212,6 +223,31 @@ class KVLayer(CacheLayerMixin):
     def rollback(self, tokens: int) -> None:
         """Forgets the tokens from this number on, and lets go of what was only kept for their sake."""
 
+    def keep_columns(self, keep_C: Tensor) -> None:
+        """Forgets the slots where `keep_C` is false, which the newest slots are; the others close up.
+
+        Args:
+            keep_C: ``[C]``, of every slot seen. For one sequence without padding.
+        """
+        raise UserError(
+            f"{type(self).__name__}: cannot take back some of the latest slots; decode without draft tokens"
+        )
+
+    def release(self, prompt: bool) -> None:
+        """All passes of a call have run: evicts or codes what was held back.
+
+        Args:
+            prompt: the tokens of the call were a prompt.
+        """
+        self.hold = False
+
+    def clone(self) -> Self:
+        """A copy that shares nothing that is written to."""
+        keep = {id(value): value for name in self.shared if (value := getattr(self, name, None)) is not None}
+        twin = copy.copy(self)
+        vars(twin).update(copy.deepcopy(vars(self), keep))
+        return twin
+
     @abstractmethod
     def select(self, rows: Tensor) -> None:
         """Keeps these rows of the batch, in this order."""
@@ -255,7 +291,8 @@ class KVLayer(CacheLayerMixin):
         """Forgets everything."""
         self.clear()
         self.seen = 0
-        self.is_initialized = self.record_past = self.expected = self.pending = False
+        self.is_initialized = self.record_past = self.expected = self.pending = self.hold = False
+        self.positions = None
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Rearranges the batch for beam search."""

@@ -92,10 +92,13 @@ class AttentionObservation:
         return torch.where(self.real_BT[:, None, None, :, None], weight, 0)
 
     def first(self, queries: int, slots: int) -> AttentionObservation:
-        """The first so many queries, and the slots that were there for them."""
+        """The first `queries` queries, over `slots` slots; they saw none that came later."""
+        score_BGRTS = self.score_BGRTS[:, :, :, :queries, :slots]
+        if later := slots - score_BGRTS.shape[-1]:
+            score_BGRTS = F.pad(score_BGRTS, (0, later), value=-torch.inf)
         return AttentionObservation(
             self.query_BGRTD[:, :, :, :queries],
-            self.score_BGRTS[:, :, :, :queries, :slots],
+            score_BGRTS,
             self.number_T[:queries],
             self.real_BT[:, :queries],
             self.scaling,
@@ -124,6 +127,18 @@ def slots_allowed(mask_B1TK: Tensor | None, position_BGS: Tensor) -> Tensor | No
     return mask_B1TK.expand(B, G, -1, -1).gather(3, at_BGTS) & real_BGS[:, :, None]
 
 
+def slots_bias(bias_BK: Tensor, position_BGS: Tensor) -> Tensor:
+    """``[B, G, 1, S]``: what is added to the scores of each slot.
+
+    Args:
+        bias_BK: of every token seen.
+        position_BGS: see `KVStore`.
+    """
+    B, G, S = position_BGS.shape
+    at_BGS = position_BGS.clamp(min=0).long()
+    return bias_BK[:, None].expand(B, G, -1).gather(2, at_BGS)[:, :, None]
+
+
 def attend(
     query_BGRTD: Tensor,
     keys_BGSD: Tensor,
@@ -131,6 +146,7 @@ def attend(
     allowed: Tensor | None,
     scaling: float,
     softmax: Softmax = PLAIN,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention, ``[B, T, H, D]``.
 
@@ -140,13 +156,14 @@ def attend(
         allowed: ``[B, G, T or 1, S]``, or none.
         scaling: of the products.
         softmax: how scores become weights.
+        bias: see `slots_bias`.
     """
     B, G, R, T, D = query_BGRTD.shape
     if allowed is not None:
         # A query of padding sees anything: a softmax over nothing would be NaN.
         allowed = (allowed | ~allowed.any(-1, keepdim=True)).expand(B, G, T, -1)
-    if not softmax.plain:
-        weight = softmax.weights(scores(query_BGRTD, keys_BGSD, allowed, scaling, softmax)).to(values_BGSD.dtype)
+    if not softmax.plain or bias is not None:
+        weight = softmax.weights(scores(query_BGRTD, keys_BGSD, allowed, scaling, softmax, bias)).to(values_BGSD.dtype)
         out = torch.matmul(weight.flatten(2, 3), values_BGSD)
         return out.unflatten(2, (R, T)).flatten(1, 2).transpose(1, 2).contiguous()
     if allowed is not None:
@@ -158,11 +175,18 @@ def attend(
 
 
 def scores(
-    query_BGRTD: Tensor, keys_BGSD: Tensor, allowed: Tensor | None, scaling: float, softmax: Softmax = PLAIN
+    query_BGRTD: Tensor,
+    keys_BGSD: Tensor,
+    allowed: Tensor | None,
+    scaling: float,
+    softmax: Softmax = PLAIN,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """``[B, G, R, T, S]``: scaled products, ``-inf`` where a query may not look."""
     score = torch.matmul(query_BGRTD.flatten(2, 3) * scaling, keys_BGSD.mT).unflatten(2, query_BGRTD.shape[2:4])
     score = softmax.capped(score)
+    if bias is not None:
+        score = score + bias[:, :, None].to(score.dtype)
     return score if allowed is None else score.masked_fill(~allowed[:, :, None], -torch.inf)
 
 

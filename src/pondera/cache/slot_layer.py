@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -26,6 +27,7 @@ from pondera.cache.slot_attention import (
     grouped,
     scores,
     slots_allowed,
+    slots_bias,
 )
 from pondera.core.errors import UserError
 
@@ -52,7 +54,7 @@ class KVStoreLayer(KVLayer):
         forgotten: tokens up to here may have been evicted_until, so that they cannot be taken back.
     """
 
-    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "forgotten")
+    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "evicted_until")
 
     def __init__(self, method: Policy, index: int, among: int) -> None:
         super().__init__()
@@ -61,6 +63,7 @@ class KVStoreLayer(KVLayer):
         self.state: dict[str, Tensor] = {}
         self.prompt = self.evicted_until = 0
         self._drafts: list[tuple[AttentionObservation, KVStore]] = []
+        self._observed: list[KVStore] = []
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `KVLayer.attend`. Attends first to all that is there, the new tokens included, and forgets then."""
@@ -88,7 +91,7 @@ class KVStoreLayer(KVLayer):
             self._watch(call, query_BGRTD, position_BT)
         else:
             out_BTHD = self._by_table(call, query_BGRTD, position_BT, chosen)
-        if not self.record_past:
+        if not (self.record_past or self.hold):
             self._evict()
         return out_BTHD
 
@@ -146,11 +149,12 @@ class KVStoreLayer(KVLayer):
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
         found = None
-        if softmax is PLAIN:
+        bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, position)
+        if softmax is PLAIN and bias is None:
             found = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
         if found is None:
             allowed = slots_allowed(call.written_mask(every), position)
-            out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling, softmax)
+            out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling, softmax, bias)
         else:
             out_BTHD = found.out_BTHD
         for _ in self._observe(call, query_BGRTD, table, position_BT):
@@ -176,7 +180,11 @@ class KVStoreLayer(KVLayer):
         drafts = max(begin, T - DRAFTS) if self.record_past else T
         edges = [*range(begin, drafts, block), *range(drafts, T, block), T]
         for first, last in itertools.pairwise(edges):
-            seen = self._seen(call, query_BGRTD, table, position_BT, slice(first, last), first == begin)
+            # The passes of one call are one observation.
+            begins = first == begin and not any(table is known for known in self._observed)
+            seen = self._seen(call, query_BGRTD, table, position_BT, slice(first, last), begins)
+            if self.hold:
+                self._observed.append(table)
             if first >= drafts:
                 self._drafts.append((seen, table))
             else:
@@ -198,13 +206,14 @@ class KVStoreLayer(KVLayer):
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
         found = None
-        if softmax is PLAIN:
+        bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, table.position)
+        if softmax is PLAIN and bias is None:
             rows = (query_BGRTD, table.keys, table.values, table.position)
             found = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
         out_BTHD, score_BGRTS = (None, None) if found is None else found
         if score_BGRTS is None:
             allowed = slots_allowed(call.written_mask(part), table.position)
-            score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling, softmax)
+            score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling, softmax, bias)
         number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
         real_BT = position_BT[:, part] >= 0
         return AttentionObservation(
@@ -215,6 +224,39 @@ class KVStoreLayer(KVLayer):
         """Brings every table within its budget."""
         if self.method.evict_layer(self):
             self.evicted_until = self.seen
+
+    def release(self, prompt: bool) -> None:
+        """See `KVLayer.release`."""
+        held, self._observed = self.hold, []
+        super().release(prompt)
+        if not held or not self.batch():
+            return
+        if prompt:
+            self.prompt = self.seen
+        if not self.record_past:
+            self._evict()
+
+    def keep_columns(self, keep_C: Tensor) -> None:
+        """See `KVLayer.keep_columns`. Drafts that go have had no say in what is kept."""
+        gone = (~keep_C).nonzero()
+        if len(gone) and int(gone[0]) < self.evicted_until:
+            raise UserError(
+                f"crop: {len(gone)} of the latest {self.seen - int(gone[0])} slots are to be taken back, and others have been "
+                "evicted for their sake already; call cache.activate_past_recording() before tokens that may be drafts"
+            )
+        number_C = torch.cat([keep_C.cumsum(0) - 1, keep_C.new_zeros(1, dtype=torch.long)]).to(torch.int32)
+        for seen, table in self._drafts:
+            stays_T = keep_C[seen.number_T]
+            self.method.observe(
+                self, table, replace(seen, real_BT=seen.real_BT & stays_T).first(len(stays_T), table.used)
+            )
+        self._drafts = []
+        for table in self.tables:
+            table.renumber(keep_C, number_C)
+        self.prompt = int(keep_C[: self.prompt].sum())
+        self.evicted_until = int(keep_C[: self.evicted_until].sum())
+        self.seen = int(keep_C.sum())
+        self._evict()
 
     def rollback(self, tokens: int) -> None:
         """See `KVLayer.rollback`."""
@@ -254,6 +296,7 @@ class KVStoreLayer(KVLayer):
     def clear(self) -> None:
         """See `KVLayer.clear`."""
         self.tables, self.state, self._drafts, self.prompt, self.evicted_until = [], {}, [], 0, 0
+        self._observed = []
 
     def batch(self) -> int:
         """See `KVLayer.batch`."""

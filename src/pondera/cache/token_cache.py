@@ -10,8 +10,10 @@ from typing import NoReturn
 import torch
 from torch import LongTensor, Tensor
 
+from pondera.cache.layer import KVLayer
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache
+from pondera.cost.model import live_cache_bytes
 
 
 class TokenCache(Cache):
@@ -24,6 +26,7 @@ class TokenCache(Cache):
     Args:
         layers: one cache layer per decoder layer.
         slots_per_token: rows that each token leaves in every layer.
+        slots: the view for the backbone; default: an ordinary `Cache` over the same layers.
 
     Attributes:
         slots: an ordinary `Cache` over the same layers, to hand to the backbone.
@@ -31,12 +34,27 @@ class TokenCache(Cache):
         passes_BT: passes that each cached token got.
     """
 
-    def __init__(self, layers: list, slots_per_token: int) -> None:
+    def __init__(self, layers: list, slots_per_token: int, slots: Cache | None = None) -> None:
         super().__init__(layers=layers)
-        self.slots = Cache(layers=layers)
+        self.slots = Cache(layers=layers) if slots is None else slots
         self.slots_per_token = slots_per_token
         self.tokens = 0
         self.passes_BT: Tensor | None = None
+
+    @property
+    def slots_per_token(self) -> int:
+        """Rows that each token leaves in every layer; layers that code positions are told."""
+        return self._slots_per_token
+
+    @slots_per_token.setter
+    def slots_per_token(self, slots: int) -> None:
+        self._slots_per_token = slots
+        for layer in self.layers:
+            layer.slots_per_token = slots  # type: ignore[attr-defined]
+
+    def nbytes(self) -> int:
+        """Bytes of the storage of all layers, spare room included."""
+        return live_cache_bytes(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens seen; the number of rows is ``slots.get_seq_length()``."""
@@ -46,8 +64,16 @@ class TokenCache(Cache):
         """Width and offset of a token-level mask."""
         return self.tokens + query_length, 0
 
+    def hold(self) -> None:
+        """More slots of the same tokens come: layers of a KV-cache method evict nothing before `record`."""
+        for layer in self.layers:
+            layer.hold = True  # type: ignore[attr-defined]
+
     def record(self, passes_BT: Tensor) -> None:
         """Notes that these tokens are now cached, and the passes each got."""
+        for layer in self.layers:
+            if isinstance(layer, KVLayer):
+                layer.release(prompt=False)
         self.tokens += passes_BT.shape[1]
         self.passes_BT = passes_BT if self.passes_BT is None else torch.cat([self.passes_BT, passes_BT], dim=1)
 

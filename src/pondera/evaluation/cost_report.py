@@ -54,10 +54,10 @@ def cost_report(
         trained += sum(prices.step(call) for call in training if isinstance(call, DecoderPass))
     number_bytes = next(model.parameters()).element_size()
     held = prices.cache_bytes(round(slots), number_bytes, drops_window_rows, newest=round(newest))
-    if method is not None:
+    if model.kv_cache is not None and model.kv_cache.fitted and model.device.type != "meta":
+        held = _kept_bytes(model, context, budget)
+    elif method is not None:
         held += method.extra_cache_bytes(context, number_bytes)
-    elif model.kv_cache is not None and model.kv_cache.fitted and model.device.type != "meta":
-        held = _kept_bytes(model, context)
     return {
         "inference_flops_per_token": prices.forward(CostSchedule(tuple(decoding), head_rows=1, tokens=1)),
         "training_flops_per_token": trained / context,
@@ -65,8 +65,8 @@ def cost_report(
     }
 
 
-def _kept_bytes(model: AdaptiveLM, context: int) -> float:
-    """Bytes of the cache of a model with a memory after so many tokens, spare room included."""
+def _kept_bytes(model: AdaptiveLM, context: int, budget: Effort) -> float:
+    """Bytes of the cache of a model with a KV-cache method after `context` tokens, spare room included."""
     import torch
 
     from pondera.evaluation.chunked_forward import chunked_forward
@@ -75,7 +75,8 @@ def _kept_bytes(model: AdaptiveLM, context: int) -> float:
     ids_1T = torch.randint(model.backbone.config.vocab_size, (1, context), generator=draw).to(model.device)
     cache, was_training = model.new_cache(), model.training
     model.eval()
-    for _ in chunked_forward(model, cache, ids_1T, prompt=context // 2):
+    effort = {"effort": budget.effort, "max_passes": budget.max_passes} if model.method is not None else None
+    for _ in chunked_forward(model, cache, ids_1T, prompt=context // 2, budget=effort):
         pass
     model.train(was_training)
     return float(live_cache_bytes(cache))

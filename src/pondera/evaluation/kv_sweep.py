@@ -22,6 +22,7 @@ from pondera.evaluation.chunked_forward import chunked_forward
 from pondera.evaluation.windows import HeldOutWindows
 from pondera.inference.load import Loaded
 from pondera.methods.kv_cache.base import KVCacheMethod, compressible
+from pondera.models.config import IMPOSSIBLE
 
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -75,7 +76,7 @@ def sweep(
     """Measures memories on one model, the full cache first.
 
     Args:
-        loaded: a model that has no method of its own.
+        loaded: a model without a trained memory; it may think or predict concepts.
         memories: spec strings; none: those of `SWEEP` and `FITTED` that this model can have.
         windows: the text that they are measured on.
         calibration: token ids ``[B, T]`` for those that are fitted.
@@ -88,9 +89,10 @@ def sweep(
         UserError: a memory that does not exist or does not fit, or a model that has a cache of its own.
     """
     model = loaded.model
-    if model.method is not None:
+    if model.memory is not None:
+        memory = model.config.memory
         raise UserError(
-            f"{loaded.name}: {model.chosen} keeps a cache of its own, which is not compressed yet; give a plain model"
+            f"{loaded.name}: memory: {memory} and a kv_cache method cannot be combined: {IMPOSSIBLE['memory', 'kv_cache']}"
         )
     texts = [spec.format(spec.parse(text)) for text in memories or (*SWEEP, *(FITTED if calibration else ()))]
     for text in memories:  # what cannot be had is told before anything is measured
@@ -140,9 +142,20 @@ def _made(model: AdaptiveLM, text: str, fits: bool) -> KVCacheMethod:
     method.bind(config)
     if method.fitted:
         method.check(config, compressible(config))
+        if model.think is not None:
+            method.check_passes()
     elif not fits:
         raise UserError(f"{text} needs calibration text: give some with --calibrate TEXT (in Python: calibrate=TEXT)")
     return method
+
+
+def _cache(model: AdaptiveLM, method: KVCacheMethod) -> Any:
+    """An empty cache of the model, whose slots this method keeps."""
+    before, model.kv_cache = model.kv_cache, method
+    try:
+        return model.new_cache()
+    finally:
+        model.kv_cache = before
 
 
 @torch.no_grad()
@@ -157,7 +170,7 @@ def _measure(
     """A row, and the likeliest next tokens behind the prompts, ``[N, T]``."""
     nats, held, seconds, found = 0.0, 0, 0.0, []
     for ids_T in windows.ids_NT.to(model.device):
-        cache, said = method.cache(model), []
+        cache, said = _cache(model, method), []
         began = time.perf_counter()
         for start, logits_BTV in chunked_forward(model, cache, ids_T[None, :-1], windows.prompt):
             if start < windows.prompt:
@@ -191,7 +204,7 @@ def _recall(model: AdaptiveLM, method: KVCacheMethod, windows: HeldOutWindows) -
     right = total = 0
     for ids_T in windows.asked_NT.to(model.device):
         context = len(ids_T) - windows.asked
-        for start, logits_BTV in chunked_forward(model, method.cache(model), ids_T[None], context, 1):
+        for start, logits_BTV in chunked_forward(model, _cache(model, method), ids_T[None], context, 1):
             if start >= context + windows.asked // 3 - 1 and start + 1 < len(ids_T):
                 right += int(logits_BTV[0, -1].argmax() == ids_T[start + 1])
                 total += 1

@@ -113,7 +113,7 @@ class PonderaLM(HFLM):
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
         """Logits ``[B, T, V]`` of requests ``[B, T]`` that are padded on the right, where no token sees the padding."""
-        if self.adaptive.memory is None:
+        if self.adaptive.kv_cache is None and self.adaptive.memory is None:
             with torch.no_grad():
                 return cast(Tensor, self.adaptive(inps, **self.budget).logits)
         parts = chunked_forward(self.adaptive, self.adaptive.new_cache(), inps, budget=self.budget)

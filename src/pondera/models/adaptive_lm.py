@@ -241,7 +241,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     def new_cache(self) -> Cache:
         """An empty cache, of the method's own kind where there is one."""
         if self.method is not None:
-            return self.method.new_cache(self.backbone)
+            return self.method.new_cache(self.backbone, self.kv_cache)
         if self.kv_cache is not None:
             return self.kv_cache.cache(self.backbone.lm)
         return DynamicCache(config=self.backbone.config)

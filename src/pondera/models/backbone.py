@@ -97,8 +97,10 @@ class Backbone(nn.Module):
         self.config: PreTrainedConfig = lm.config.get_text_config(decoder=True)
         # Looked up once, as it is called for every token; past nn.Module's registry, where it would be a second copy.
         object.__setattr__(self, "decoder", lm.get_decoder())
-        route(self.decoder)
-        self._logit_scale = getattr(self.config, "logit_scale", 1.0) / getattr(self.config, "logits_scaling", 1.0)
+        self._routed = False
+        self._logit_scale = (getattr(self.config, "logit_scale", None) or 1.0) / getattr(
+            self.config, "logits_scaling", 1.0
+        )
         self._logit_cap: float | None = getattr(self.config, "final_logit_softcapping", None)
 
     @property
@@ -209,6 +211,9 @@ class Backbone(nn.Module):
             attention = Packed(rows)
         if attention is None:
             return self.decoder(**call).last_hidden_state
+        if not self._routed:  # not before it is needed: the hooks break graphs of torch.compile
+            route(self.decoder)
+            self._routed = True
         asked = Asked(attention)
         out_BSD = self.decoder(**call, **{KEYWORD: asked}).last_hidden_state
         asked.check(self.config.model_type)

@@ -19,6 +19,31 @@ TEXT_CONFIG = "text_config"
 SETTINGS = ("backbone", *spec.SEAMS, "init", "embed_scale", "dtype")
 
 
+IMPOSSIBLE = {
+    (
+        "think",
+        "chunk",
+    ): "both decide what the decoder layers run on, tokens again or chunks of tokens; let the concepts think "
+    "instead, e.g. chunk: ConceptLM(think=PonderLM2(thoughts=1)), or leave one of them out",
+    (
+        "think",
+        "memory",
+    ): "a trained memory runs the layers once per block and keeps a state in place of older slots, and a "
+    "later pass of a token reads those slots; leave one of them out",
+    (
+        "chunk",
+        "memory",
+    ): "a trained memory runs all layers block by block, and a chunk method runs the first and the last layers "
+    "apart; leave one of them out",
+    (
+        "memory",
+        "kv_cache",
+    ): "a trained memory keeps slots of one block and a state of fixed size, so there are no further slots "
+    "to evict or to code; leave one of them out",
+}
+"""Pairs of seams that cannot be combined, and why."""
+
+
 class AdaptiveConfig(PreTrainedConfig, SeamSettings):
     """What an `AdaptiveLM` is made of. Saved as ``config.json`` with ``model_type: pondera``.
 
@@ -79,10 +104,9 @@ class AdaptiveConfig(PreTrainedConfig, SeamSettings):
             raise UserError(f"init: {self.init!r} would overwrite the weights of {self._checkpoint!r}; use init: hf")
         if isinstance(self.dtype, str) and self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
-        chosen = {seam: value for seam in ("think", "chunk", "memory", "kv_cache") if (value := getattr(self, seam))}
-        if len(chosen) > 1:
-            pairs = " and ".join(f"{seam}: {value}" for seam, value in chosen.items())
-            raise UserError(f"{pairs} cannot be combined yet; leave one of them out")
+        for (first, second), reason in IMPOSSIBLE.items():
+            if (one := getattr(self, first)) and (other := getattr(self, second)):
+                raise UserError(f"{first}: {one} and {second}: {other} cannot be combined: {reason}")
         for seam in spec.SEAMS:
             if getattr(self, seam) is not None:
                 parsed = spec.parse(_spec_text(seam, getattr(self, seam)))

@@ -9,12 +9,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
+from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
+from pondera.core.hf import PreTrainedModel
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.model import DecoderPass, MatMul
 from pondera.models.backbone import Backbone
@@ -39,6 +41,18 @@ class MethodOutput:
     terms: dict[str, LossTerm] = field(default_factory=dict)
     deferred_loss: Callable[[Tensor, Tensor], dict[str, LossTerm]] | None = None
     trace: dict[str, Any] = field(default_factory=dict)
+
+
+class SlotMaker(Protocol):
+    """A KV-cache method, as methods between embeddings and head know it."""
+
+    def slot_cache(self, model: PreTrainedModel, windowed: list[bool], slots_per_token: int) -> CompressedSlotCache:
+        """See `pondera.methods.kv_cache.base.KVCacheMethod.slot_cache`."""
+        ...
+
+    def token_cache(self, model: PreTrainedModel, slots_per_token: int) -> TokenCache:
+        """See `pondera.methods.kv_cache.base.KVCacheMethod.token_cache`."""
+        ...
 
 
 class Method(nn.Module, ABC):
@@ -91,8 +105,13 @@ class Method(nn.Module, ABC):
         return self
 
     @abstractmethod
-    def new_cache(self, backbone: Backbone) -> TokenCache:
-        """An empty cache for this method on this backbone."""
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
+        """An empty cache for this method on this backbone.
+
+        Args:
+            backbone: runs the passes.
+            kv_cache: a KV-cache method that keeps the slots; default: all slots are kept as they are.
+        """
 
     @abstractmethod
     def forward(

@@ -9,10 +9,12 @@ Shapes: B batch, T tokens, S slots of a call, N rows that run, K stored rows, D 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.depth_cache import FREE, DepthCache, DepthWrite, slot_mask
 from pondera.cache.packing import PackedRows
 from pondera.models.backbone import Backbone, SlotMask, has_documents
@@ -48,7 +50,12 @@ class VarlenPass:
     """
 
     def __init__(
-        self, backbone: Backbone, cache: DepthCache, mask: Tensor | None, tokens: int, packed: bool = True
+        self,
+        backbone: Backbone,
+        cache: DepthCache | CompressedSlotCache,
+        mask: Tensor | None,
+        tokens: int,
+        packed: bool = True,
     ) -> None:
         self.backbone, self.cache, self.tokens, self.packed = backbone, cache, tokens, packed
         self.mask_BT = None if mask is None else mask[:, :tokens].long()
@@ -57,42 +64,59 @@ class VarlenPass:
 
     def run(self, x_BSD: Tensor, slots: VarlenSlots) -> Tensor:
         """States ``[B, S, D]`` of input vectors; what stands at slots that are not wanted means nothing."""
+        if isinstance(self.cache, CompressedSlotCache):
+            return self._compressed(self.cache, x_BSD, slots)
         rows = PackedRows.where(slots.wanted_BS)
         if rows.width == 0 and self.packed:
             return x_BSD
         everyone = rows.even and rows.width == x_BSD.shape[1]
-        if not self.packed or (everyone and self.cache.is_aligned(0)):
+        if not self.packed or (everyone and self._depths.is_aligned(0)):
             return self._dense(x_BSD, slots)
         return self._packed(x_BSD, slots, rows)
 
+    def _compressed(self, cache: CompressedSlotCache, x_BSD: Tensor, slots: VarlenSlots) -> Tensor:
+        """The wanted slots, without padding, kept by a KV-cache method."""
+        batch = len(x_BSD)
+        token_BS, position_BS, wanted_BS = (
+            each.expand(batch, -1) for each in (slots.token_BS, slots.position_BS, slots.wanted_BS)
+        )
+        if self.mask_BT is not None:
+            wanted_BS = wanted_BS & (self.mask_BT.gather(1, token_BS.clamp(min=0)) > 0)
+        rows = (token_BS, position_BS, 0, "causal", slots.log_weight_BS)
+        return cache.run(self.backbone.step, x_BSD, wanted_BS, *rows)
+
     def _dense(self, x_BSD: Tensor, slots: VarlenSlots) -> Tensor:
         """Every text gets as many columns."""
-        before = self.cache.width(0)
+        before = self._depths.width(0)
         query_BS = torch.where(slots.wanted_BS, slots.token_BS, FREE)
-        self.cache.append_metadata(0, query_BS, slots.log_weight_BS)
-        column_1S = torch.arange(before, self.cache.width(0), device=x_BSD.device)[None]
+        self._depths.append_metadata(0, query_BS, slots.log_weight_BS)
+        column_1S = torch.arange(before, self._depths.width(0), device=x_BSD.device)[None]
         mask = None if self._plain() else self._mask(query_BS, column_1S)
-        with self.cache.writing(DepthWrite(0, range(1))) as store:
+        with self._depths.writing(DepthWrite(0, range(1))) as store:
             return self.backbone.step(x_BSD, store, mask, slots.position_BS)
 
     def _packed(self, x_BSD: Tensor, slots: VarlenSlots, rows: PackedRows) -> Tensor:
         """Each text's wanted slots follow its own last one."""
-        wanted_BS, before = slots.wanted_BS, self.cache.width(0)
+        wanted_BS, before = slots.wanted_BS, self._depths.width(0)
         token_N = slots.token_BS[wanted_BS]
         weight_N = None if slots.log_weight_BS is None else slots.log_weight_BS[wanted_BS]
-        column_N = self.cache.allocate(0, rows, token_N, weight_N)
+        column_N = self._depths.allocate(0, rows, token_N, weight_N)
         order_N = before + rows.order_N if column_N is None else column_N
         query_BS = rows.pad(token_N[None] - FREE) + FREE  # free where a text has fewer rows
         mask = None if rows.batch == 1 and self._plain() else self._mask(query_BS, rows.pad(order_N[None]))
-        write = DepthWrite(0, range(1), rows, column_N, self.cache.width(0))
-        with self.cache.writing(write) as store:
+        write = DepthWrite(0, range(1), rows, column_N, self._depths.width(0))
+        with self._depths.writing(write) as store:
             new_1ND = self.backbone.step(x_BSD[wanted_BS][None], store, mask, slots.position_BS[wanted_BS][None], rows)
         return torch.zeros_like(x_BSD).index_put(wanted_BS.nonzero(as_tuple=True), new_1ND[0].to(x_BSD.dtype))
+
+    @property
+    def _depths(self) -> DepthCache:
+        return cast(DepthCache, self.cache)
 
     def _plain(self) -> bool:
         """Whether causal order is all there is to it, which the backbone knows by itself: without holes, and either no
         slot weighs less than another or no token has two."""
-        held = self.cache.depths[0]
+        held = self._depths.depths[0]
         assert held is not None
         if not self.packed or not self._one_text:
             return False
@@ -101,9 +125,9 @@ class VarlenPass:
         return bool((held.token_BC.diff(dim=1) > 0).all())
 
     def _mask(self, query_BS: Tensor, column_BS: Tensor) -> SlotMask:
-        held = self.cache.depths[0]
+        held = self._depths.depths[0]
         assert held is not None
-        order_K = torch.arange(self.cache.width(0), device=query_BS.device)
+        order_K = torch.arange(self._depths.width(0), device=query_BS.device)
         return slot_mask(
             order_K <= column_BS[..., None],
             query_BS,

@@ -19,11 +19,11 @@ MERGES = ("raw_logits", "softmax", "hard")
 
 
 @copies
-def build(segment: str = SPEC.format(chunk=3, merge="raw_logits"), backbone: str = "llama", **more) -> AdaptiveLM:
+def build(chunk: str = SPEC.format(chunk=3, merge="raw_logits"), backbone: str = "llama", **more) -> AdaptiveLM:
     """A model whose codebooks have seen a batch, and whose concepts move what comes out."""
     torch.manual_seed(0)
     tree = copy.deepcopy(BACKBONES[backbone]) | more
-    model = AdaptiveLM(AdaptiveConfig(backbone=tree, chunk=segment))
+    model = AdaptiveLM(AdaptiveConfig(backbone=tree, chunk=chunk))
     with torch.no_grad():
         model(ids(2, 16), labels=ids(2, 16))
         for name, parameter in model.named_parameters():
@@ -175,7 +175,7 @@ def test_further_back_than_what_is_kept_is_refused(model: AdaptiveLM):
         for t in range(50):
             model(ids(1, 1, seed=t), past_key_values=cache)
         cache.crop(-32)
-        with pytest.raises(UserError, match="crop: 1 tokens are to be forgotten.*kept for 0"):
+        with pytest.raises(UserError, match="crop: cannot roll back 1 tokens.*kept for 0"):
             cache.crop(-1)
 
 
@@ -191,9 +191,9 @@ def gradients(model: AdaptiveLM, term: str) -> dict[str, float]:
     parts = {
         "encoder": "backbone.lm.model.layers.0",
         "decoder": "backbone.lm.model.layers.2",
-        "module": "segment.module",
+        "module": "chunk.module",
     }
-    parts |= {"codebooks": "segment.quantizer", "heads": "segment.heads"}
+    parts |= {"codebooks": "chunk.quantizer", "heads": "chunk.heads"}
     return {
         part: max(
             float(p.grad.abs().max()) if p.grad is not None else 0.0
@@ -224,7 +224,7 @@ def test_where_the_other_losses_go(merge: str):
 
 def test_the_concept_loss_is_the_squared_error_against_what_came_without_gradient_to_it():
     model, x = build(), ids(2, 11)
-    segment, found = model.chunk, {}
+    chunk, found = model.chunk, {}
     pool = Chunks.pool
 
     def noted(self, *args):
@@ -233,12 +233,12 @@ def test_the_concept_loss_is_the_squared_error_against_what_came_without_gradien
         return found["pooled"]
 
     def merged(*args):
-        found["concepts"] = type(segment)._merged(segment, *args)
+        found["concepts"] = type(chunk)._merged(chunk, *args)
         return found["concepts"]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Chunks, "pool", noted)
-        patch.setattr(segment, "_merged", merged)
+        patch.setattr(chunk, "_merged", merged)
         term = model(x, labels=x).terms["concept"]
     expected = F.mse_loss(found["concepts"][:, :2], found["pooled"][:, 1:3].detach(), reduction="sum")
     torch.testing.assert_close(term.sum, expected)
@@ -265,15 +265,15 @@ def test_hard_heads_learn_by_cross_entropy_to_the_codes_that_came():
 
 
 def test_scores_become_vectors(model: AdaptiveLM):
-    segment = model.chunk
-    quantizer, table_GRKC = segment.quantizer, segment.quantizer.table()
+    chunk = model.chunk
+    quantizer, table_GRKC = chunk.quantizer, chunk.quantizer.table()
     code_NGR = torch.randint(8, (5, 4, 1), generator=torch.Generator().manual_seed(0))
     one_hot = F.one_hot(code_NGR, 8).float()
     slow = torch.stack([torch.cat([table_GRKC[g, 0, code[g, 0]] for g in range(4)]) for code in code_NGR])
-    torch.testing.assert_close(segment._merged(one_hot, quantizer), slow)
+    torch.testing.assert_close(chunk._merged(one_hot, quantizer), slow)
     a, b = torch.randn(2, 5, 4, 1, 8)
-    both = segment._merged(2 * a - 3 * b, quantizer)
-    torch.testing.assert_close(both, 2 * segment._merged(a, quantizer) - 3 * segment._merged(b, quantizer))
+    both = chunk._merged(2 * a - 3 * b, quantizer)
+    torch.testing.assert_close(both, 2 * chunk._merged(a, quantizer) - 3 * chunk._merged(b, quantizer))
     hard = build(SPEC.format(chunk=3, merge="hard")).chunk
     torch.testing.assert_close(hard._merged(100 * one_hot, quantizer), slow)
     soft = build(SPEC.format(chunk=3, merge="softmax")).chunk
@@ -289,7 +289,7 @@ def test_zero_concepts_are_the_plain_model_bit_for_bit(backbone: str):
     model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), chunk="ConceptLM(segments=4)"))
     model.eval()  # heads as they start: all scores are zero
     plain = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]))).eval()
-    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("segment.")})
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith("chunk.")})
     assert torch.equal(model(ids(2, 13)).logits, plain(ids(2, 13)).logits)
     assert torch.equal(model(ids(2, 13), effort=0).logits, plain(ids(2, 13)).logits)
 
@@ -350,13 +350,13 @@ def test_a_checkpoint_begins_as_it_was_and_brings_what_both_have(tmp_path):
     torch.manual_seed(0)
     plain = AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), init="scaled")).eval()
     plain.save_pretrained(tmp_path / "plain")
-    segment = SPEC.format(chunk=3, merge="raw_logits")
-    model = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "plain"), chunk=segment)).eval()
+    chunk = SPEC.format(chunk=3, merge="raw_logits")
+    model = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "plain"), chunk=chunk)).eval()
     x = ids(2, 10)
     assert torch.equal(model(x).logits, plain(x).logits)
     trained = build()
     trained.save_pretrained(tmp_path / "trained")
-    again = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "trained"), chunk=segment)).eval()
+    again = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "trained"), chunk=chunk)).eval()
     assert torch.equal(again(x).logits, trained(x).logits)
 
 
@@ -385,8 +385,8 @@ def test_it_learns():
     ("chunk", "message"),
     [
         ("ConceptLM(chunk=0)", "chunk=0: give 1 or more"),
-        ("ConceptLM(segments=5)", "segments=5: does not divide the width 64; the nearest that do: 4, 8"),
-        ("ConceptLM(segments=4, encoder_layers=3)", "encoder_layers=3: of the backbone's 3 layers.*give 1 to 2"),
+        ("ConceptLM(segments=5)", "segments=5: does not divide the width 64; the nearest divisors: 4, 8"),
+        ("ConceptLM(segments=4, encoder_layers=3)", "encoder_layers=3: the backbone has 3 layers.*give 1 to 2"),
         ("ConceptLM(segments=4, encoder_layers=0)", "encoder_layers=0"),
         ("ConceptLM(concept_layers=0)", "concept_layers=0"),
         ("ConceptLM(merge='raw')", "merge.*raw_logits"),
@@ -395,9 +395,9 @@ def test_it_learns():
         ("ConceptLM(quantizer=Identity())", "Identity.*use VQ"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(segment: str, message: str):
+def test_what_does_not_fit_is_refused_with_what_would(chunk: str, message: str):
     with pytest.raises(UserError, match=message):
-        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), chunk=segment))
+        AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES["llama"]), chunk=chunk))
 
 
 @pytest.fixture(autouse=True)

@@ -87,7 +87,10 @@ def test_bad_files(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({"bakcbone": {}}, "unknown setting 'bakcbone'; did you mean 'backbone'? (allowed: about, backbone, chunk, data,"),
+        (
+            {"bakcbone": {}},
+            "unknown setting 'bakcbone'; did you mean 'backbone'? (allowed: about, backbone, chunk, data,",
+        ),
         ({"train": {"step": 3}}, "unknown setting 'train.step'; did you mean 'train.steps'"),
         ({"lr": 1}, "unknown setting 'lr'; did you mean 'train.lr'?"),
         ({"train": {"context": 1}}, "unknown setting 'train.context'; did you mean 'data.context'?"),

@@ -15,7 +15,7 @@ from pondera.core.hf import CACHE, DynamicCache
 from pondera.core.versions import installed, passed, was_tested
 from pondera.models.backbone import Backbone
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def test_what_may_be_installed_was_tested():

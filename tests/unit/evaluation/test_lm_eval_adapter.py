@@ -263,7 +263,9 @@ def with_memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
         words = {"vocab_size": 280, "max_position_embeddings": 96, "initializer_range": 0.3}
         backbone = {"model_type": "llama", **sizes, **words}
-        AdaptiveLM(AdaptiveConfig(backbone=backbone, memory=memory)).save_pretrained(folder)
+        AdaptiveLM(
+            AdaptiveConfig(backbone=backbone, **{"memory" if "XL" in memory else "kv_cache": memory})
+        ).save_pretrained(folder)
         saved_models.tokenizer().save_pretrained(folder)
         found[memory] = folder
     return found

@@ -131,9 +131,9 @@ def test_a_code_without_tokens_has_no_share_and_no_nan():
     ("settings", "message"),
     [
         ({"codes": 0}, "codes=0: give 1 or more"),
-        ({"start": "kmean"}, "did you mean 'kmeans'"),
-        ({"groups": 5}, "groups=5 does not divide the width 12; the nearest that does is 4"),
-        ({"start": "kmeans"}, "needs a backbone that was trained"),
+        ({"init": "kmean"}, "did you mean 'kmeans'"),
+        ({"groups": 5}, "groups=5 does not divide the width 12; the nearest divisor is 4"),
+        ({"init": "kmeans"}, "needs a trained backbone"),
     ],
 )
 def test_mistakes(settings: dict, message: str):

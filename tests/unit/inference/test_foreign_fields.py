@@ -27,7 +27,7 @@ IDS = torch.arange(1, 9)[None]
 
 
 def compressed(checkpoint: Path, out: Path) -> Path:
-    return save(load(checkpoint, "cpu"), spec.build("StreamingLLM(64)", "memory"), "StreamingLLM(64)", out)
+    return save(load(checkpoint, "cpu"), spec.build("StreamingLLM(64)", "kv_cache"), "StreamingLLM(64)", out)
 
 
 def trained(checkpoint: Path, out: Path) -> Path:

@@ -51,7 +51,7 @@ def forgetful(monkeypatch: pytest.MonkeyPatch):
 def python(code: str, *arguments: Path) -> subprocess.Popen[str]:
     """Starts a process with this package."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    path = {"PYTHONPATH": str(build.HERE.parent.parent)}
+    path = {"PYTHONPATH": str(build.HERE.parents[2])}
     return subprocess.Popen(command, stdin=-1, stdout=-1, text=True, env=os.environ | path)
 
 

@@ -13,7 +13,7 @@ from pondera.methods.kv_cache.refresh_kv import RefreshKV
 
 def parts(memory: RefreshKV, x: torch.Tensor, pieces: list[int], index: int = 0) -> list[list[list[int]] | None]:
     """The tokens that each KV head of a layer attends to in each call; none: all."""
-    found, select = [], memory.select
+    found, select = [], memory.select_kv
 
     def noted(layer, table, query, call):
         slot = select(layer, table, query, call)
@@ -21,7 +21,7 @@ def parts(memory: RefreshKV, x: torch.Tensor, pieces: list[int], index: int = 0)
             found.append(None if slot is None else [sorted(head[head >= 0].tolist()) for head in slot[0]])
         return slot
 
-    memory.select = noted
+    memory.select_kv = noted
     run(memory, x, pieces)
     return found
 

@@ -12,7 +12,7 @@ from pondera.methods.kv_cache.token_select import TokenSelect, vote
 
 def choices(memory: TokenSelect, x: torch.Tensor, pieces: list[int]) -> list[list[int]]:
     """The tokens attended to by the first layer in each call; none: all."""
-    found, select = [], memory.select
+    found, select = [], memory.select_kv
 
     def noted(layer, table, query, call):
         slot = select(layer, table, query, call)
@@ -20,7 +20,7 @@ def choices(memory: TokenSelect, x: torch.Tensor, pieces: list[int]) -> list[lis
             found.append([] if slot is None else sorted(slot[0, 0][slot[0, 0] >= 0].tolist()))
         return slot
 
-    memory.select = noted
+    memory.select_kv = noted
     run(memory, x, pieces)
     return found
 

@@ -19,7 +19,7 @@ from pondera.methods.kv_cache.vqkv import VQKV
 from pondera.methods.quantize.sim_vq import SimVQ
 
 LLAMA_8B = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)
-FAST: dict[str, Any] = {"codes": 4, "vectors": 64, "fitting": "kmeans", "window": 5, "sinks": 1, "every": 2}
+FAST: dict[str, Any] = {"codes": 4, "vectors": 64, "fitting": "kmeans", "window": 5, "sinks": 1, "flush_size": 2}
 _MODELS: dict[str, Any] = {}
 
 
@@ -384,7 +384,7 @@ def test_codebooks_of_another_model_are_refused(tmp_path):
         VQKV().save(tmp_path)
     with pytest.raises(UserError, match="no such file"):
         VQKV.load(tmp_path)
-    (tmp_path / "memory.safetensors").write_bytes(b"something else")
+    (tmp_path / "kv_cache.safetensors").write_bytes(b"something else")
     with pytest.raises(UserError, match="no codebooks of VQKV"):
         VQKV.load(tmp_path)
 

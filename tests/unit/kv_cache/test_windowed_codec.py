@@ -139,7 +139,7 @@ def test_padded_rows_are_coded_as_alone():
 def test_while_it_fits_it_is_exact_and_no_token_is_counted_twice(window: int, sinks: int):
     given = rows(window + sinks + 2)
     small, big = layer(window, sinks), layer(64, 0)
-    pieces = [1] * (window + sinks + 2)  # every=3: two more fit
+    pieces = [1] * (window + sinks + 2)  # flush_size=3: two more fit
     assert torch.equal(feed(small, given, pieces), feed(big, given, pieces)) and small.coded == [0, 0]
 
 
@@ -215,7 +215,7 @@ def test_groups_of_rounded_keys_begin_with_the_text(bits: int):
     given, pads = rows(21), [0, 3]
     coders = KIVI(bits, group=4).coders(cast(Any, SimpleNamespace(head_dim=D)), 0)
     mask = torch.stack([torch.arange(21) >= p for p in pads])
-    together, alone = layer(every=4, coders=coders), layer(every=4, coders=coders)
+    together, alone = layer(flush_size=4, coders=coders), layer(flush_size=4, coders=coders)
     feed(together, given, [10, *[1] * 11], mask)
     feed(alone, tuple(each[1:, :, 3:] for each in given), [7, *[1] * 11])
     for name, part in alone.codes[0].view(coders[0]).items():
@@ -236,7 +236,7 @@ def test_a_ring_goes_round():
     assert ring.room == 8 and len(list(ring.pieces(43, 50))) <= 2
 
 
-@pytest.mark.parametrize("kwargs", [{"window": -1}, {"sinks": 1.5}, {"every": 0}, {"window": True}])
+@pytest.mark.parametrize("kwargs", [{"window": -1}, {"sinks": 1.5}, {"flush_size": 0}, {"window": True}])
 def test_regions_that_make_no_sense_are_refused(kwargs: dict[str, Any]):
     with pytest.raises(UserError, match="give a number of tokens"):
         layer(**kwargs)

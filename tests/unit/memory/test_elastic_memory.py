@@ -202,8 +202,8 @@ def test_coefficients_are_float32_under_bfloat16():
         ("ElasticMemory(measure='leg')", "legs"),
         ("ElasticMemory(points='even')", "uniform"),
         ("ElasticMemory(points=[0.5, 2.0])", "from 0 .* to 1"),
-        ("ElasticMemory(measure='legt')", "needs a window of theta"),
-        ("ElasticMemory(theta=8.0)", "'legs' has none"),
+        ("ElasticMemory(measure='legt')", "needs theta > 0"),
+        ("ElasticMemory(theta=8.0)", "'legs' takes no theta"),
     ],
 )
 def test_what_makes_no_sense_is_refused(text: str, said: str):
@@ -216,7 +216,7 @@ def test_what_makes_no_sense_is_refused(text: str, said: str):
     [
         ("qwen3_next", "ElasticMemory()", "ElasticMemory does not fit qwen3_next: its linear-attention"),
         ("mistral", "ElasticMemory()", "does not fit this mistral: all its layers have sliding windows of 6"),
-        ("gemma3", "ElasticMemory(layers=[0])", r"layers=\[0\].*these are \[5\]"),
+        ("gemma3", "ElasticMemory(layers=[0])", r"layers=\[0\].*without one are \[5\]"),
         ("gpt2", "ElasticMemory(block=256)", "learned positions for 128 tokens; give 128"),
     ],
 )
@@ -227,7 +227,7 @@ def test_backbones_that_do_not_fit_are_refused_by_name(backbone: str, memory: st
 
 @pytest.mark.parametrize("other", [{"think": "PonderLM2(thoughts=1)"}, {"chunk": "ConceptLM()"}])
 def test_two_methods_at_once_are_refused_by_name(other: dict[str, str]):
-    with pytest.raises(UserError, match=r"memory: ElasticMemory\(\) and .*leave one of them out"):
+    with pytest.raises(UserError, match=r"memory: ElasticMemory\(\) cannot be combined: .*leave one of them out"):
         AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), memory="ElasticMemory()", **other)
 
 

@@ -76,13 +76,6 @@ def test_memory_in_a_config_is_saved_loaded_and_used(tmp_path: Path):
     )
 
 
-def test_memory_and_thinking_are_not_combined():
-    with pytest.raises(UserError, match="not combined yet"):
-        AdaptiveConfig(
-            backbone={"model_type": "llama", **SIZES}, kv_cache="StreamingLLM(6)", think="PonderLM2(thoughts=1)"
-        )
-
-
 def test_caches_of_other_kinds_are_refused_by_name():
     model = AdaptiveLM(
         AdaptiveConfig(backbone={"model_type": "llama", "vocab_size": 97, **SIZES}, kv_cache="PreallocatedCache()")
@@ -97,7 +90,7 @@ def test_texts_longer_than_the_positions_are_for_models_that_read_block_by_block
     loaded = load(tmp_path / "plain")
     with pytest.raises(UserError, match="150 exceeds the 96 positions"):
         held_out(loaded, given, 1)
-    loaded.model.config.kv_cache = "ElasticMemory(block=16, order=8, samples=4)"
+    loaded.model.config.memory = "ElasticMemory(block=16, order=8, samples=4)"
     endless = AdaptiveLM(loaded.model.config).eval()
     endless.save_pretrained(tmp_path / "endless")
     loaded.tokenizer.save_pretrained(tmp_path / "endless")

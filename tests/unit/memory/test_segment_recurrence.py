@@ -240,7 +240,7 @@ class TestCache:
         model, x = made(form), ids(1, 16)
         cache = model.new_cache()
         model(x[:, :14], past_key_values=cache)
-        with pytest.raises(UserError, match=r"crop: 7 tokens.*kept for 6.*block=4"):
+        with pytest.raises(UserError, match=r"crop: cannot roll back 7 tokens.*kept for 6.*block=4"):
             cache.crop(-7)
         agree(model(x[:, 14:], past_key_values=cache).logits, model(x).logits[:, 14:])
 

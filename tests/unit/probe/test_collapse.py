@@ -87,9 +87,9 @@ def test_a_file_is_told_in_words_and_drawn(said, tmp_path: Path):
     file, page = tmp_path / "codes.safetensors", tmp_path / "plots" / "page.html"
     save_file({"latents": vectors(), "codebook": 30 + HEALTHY}, file)
     code, out, err = said("collapse", file, "--plot", page)
-    assert (code, err) == (0, "") and "token collapse" in out and "start='kmeans'" in out
+    assert (code, err) == (0, "") and "token collapse" in out and "init='kmeans'" in out
     html = page.read_text()
-    assert html.count("<svg") >= 2 and "Use of codes" in html and "<script" not in html and "http" not in html
+    assert html.count("<svg") >= 2 and "Code usage" in html and "<script" not in html and "http" not in html
     found = json.loads(said("collapse", file, "--json")[1])
     assert found["name"] == "codes.safetensors" and found["codebooks"][0]["kind"] in KINDS
 
@@ -107,7 +107,7 @@ def test_mistakes(said, tmp_path: Path):
         (["collapse", tmp_path / "no.safetensors"], "no such file"),
         (["collapse", good, "--text", "a"], "is a file of tensors, which reads no text"),
         (["collapse", good, "--plot", tmp_path], "is a folder; give a file"),
-        (["think_trace", good], "ThinkTrace looks at a model that reads a text"),
+        (["think_trace", good], "ThinkTrace analyzes a model that reads a text"),
     ):
         code, out, err = said(*words)
         assert code == 2 and message in err and "Traceback" not in err, (words, err)

@@ -69,7 +69,7 @@ def test_vq_by_gradient(estimator: str):
         C, codebook_size=K, learnable_codebook=True, ema_update=False, rotation_trick=estimator == "rotation"
     )
     rows = peer._codebook.embed
-    quantizer = VQ(K, start=rows.detach()[0], estimator=estimator, commitment=1.0).build(C).train()
+    quantizer = VQ(K, init=rows.detach()[0], estimator=estimator, commitment=1.0).build(C).train()
     found, expected = results(ours(quantizer), [quantizer.rows_KC]), results(peer, [rows])
     found[2] = found[2] / 2  # we name their one term twice, for either side
     agree(found, expected)

@@ -93,11 +93,11 @@ def test_folded_parts_are_plain_tables():
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (lambda: Product(VQ(4), groups=4).build(6), "4 groups do not divide a width of 6"),
+        (lambda: Product(VQ(4), groups=4).build(6), "4 groups do not divide the width 6"),
         (lambda: Product(VQ(4), groups=0), "give 1 or more"),
         (lambda: Product("VQ(4)", groups=2), "give a quantizer"),
-        (lambda: Product(VQ(4), groups=2, order=[0, 1, 1, 3]), "every dimension from 0 to 3 once"),
-        (lambda: Product(VQ(4), groups=2, order=[1, 0]).build(4), "2 dimensions for vectors of 4"),
+        (lambda: Product(VQ(4), groups=2, order=[0, 1, 1, 3]), "every dimension from 0 to 3 exactly once"),
+        (lambda: Product(VQ(4), groups=2, order=[1, 0]).build(4), "2 dimensions for vectors of width 4"),
     ],
 )
 def test_bad_arguments(wrong, said: str):

@@ -167,7 +167,7 @@ def test_levels_start_from_what_is_left_not_from_the_zeros_of_the_warm_up():
     ("wrong", "said"),
     [
         (lambda: Residual(4, levels=2), "give a quantizer"),
-        (lambda: Residual(VQ(4).build(2), levels=2), "built already"),
+        (lambda: Residual(VQ(4).build(2), levels=2), "already built"),
         (lambda: Residual(VQ(4), levels=0), "give 1 or more"),
         (lambda: Residual(VQ(4), levels=2, dropout=1.5), "probability"),
     ],

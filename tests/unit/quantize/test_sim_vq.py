@@ -93,7 +93,7 @@ class TestMatch:
         torch.testing.assert_close(spread(quantizer.rows()), spread(torch.cat(batches)), atol=1e-2, rtol=1e-3)
 
     def test_it_happens_once(self):
-        quantizer = built(start="match")
+        quantizer = built(init="match")
         quantizer(vectors(50))
         before = quantizer.rows().detach()
         quantizer(100 * vectors(50))
@@ -118,7 +118,7 @@ class TestMatch:
         assert float(spread(quantizer.rows()).trace() / spread(x).trace()) == pytest.approx(1, rel=1e-3)
 
     def test_it_finds_codes_where_an_unmatched_map_finds_few(self):
-        used = {start: len(built(64, start=start)(vectors(500)).codes.unique()) for start in ("random", "match")}
+        used = {start: len(built(64, init=start)(vectors(500)).codes.unique()) for start in ("random", "match")}
         assert used["random"] < 16 < 48 < used["match"]
 
 
@@ -146,7 +146,7 @@ def test_a_model_that_is_loaded_goes_on_exactly(stop: int):
             quantizer(vectors(12, seed=step))
         return quantizer.eval()(vectors(12)).out
 
-    alone, stopped, loaded = (built(start="match", start_step=2) for _ in range(3))
+    alone, stopped, loaded = (built(init="match", start_step=2) for _ in range(3))
     run(stopped, range(stop))
     loaded.map[0].weight.data.zero_()
     loaded.load_state_dict(stopped.state_dict())
@@ -158,7 +158,7 @@ def test_a_model_that_is_loaded_goes_on_exactly(stop: int):
     [
         ({"codes": -3}, "codes=-3"),
         ({"hidden": 0}, "hidden=0"),
-        ({"start": "kmeans"}, "unknown start 'kmeans'"),
+        ({"init": "kmeans"}, "unknown init 'kmeans'"),
         ({"estimator": "straight"}, "did you mean 'straight_through'"),
     ],
     ids=str,

@@ -98,7 +98,7 @@ class TestGradients:
 class TestWarmUp:
     @pytest.mark.parametrize("start", ["random", "kmeans"])
     def test_vectors_pass_until_it_is_over(self, start: str):
-        quantizer, x = built(start=start, start_step=3), vectors(2, 5).requires_grad_()
+        quantizer, x = built(init=start, start_step=3), vectors(2, 5).requires_grad_()
         for step in range(5):
             quantizer.begin_step(step, 0)
             found = quantizer(x)
@@ -145,7 +145,7 @@ class TestWarmUp:
 class TestKmeansStart:
     @pytest.mark.parametrize("warm_up", [0, 2])
     def test_usage_is_that_of_the_assignment(self, warm_up: int):
-        quantizer = built(start="kmeans", start_step=warm_up, respawn=0.01)
+        quantizer = built(init="kmeans", start_step=warm_up, respawn=0.01)
         batches = [vectors(40, seed=seed) for seed in range(warm_up + 1)]
         for step, batch in enumerate(batches):
             quantizer.begin_step(step, 0)
@@ -169,7 +169,7 @@ class TestKmeansStart:
         assert quantizer(vectors(3)).out.isfinite().all() and quantizer.rows_KC.isfinite().all()
 
     def test_nothing_to_start_from_yet(self):
-        quantizer = built(start="kmeans")
+        quantizer = built(init="kmeans")
         assert not quantizer(vectors(2), torch.zeros(2, dtype=torch.bool)).terms
         assert quantizer(vectors(2)).terms
 
@@ -229,7 +229,7 @@ def test_a_model_that_is_loaded_goes_on_exactly(stop: int):
             quantizer.begin_step(step, 5)
             quantizer(vectors(12, seed=step) * (1 if step < 4 else 9))
 
-    options = {"codes": 5, "update": "ema", "start": "kmeans", "start_step": 2, "respawn": 0.8, "decay": 0.6}
+    options = {"codes": 5, "update": "ema", "init": "kmeans", "start_step": 2, "respawn": 0.8, "decay": 0.6}
     alone, stopped, loaded = built(**options), built(**options), built(**options)
     run(alone, range(8))
     run(stopped, range(stop))
@@ -239,7 +239,7 @@ def test_a_model_that_is_loaded_goes_on_exactly(stop: int):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"update": "ema", "respawn": 0.5, "start": "kmeans"}, {"update": "none"}], ids=str
+    "options", [{}, {"update": "ema", "respawn": 0.5, "init": "kmeans"}, {"update": "none"}], ids=str
 )
 def test_folded_is_the_same_and_learns_nothing(options: dict):
     quantizer = built(**options)
@@ -266,7 +266,7 @@ class TestStart:
 
     def test_given_rows_are_copied(self):
         rows = vectors(6)
-        quantizer = built(start=rows)
+        quantizer = built(init=rows)
         assert torch.equal(quantizer.rows_KC, rows)
         rows.zero_()
         assert quantizer.rows_KC.abs().min() > 0
@@ -276,7 +276,7 @@ class TestStart:
         """The collapse that the notes measured, and what k-means makes of it."""
         x = 2 * vectors(64, seed=3).repeat_interleave(8, 0) + 0.1 * vectors(512, seed=4)
         used = {}
-        for name, options in {"far": {"scale": 50.0}, "kmeans": {"start": "kmeans"}}.items():
+        for name, options in {"far": {"scale": 50.0}, "kmeans": {"init": "kmeans"}}.items():
             quantizer = built(64, **options)
             used[name] = len(quantizer(x).codes.unique())
         assert used["far"] < 16 < 48 < used["kmeans"]
@@ -294,8 +294,8 @@ def test_it_is_named_by_a_spec():
         ({"codes": 0}, "codes=0"),
         ({"codes": 2.5}, "codes=2.5"),
         ({"update": "emma"}, "did you mean 'ema'"),
-        ({"start": "k-means"}, "did you mean 'kmeans'"),
-        ({"start": [[1.0]]}, r"\(6, 4\)"),
+        ({"init": "k-means"}, "did you mean 'kmeans'"),
+        ({"init": [[1.0]]}, r"\(6, 4\)"),
         ({"estimator": "rotate"}, "did you mean 'rotation'"),
         ({"scale": 0.0}, "scale=0.0"),
         ({"start_step": -1}, "start_step=-1"),

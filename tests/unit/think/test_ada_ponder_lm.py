@@ -160,13 +160,13 @@ def test_closed_gates_are_the_backbone(backbone: str, halted: str):
 @pytest.mark.parametrize("think", [GATED, "AdaPonderLM(halting='random', continue_prob=0.7)"])
 def test_who_left_off_never_comes_back(backbone: str, think: str, monkeypatch):
     model, x, seen = build(think, backbone), ids(3, 12), []
-    original = Passes.deeper
+    original = Passes.run_pass
 
     def spy(self, *arguments, **options):
         seen.append(torch.ones(3, 12, dtype=torch.bool) if self.active_BT is None else self.active_BT)
         return original(self, *arguments, **options)
 
-    monkeypatch.setattr(Passes, "deeper", spy)
+    monkeypatch.setattr(Passes, "run_pass", spy)
     model(x)
     assert len(seen) == 3 and 0 < int(seen[-1].sum()) < int(seen[0].sum()) < 36
     assert all(bool((lower | ~upper).all()) for lower, upper in zip(seen, seen[1:], strict=False))
@@ -292,8 +292,8 @@ def test_a_pass_that_nobody_takes_changes_nothing(monkeypatch):
     model, x = forced(-20.0).train(), ids(2, 7)
     model.begin_step(10**6, 0)
     expected = model(x).logits
-    narrow = Passes.narrow
-    monkeypatch.setattr(Passes, "narrow", lambda self, continue_BT: narrow(self, continue_BT) or True)
+    narrow = Passes.mask_active
+    monkeypatch.setattr(Passes, "mask_active", lambda self, continue_BT: narrow(self, continue_BT) or True)
     with torch.enable_grad():
         out = model(x, shift_labels=x)
         out.loss.backward()

@@ -297,7 +297,7 @@ def test_pruned_bf16_runs_every_row(backbone: str):
         (1, ", halting='ruoter'", "did you mean 'router'"),
         (1, ", threshold=1.5", "threshold=1.5"),
         (1, ", penalty=-1", "penalty=-1"),
-        (1, ", halting='random', continue_prob=2", "keep=2"),
+        (1, ", halting='random', continue_prob=2", "continue_prob=2"),
     ],
 )
 def test_bad_arguments(steps: int, arguments: str, complaint: str):

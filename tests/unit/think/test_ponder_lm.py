@@ -241,7 +241,7 @@ class TestTraps:
     ("spec", "complaint"),
     [
         ("PonderLM(steps=-1)", "steps=-1"),
-        ("PonderLM(top_k=0)", "top=0"),
+        ("PonderLM(top_k=0)", "top_k=0"),
         ("PonderLM(start='step')", "did you mean 'steps'"),
     ],
 )

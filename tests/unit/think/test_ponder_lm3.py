@@ -481,7 +481,7 @@ def test_what_is_recorded():
         ("warmup=-5", "warmup=-5"),
         ("halting='ruoter'", "did you mean 'router'"),
         ("halting='oracle'", "unknown halting 'oracle'"),
-        ("keep=2.0", "keep=2.0"),
+        ("continue_prob=2.0", "continue_prob=2.0"),
         ("refresh='never'", "unknown refresh 'never'"),
     ],
 )

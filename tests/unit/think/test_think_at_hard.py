@@ -59,7 +59,7 @@ def slow(model: AdaptiveLM, x_1T: torch.Tensor) -> tuple[torch.Tensor, list[int]
             logits = logits + backbone.head(state)
             if torch.sigmoid(think.decider(state)) < think.threshold:
                 break
-            best = logits[0, 0].topk(think.feedback.top)
+            best = logits[0, 0].topk(think.feedback.top_k)
             given = (best.values.softmax(-1) @ backbone.embed(best.indices))[None, None]
         outputs.append(logits)
         taken.append(k + 1)
@@ -69,7 +69,7 @@ def slow(model: AdaptiveLM, x_1T: torch.Tensor) -> tuple[torch.Tensor, list[int]
 @pytest.mark.parametrize("backbone", [*FAMILIES, "gpt_neox"])
 @torch.no_grad()
 def test_it_equals_the_slow_definition(backbone: str):
-    model, x = build(backbone, "steps=2, top=5"), ids(1, 6, seed=4)
+    model, x = build(backbone, "steps=2, top_k=5"), ids(1, 6, seed=4)
     model.think.threshold = float(model.think.decider(model.backbone.step(model.backbone.embed(x))).sigmoid().median())
     expected, taken = slow(model, x)
     out = model(x)
@@ -135,7 +135,7 @@ def test_one_labelled_token_thinks_where_none_is_hard():
 
 @pytest.mark.parametrize("top", [5, VOCAB])
 def test_a_process_without_hard_tokens_still_makes_the_pass_that_others_make(top: int, monkeypatch):
-    model, x = build(arguments=f"top={top}").train(), ids(2, 6)
+    model, x = build(arguments=f"top_k={top}").train(), ids(2, 6)
     labels, weight = torch.full_like(x, -100), model.backbone.decoder.layers[0].mlp.up_proj.weight
     alone, calls = model(x, shift_labels=labels).logits, []
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
@@ -149,7 +149,7 @@ def test_a_process_without_hard_tokens_still_makes_the_pass_that_others_make(top
 
 @torch.no_grad()
 def test_what_enters_a_pass_is_the_mixture_of_the_likeliest_and_nothing_else():
-    model, x, given = build(arguments="steps=2, halting='fixed', top=3"), ids(1, 10), []
+    model, x, given = build(arguments="steps=2, halting='fixed', top_k=3"), ids(1, 10), []
     model.think.record = True
     original = model.backbone.step
     model.backbone.step = lambda h, *rest: given.append(h) or original(h, *rest)
@@ -249,7 +249,7 @@ def test_the_decider_learns_to_route():
 @pytest.mark.parametrize("backbone", FAMILIES)
 @torch.no_grad()
 def test_bf16_runs_and_routes_by_labels(backbone: str):
-    model, x = build(backbone, "top=7").to(torch.bfloat16).train(), ids(2, 9)
+    model, x = build(backbone, "top_k=7").to(torch.bfloat16).train(), ids(2, 9)
     labels = half_right(model, x)
     out = model(x, shift_labels=labels)
     assert out.logits.dtype == torch.bfloat16 and out.loss.isfinite()
@@ -271,7 +271,7 @@ def test_training_on_one_text_is_decoding_it(backbone: str):
 
 
 @pytest.mark.parametrize(("backbone", "fields", "what"), [
-    ("gemma3", {"final_logit_softcapping": 30.0}, "caps logits"),
+    ("gemma3", {"final_logit_softcapping": 30.0}, "soft-caps logits"),
     ("phi", {"model_type": "phi"}, "has a bias"),
 ])  # fmt: skip
 def test_heads_whose_logits_do_not_add_up_are_refused(backbone: str, fields: dict, what: str, monkeypatch):
@@ -286,7 +286,7 @@ def test_heads_whose_logits_do_not_add_up_are_refused(backbone: str, fields: dic
     [
         ("steps=-1", "steps=-1"),
         ("threshold=1.0", "threshold=1.0"),
-        ("top=0", "top=0"),
+        ("top_k=0", "top_k=0"),
         ("decider_width=0", "decider_width=0"),
         ("decider_layers=-1", "decider_layers=-1"),
         ("positive_weight=0", "positive_weight=0"),

@@ -1,4 +1,4 @@
-"""How much to say at once: one file per method, `base.py` is the seam."""
+"""Chunk methods, with units larger than a token. One file per method; `base.py` defines the interface."""
 
 from pondera.core.lazy_names import lazy_names
 

@@ -1,4 +1,4 @@
-"""The seam `segment/`: how much to say at once."""
+"""Base class of chunk methods, which read and predict units larger than a token."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ __all__ = ["Chunk", "MethodOutput"]
 
 
 class Chunk(Method):
-    """Decides in which portions, larger than a token, a text is read and predicted.
+    """Base class of methods that process a sequence in units larger than a token.
 
-    The model stays one of tokens for whoever uses it: a state per token enters the head, and a cache counts tokens. What
-    it has to keep is the promise of `Method`; the contract tests check every file of this folder.
+    For its users the model remains a token model: the head receives one state per token, and a cache counts tokens. A
+    chunk method must satisfy the contract of `Method`. The contract tests check every file of this folder.
     """

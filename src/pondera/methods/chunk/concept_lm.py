@@ -1,4 +1,4 @@
-"""ConceptLM: predicts, once per chunk of tokens, the next chunk's concept, and decodes its tokens with that prediction.
+"""ConceptLM: predicts the next concept once per chunk of tokens, and decodes the tokens of that chunk with it.
 
 Shapes: B batch, T tokens, M chunks, D width, G segments (groups of a quantizer), R levels, K codes, C = D/G.
 """
@@ -23,50 +23,53 @@ from pondera.methods.chunk.common.chunks import POOLINGS, Chunks, behind
 from pondera.methods.chunk.common.concept_cache import REWIND, ConceptCache
 from pondera.methods.quantize.base import ABSENT, MERGES, Quantized, Quantizer
 from pondera.models.backbone import LAYOUTS, Backbone, has_documents, needed
+from pondera.models.method import SlotMaker
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
 
 class ConceptLM(Chunk):
-    """Between the backbone's first and last layers stands a concept module, which runs once per chunk of k tokens.
+    """Inserts a concept module between the first and the last layers; it runs once per chunk of k tokens.
 
-    The first layers encode tokens. Each complete chunk is pooled to one vector; the concept module, causal layers over
-    these, predicts the next chunk's. It does so by scores of discrete codes, whose codebooks are learned from the pooled
-    vectors: each of S segments of the prediction is a weighted sum of its codebook's rows. The prediction is added to the
-    encoded states of the tokens that have to predict the next chunk's tokens, and the last layers decode.
+    The first layers encode tokens. Each complete chunk is pooled to one vector. The concept module, a stack of causal
+    layers over these vectors, predicts the vector of the next chunk from scores of discrete codes. The codebooks are
+    learned from the pooled vectors; each of S segments of the prediction is a weighted sum of codebook rows. The
+    prediction is added to the encoded states of the tokens that predict the tokens of the next chunk, and the last
+    layers decode.
 
-    ``effort=0`` leaves the concepts out, bit for bit: what is left is the backbone.
+    ``effort=0`` skips the concepts; the output is then bit-identical to the backbone.
 
-    Source: Next Concept Prediction, arXiv 2602.08984. Three losses: the next token's; ``concept``, the squared error of a
-    predicted concept against the pooled vector of the chunk that came, without gradient to it; and the quantizer's
-    (``vq_codebook``, ``vq_commitment``), in training only and on pooled vectors without gradient, so it moves nothing but
-    codebooks. No quantized vector enters the states.
-    Cost: the backbone's pass, and of the concept module (L_c layers, heads of D S K and a merge of K D multiplications) a
-    k-th per token. Its cache has a k-th of the rows; beside it the last 32 tokens are kept whole (2 D numbers each), so
-    that drafts can be taken back across the borders of chunks. In a batch only the texts whose chunk is complete run the
-    module. Training also maps and searches the codebooks.
-    When not to use it: where k tokens are no natural portion and the backbone is so small that L_c layers at a k-th of the
-    rate are dear; on architectures whose layers cannot be run in parts (refused by name).
-    Resolved: a chunk's concept is used from its last token on, as the paper's index rule (p + 1) // k - 1 says; the
-    authors' cached decoding is late by one. Chunks are counted from each document's first token. RoPE places a concept at
-    its chunk's first token (m k), as the Pythia code; learned positions are not added again, as in the GPT-2 code. The
-    module ends with the architecture's final norm. The weights of the losses are not published; here they are 1. Heads
-    start at zero: with ``raw_logits`` a retrofitted checkpoint begins as it was, bit for bit. ``hard`` gives scores no
-    gradient, so there the heads learn by cross-entropy to the codes of the chunk that came, and no other loss reaches the
-    codebooks than their own. With a cache, or at the end of a text, only whole pairs of chunks within the call are scored.
+    Source: Next Concept Prediction, arXiv 2602.08984. There are three losses: the next-token loss; ``concept``, the
+    squared error between a predicted concept and the pooled vector of the actual chunk (detached); and the losses of
+    the quantizer (``vq_codebook``, ``vq_commitment``), only in training and on detached pooled vectors, so they train
+    only the codebooks. No quantized vector enters the states.
+    Cost: one pass of the backbone, plus 1/k of the concept module per token (L_c layers, heads of D S K and a merge of
+    K D multiplications). The concept module's cache has 1/k as many KV slots. In addition the cache keeps the encoder
+    states of the last 32 tokens (2 D numbers each), so that draft tokens can be rolled back across chunk boundaries.
+    Only the sequences of a batch whose chunk is complete run the module. Training also maps and searches the codebooks.
+    When not to use it: when k tokens are not a natural unit, or when the backbone is so small that L_c layers at 1/k of
+    the rate are expensive; on architectures whose layers cannot run separately (raises an error).
+    Resolved: a chunk's concept is used from the chunk's last token on, following the paper's index rule (p + 1) // k -
+    1; the authors' cached decoding is one token late. Chunks are counted from each document's first token. RoPE places
+    a concept at its chunk's first token (m k), as in the Pythia code; learned positions are not added again, as in the
+    GPT-2 code. The module ends with the architecture's final norm. The loss weights are not published; here they are 1.
+    Heads are initialized to zero: with ``raw_logits`` a retrofitted checkpoint starts bit-identical to the original.
+    ``hard`` gives the scores no gradient. There the heads learn by cross-entropy with the codes of the actual chunk,
+    and the codebooks learn only from their own losses. With a cache, or at the end of a sequence, the concept loss
+    covers only pairs of chunks that lie completely within the call.
 
     Args:
         chunk: k, tokens per chunk.
-        codes: K, of each segment's codebook.
-        segments: S, into which the width is cut.
-        encoder_layers: of the backbone's, before the concepts enter; none: half of them.
-        concept_layers: L_c, further layers of the same architecture.
-        merge: how scores become vectors: ``"raw_logits"`` (linear in them, as the paper's code), ``"softmax"`` or
-            ``"hard"`` (the best code's row).
+        codes: K, codes per segment codebook.
+        segments: S, the number of parts that the width is split into.
+        encoder_layers: number of backbone layers before the concept module; default: ``None``, half of them.
+        concept_layers: L_c, extra layers of the same architecture.
+        merge: how scores become vectors: ``"raw_logits"`` (linear in the scores, as in the paper's code), ``"softmax"``
+            or ``"hard"`` (the row of the best code).
         pooling: ``"mean"``, ``"first"`` or ``"last"``.
-        ncp_weight: of the concept loss.
-        vq_weight: of the quantizer's losses.
-        quantizer: another one, with tables all of one size; then `codes` and `segments` are its own. None: the paper's
-            product of SimVQ codebooks with a two-layer map, matched to the first batch.
+        ncp_weight: weight of the concept loss.
+        vq_weight: weight of the quantizer losses.
+        quantizer: a quantizer whose tables all have the same size; it replaces `codes` and `segments`. Default:
+            ``None``, the paper's product of SimVQ codebooks with a two-layer map, matched to the first batch.
 
     Example:
         >>> ConceptLM(chunk=4, concept_layers=2).cost_schedule(tokens=8, context=64)[0]
@@ -122,11 +125,11 @@ class ConceptLM(Chunk):
         self.quantizer = self._description().build(self.width)
         del self._described
         first = next(backbone.lm.parameters())
-        with torch.device("cpu"):  # these are numbers, even where weights are not made yet
+        with torch.device("cpu"):  # sizes are plain numbers, even if the weights are on the meta device
             sizes_GR = self.quantizer.sizes
         if len(sizes_GR.unique()) != 1 or (first.device.type != "meta" and self.quantizer.table() is None):
             raise UserError(
-                f"quantizer: {type(self.quantizer).__name__} has no tables of one size, by which scores could be weighed; "
+                f"quantizer: {type(self.quantizer).__name__} has no tables of equal size, which scores could weight; "
                 "use VQ, SimVQ, or a Product or Residual of them"
             )
         self.sizes = (len(sizes_GR), len(sizes_GR[0]), int(sizes_GR[0, 0]))
@@ -138,22 +141,22 @@ class ConceptLM(Chunk):
         config = backbone.config
         if config.model_type not in LAYOUTS:
             raise UserError(
-                f"ConceptLM does not fit {config.model_type}: it runs the first and last layers apart, and those of this "
-                f"architecture are not mapped; mapped: {', '.join(sorted(LAYOUTS))}"
+                f"ConceptLM does not fit {config.model_type}: it runs the first and last layers separately, and this "
+                f"architecture has no layer map; supported: {', '.join(sorted(LAYOUTS))}"
             )
         layers, width = config.num_hidden_layers, config.hidden_size
         if self.encoder_layers is None:
             self.encoder_layers = layers // 2
         if not 1 <= self.encoder_layers < layers:
             raise UserError(
-                f"encoder_layers={self.encoder_layers}: of the backbone's {layers} layers at least one must stand before "
-                f"the concepts and one behind them; give 1 to {layers - 1}"
+                f"encoder_layers={self.encoder_layers}: the backbone has {layers} layers, and at least one must come "
+                f"before the concept module and one after it; give 1 to {layers - 1}"
             )
         if self._described is None and width % self.segments:
             fitting = [number for number in range(1, width + 1) if width % number == 0]
             near = [n for n in fitting if n < self.segments][-1:] + [n for n in fitting if n > self.segments][:1]
             raise UserError(
-                f"segments={self.segments}: does not divide the width {width}; the nearest that do: "
+                f"segments={self.segments}: does not divide the width {width}; the nearest divisors: "
                 f"{', '.join(map(str, near))}"
             )
 
@@ -169,14 +172,14 @@ class ConceptLM(Chunk):
         if self.width:
             self.quantizer.begin_step(step, seed)
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
-        """A row per token and per chunk, and codebooks as they now stand."""
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
+        """A cache with one slot per token and per chunk; it stores a folded copy of the current codebooks."""
         try:
             quantizer = self.quantizer.fold()
             table = quantizer.table()
-        except UserError:  # it still warms up, so what it may become is not settled; its tables are made for each chunk
+        except UserError:  # during warm-up the quantizer cannot be folded; compute its tables for each chunk instead
             quantizer, table = self.quantizer, None
-        return ConceptCache(backbone, self.module, self.chunk, quantizer, table)
+        return ConceptCache(backbone, self.module, self.chunk, quantizer, table, kv_cache)
 
     def forward(
         self,
@@ -188,14 +191,14 @@ class ConceptLM(Chunk):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Method.forward`. An effort of 0 leaves the concepts out; any other changes nothing."""
-        held, seen = cast("ConceptCache | None", cache), 0
-        rows = None if held is None else held.slots
+        """See `Method.forward`. An effort of 0 skips the concepts; any other effort changes nothing."""
+        concept_cache, seen = cast("ConceptCache | None", cache), 0
+        rows = None if concept_cache is None else concept_cache.slots
         passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
-        if held is not None:
-            held.check_silent(budget.effort == 0)
-            seen = held.tokens
-            held.record(passes_BT)
+        if concept_cache is not None:
+            concept_cache.check_silent(budget.effort == 0)
+            seen = concept_cache.tokens
+            concept_cache.record(passes_BT)
         if budget.effort == 0:
             return MethodOutput(backbone.step(h_BTD, rows, mask, position_ids), passes_BT)
 
@@ -205,24 +208,28 @@ class ConceptLM(Chunk):
         batch, tokens, _ = h_BTD.shape
         chunks = Chunks.of(self.chunk, batch, tokens, mask, seen, h_BTD.device)
         concept_BMD, terms, trace = h_BTD[:, :0], {}, {}
-        # Most tokens of decoding complete no chunk, and nobody asks what was predicted.
+        # In decoding, most tokens complete no chunk, and nothing else needs a prediction.
         if chunks.most or labels_BT is not None or self.record:
-            before_BWD = None if held is None else held.encoded_BWD
+            before_BWD = None if concept_cache is None else concept_cache.encoded_BWD
             pooled_BMD = chunks.pool(behind(before_BWD, h_BTD, self.chunk - 1), self.pooling)
-            # Before scores meet the codebooks, which the first batch may make.
+            # Quantize first, because the first batch may initialize the codebooks.
             learning = self.training and labels_BT is not None
             quantized = self.quantizer(pooled_BMD.detach(), chunks.valid_BM) if learning else None
-            states_BMD = self._states(pooled_BMD, chunks, position_ids, held, mask, seen)
+            states_BMD = self._states(pooled_BMD, chunks, position_ids, concept_cache, mask, seen)
             scores = self.heads(states_BMD).unflatten(-1, self.sizes)
-            tables = (self.quantizer, None) if held is None else (held.quantizer, held.table)
+            tables = (self.quantizer, None) if concept_cache is None else (concept_cache.quantizer, concept_cache.table)
             concept_BMD = self._merged(scores, *tables).to(h_BTD.dtype)
             if labels_BT is not None:
                 terms = self._terms(pooled_BMD.detach(), scores, concept_BMD, chunks, quantized)
             trace = self._trace(pooled_BMD, scores, chunks) if self.record else {}
-        last_BD = None if held is None or held.used_BWD is None or not seen else held.used_BWD[:, -1]
+        last_BD = (
+            None
+            if concept_cache is None or concept_cache.used_BWD is None or not seen
+            else concept_cache.used_BWD[:, -1]
+        )
         used_BTD = chunks.spread(concept_BMD, last_BD)
-        if held is not None:
-            held.keep(h_BTD, used_BTD)
+        if concept_cache is not None:
+            concept_cache.keep(h_BTD, used_BTD)
         h_BTD = backbone.run(h_BTD + used_BTD, range(encoder_layers, every), rows, mask, position_ids)
         return MethodOutput(h_BTD, passes_BT, terms, trace=trace)
 
@@ -235,28 +242,28 @@ class ConceptLM(Chunk):
         mask: Tensor | None,
         seen: int,
     ) -> Tensor:
-        """What the concept module makes of the chunks, ``[B, M, D]``; places that hold no chunk mean nothing."""
+        """The concept module's states of the chunks, ``[B, M, D]``; values at invalid chunks are undefined."""
         if not chunks.most:
             return pooled_BMD
         batch, tokens = chunks.position_BT.shape
         position_BM = position_ids.expand(batch, -1).gather(1, chunks.end_BM) - (self.chunk - 1)
         position_BM = position_BM.clamp(min=0)
         if cache is None:
-            # Chunks that are not there stand last, where no other sees them, so only documents need a mask.
+            # Invalid chunks come last, and no valid chunk attends to them, so only documents need a mask.
             apart = chunks.document_BM.clamp(min=1) if has_documents(mask) else None
             return self.module.step(pooled_BMD, None, apart, position_BM)
         slots = VarlenSlots(seen + chunks.end_BM, position_BM, chunks.valid_BM)
         return VarlenPass(self.module, cache.concepts, mask, seen + tokens).run(pooled_BMD, slots)
 
     def _merged(self, scores: Tensor, quantizer: Quantizer, table: Tensor | None = None) -> Tensor:
-        """The vectors that scores ``[B, M, G, R, K]`` stand for, ``[B, M, D]``."""
+        """Decodes scores ``[B, M, G, R, K]`` to vectors ``[B, M, D]``."""
         concept_BMD = quantizer.soft_decode(scores, self.merge, table)
         return concept_BMD.detach() if self.merge == "hard" else concept_BMD
 
     def _terms(
         self, pooled_BMD: Tensor, scores: Tensor, concept_BMD: Tensor, chunks: Chunks, quantized: Quantized | None
     ) -> dict[str, LossTerm]:
-        """How well each chunk was predicted from those before it; in training also what the codebooks learn by."""
+        """The concept loss of each chunk given earlier chunks; in training also the losses of the codebooks."""
         follows_BM = chunks.follows_BM
         if self.merge == "hard":
             code = self.quantizer.encode(pooled_BMD[:, 1:], follows_BM)
@@ -271,9 +278,9 @@ class ConceptLM(Chunk):
         return terms
 
     def _trace(self, pooled_BMD: Tensor, scores: Tensor, chunks: Chunks) -> dict[str, Any]:
-        """``chunk``: k; ``ends``: the column of each chunk's last token, -1 where there is none; ``concepts`` and
-        ``predicted``: the codes of the chunk and those predicted for the next, ``[B, M, G, R]``; ``quantized``: all chunks'
-        segments, and tables."""
+        """``chunk``: k; ``ends``: the column of each chunk's last token, or -1 if the chunk is invalid; ``concepts``
+        and ``predicted``: the codes of the chunk and the codes predicted for the next one, ``[B, M, G, R]``;
+        ``quantized``: the segments of all chunks, and the tables."""
         valid_BM, table = chunks.valid_BM, self.quantizer.table()
         assert table is not None
         return {
@@ -291,31 +298,31 @@ class ConceptLM(Chunk):
         groups, levels, codes = self.sizes
         cached = context > 0
         chunks = tokens / self.chunk if cached else tokens // self.chunk
-        rows = max(1.0, chunks)  # of one call; one that is made for less than a row each time is made less often
+        rows = max(1.0, chunks)  # chunks per call; below one chunk per call, the call repeats less often instead
         keys = max(rows, (context + tokens) // self.chunk)
-        found: list[DecoderPass | MatMul] = [
+        schedule: list[DecoderPass | MatMul] = [
             DecoderPass(rows, keys, repeats=chunks / rows, layers=self.concept_layers),
             MatMul(chunks, self.width * groups * levels * codes),
         ]
         if self.merge != "hard":
-            found.append(MatMul(chunks, levels * codes * self.width))
+            schedule.append(MatMul(chunks, levels * codes * self.width))
         if not cached:  # a cache has folded tables
-            found += [MatMul(codes, self._map_weights())] * (1 + training)
+            schedule += [MatMul(codes, self._map_weights())] * (1 + training)
         if training:
-            found.append(MatMul(chunks, levels * codes * self.width, trained=False))
-        return [*found, DecoderPass(tokens, context + tokens, cached=cached)]
+            schedule.append(MatMul(chunks, levels * codes * self.width, trained=False))
+        return [*schedule, DecoderPass(tokens, context + tokens, cached=cached)]
 
     def at_budget(self, budget: Effort) -> ConceptLM | None:
-        """See `Method.under`: concepts are no passes, so no share of them tells that they were left out."""
+        """See `Method.at_budget`: concepts are not passes, so `shares` cannot describe a call without them."""
         return self if budget.effort else None
 
     def _map_weights(self) -> int:
-        """Entries of the matrices that make the tables, which every code meets in its own."""
+        """Number of weights of the linear maps that compute the codebooks."""
         if not self.width:
             return 0
         return sum(layer.weight.numel() for layer in self.quantizer.modules() if isinstance(layer, nn.Linear))
 
     def extra_cache_bytes(self, tokens: int, number_bytes: int) -> float:
-        """The rows of chunks, and the tokens that are kept whole."""
+        """The KV slots of chunks, and the encoder states of the last tokens."""
         rows = CostModel(self.module.config).cache_bytes(tokens // self.chunk, number_bytes)
         return rows + 2 * min(tokens, REWIND + self.chunk - 1) * self.width * number_bytes

@@ -1,4 +1,4 @@
-"""How a state becomes scores of the vocabulary: one file per method, `base.py` is the seam."""
+"""Output heads, from final states to logits. One file per method; `base.py` defines the interface."""
 
 from pondera.core.lazy_names import lazy_names
 

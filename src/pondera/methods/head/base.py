@@ -1,4 +1,4 @@
-"""The seam `head/`: from a final state to a score for each token of the vocabulary.
+"""Base class of output heads, from a final state to one logit per token of the vocabulary.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -14,17 +14,16 @@ from pondera.core.loss_terms import LossTerm
 from pondera.core.spec_repr import SpecRepr
 
 IGNORED = -100
-"""Label of tokens that carry no loss, as in transformers."""
+"""Label of tokens without a loss, as in transformers."""
 
 
 class Head(SpecRepr, nn.Module, ABC):
-    """Takes the place of a backbone's output matrix.
+    """Replaces the output matrix of a backbone.
 
-    A head is described by its constructor and made by `bind`. It must give the same logits to a state whatever else is
-    in the batch, and `term` must equal the cross-entropy of those logits.
+    The constructor stores the settings; `bind` creates the weights. The logits of a state must not depend on the rest
+    of the batch, and `term` must equal the cross-entropy of these logits.
 
-    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods`` prints
-    them).
+    The class attribute `paper` gives the source and `cost` the cost in plain words (``pondera methods`` prints both).
     """
 
     paper: ClassVar[str]
@@ -39,10 +38,10 @@ class Head(SpecRepr, nn.Module, ABC):
         Args:
             vocabulary: V.
             width: D.
-            rows_VD: the trained output matrix that it takes the place of, if there is one.
+            rows_VD: the trained output matrix to replace, or ``None``.
 
         Raises:
-            UserError: sizes that it cannot take.
+            UserError: the head does not support these sizes.
         """
 
     @abstractmethod
@@ -56,4 +55,4 @@ class Head(SpecRepr, nn.Module, ABC):
     @property
     @abstractmethod
     def weights(self) -> int:
-        """Numbers that a state is multiplied with, for the price."""
+        """Number of weights that a state is multiplied with, for cost estimates."""

@@ -1,4 +1,4 @@
-"""VQ-Logits: tokens share the rows of a small codebook in place of an output matrix.
+"""VQ-Logits: an output head whose tokens share the rows of a small codebook.
 
 Shapes: B batch, T tokens, N states, D width, V vocabulary, G groups, K codes of a codebook, C = D/G width of its rows.
 """
@@ -20,25 +20,26 @@ INITS = ("auto", "order", "kmeans")
 
 
 class VQLogits(Head):
-    """Scores G x K rows of codebooks, and gives each token the sum of the scores of its codes, plus a bias of its own.
+    """Computes the scores of G x K codebook rows; a token's logit is the sum of the scores of its codes plus a bias.
 
-    With one group, tokens that share a code differ by their biases alone, whatever the context, so the likeliest tokens
-    should have codes of their own. With more groups a token is a combination of codes, and K to the power of G tokens can
-    be told apart.
+    With one group, the logits of tokens with the same code differ only by their biases, in every context, so the most
+    likely tokens should have separate codes. With more groups a token is a combination of codes, and the head can
+    distinguish K^G tokens.
 
     Source: VQ-Logits, arXiv 2505.10202 (the codebook and the map); the bias, more groups and the exact loss are ours.
     Cost: K x D multiplications per state in place of V x D, and reading G x V scores.
-    When not to use it: on a vocabulary of a few thousand, where the output matrix is small; or where the rare tokens of a
-    shared code have to be told apart by context and G is 1.
-    Resolved: the paper's map may be fixed or learned; this one is fixed, made by k-means of trained output rows where
-    there are any, and otherwise from the order of ids, as frequent pieces of a BPE come early: with one group the first
-    half of the codes goes to the first tokens, one each, and the rest is dealt out in turn.
+    When not to use it: with a vocabulary of a few thousand tokens, where the output matrix is small; with G = 1, if the
+    context must distinguish rare tokens that share a code.
+    Resolved: the paper's map from tokens to codes may be fixed or learned; this one is fixed. It is computed by k-means
+    of the trained output rows, if there are any. Otherwise it follows the order of token ids, because a BPE tokenizer
+    gives frequent tokens low ids: with one group the first half of the codes goes to the first tokens, one each, and
+    the other codes are assigned round-robin.
 
     Args:
         codes: K.
         groups: G, must divide D.
-        bias: a learnt number for each token.
-        init: ``"kmeans"`` of trained rows, ``"order"`` of ids, or ``"auto"``: whichever can be had, k-means first.
+        bias: learn a bias for each token.
+        init: ``"kmeans"`` of trained rows, ``"order"`` of token ids, or ``"auto"``: k-means if there are trained rows.
 
     Example:
         >>> head = VQLogits(codes=8, groups=2)
@@ -69,15 +70,15 @@ class VQLogits(Head):
         self.codes, self.groups, self.init, self._biased = codes, groups, init, bias
 
     def bind(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:
-        """See `Head.attach`."""
+        """See `Head.bind`."""
         if width % self.groups:
             fitting = [count for count in range(1, width + 1) if width % count == 0]
             near = min(fitting, key=lambda count: abs(count - self.groups))
             raise UserError(
-                f"VQLogits: groups={self.groups} does not divide the width {width}; the nearest that does is {near}"
+                f"VQLogits: groups={self.groups} does not divide the width {width}; the nearest divisor is {near}"
             )
         if self.init == "kmeans" and rows_VD is None:
-            raise UserError("VQLogits: init='kmeans' needs a backbone that was trained; use init='order'")
+            raise UserError("VQLogits: init='kmeans' needs a trained backbone; use init='order'")
         if rows_VD is not None and self.init != "order":
             table_GKC, code_VG = _clustered(rows_VD, self.codes, self.groups)
         else:
@@ -94,12 +95,12 @@ class VQLogits(Head):
 
     @property
     def weight(self) -> Tensor:
-        """The output matrix that scores alike, ``[V, D]``: for those who multiply by it themselves."""
+        """The equivalent dense output matrix, ``[V, D]``, for callers that multiply by it directly."""
         return torch.cat([self.table_GKC[group, self.code_VG[:, group]] for group in range(self.groups)], dim=1)
 
     @property
     def bias(self) -> Tensor | None:
-        """What is added to each token's score, ``[V]``."""
+        """The bias of each token, ``[V]``, or ``None``."""
         return self.bias_V
 
     def scores(self, h_ND: Tensor) -> Tensor:
@@ -117,9 +118,9 @@ class VQLogits(Head):
         return logits_NV.view(*h_BTD.shape[:-1], len(self.code_VG))
 
     def term(self, h_BTD: Tensor, labels_BT: Tensor) -> LossTerm:
-        """See `Head.term`. With one group no tensor is V wide but the biases: log Z = logsumexp_k(score_k + log n_k).
+        """See `Head.term`. With one group no tensor but the bias has size V: log Z = logsumexp_k(score_k + log n_k).
 
-        Here log n_k is the log of the sum of exp(bias) of the tokens of code k: with no bias, of how many they are.
+        Here log n_k is the logsumexp of the biases of the tokens with code k; without a bias, n_k is their number.
         """
         labels_N = labels_BT.reshape(-1).to(h_BTD.device)
         known_N = labels_N != IGNORED
@@ -131,7 +132,7 @@ class VQLogits(Head):
         return LossTerm((torch.logsumexp(scores_NK + self.shares(), 1) - own_N).sum(), known_N.sum())
 
     def shares(self) -> Tensor:
-        """What a code's score has to be raised by to stand for all of its tokens, ``[K]``; one group only."""
+        """Logsumexp of the biases of each code's tokens, to add to its score, ``[K]``; one group only."""
         biases_V, code_V = self._biases(), self.code_VG[:, 0]
         most_K = torch.full((self.codes,), -math.inf, device=biases_V.device).scatter_reduce(
             0, code_V, biases_V.detach(), "amax"
@@ -149,11 +150,11 @@ class VQLogits(Head):
 
 
 def _dealt(vocabulary: int, codes: int, groups: int) -> Tensor:
-    """Codes from ids alone."""
+    """Codes from token ids only."""
     ids_V = torch.arange(vocabulary)
     if groups > 1:
-        # The digits of the id, so that as many tokens as there are combinations differ; mixed, so that neighbours differ
-        # in all of them.
+        # Use the digits of the id, so that all combinations of codes occur; mix them, so that neighboring ids differ in
+        # all digits.
         digits = [(ids_V // codes**place) % codes for place in range(groups)]
         mixed = [sum(digits[: place + 1]) % codes for place in range(groups)]
         return torch.stack([torch.as_tensor(digit) for digit in mixed], 1)
@@ -162,13 +163,13 @@ def _dealt(vocabulary: int, codes: int, groups: int) -> Tensor:
 
 
 def _clustered(rows_VD: Tensor, codes: int, groups: int) -> tuple[Tensor, Tensor]:
-    """Codebooks and codes of trained rows."""
+    """Codebooks and codes from trained output rows."""
     from pondera.methods.quantize.common.kmeans import kmeans
     from pondera.methods.quantize.common.nearest import nearest
 
-    draw, tables, found = torch.Generator().manual_seed(0), [], []
+    draw, tables, codes_of_groups = torch.Generator().manual_seed(0), [], []
     for part_VC in rows_VD.detach().float().cpu().unflatten(1, (groups, -1)).unbind(1):
         table_KC, _ = kmeans(part_VC.contiguous(), codes, draw)
         tables.append(table_KC)
-        found.append(nearest(part_VC, table_KC))
-    return torch.stack(tables), torch.stack(found, 1)
+        codes_of_groups.append(nearest(part_VC, table_KC))
+    return torch.stack(tables), torch.stack(codes_of_groups, 1)

@@ -13,9 +13,11 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.hand_over import Owner, hand_over, name
 from pondera.cache.io import load, save
 from pondera.cache.layer import KVLayer
+from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from pondera.core.spec_repr import SpecRepr
@@ -100,6 +102,8 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
     saves: ClassVar[str] = "bytes"
     """What it makes less of: the ``"bytes"`` that are kept; or it keeps everything, and makes less of ``"reading"`` it in
     attention, or of ``"compute"`` in all of a layer; or of ``"nothing"``."""
+    prunes_hidden_states: ClassVar[bool] = False
+    """It drops tokens from the hidden states between layers."""
     fitted: bool = True
     """False where `fit` has to come first."""
 
@@ -195,6 +199,63 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
                 f"past_key_values: {self!r} is a method, and what is wanted is a cache of it; pass {self!r}.cache(model)"
             )
         return super().__getattr__(name)
+
+    def slot_cache(self, model: PreTrainedModel, windowed: list[bool], slots_per_token: int) -> CompressedSlotCache:
+        """An empty cache for a method that runs several passes per token on this model, in layers of this method.
+
+        Args:
+            model: any causal LM of transformers.
+            windowed: which decoder layers have a sliding window; their slots are all kept, and masked.
+            slots_per_token: the most slots that a token can have.
+
+        Raises:
+            UserError: see `cache`; or this method drops tokens between layers.
+        """
+        self.check_passes()
+        view = self.cache(model)
+
+        def make() -> list[KVLayer]:
+            layers = self.cache(model).layers
+            return [layer if isinstance(layer, KVLayer) else self.exact_layer() for layer in layers]
+
+        def cache_of(layers: list) -> KVCache:
+            return KVCache(layers, self, view.owner)
+
+        window = getattr(model.config.get_text_config(decoder=True), "sliding_window", None)
+        return CompressedSlotCache(make, cache_of, windowed, window, slots_per_token)
+
+    def token_cache(self, model: PreTrainedModel, slots_per_token: int) -> TokenCache:
+        """An empty cache for a method whose slots of a token are consecutive, in layers of this method.
+
+        Args:
+            model: any causal LM of transformers.
+            slots_per_token: slots that each token leaves in every layer.
+
+        Raises:
+            UserError: see `slot_cache`.
+        """
+        if slots_per_token > 1:
+            self.check_passes()
+        view = self.cache(model)
+        return TokenCache(view.layers, slots_per_token, view)
+
+    def check_passes(self) -> None:
+        """Refuses to keep several slots per token where that cannot be right.
+
+        Raises:
+            UserError: why.
+        """
+        if self.prunes_hidden_states:
+            raise UserError(
+                f"{type(self).__name__} drops tokens from the hidden states between layers, and a method that thinks feeds the "
+                "final state of every token back; use a method that works on the cache alone, such as SnapKV(1024)"
+            )
+
+    def exact_layer(self) -> KVLayer:
+        """An empty layer that keeps every slot, for layers that are not compressed."""
+        from pondera.methods.kv_cache.preallocated_cache import PreallocatedCache
+
+        return PreallocatedCache().empty_layer()
 
     def load_cache(self, model: PreTrainedModel, path: str | Path) -> KVCache:
         """A cache that `KVCache.save` has written, on the model's device; `generate` goes on as if it had never left.

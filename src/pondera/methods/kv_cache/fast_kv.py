@@ -57,6 +57,7 @@ class FastKV(PolicyWrapper):
     """
 
     paper: ClassVar[str] = "FastKV, arXiv 2502.01068"
+    prunes_hidden_states = True
     cost: ClassVar[str] = "the policy's rows; later layers read a part of the prompt's tokens"
     examples: ClassVar[dict[str, str]] = {
         "exact": "FastKV(SnapKV(64, window=4), tsp=64)",

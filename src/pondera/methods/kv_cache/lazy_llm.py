@@ -58,6 +58,7 @@ class LazyLLM(ProgressivePruning):
     """
 
     paper: ClassVar[str] = "LazyLLM, arXiv 2407.14057"
+    prunes_hidden_states = True
     cost: ClassVar[str] = (
         "deeper layers run a part of the tokens; a hidden state for each that stopped, beside the rows of what was run"
     )

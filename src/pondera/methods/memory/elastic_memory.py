@@ -1,4 +1,4 @@
-"""ElasticMemory: the past as polynomials of time, written exactly and sampled as rows of attention.
+"""Elastic Memory: past keys and values as Legendre coefficients, sampled as extra attention slots.
 
 Shapes: B batch, H key and value heads, L tokens of a block, N order, S samples, d head width.
 """
@@ -22,46 +22,47 @@ POINTS = ("uniform", "recent")
 
 
 class ElasticMemory(SegmentRecurrence):
-    """Each layer's past keys and values are signals of time; their N lowest Legendre coefficients are all that is kept.
+    """Compresses each layer's past keys and values, as signals of time, to their N lowest Legendre coefficients.
 
-    A text is read in blocks. When a block is full, its keys (without positions) and values enter the coefficients by two
-    matrices that depend on the block's number alone. Beside the next block stand S rows, sampled from the polynomials at S
-    points of the past, and compete with the block's own rows in one softmax. Nothing of it is learned, and where is sampled
-    may be changed at any time (`look`).
+    The method reads a sequence in blocks. When a block is complete, two matrices, which depend only on the block's
+    index, add its keys (before RoPE) and values to the coefficients. The next block then attends to S extra slots,
+    sampled from the polynomials at S points of the past, together with its own slots in one softmax. The method has no
+    parameters, and `look` can change the sampling points at any time.
 
-    Source: "Towards Compressive and Scalable Recurrent Memory", arXiv 2602.11212, Algorithm 1, of which no code is public;
-    HiPPO, arXiv 2008.07669.
-    Cost: per token S further rows in attention, and a L-th of ``2 H d (N^2 + N L + S N)`` multiplications per layer. A cache
-    holds ``2 H d N`` float32 numbers and S rows per layer, the open block, and all of this once more as it was one block
-    before, so that drafts can be taken back; nothing grows with the text. In training all blocks of a window are one graph,
-    so `tbptt` bounds how far gradients reach, not what activations take; and memory begins anew with each window.
-    When not to use it: for a single token of the past. N coefficients over T tokens keep N/T of a signal that is independent
-    from token to token; what the layers write must be smooth in time for it to be read again. Nor with FSDP on isolated
-    documents (``data.document_mask``), as processes would then call the decoder different numbers of times.
-    Resolved: P and the other matrices are exact for signals that are constant over a token (the paper's discretisation is
-    not known). Keys are compressed before rotation; memory rows are not rotated and queries are, counted from the block's
-    first token, so all memory rows stand at the block's beginning (as Algorithm 1 has it; the origin is not said there).
-    Beside a text's first block there are no memory rows: zeros would take softmax mass. Each key and value head has
-    coefficients of its own; sampled keys are not normalised. Points lie inside (0, 1), where the basis is bounded best. The
-    horizon of gradients is not known; here it is two blocks. Blocks do not overlap, so a block's first token has no exact
-    neighbour but those of `local_context`. Coefficients are float32 under any dtype.
+    Source: "Towards Compressive and Scalable Recurrent Memory", arXiv 2602.11212, Algorithm 1, no public code; HiPPO,
+    arXiv 2008.07669.
+    Cost: per token S extra slots in attention, and 1/L of ``2 H d (N^2 + N L + S N)`` multiplications per layer. Per
+    layer the cache contains ``2 H d N`` float32 numbers, S slots and the open block, plus the same data of the previous
+    block for rollback; nothing grows with the sequence. In training, all blocks of a window are in one graph, so
+    `tbptt` limits the reach of gradients but not the activation memory; and memory starts empty in each window.
+    When not to use it: to recall single tokens. N coefficients over T tokens keep only N/T of a signal that is
+    independent from token to token; only what varies smoothly with time can be recovered. With FSDP on isolated
+    documents (``data.document_mask``), because processes would make different numbers of decoder calls.
+    Resolved: all matrices are exact for signals that are constant over a token (the paper does not give its
+    discretization). Keys are compressed before RoPE. Memory slots are not rotated, but queries are, by positions
+    counted from the block's first token, so all memory slots are at the start of the block (as in Algorithm 1, which
+    does not define the origin). The first block of a sequence has no memory slots, because zero keys would take softmax
+    probability. Each key and value head has its own coefficients; sampled keys are not normalized. Sampling points lie
+    inside (0, 1), where the basis functions are smallest. The paper does not give the reach of gradients; here it is
+    two blocks. Blocks do not overlap, so the first token of a block has no exact earlier tokens except those of
+    `local_context`. Coefficients are float32 under any dtype.
 
     Args:
-        block: L, tokens.
+        block: L, tokens per block.
         order: N, coefficients per coordinate.
-        samples: S, memory rows; 0: blocks without memory.
-        points: where they are sampled, 0 = oldest, 1 = newest: ``"uniform"``, ``"recent"`` (denser towards the newest,
-            ``1 - (1 - u)^2``), or the points themselves, whose number is then S.
-        measure: ``"legs"``, all that was read, evenly; ``"legt"``, a window of the last `theta` tokens.
-        theta: of ``"legt"``.
-        local_context: rows of the last tokens before a block, kept as they are.
-        tbptt: gradients are cut at every so many-th border of blocks; none: never.
-        layers: numbers of the layers that have memory; none: all without a sliding window.
+        samples: S, memory slots; 0: blocks without memory.
+        points: sampling points from 0 (oldest) to 1 (newest): ``"uniform"``, ``"recent"`` (denser near the newest,
+            ``1 - (1 - u)^2``), or a list of S points.
+        measure: ``"legs"``: all tokens with equal weight; ``"legt"``: a window of the last `theta` tokens.
+        theta: window length of ``"legt"``, in tokens.
+        local_context: number of last tokens before a block whose keys and values are kept exactly.
+        tbptt: gradients are cut at every `tbptt`-th block boundary; ``None``: never. Default: 2.
+        layers: indices of the layers with memory; default: ``None``, all layers without a sliding window.
 
     Example:
         >>> memory = ElasticMemory(block=4, order=3, samples=2)
-        >>> held = memory.update_memory({}, torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1), [0])
-        >>> held["coefficients_v"].flatten().round(decimals=4).abs().tolist(), held["rows_v"].flatten().tolist()
+        >>> state = memory.update_memory({}, torch.ones(1, 1, 4, 1), torch.ones(1, 1, 4, 1), [0])
+        >>> state["coefficients_v"].flatten().round(decimals=4).abs().tolist(), state["rows_v"].flatten().tolist()
         ([1.0, 0.0, 0.0], [1.0, 1.0])
     """
 
@@ -93,23 +94,23 @@ class ElasticMemory(SegmentRecurrence):
             raise unknown("measure", measure, MEASURES)
         if (measure == "legt") != (theta is not None) or (theta is not None and theta <= 0):
             raise UserError(
-                f"measure={measure!r}, theta={theta}: 'legt' needs a window of theta tokens, more than 0; 'legs' has none"
+                f"measure={measure!r}, theta={theta}: 'legt' needs theta > 0, a window in tokens; 'legs' takes no theta"
             )
         self.order, self.measure, self.theta = order, measure, theta
         self.points: tuple[float, ...] = ()
         self.look(points, samples)
 
     def look(self, points: str | list[float], samples: int | None = None) -> None:
-        """Changes where memory is sampled, from the next block that begins; coefficients stay as they are.
+        """Changes the sampling points, starting with the next block; the coefficients do not change.
 
-        Within a text the points may move; their number may change only for texts that begin.
+        Within a sequence the points may change, but their number may change only for new sequences.
 
         Args:
-            points: as the method's argument.
-            samples: another number of rows; none: as many as before, or as there are points.
+            points: see the constructor.
+            samples: new number of slots; default: ``None``, as before, or the length of the list `points`.
 
         Raises:
-            UserError: points that are not there.
+            UserError: unknown or invalid points.
         """
         if isinstance(points, str):
             if points not in POINTS:
@@ -136,7 +137,7 @@ class ElasticMemory(SegmentRecurrence):
         return self.order if blocks and self.samples else 0
 
     def update_memory(
-        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+        self, state: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
     ) -> RecurrentState:
         """See `SegmentRecurrence.update_memory`."""
         if not self.samples:
@@ -153,7 +154,7 @@ class ElasticMemory(SegmentRecurrence):
             for name, x_BHLd in (("k", key_BHLd), ("v", value_BHLd)):
                 coefficients_BHNd = entry @ x_BHLd.to(kind)
                 if any(blocks):
-                    coefficients_BHNd = stretch @ held[f"coefficients_{name}"] + coefficients_BHNd
+                    coefficients_BHNd = stretch @ state[f"coefficients_{name}"] + coefficients_BHNd
                 new[f"coefficients_{name}"] = coefficients_BHNd
                 new[f"rows_{name}"] = (read @ coefficients_BHNd).to(x_BHLd.dtype)
         return new
@@ -162,34 +163,34 @@ class ElasticMemory(SegmentRecurrence):
         return _matrices(self.block, self.order, self.points, self.theta, blocks, kind, device)
 
     def products(self, blocks: int, gradient: bool = False) -> list[MatMul]:
-        """See `SegmentRecurrence.products`: block, coefficients and samples, keys and values."""
+        """See `SegmentRecurrence.products`: products of block, coefficients and samples, for keys and values."""
         if not self.samples or self.shape is None:
             return []
         columns, cut = 2 * self.shape.kv_numbers, self.tbptt is not None and (blocks + 1) % self.tbptt == 0
         begins = self.tbptt is not None and blocks % self.tbptt == 0
-        found = [(self.order * self.block, gradient and not cut), (self.order * self.samples, gradient and not cut)]
+        products = [(self.order * self.block, gradient and not cut), (self.order * self.samples, gradient and not cut)]
         if blocks:
-            found.append((self.order**2, gradient and not cut and not begins))
-        # Their matrices are constants: backward there is one product more, not two.
-        return [MatMul(columns * (1 + back), weights, trained=False) for weights, back in found]
+            products.append((self.order**2, gradient and not cut and not begins))
+        # The matrices are constants: the backward pass adds one product, not two.
+        return [MatMul(columns * (1 + back), weights, trained=False) for weights, back in products]
 
 
 @lru_cache(maxsize=256)
 def _matrices(
     block: int, order: int, points: tuple[float, ...], theta: float | None, blocks: int, kind: torch.dtype, device: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What a block that comes after `blocks` others is put behind them by: P, W and the rows of samples, on their device.
+    """The matrices that add a block after `blocks` others: P, W and the sampling matrix, on the given device.
 
-    A window that is not full yet is sampled where it is.
+    A window that is not yet full is sampled only where it contains tokens.
     """
     x_S = torch.tensor(points, dtype=torch.float64)
     if theta is None:
-        ratio = blocks / (blocks + 1)  # whatever the length of blocks is
-        found = legendre.stretch(ratio, order), legendre.entry(blocks * block, block, order)
+        ratio = blocks / (blocks + 1)  # independent of the block length
+        update = legendre.stretch(ratio, order), legendre.entry(blocks * block, block, order)
     else:
-        found = _window(theta, block, order)
+        update = _window(theta, block, order)
         x_S = 1 - (1 - x_S) * min(1.0, (blocks + 1) * block / theta)
-    stretch, entry, read = (matrix.to(device, kind) for matrix in (*found, legendre.basis(x_S, order)))
+    stretch, entry, read = (matrix.to(device, kind) for matrix in (*update, legendre.basis(x_S, order)))
     return stretch, entry, read
 
 

@@ -1,4 +1,4 @@
-"""MeanPool: every few tokens of the past as one mean row.
+"""MeanPool: mean-pooled keys and values of the past, a control for learned or analytic compression.
 
 Shapes: B batch, H key and value heads, L tokens of a block, d head width.
 """
@@ -15,24 +15,25 @@ from pondera.methods.memory.common.segment_recurrence import SegmentRecurrence
 
 
 class MeanPool(SegmentRecurrence):
-    """Reads block by block; of closed blocks the means of every few keys and values are kept, the newest of them.
+    """Compresses each complete block to the means of every `pool` keys and values, and keeps the newest S means.
 
-    The control for memories that compress better: as many rows, made in the simplest way.
+    It is the control for memories that compress better: the same number of slots, computed in the simplest way.
 
-    Source: mean pooling as in the Compressive Transformer, arXiv 1911.05507, without its uncompressed memory (that is
-    `local_context`) and without its second loss. Cost: per token S further rows in attention; the cache has them once, once
-    more as they were one block before, and two blocks. When not to use it: for what lies more than ``samples * pool``
-    tokens back, which is forgotten.
-    Resolved: keys are averaged without their rotation and are not rotated as rows, as in `ElasticMemory`, so that the two
-    differ in nothing but how rows are made.
+    Source: mean pooling as in the Compressive Transformer, arXiv 1911.05507, without its uncompressed memory (use
+    `local_context`) and without its auxiliary loss.
+    Cost: per token S extra slots in attention. The cache contains these slots, their copy before the last block (for
+    rollback), and two blocks.
+    When not to use it: to recall tokens more than ``samples * pool`` tokens back, which are dropped.
+    Resolved: keys are averaged before RoPE, and memory slots are not rotated, as in `ElasticMemory`, so the two
+    methods differ only in how memory slots are computed.
 
     Args:
-        block: L, tokens.
-        samples: S, the most rows.
-        pool: tokens per row; divides the block.
-        local_context: rows of the last tokens before a block, kept as they are.
-        tbptt: gradients are cut at every so many-th border of blocks; none: never.
-        layers: numbers of the layers that have memory; none: all without a sliding window.
+        block: L, tokens per block.
+        samples: S, maximum number of memory slots.
+        pool: tokens per slot; must divide `block`.
+        local_context: number of last tokens before a block whose keys and values are kept exactly.
+        tbptt: gradients are cut at every `tbptt`-th block boundary; ``None``: never. Default: 2.
+        layers: indices of the layers with memory; default: ``None``, all layers without a sliding window.
 
     Example:
         >>> import torch
@@ -67,8 +68,8 @@ class MeanPool(SegmentRecurrence):
         return min(self.samples, blocks * (self.block // self.pool))
 
     def update_memory(
-        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+        self, state: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
     ) -> RecurrentState:
         """See `SegmentRecurrence.update_memory`."""
         key_BHSd, value_BHSd = (x_BHLd.unflatten(-2, (-1, self.pool)).mean(-2) for x_BHLd in (key_BHLd, value_BHLd))
-        return newest(held, key_BHSd, value_BHSd, self.samples)
+        return newest(state, key_BHSd, value_BHSd, self.samples)

@@ -1,7 +1,7 @@
-"""MemorizingTransformer: closed blocks as they were, of which each query reads its nearest rows.
+"""Memorizing Transformer: attention to the nearest keys in an uncompressed memory of earlier blocks.
 
-Shapes: B batch, S rows of a call, M memory rows, K memory and other rows, L tokens of a block, H heads, G key and value
-heads, d head width.
+Shapes: B batch, S tokens of a call, M memory slots, K memory and other slots, L tokens of a block, H heads, G key and
+value heads, d head width.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ from pondera.models.rotary import Rotary
 
 
 class MemorizingTransformer(SegmentRecurrence):
-    """Reads block by block; in some layers each query also attends to its k nearest among the last M keys before the block.
+    """In some layers, each query also attends to its k nearest keys among the last M keys before the block.
 
-    What comes of these k and what comes of the block are mixed by a learned gate, one per head.
+    A learned gate per head mixes this result with the attention to the block.
 
-    Source: Memorizing Transformers, arXiv 2203.08913. Cost: in layers with memory 2 M rows of d numbers per head, once more
-    as they were one block before. The search is exact, by one product of all queries and all M keys: H d M multiplications
-    per token, and as many again to mix all M columns, most of them with weight 0, so what reading k rows alone could
-    save is not saved. That is what attention to M further rows costs in one layer, and fine while full attention to as many
-    would be: with M = 1024 at width 512, a third of what the layer's matrices multiply. An index for approximate search pays
-    where M is some 10^5 and more; what it misses has to be measured then.
-    When not to use it: with a memory as large as that.
-    Resolved: keys are kept without positions, and queries are compared without theirs, as the paper has positions in its
-    local attention only. No gradient goes into memory. The paper normalises queries and keys; here they are what the
-    architecture makes them. It has memory in one layer, near the top, of its twelve; `layers` says which, and without
-    it is the last one without a sliding window. Gates start at one half. Its Transformer-XL rows are `local_context`.
+    Source: Memorizing Transformers, arXiv 2203.08913.
+    Cost: layers with memory keep 2 M vectors of d numbers per head, plus a copy from before the last block (for
+    rollback). The search is exact, one product of all queries with all M keys: H d M multiplications per token, and the
+    same again to mix all M columns, most of them with weight 0. Reading only k slots would be cheaper, but this
+    implementation does not exploit that. The cost is that of attention to M extra slots in one layer, which is
+    acceptable for moderate M: M = 1024 at width 512 costs a third of the layer's matrix products. An index for
+    approximate search pays off from about M = 10^5; its recall must then be measured.
+    When not to use it: with a memory of that size.
+    Resolved: keys are stored without positions, and queries are compared without positions, because the paper has
+    positions only in local attention. Memory gets no gradient. The paper normalizes queries and keys; here they are as
+    the architecture computes them. The paper has memory in one of its twelve layers, near the top; `layers` selects the
+    layers, and the default is the last layer without a sliding window. Gates start at one half. The Transformer-XL
+    cache of the paper is `local_context`.
 
     Args:
-        block: L, tokens.
-        memory: M, the most rows that are kept.
-        top_k: k, rows that a query reads.
-        local_context: rows of the last tokens before a block, beside it in its own softmax.
-        layers: numbers of the layers that have memory; none: the last one without a sliding window.
+        block: L, tokens per block.
+        memory: M, maximum number of memory slots.
+        top_k: k, memory slots that a query attends to.
+        local_context: number of last tokens before a block that share a softmax with the block.
+        layers: indices of the layers with memory; default: ``None``, the last layer without a sliding window.
 
     Example:
         >>> MemorizingTransformer(block=64, memory=256).rows(blocks=3)
@@ -71,7 +73,7 @@ class MemorizingTransformer(SegmentRecurrence):
         self.memory, self.top_k = memory, top_k
 
     def bind(self, backbone: Backbone) -> None:
-        """Makes the gates."""
+        """Creates the gates."""
         if self.layers is None:
             full = [index for index, kind in enumerate(backbone.layer_types) if kind == "full_attention"]
             self.layers = full[-1:] or None
@@ -85,25 +87,25 @@ class MemorizingTransformer(SegmentRecurrence):
         return min(self.memory, blocks * self.block)
 
     def update_memory(
-        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+        self, state: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
     ) -> RecurrentState:
         """See `SegmentRecurrence.update_memory`."""
-        return newest(held, key_BHLd, value_BHLd, self.memory)
+        return newest(state, key_BHLd, value_BHLd, self.memory)
 
-    def attention(self, backbone: Backbone, held: SegmentCache, h_ASD: Tensor, position_AS: Tensor) -> Server:
+    def attention(self, backbone: Backbone, cache: SegmentCache, h_ASD: Tensor, position_AS: Tensor) -> Server:
         """See `SegmentRecurrence.attention`."""
         layers = cast("list[int]", self.layers)
-        width = cast(SegmentLayer, held.layers[layers[0]]).widths()[0]
+        width = cast(SegmentLayer, cache.layers[layers[0]]).widths()[0]
         gates = dict(zip(layers, self.gates, strict=True))
         rotation = backbone.rotation("full_attention", position_AS, h_ASD)
         return partial(nearest_attention, Nearest(gates, width, self.top_k, rotation))
 
     def attended(self, blocks: int) -> int:
-        """See `SegmentRecurrence.attended`: memory is read beside the backbone's attention."""
+        """See `SegmentRecurrence.attended`: memory is not part of the backbone's own attention."""
         return 0
 
     def searches(self, rows: float, blocks: int, gradient: bool = False) -> list[MatMul]:
-        """See `SegmentRecurrence.searches`: scores and their mix, and back to the queries alone."""
+        """See `SegmentRecurrence.searches`: products for scores and their mix; gradients reach only the queries."""
         if self.shape is None or not blocks:
             return []
         products = 2 * (1 + gradient)
@@ -112,13 +114,13 @@ class MemorizingTransformer(SegmentRecurrence):
 
 @dataclass(frozen=True)
 class Nearest:
-    """What the attention of one call is told.
+    """Memory attention of one call.
 
     Args:
-        gates: of each layer that has memory, ``[H]`` each.
+        gates: gate logits of each layer with memory, ``[H]`` each.
         width: M, memory columns in these layers.
         top_k: k.
-        rotation: what queries are turned by; none: nothing.
+        rotation: the rotary embedding of the queries, which is undone; ``None``: no rotary embedding.
     """
 
     gates: dict[int, Tensor]
@@ -129,18 +131,18 @@ class Nearest:
     def __call__(
         self, query_BHSd: Tensor, key_BGMd: Tensor, value_BGMd: Tensor, there_B1SM: Tensor, scale: float
     ) -> Tensor:
-        """What each query reads of memory, ``[B, S, H, d]``."""
+        """The memory attention output of each query, ``[B, S, H, d]``."""
         query = query_BHSd if self.rotation is None else self.rotation.undo(query_BHSd)
         groups = query.shape[1] // key_BGMd.shape[1]
         key, value = (part.repeat_interleave(groups, dim=1) for part in (key_BGMd, value_BGMd))
         score_BHSM = (query @ key.transpose(-1, -2) * scale).masked_fill(~there_B1SM, -torch.inf)
         if self.top_k < self.width:
-            # By number, not by score: of rows that are equal, as the same token at the beginning of two blocks is, any may
-            # be the k-th, but there must be k, or rounding would say how often an equal row counts.
+            # Select by index, not by a score threshold. Slots can have equal keys (e.g. the same token at the start of
+            # two blocks); exactly k of them must be selected, or rounding would decide how many equal slots count.
             nearest_BHSk = score_BHSM.topk(self.top_k, dim=-1).indices
             others_BHSM = torch.ones_like(score_BHSM, dtype=torch.bool).scatter(-1, nearest_BHSk, False)
             score_BHSM = score_BHSM.masked_fill(others_BHSM, -torch.inf)
-        weight_BHSM = score_BHSM.float().softmax(-1).nan_to_num().to(value.dtype)  # nothing where there is nothing
+        weight_BHSM = score_BHSM.float().softmax(-1).nan_to_num().to(value.dtype)  # zero without valid slots
         return (weight_BHSM @ value).transpose(1, 2)
 
 
@@ -155,16 +157,16 @@ def nearest_attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The backbone's own attention to all rows but memory's, and the nearest of these, mixed by the layer's gates.
+    """The backbone's own attention to all slots except memory, mixed with memory attention by the layer's gates.
 
     Args:
-        nearest: reads memory.
+        nearest: computes memory attention.
         base: the backbone's own attention function.
         module: the attention layer.
-        query_BHSd, key_BGKd, value_BGKd: after rotation, but for memory rows, which come first.
-        attention_mask: ``[B, 1, S, K]`` for layers with memory, as `base` takes it.
-        scaling: of the scores; none: one over the root of the width.
-        **kwargs: handed on.
+        query_BHSd, key_BGKd, value_BGKd: after RoPE, except memory slots, which come first.
+        attention_mask: ``[B, 1, S, K]`` for layers with memory, in the format of `base`.
+        scaling: scale of the scores; default: ``None``, d ** -0.5.
+        **kwargs: passed to `base`.
     """
     gate_H = nearest.gates.get(module.layer_idx)
     width = 0 if gate_H is None else nearest.width

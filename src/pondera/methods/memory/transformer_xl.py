@@ -1,4 +1,4 @@
-"""TransformerXL: blocks, and the last rows before each carried over as they are."""
+"""Transformer-XL: segment-level recurrence with the cached keys and values of the last tokens before each block."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ from pondera.methods.memory.common.segment_recurrence import SegmentRecurrence
 
 
 class TransformerXL(SegmentRecurrence):
-    """Reads block by block; beside each block stand the keys and values of the last tokens before it, and nothing else.
+    """Each block attends to the keys and values of the last `mems` tokens before it, without other memory.
 
-    Source: Transformer-XL, arXiv 1901.02860. Cost: per token `mems` further rows in attention; the cache has them and two
-    blocks, and does not grow. When not to use it: for what lies further back than layers times `mems` tokens.
-    Resolved: the paper keeps hidden states and makes keys and values of them again; with the weights of one step, and from
-    the same states, these are the rows that are kept here. Its relative positions are the backbone's own: rotary keys are
-    turned to their places before the block; learned positions stay as they were in their own block. It lets no gradient
-    through to an earlier block, so `tbptt` is 1 unless told otherwise.
+    Source: Transformer-XL, arXiv 1901.02860.
+    Cost: per token `mems` extra slots in attention; the cache contains them and two blocks, and does not grow.
+    When not to use it: to recall tokens further back than layers times `mems` tokens.
+    Resolved: the paper caches hidden states and recomputes keys and values from them; with the same weights and states,
+    the result is the keys and values cached here. The paper's relative positions are replaced by the backbone's own:
+    rotary keys are rotated to their positions before the block; learned positions remain those of the keys' own
+    block. The paper stops gradients at earlier blocks, so the default of `tbptt` is 1.
 
     Args:
-        block: L, tokens.
-        mems: rows that are carried over; 0: blocks that see nothing of what was before.
-        tbptt: gradients are cut at every so many-th border of blocks; none: never.
+        block: L, tokens per block.
+        mems: number of earlier tokens whose keys and values are kept; 0: independent blocks.
+        tbptt: gradients are cut at every `tbptt`-th block boundary; ``None``: never. Default: 1.
 
     Example:
         >>> TransformerXL(block=64, mems=16).local_context
@@ -38,11 +39,11 @@ class TransformerXL(SegmentRecurrence):
         super().__init__(block, mems, tbptt)
 
     def rows(self, blocks: int) -> int:
-        """None beside those that are carried over."""
+        """No memory slots, only `local_context`."""
         return 0
 
     def update_memory(
-        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+        self, state: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
     ) -> RecurrentState:
-        """Nothing beside the rows that are carried over."""
+        """No memory, only `local_context`."""
         return {}

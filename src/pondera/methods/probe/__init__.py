@@ -1,4 +1,4 @@
-"""Ways to look at a trained model from outside, one per file."""
+"""Probes: analyses of a trained model from its outputs and traces. One file per probe."""
 
 from pondera.core.lazy_names import lazy_names
 

@@ -1,7 +1,7 @@
-"""The seam `probe/`: what one can see of a model from outside.
+"""Base class of probes, which analyze a model without changing it.
 
-A probe reads what the model returns and what its thinking method recorded. It never edits a model's code or weights, so
-it works on any checkpoint, and what it found is plain data: it can be printed, stored and read by others.
+A probe reads the outputs of a model and the trace of its method. It never changes the model's code or weights, so it
+works on any checkpoint. Its result is plain data, which can be printed, stored and processed further.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plot:
-    """A chart of what a probe found.
+    """A chart of a probe's result.
 
     Args:
-        title, x_label, y_label: what stands on it.
+        title, x_label, y_label: the labels of the chart.
         lines: points by name, in the order of the legend.
-        log_y: whether heights are read as powers.
+        log_y: use a logarithmic y-axis.
     """
 
     title: str
@@ -41,13 +41,13 @@ class Plot:
 
 @dataclass(frozen=True)
 class Shown:
-    """What a probe found, for a terminal.
+    """A probe's result, for a terminal.
 
     Args:
-        columns: names of the columns.
-        rows: cells as text that is safe to print.
-        note: what the table comes to, in a sentence or two.
-        plots: charts, for those who ask for them.
+        columns: column names.
+        rows: cells, as text that is safe to print.
+        note: a summary in one or two sentences.
+        plots: charts, which callers may show.
     """
 
     columns: list[str]
@@ -57,54 +57,54 @@ class Shown:
 
 
 class Probe(SpecRepr, ABC):
-    """Looks at a model that reads a text.
+    """Analyzes a model on a text.
 
-    A probe is constructed from its spec string, such as ``ThinkTrace(top=3)``. It is one file of this folder, named like
-    its class; the contract tests run every one of them. Those that look at the tokens of a text one by one take
-    `max_tokens`, those that list candidates take `top`: the command line has an option for each of the two.
+    A probe is built from its spec string, such as ``ThinkTrace(top=3)``. Each probe is one file of this folder, named
+    after its class; the contract tests run every probe. A probe that analyzes single tokens has the argument
+    `max_tokens`; a probe that lists candidates has `top`. The command line has an option for each of the two.
     """
 
     @abstractmethod
     def run(self, model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str) -> dict[str, Any]:
-        """Looks; the model is left as it was.
+        """Runs the probe; the model does not change.
 
         Args:
-            model: any mode.
-            tokenizer: its tokenizer.
-            text: what it reads.
+            model: in any mode.
+            tokenizer: the model's tokenizer.
+            text: the text to analyze.
 
         Returns:
-            What was found, in JSON's own types: written out and read back, it is the same.
+            The result, in JSON types: writing it as JSON and reading it back gives an equal object.
 
         Raises:
-            UserError: there is nothing to see in this model or this text; the message says in which there is.
+            UserError: the probe does not apply to this model or text; the message says what it needs.
         """
 
     def look(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """Looks at tensors of a file instead of a model, where a probe can.
+        """Analyzes the tensors of a file instead of a model, if the probe supports this.
 
         Args:
-            tensors: by name, as the file has them.
+            tensors: the tensors of the file by name.
 
         Raises:
-            UserError: this probe looks at models only, or misses a tensor.
+            UserError: this probe supports only models, or a tensor is missing.
         """
         raise UserError(
-            f"{type(self).__name__} looks at a model that reads a text; give a run or a model folder, not a file"
+            f"{type(self).__name__} analyzes a model that reads a text; give a run or a model folder, not a file"
         )
 
     @abstractmethod
     def show(self, found: dict[str, Any]) -> Shown:
-        """What `run` found, as a table."""
+        """Formats a result of `run` as a table."""
 
 
 @contextmanager
 def observed(model: AdaptiveLM, record: bool = True) -> Iterator[None]:
-    """The model as one looks at it: in eval mode, without gradients, its method recording.
+    """Context manager: the model in eval mode, without gradients, with its method recording.
 
     Args:
-        model: any mode; afterwards it is as it was.
-        record: have the method fill the trace, if there is one.
+        model: in any mode; the mode is restored afterwards.
+        record: let the method fill its trace, if the model has a method.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Is a codebook collapsed? Every codebook of a model, or one in a file, held against the best that as many codes could do.
+"""Codebook collapse: compares the codebooks of a model, or one from a file, with k-means codebooks of the same size.
 
 Shapes: N vectors, C width, K codes.
 """
@@ -19,25 +19,26 @@ if TYPE_CHECKING:
 
 TENSORS = ("latents", "codebook")
 POINTS = 64
-"""A curve has at most so many points."""
+"""Maximum number of points of a curve."""
 
 
 class Collapse(Probe):
-    """Tells healthy codebooks from two failures that "codebook usage" confuses, and what would cure each.
+    """Diagnoses codebooks: detects two failures that "codebook usage" confuses, and suggests a cure for each.
 
-    *Token collapse*: rows crowd or die, so that codes are wasted. *Embedding collapse*: the vectors themselves vary in few
-    directions, so that even a perfect codebook has little to tell apart. Both are deferred against a codebook that k-means
-    fits to half of the same vectors, measured on the other half. Of a model the vectors are those that its quantizer meets
-    when it reads the text; a file of tensors (safetensors) holds ``latents [N, C]`` and ``codebook [K, C]``.
+    *Token collapse*: codebook rows crowd together or die, so codes are wasted. *Embedding collapse*: the vectors vary
+    in few directions, so even a perfect codebook has little to distinguish. The reference for both is a k-means
+    codebook, fitted to half of the same vectors and measured on the other half. For a model, the vectors are the inputs
+    of its quantizer while the model reads the text. A file of tensors (safetensors) contains ``latents [N, C]`` and
+    ``codebook [K, C]``.
 
     Source: arXiv 2411.16550 and 2603.17052.
     Cost: one pass over the text, and k-means for each codebook.
-    When not to use it: on the text that the codebook learned, or on fewer than a few thousand vectors.
-    Resolved: the yardsticks, see `pondera.methods.quantize.common.diagnosis`.
+    When not to use it: on the text that the codebook was trained on, or on fewer than a few thousand vectors.
+    Resolved: the thresholds, see `pondera.methods.quantize.common.diagnosis`.
 
     Args:
-        rank: effective rank of the vectors before quantization began, where it is known.
-        max_tokens: tokens of the text's beginning to read.
+        rank: effective rank of the vectors before quantization started, or ``None`` if unknown.
+        max_tokens: maximum number of tokens to read, from the beginning of the text.
 
     Example:
         >>> Collapse(rank=12.0)
@@ -50,11 +51,12 @@ class Collapse(Probe):
         self.rank, self.max_tokens = rank, max_tokens
 
     def look(self, tensors: dict[str, Tensor]) -> dict[str, Any]:
-        """See `Probe.look`: of ``latents`` and ``codebook``."""
+        """See `Probe.look`; reads ``latents`` and ``codebook``."""
         for name in TENSORS:
             if name not in tensors:
                 raise UserError(
-                    f"the file has no tensor {name!r}; it needs {' and '.join(TENSORS)}, and has: {', '.join(sorted(tensors))}"
+                    f"the file has no tensor {name!r}; it needs {' and '.join(TENSORS)}, and has: "
+                    f"{', '.join(sorted(tensors))}"
                 )
             if tensors[name].dim() != 2 or not tensors[name].is_floating_point():
                 shape = list(tensors[name].shape)
@@ -65,7 +67,7 @@ class Collapse(Probe):
         """See `Probe.run`.
 
         Returns:
-            ``codebooks``: for each its ``name``, its diagnosis, and the curves of `show`.
+            ``codebooks``: for each codebook its ``name``, its diagnosis, and the curves for `show`.
         """
         import torch
 
@@ -74,17 +76,17 @@ class Collapse(Probe):
         ids, _ = next(encode([text], tokenizer, model.embedded))
         ids_T = torch.from_numpy(ids[: self.max_tokens].astype("int64"))
         context = min(model.positions or 256, 256)
-        met: list[tuple[Tensor, Tensor]] = []
+        quantized_windows: list[tuple[Tensor, Tensor]] = []
         with observed(model):
             for start in range(0, len(ids_T), context):
-                found = model(ids_T[None, start : start + context].to(model.device)).trace.get("quantized")
-                if found is None:
+                quantized = model(ids_T[None, start : start + context].to(model.device)).trace.get("quantized")
+                if quantized is None:
                     raise UserError(
-                        "this model has no codebook, so none can collapse; give one that was trained with a quantizer, "
-                        'such as chunk: "ConceptLM()", or a .safetensors file with latents and codebook'
+                        "this model has no codebook, so none can collapse; give a model that was trained with a "
+                        'quantizer, such as chunk: "ConceptLM()", or a .safetensors file with latents and codebook'
                     )
-                met.append(found)
-        x_NGC, table_GRKC = torch.cat([x for x, _ in met]), met[0][1]
+                quantized_windows.append(quantized)
+        x_NGC, table_GRKC = torch.cat([x for x, _ in quantized_windows]), quantized_windows[0][1]
         return {
             "codebooks": [
                 self._judge(f"segment {group + 1}", x_NGC[:, group], table_GRKC[group, 0])
@@ -93,27 +95,27 @@ class Collapse(Probe):
         }
 
     def _judge(self, name: str, x_NC: Tensor, table_KC: Tensor) -> dict[str, Any]:
-        """A codebook's diagnosis and curves."""
+        """Diagnosis and curves of one codebook."""
         import torch
 
         from pondera.methods.quantize.common.diagnosis import diagnose
         from pondera.methods.quantize.common.nearest import nearest
 
-        said = diagnose(x_NC, table_KC, self.rank).to_dict()
+        diagnosis = diagnose(x_NC, table_KC, self.rank).to_dict()
         x_NC, table_KC = x_NC.float().cpu(), table_KC.float().cpu()
         code_N = nearest(x_NC, table_KC)
         counts_K = torch.bincount(code_N, minlength=len(table_KC)).sort(descending=True).values
         return {
             "name": name,
-            **said,
+            **diagnosis,
             "shares": _thinned((counts_K / counts_K.sum()).tolist()),
             "spectrum_vectors": _thinned(_spectrum(x_NC)),
             "spectrum_codes": _thinned(_spectrum(table_KC[code_N])),
         }
 
     def show(self, found: dict[str, Any]) -> Shown:
-        """A line per codebook; the curves are those of the first."""
-        columns = ["codebook", "verdict", "usage", "perplexity", "k-means", "lost", "k-means", "directions", "of codes"]
+        """One row per codebook; the curves show the first codebook."""
+        columns = ["codebook", "verdict", "usage", "perplexity", "k-means", "error", "k-means", "rank", "rank of codes"]
         rows = [
             [
                 one["name"],
@@ -132,24 +134,24 @@ class Collapse(Probe):
 
 
 def _summary(books: list[dict[str, Any]]) -> str:
-    """The verdict in plain words; of several codebooks the worst is explained."""
+    """The verdict as text; explains the worst of several codebooks."""
     sick = [one for one in books if one["kind"] != "healthy"]
     worst = max(sick or books, key=lambda one: one["split_error"] / max(one["reachable_error"], 1e-9))
-    told = f"{worst['name']}: " if len(books) > 1 else ""
+    prefix = f"{worst['name']}: " if len(books) > 1 else ""
     counted = f"{len(sick)} of {len(books)} codebooks are collapsed. " if len(books) > 1 else ""
-    cure = f" What helps: {worst['cure']}" if worst["cure"] else ""
-    return f"{counted}{told}{worst['kind']}. {worst['why']}{cure}"
+    cure = f" Recommended: {worst['cure']}" if worst["cure"] else ""
+    return f"{counted}{prefix}{worst['kind']}. {worst['why']}{cure}"
 
 
 def _plots(books: list[dict[str, Any]]) -> list[Plot]:
-    """Use of codes, and how much of the variance each direction holds."""
+    """Charts of the code usage and of the variance per direction."""
     uses = {one["name"]: [(at, share) for at, share in one["shares"] if share > 0] for one in books}
-    spectra = {"vectors": books[0]["spectrum_vectors"], "codes as used": books[0]["spectrum_codes"]}
+    spectra = {"vectors": books[0]["spectrum_vectors"], "codes, weighted by use": books[0]["spectrum_codes"]}
     return [
-        Plot("Use of codes", "code, by use", "share of the vectors", uses, log_y=True),
+        Plot("Code usage", "code, sorted by use", "share of the vectors", uses, log_y=True),
         Plot(
-            f"Variance by direction ({books[0]['name']})",
-            "direction, by variance",
+            f"Variance per direction ({books[0]['name']})",
+            "direction, sorted by variance",
             "share of the variance",
             {name: [(at, share) for at, share in points if share > 1e-9] for name, points in spectra.items()},
             log_y=True,
@@ -158,7 +160,7 @@ def _plots(books: list[dict[str, Any]]) -> list[Plot]:
 
 
 def _spectrum(x_NC: Tensor) -> list[float]:
-    """Shares of the variance by direction, falling."""
+    """Share of the variance in each principal direction, in descending order."""
     import torch
 
     covariance_CC = x_NC.double().T.cov(correction=0).reshape(x_NC.shape[1], -1)
@@ -168,7 +170,7 @@ def _spectrum(x_NC: Tensor) -> list[float]:
 
 
 def _thinned(values: list[float]) -> list[list[float]]:
-    """Numbered from 1, and at most `POINTS` of them, the last among them."""
+    """Numbers the values from 1 and keeps at most `POINTS` of them, including the last."""
     step = -(-len(values) // POINTS)
     places = sorted({*range(0, len(values), step), len(values) - 1})
     return [[float(at + 1), values[at]] for at in places]

@@ -1,4 +1,4 @@
-"""What a concept stands for: the chunks of a text that each code was given to.
+"""Concept inspection: the chunks of a text to which a model assigns each code.
 
 Shapes: B batch (1), M chunks, G segments, R levels.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
 
 WINDOW = 256
-"""Tokens read at a time, or as many as the model has positions."""
+"""Maximum number of tokens read at a time; fewer if the model has fewer positions."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Chunk:
     """A chunk of a text.
 
     Args:
-        text: its tokens.
-        codes: of its concept, one per segment (of several levels the first).
-        predicted: those that the model had predicted for it; none where nothing stood before it.
+        text: its tokens as text.
+        codes: the codes of its concept, one per segment (with several levels, the first).
+        predicted: the codes that the model predicted for it; ``None`` for the first chunk of a window.
     """
 
     text: str
@@ -39,53 +39,54 @@ class Chunk:
 
 
 def read(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> list[Chunk]:
-    """The complete chunks of a text, which is read a window at a time.
+    """Reads a text window by window and returns its complete chunks.
 
     Raises:
-        UserError: the model has no concepts, or its codebooks have not begun.
+        UserError: the model has no concepts, or its codebooks are not initialized.
     """
     import torch
 
     window = min(WINDOW, model.positions or WINDOW)
-    found = []
+    chunks = []
     with observed(model):
         for start in range(0, len(ids), window):
             piece = ids[start : start + window]
             trace = model(torch.tensor([piece], device=model.device)).trace
             if "concepts" not in trace:
                 raise UserError(
-                    "this model has no concepts, so there is nothing to read; give one that was trained with "
+                    "this model has no concepts, so there is nothing to read; give a model that was trained with "
                     'chunk: "ConceptLM()"'
                 )
             size, before, ends = trace["chunk"], None, trace["ends"][0].tolist()
             codes, predicted = (trace[name][0, :, :, 0].tolist() for name in ("concepts", "predicted"))
             if any(code < 0 for end, own in zip(ends, codes, strict=True) if end >= 0 for code in own):
-                raise UserError("its codebooks have not begun yet; train it past its warm-up (start_step)")
+                raise UserError("the codebooks are not initialized yet; train the model past its warm-up (start_step)")
             for end, own, following in zip(ends, codes, predicted, strict=True):
                 if end >= 0:
                     words = tokenizer.decode(piece[end + 1 - size : end + 1], clean_up_tokenization_spaces=False)
-                    found.append(Chunk(str(words), own, before))
+                    chunks.append(Chunk(str(words), own, before))
                     before = following
-    return found
+    return chunks
 
 
 class Concepts(Probe):
-    """Lists for each code of a concept model the chunks it was given to, so that one can read what it means.
+    """Lists, for each code of a concept model, the chunks that have this code, so that a reader can interpret it.
 
-    A concept has one code per segment; a segment's codes are listed by use, each with the chunks that it stood for most
-    often. A code whose chunks have something in common to a reader's eye means that; one whose chunks have not may still
-    mean something to the model.
+    A concept has one code per segment. The codes of a segment are sorted by use; each code is shown with its most
+    frequent chunks. If these chunks have something in common, this is the meaning of the code. If not, the code may
+    still mean something to the model.
 
-    Source: reading off what units respond to is common practice; of concepts (ConceptLM, arXiv 2602.08984) it is ours.
+    Source: interpreting units by the inputs that activate them is common practice; applying this to concepts
+    (ConceptLM, arXiv 2602.08984) is ours.
     Cost: one pass over the text.
-    When not to use it: to measure whether concepts help; ``pondera eval --effort 0,1`` leaves them out and compares.
-    Resolved: the code shown is that of the chunk itself, not the one that was predicted for it.
+    When not to use it: to measure whether concepts help; ``pondera eval --effort 0,1`` compares with and without them.
+    Resolved: the probe shows the code of the chunk itself, not the code predicted for it.
 
     Args:
-        top: chunks shown per code.
-        codes: codes shown per segment, the most used first.
-        segments: segments shown.
-        max_tokens: tokens of the text's beginning to read.
+        top: number of chunks per code.
+        codes: number of codes per segment, the most used first.
+        segments: number of segments.
+        max_tokens: maximum number of tokens to read, from the beginning of the text.
 
     Example:
         >>> Concepts(top=5)
@@ -102,22 +103,22 @@ class Concepts(Probe):
         """See `Probe.run`.
 
         Returns:
-            ``chunks``: how many were read; ``segments``: for each its number, ``used`` (codes that some chunk has) and its
-            ``codes``, each with its number, the ``share`` of chunks that have it and their most frequent texts.
+            ``chunks``: the number of chunks; ``segments``: for each segment its number, ``used`` (number of codes that
+            occur) and its ``codes``, each with its number, its ``share`` of the chunks and its most frequent texts.
         """
         if not text:
             raise UserError("the text is empty; give one of a few thousand tokens")
         ids, _ = next(encode([text], tokenizer, model.embedded))
-        found: dict[int, dict[int, Counter[str]]] = {}
+        counters: dict[int, dict[int, Counter[str]]] = {}
         for chunk in read(model, tokenizer, ids[: self.max_tokens].tolist()):
             for segment, code in enumerate(chunk.codes):
-                found.setdefault(segment, {}).setdefault(code, Counter())[chunk.text] += 1
-        if not found:
+                counters.setdefault(segment, {}).setdefault(code, Counter())[chunk.text] += 1
+        if not counters:
             raise UserError("the text is shorter than one chunk; give a longer one")
-        chunks = sum(sum(counter.values()) for counter in found[0].values())
+        chunks = sum(sum(counter.values()) for counter in counters[0].values())
         segments = []
-        for segment in list(found)[: self.segments]:
-            by_use = sorted(found[segment].items(), key=lambda item: -sum(item[1].values()))
+        for segment in list(counters)[: self.segments]:
+            by_use = sorted(counters[segment].items(), key=lambda item: -sum(item[1].values()))
             codes = [
                 {
                     "code": code,
@@ -130,7 +131,7 @@ class Concepts(Probe):
         return {"chunks": chunks, "segments": segments}
 
     def show(self, found: dict[str, Any]) -> Shown:
-        """A line per code."""
+        """One row per code."""
         rows = [
             [
                 str(segment["segment"] + 1),
@@ -143,9 +144,9 @@ class Concepts(Probe):
         ]
         used = ", ".join(str(segment["used"]) for segment in found["segments"])
         note = f"{found['chunks']} chunks read; codes in use by segment: {used}"
-        return Shown(["segment", "code", "chunks", "most often"], rows, note)
+        return Shown(["segment", "code", "chunks", "most frequent"], rows, note)
 
 
 def cell(text: str) -> str:
-    """A chunk in a table: quoted, on one line, safe to print."""
+    """Formats a chunk for a table: quoted, on one line, safe to print."""
     return "“" + escape(text).replace("\n", "").replace("\t", "⇥") + "”"

@@ -1,4 +1,4 @@
-"""What a model would say after each of its passes.
+"""Think trace: the next tokens that a model predicts after each of its passes.
 
 Shapes: B batch (1), T tokens, N passes, D width, V vocabulary, K candidates.
 """
@@ -19,25 +19,26 @@ if TYPE_CHECKING:
 
     from pondera.models.adaptive_lm import AdaptiveLM
 
-BLANKS = str.maketrans({" ": "␣", "\t": "⇥", "\n": None})  # `escape` writes a line end as an arrow and the line end
+BLANKS = str.maketrans({" ": "␣", "\t": "⇥", "\n": None})  # `escape` writes a newline as an arrow and the newline
 
 
 class ThinkTrace(Probe):
-    """The likeliest next tokens after each pass, and whether thinking made the right one likelier.
+    """Shows the most likely next tokens after each pass, and whether later passes make the correct token more likely.
 
-    The state that a token has after each of its passes is read by the model's own head, as if the model had stopped
-    there. A token that halted early shows only the passes it took. The text is read after the token that starts a text
-    (BOS, else EOS), as in the traces of a run.
+    The probe applies the model's head to the state of a token after each pass, as if the model had stopped there. A
+    token that halted early shows only the passes that it took. The text follows a start token (BOS, else EOS), as in
+    the traces of a run.
 
     Source: the logit lens (nostalgebraist, 2020), over passes instead of layers.
-    Cost: one forward pass over the text, and one of the head per pass.
-    When not to use it: to measure whether thinking pays. A few dozen tokens show how; ``pondera compare`` says whether.
-    Resolved: the head was trained on the last pass only (where a method does not supervise the others), so an early
-    state may hold more than its read-out shows.
+    Cost: one forward pass over the text, and one evaluation of the head per pass.
+    When not to use it: to measure whether thinking helps. A few dozen tokens are an illustration; ``pondera compare``
+    measures it.
+    Resolved: the head is trained on the last pass only (unless a method supervises the other passes), so an early state
+    may contain more than its readout shows.
 
     Args:
-        top: K, candidates shown per pass.
-        max_tokens: tokens of the text's beginning to look at; fewer where the model has no more positions.
+        top: K, number of candidates per pass.
+        max_tokens: maximum number of tokens to show, from the beginning of the text; limited by the model's positions.
 
     Example:
         >>> ThinkTrace(top=3)
@@ -54,18 +55,18 @@ class ThinkTrace(Probe):
         """See `Probe.run`.
 
         Returns:
-            ``tokens``, each with ``token``, ``id``, ``passes`` and ``target`` (the token that follows it in the text;
-            none at the text's end), ``after``: for each pass the ``top`` candidates (``token``, ``id``,
-            ``probability``) and the ``target_probability``; and ``rose``, whether the last pass gave the target more
-            than the first (none where there is no target or only one pass). ``nll``: mean negative log-likelihood of
-            the targets after each pass, in nats; tokens that halted keep their last.
+            ``tokens``, each with ``token``, ``id``, ``passes`` and ``target`` (the next token of the text; ``None`` at
+            the end); ``after``: for each pass the ``top`` candidates (``token``, ``id``, ``probability``) and the
+            ``target_probability``; and ``rose``: true if the target is more likely after the last pass than after the
+            first (``None`` without a target or with only one pass). ``nll``: mean negative log-likelihood of the
+            targets after each pass, in nats; halted tokens keep their last value.
         """
         import torch
 
         from pondera.models.adaptive_lm import IGNORED
 
         ids, targets = self._read(model, tokenizer, text)
-        labels = [IGNORED if target is None else target for target in targets]  # an oracle may look, as in scoring
+        labels = [IGNORED if target is None else target for target in targets]  # the oracle control reads labels
         with observed(model):
             ids_BT, labels_BT = torch.tensor([[ids], [labels]], device=model.device)
             out = model(ids_BT, shift_labels=labels_BT)
@@ -76,14 +77,14 @@ class ThinkTrace(Probe):
         passes = out.passes[0].tolist()
         tokens = [
             self._token(tokenizer, (ids[at - 1], ids[at], targets[at]), passes[at], logs_NTV[:, at].exp())
-            for at in range(1, len(ids))  # the start of the text is read, not shown
+            for at in range(1, len(ids))  # the start token is read, but not shown
         ]
         known = [at for at in range(1, len(ids)) if targets[at] is not None]
         nll_N = -logs_NTV[:, known, [cast(int, targets[at]) for at in known]].mean(1)
         return {"tokens": tokens, "nll": nll_N.tolist() if known else []}
 
     def show(self, found: dict[str, Any]) -> Shown:
-        """A line per token: what it is, its passes, the candidates after each pass, what came and whether it rose."""
+        """One row per token: the token, its passes, the candidates after each pass, its target and whether it rose."""
         most = max(len(token["after"]) for token in found["tokens"])
         columns = ["token", "passes", *(f"after pass {number}" for number in range(1, most + 1)), "next", "rose"]
         rows = []
@@ -96,10 +97,10 @@ class ThinkTrace(Probe):
     def _read(
         self, model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str
     ) -> tuple[list[int], list[int | None]]:
-        """The ids that are read, the start among them, and the id that follows each in the text."""
+        """The input ids, including the start token, and the next id of each."""
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if start is None:
-            raise UserError("the tokenizer has neither BOS nor EOS, so nothing can start a text; set its eos_token")
+            raise UserError("the tokenizer has neither BOS nor EOS, so there is no start token; set its eos_token")
         whole, _ = next(encode([text], tokenizer, model.embedded))
         room = (model.positions or math.inf) - 1
         ids = [cast(int, start), *whole[: int(min(self.max_tokens, room, len(whole)))].tolist()]
@@ -115,7 +116,7 @@ class ThinkTrace(Probe):
         passes: float,
         probabilities_NV: Tensor,
     ) -> dict[str, Any]:
-        """What there is to see at one token, which stands between the one before it and its target."""
+        """The trace of one token; `neighbours` are the ids of the previous token, the token and its target."""
         before, own, target = neighbours
         after = []
         for probabilities_V in probabilities_NV[: max(1, math.ceil(passes))]:
@@ -148,13 +149,13 @@ def _nothing_recorded(model: AdaptiveLM) -> UserError:
             'trained with a think method, such as "PonderLM2(thoughts=1)"'
         )
     return UserError(
-        f"{model.config.think} does not record its states, so they cannot be read out; give a model whose method does "
-        '(with `record` set it leaves trace["states"]: the final states [B, T, D] after each pass)'
+        f"{model.config.think} does not record its states, so the probe cannot read them; give a model whose method "
+        'does (with `record` set, the method returns trace["states"]: the final states [B, T, D] after each pass)'
     )
 
 
 def _spelled(tokenizer: PreTrainedTokenizerFast, before: int, token: int) -> str:
-    """What a token adds to the text after another one: some tokenizers drop the space of a token that stands alone."""
+    """The text that a token adds after the previous token: some tokenizers drop the leading space of a single token."""
     first, both, alone = (
         cast(str, tokenizer.decode(ids, clean_up_tokenization_spaces=False))
         for ids in ([before], [before, token], [token])
@@ -171,7 +172,7 @@ def _candidate(candidate: dict[str, Any]) -> str:
 
 
 def _target(token: dict[str, Any]) -> list[str]:
-    """What came next with its first and last probability, and whether that rose."""
+    """The target with its first and last probability, and whether the probability rose."""
     if token["target"] is None:
         return ["", ""]
     values = [after["target_probability"] for after in token["after"]]
@@ -180,9 +181,7 @@ def _target(token: dict[str, Any]) -> list[str]:
 
 
 def _summary(found: dict[str, Any]) -> str:
-    deferred = [token["rose"] for token in found["tokens"] if token["rose"] is not None]
-    said = (
-        f"the next token became likelier from the first pass to the last at {sum(deferred)} of {len(deferred)} tokens"
-    )
+    rose = [token["rose"] for token in found["tokens"] if token["rose"] is not None]
+    summary = f"the next token became more likely from the first pass to the last at {sum(rose)} of {len(rose)} tokens"
     losses = ", ".join("–" if value is None else f"{value:.3f}" for value in found["nll"])
-    return said + (f"; mean loss after each pass: {losses} nats" if losses else "")
+    return summary + (f"; mean loss after each pass: {losses} nats" if losses else "")

@@ -1,4 +1,4 @@
-"""Discrete codes for vectors: codebooks, how they learn, and what can go wrong with them."""
+"""Quantizers, from vectors to discrete codes. One file per method; `base.py` defines the interface."""
 
 from pondera.core.lazy_names import lazy_names
 

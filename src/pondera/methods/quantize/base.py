@@ -1,6 +1,6 @@
-"""The seam `quantize/`: which discrete code stands for a vector.
+"""Base class of quantizers, which map vectors to discrete codes and back.
 
-Shapes: N vectors (all leading dimensions together), D width, G groups, R levels, K codes per codebook, C width of a
+Shapes: N vectors (all leading dimensions flattened), D width, G groups, R levels, K codes per codebook, C width of a
 codebook's rows. In docstrings ``...`` are any leading dimensions.
 """
 
@@ -22,22 +22,22 @@ from pondera.methods.quantize.common.health import Health, health
 from pondera.methods.quantize.common.packing import bits_for, packed_bytes
 
 ABSENT = -1
-"""Code of a place that is masked out, or of a level that was left off."""
+"""Code of a masked vector, or of a level that was not run."""
 MERGES = ("raw_logits", "softmax", "hard")
 
 
 @dataclass
 class Quantized:
-    """What every quantizer returns, always with the same fields.
+    """The output of every quantizer, with the same fields for all methods.
 
     Args:
-        out: ``[..., D]``, the vectors that the codes stand for; the gradient that reaches the input through it is the
-            estimator's. Masked places hold the input.
-        codes: ``[..., G, R]``, int64; `ABSENT` where masked, or where a level was left off.
-        terms: loss terms by name, as sums and counts over the elements that were quantized.
-        given: ``[..., D]``, the input without gradient, for `health`.
-        table: ``[G, R, K, C]``, the codebooks without gradient; none where codes are not rows of a table.
-        sizes: ``[G, R]``, how many codes each place has; none: K.
+        out: ``[..., D]``, the decoded vectors. The gradient estimator defines the gradient that the input gets through
+            them. Masked vectors equal the input.
+        codes: ``[..., G, R]``, int64; `ABSENT` for masked vectors and for levels that were not run.
+        terms: loss terms by name, as sums and counts over the quantized elements.
+        given: ``[..., D]``, the input, detached, for `health`.
+        table: ``[G, R, K, C]``, the codebooks, detached; ``None`` if codes are not rows of a table.
+        sizes: ``[G, R]``, number of codes per group and level; ``None``: K.
     """
 
     out: Tensor
@@ -49,27 +49,27 @@ class Quantized:
 
     @property
     def loss(self) -> Tensor:
-        """The weighted sum of the terms' means; zero where there are none, or nothing was quantized."""
+        """The weighted sum of the means of all terms; zero without terms or quantized vectors."""
         if not self.terms:
             return self.out.new_zeros(())
         return torch.stack([term.weight * term.mean() for term in self.terms.values()]).sum()
 
     @cached_property
     def health(self) -> Health:
-        """Usage, perplexity, effective ranks and split error of this batch; computed when first asked for."""
+        """Usage, perplexity, effective ranks and split error of this batch; computed on first access."""
         assert self.given is not None
         return health(self.given, self.out.detach(), self.codes, self.table, self.sizes)
 
 
 class Quantizer(SpecRepr, nn.Module, ABC):
-    """Gives vectors of width D codes, and codes vectors.
+    """Maps vectors of width D to codes, and codes to vectors.
 
-    A quantizer is described by its constructor, without a width, and made by `build`; so one description serves every
-    part of a product and every level of a residual. D is split over G groups, each coded by R levels in turn, each level
-    one of K codes; so a vector's codes have the shape ``[G, R]`` and its rate is the sum of their bits.
+    The constructor stores the settings without a width; `build` creates the quantizer. One description can therefore
+    serve every part of a product and every level of a residual. D is split into G groups. Each group is coded by R
+    successive levels, each with K codes, so the codes of a vector have shape ``[G, R]`` and its rate is the sum of
+    their bits.
 
-    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods`` prints
-    them).
+    The class attribute `paper` gives the source and `cost` the cost in plain words (``pondera methods`` prints both).
     """
 
     paper: ClassVar[str]
@@ -78,7 +78,7 @@ class Quantizer(SpecRepr, nn.Module, ABC):
     """Spec strings by name, for the contract tests, on vectors of width 6. A name that ends in ``no gradient`` or ``own
     gradient`` says that the estimator is not straight-through."""
     discrete: ClassVar[bool] = True
-    """False where nothing is coded, so that there are neither codes nor a table."""
+    """False if the method is the identity, without codes and without a table."""
 
     dim: int = 0
     """D; 0 before `build`."""
@@ -86,29 +86,29 @@ class Quantizer(SpecRepr, nn.Module, ABC):
     levels: int = 1
 
     def build(self, dim: int) -> Self:
-        """A quantizer of this description with weights of its own, for vectors of width `dim`.
+        """Creates a quantizer with these settings and new weights, for vectors of width `dim`.
 
-        Draws from torch's generator; the description itself stays as it was, so it can be built again.
+        Draws from torch's generator. The description itself does not change, so it can be built again.
 
         Raises:
-            UserError: a width that it cannot take.
+            UserError: the quantizer does not support this width.
         """
         if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-            raise UserError(f"{type(self).__name__}: the width of vectors is 1 or more, got {dim!r}")
+            raise UserError(f"{type(self).__name__}: the width of vectors must be 1 or more, got {dim!r}")
         if self.dim:
-            raise UserError(f"{self!r} is built already, for width {self.dim}; build its description again instead")
-        made = copy.deepcopy(self)
-        made.dim = dim
-        made._make()
-        return made
+            raise UserError(f"{self!r} is already built, for width {self.dim}; build its description again instead")
+        quantizer = copy.deepcopy(self)
+        quantizer.dim = dim
+        quantizer._make()
+        return quantizer
 
     def _built(self) -> None:
-        """Refuses to work as a description."""
+        """Raises if this is a description that is not built."""
         if not self.dim:
-            raise UserError(f"{self!r} is a description; make a quantizer of it first: quantizer.build(dim)")
+            raise UserError(f"{self!r} is a description; build a quantizer from it first: quantizer.build(dim)")
 
     def _expect(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> None:
-        """Refuses vectors, masks and numbers of levels that do not fit."""
+        """Raises if the vectors, the mask or the number of levels do not fit."""
         self._built()
         if x.ndim < 1 or x.shape[-1] != self.dim:
             raise UserError(f"{self!r}: vectors of shape {tuple(x.shape)}; the last dimension must be {self.dim}")
@@ -124,16 +124,16 @@ class Quantizer(SpecRepr, nn.Module, ABC):
     @property
     @abstractmethod
     def sizes(self) -> Tensor:
-        """``[G, R]``, int64: how many codes each place has (K)."""
+        """``[G, R]``, int64: number of codes per group and level (K)."""
 
     @abstractmethod
     def encode(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Tensor:
-        """The codes of vectors, without gradient.
+        """Encodes vectors, without gradient.
 
         Args:
             x: ``[..., D]``.
-            mask: ``[...]``, false where there is nothing to code.
-            levels: only the first so many; the others are `ABSENT`.
+            mask: ``[...]``, false for vectors to skip.
+            levels: number of levels to run; the codes of the others are `ABSENT`. Default: ``None``, all.
 
         Returns:
             ``[..., G, R]``, int64.
@@ -141,10 +141,10 @@ class Quantizer(SpecRepr, nn.Module, ABC):
 
     @abstractmethod
     def decode(self, codes: Tensor) -> Tensor:
-        """The vectors that codes stand for, with gradient to the codebooks.
+        """Decodes codes to vectors, with gradient to the codebooks.
 
         Args:
-            codes: ``[..., G, r]`` with any r up to R; a place that is `ABSENT` adds nothing.
+            codes: ``[..., G, r]`` with any r up to R; an `ABSENT` code adds zero.
 
         Returns:
             ``[..., D]``.
@@ -152,46 +152,46 @@ class Quantizer(SpecRepr, nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Quantized:
-        """Quantizes; in training mode also what the update rule does with the batch (statistics, respawn).
+        """Quantizes vectors; in training mode the update rule also uses the batch (statistics, respawn).
 
         Args:
             x: ``[..., D]``.
-            mask: ``[...]``, false where a place must neither be coded nor counted.
-            levels: as for `encode`.
+            mask: ``[...]``, false for vectors that must be neither coded nor counted.
+            levels: see `encode`.
         """
 
     @abstractmethod
     def table(self) -> Tensor | None:
-        """``[G, R, K, C]``: the codebooks as they stand, with gradient to what they are made of; none: no table.
+        """``[G, R, K, C]``: the current codebooks, with gradient to their parameters; ``None`` without a table.
 
-        Where codebooks differ in size, K is the largest and the rows beyond a codebook's own are zero.
+        If codebooks differ in size, K is the largest size, and the rows beyond a codebook's size are zero.
         """
 
     def _plain_rows(self) -> list[Tensor] | None:
-        """The tensors ``[K, C]`` that `table` consists of, where it is nothing but them side by side."""
+        """The tensors ``[K, C]`` that `table` stacks, or ``None`` if it is not a plain stack of tensors."""
         return None
 
     def soft_decode(self, logits: Tensor, merge: str = "softmax", table: Tensor | None = None) -> Tensor:
-        """Vectors from scores of codes instead of codes.
+        """Decodes scores of codes to vectors.
 
         Args:
             logits: ``[..., G, R, K]``.
-            merge: ``"softmax"`` weighs rows by probability; ``"raw_logits"`` by the scores themselves, so that the result
-                is linear in them; ``"hard"`` takes the best row and passes no gradient to the scores.
-            table: what `table` has returned, where it is at hand.
+            merge: ``"softmax"`` weights the rows by probability; ``"raw_logits"`` weights them by the scores, so the
+                result is linear in the scores; ``"hard"`` takes the best row and gives the scores no gradient.
+            table: a result of `table`, to avoid computing it again; default: ``None``, compute it.
 
         Returns:
             ``[..., D]``.
 
         Raises:
-            UserError: another merge, or a quantizer without a table.
+            UserError: unknown merge, or a quantizer without a table.
         """
         if merge not in MERGES:
             raise unknown("merge", merge, MERGES)
         table = self.table() if table is None else table
         if table is None:
             raise UserError(
-                f"{type(self).__name__} has no table of codes to weigh; use VQ, SimVQ, or a Product of them"
+                f"{type(self).__name__} has no table of codes to weight; use VQ, SimVQ, or a Product of them"
             )
         if merge != "raw_logits" and (self.sizes < table.shape[-2]).any():
             code_K = torch.arange(table.shape[-2], device=logits.device)
@@ -203,24 +203,24 @@ class Quantizer(SpecRepr, nn.Module, ABC):
         return self._join(torch.einsum("...grk,grkc->...gc", weights, table.to(weights.dtype)))
 
     def _join(self, parts: Tensor) -> Tensor:
-        """``[..., G, C]`` to ``[..., D]``: groups side by side."""
+        """``[..., G, C]`` to ``[..., D]``: concatenates the groups."""
         return parts.flatten(-2)
 
     @abstractmethod
     def fold(self) -> Quantizer:
-        """The same codes and vectors exactly, from plain tables: nothing in it learns any more."""
+        """A copy with plain tables and exactly the same codes and vectors; it does not train."""
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Told before each optimizer step: opens the warm-up gate, and seeds what is drawn, alike on every rank."""
+        """Starts an optimizer step: may end the warm-up, and seeds random draws identically on every rank."""
         for child in self.children():
             if isinstance(child, Quantizer):
                 child.begin_step(step, seed)
 
     @property
     def bits(self) -> int:
-        """Bits of one vector's codes as they are stored."""
+        """Bits of the stored codes of one vector."""
         return sum(bits_for(int(size)) for size in self.sizes.flatten())
 
     def nbytes(self, vectors: int) -> int:
-        """Bytes that the packed codes of so many vectors take, to the byte."""
+        """Size of the packed codes of this many vectors, in bytes."""
         return packed_bytes(vectors, self.sizes)

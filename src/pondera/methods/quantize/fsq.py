@@ -1,4 +1,4 @@
-"""FSQ: each coordinate is bounded and rounded; the codebook is all combinations.
+"""FSQ, finite scalar quantization: bounds and rounds each coordinate; the codebook is the set of all combinations.
 
 Shapes: N vectors, C coordinates, D width. In docstrings ``...`` are any leading dimensions.
 """
@@ -14,30 +14,30 @@ from pondera.core.errors import UserError
 from pondera.methods.quantize.common.lattice import Lattice
 
 MARGIN = 1e-3
-"""How much further than the outermost values a coordinate can reach, as a share."""
+"""How far a coordinate can exceed the outermost values, as a share."""
 
 
 class FSQ(Lattice):
-    """Bounds each of C coordinates by tanh and rounds it to one of L values; a code is one of all combinations.
+    """Bounds each of C coordinates with tanh and rounds it to one of L values; a code is a combination of the C values.
 
-    There is no codebook, so none can die or crowd, and no loss but that of what reads the output.
+    There is no learned codebook, so no code can die, and there is no auxiliary loss.
 
     Source: Finite Scalar Quantization, arXiv 2309.15505, section 3.1 and appendix A.1.
-    Cost: C tanh per vector, and two linear maps where C is not D.
-    When not to use it: where vectors come from a model that does not learn with it (tanh bends them; use `Scalar` or a
-    codebook); as `of` of a `Residual`, whose rests get smaller while the values stay as far apart.
-    Resolved: the shift that makes an even number of values symmetric is atanh, so that 0 stays 0; the public code has
-    tan. The margin is outwards, as inwards two values would have no shift. The gradient is that of the bounded coordinate:
-    rounding passes it on, tanh does not.
+    Cost: C tanh per vector, and two linear maps if C differs from D.
+    When not to use it: if the encoder does not train with it (tanh distorts the vectors; use `Scalar` or a codebook);
+    as `of` of a `Residual`, because the residuals shrink while the spacing of the values does not.
+    Resolved: the shift that makes an even number of values symmetric uses atanh, so that 0 maps to 0; the public code
+    uses tan. The margin points outwards; inwards, two values would have no shift. The gradient is that of the bounded
+    coordinate: rounding is straight-through, tanh is differentiated.
 
     Args:
-        levels: how many values each coordinate has; the paper suggests 5 or more, such as ``[8, 5, 5, 5]`` for about 2^10
-            codes, ``[7, 5, 5, 5, 5]`` for 2^12, ``[8, 8, 8, 5, 5, 5]`` for 2^16.
+        levels: number of values of each coordinate. The paper suggests 5 or more, such as ``[8, 5, 5, 5]`` for about
+            2^10 codes, ``[7, 5, 5, 5, 5]`` for 2^12, ``[8, 8, 8, 5, 5, 5]`` for 2^16.
 
     Example:
         >>> quantizer = FSQ([8, 5, 5, 5]).build(4)
-        >>> found = quantizer(torch.tensor([0.0, 0.3, -9.0, 9.0]))
-        >>> found.out.tolist(), found.codes.tolist(), quantizer.bits
+        >>> output = quantizer(torch.tensor([0.0, 0.3, -9.0, 9.0]))
+        >>> output.out.tolist(), output.codes.tolist(), quantizer.bits
         ([0.0, 0.5, -1.0, 1.0], [[828]], 10)
     """
 

@@ -1,4 +1,4 @@
-"""Identity: vectors as they are. ``...`` are any leading dimensions, D their width."""
+"""Identity: no quantization. ``...`` are any leading dimensions, D the width of vectors."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from pondera.methods.quantize.base import Quantized, Quantizer
 
 
 class Identity(Quantizer):
-    """Passes vectors on uncoded, for models whose units are continuous.
+    """Passes vectors through unquantized, for models with continuous units.
 
-    Source: none; xAR (arXiv 2502.20388) and MingTok read and predict continuous vectors where others take codes.
-    Cost: nothing.
-    When not to use it: where codes are stored or predicted; it has none.
-    Resolved: codes have no groups and no levels, ``[..., 0, 0]``, and cannot be decoded. `Quantized.health` counts masked
-    places too, as it is codes that say what was masked.
+    Source: none; xAR (arXiv 2502.20388) and MingTok process continuous vectors where other models use codes.
+    Cost: none.
+    When not to use it: to store or predict codes; there are none.
+    Resolved: codes have no groups and no levels, ``[..., 0, 0]``, and cannot be decoded. `Quantized.health` counts
+    masked vectors too, because only codes mark masked vectors.
 
     Example:
-        >>> found = Identity().build(4)(torch.ones(2, 4))
-        >>> found.out.sum().item(), found.codes.shape
+        >>> output = Identity().build(4)(torch.ones(2, 4))
+        >>> output.out.sum().item(), output.codes.shape
         (8.0, torch.Size([2, 0, 0]))
     """
 
@@ -48,17 +48,17 @@ class Identity(Quantizer):
         return torch.zeros(*x.shape[:-1], 0, 0, dtype=torch.long, device=x.device)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Refuses.
+        """Raises an error, because there are no codes.
 
         Raises:
             UserError: always.
         """
         raise UserError(
-            "Identity codes nothing, so there is nothing to decode; use a quantizer with codes, such as VQ(256)"
+            "Identity has no codes, so there is nothing to decode; use a quantizer with codes, such as VQ(256)"
         )
 
     def forward(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Quantized:
-        """The vectors themselves."""
+        """Returns the vectors unchanged."""
         return Quantized(x, self.encode(x, mask), {}, x.detach())
 
     def table(self) -> None:

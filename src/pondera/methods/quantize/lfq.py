@@ -1,4 +1,4 @@
-"""LFQ: the signs of the coordinates are the code.
+"""LFQ, lookup-free quantization: the code of a vector is the signs of its coordinates.
 
 Shapes: N vectors, C coordinates (bits), D width. In docstrings ``...`` are any leading dimensions.
 """
@@ -19,31 +19,31 @@ from pondera.methods.quantize.common.ranks import summed
 
 
 class LFQ(Lattice):
-    """Makes -1 or 1 of each of C coordinates; the C signs are a code of C bits, with nothing to look up.
+    """Maps each of C coordinates to its sign, -1 or 1; the C signs are a code of C bits, without a codebook to search.
 
-    Two terms keep codes in use: `"entropy"` has each vector sure of its signs, `"diversity"` has both signs of each
-    coordinate occur alike.
+    Two loss terms keep all codes in use: `"entropy"` makes the signs of each vector certain, and `"diversity"` makes
+    both signs of each coordinate equally frequent.
 
     Source: Language Model Beats Diffusion (MAGVIT-v2), arXiv 2310.05737, section 3.1, equations 3 to 5.
-    Cost: C comparisons per vector, and two linear maps where C is not D.
-    When not to use it: without an encoder that learns: signs say little about vectors as they come.
-    Resolved: coordinates count as independent, which makes the entropy of 2^C codes a sum over C bits; so does the paper
-    for large C, in groups. The second entropy is of a mean, which a part of a batch cannot know: here it is linear in each
-    vector, around the moving average of earlier steps, which has the same gradient where that average is the batch's.
-    So micro-batches and ranks change nothing. A coordinate of 0 is -1.
+    Cost: C comparisons per vector, and two linear maps if C differs from D.
+    When not to use it: without an encoder that trains with it; the signs of arbitrary vectors carry little information.
+    Resolved: coordinates are treated as independent, so the entropy over 2^C codes is a sum over C bits; the paper does
+    the same for large C, in groups. The second entropy is the entropy of a mean, which part of a batch cannot compute.
+    It is linearized in each vector around the moving average of earlier steps; the gradient is the same if this average
+    equals the batch mean. Micro-batches and ranks therefore do not change the result. A coordinate of 0 maps to -1.
 
     Args:
-        bits: C; none: D, without a linear map.
+        bits: C; default: ``None``, C = D without linear maps.
         entropy: weight of both entropy terms.
         commitment: weight of ``|z - sign(z)|^2``.
-        temperature: of the probability of a sign, sigmoid(4 z / temperature).
-        decay: of the moving average; 0: that of the last step. A longer one lags: it is for batches of few vectors and
-            small steps, else coordinates overshoot to their other side and stay there.
+        temperature: temperature of the sign probability, sigmoid(4 z / temperature).
+        decay: decay of the moving average; 0: the average of the last step. A slower average lags. It suits batches of
+            few vectors and small learning rates; otherwise coordinates overshoot to the other sign and stay there.
 
     Example:
         >>> quantizer = LFQ().build(3)
-        >>> found = quantizer(torch.tensor([0.2, -0.1, 7.0]))
-        >>> found.out.tolist(), found.codes.tolist(), sorted(found.terms)
+        >>> output = quantizer(torch.tensor([0.2, -0.1, 7.0]))
+        >>> output.out.tolist(), output.codes.tolist(), sorted(output.terms)
         ([1.0, -1.0, 1.0], [[5]], ['commitment', 'diversity', 'entropy'])
     """
 
@@ -64,7 +64,7 @@ class LFQ(Lattice):
         decay: float = 0.0,
     ) -> None:
         if bits is not None and not 1 <= bits <= 62:
-            raise UserError(f"bits={bits}: give 1 to 62, or a Product of smaller ones")
+            raise UserError(f"bits={bits}: give 1 to 62, or a Product of smaller quantizers")
         if entropy < 0 or commitment < 0:
             raise UserError(f"entropy={entropy}, commitment={commitment}: give 0 or more")
         if temperature <= 0 or not 0 <= decay < 1:
@@ -74,7 +74,7 @@ class LFQ(Lattice):
         super().__init__(None if bits is None else [2] * bits)
         self.entropy, self.commitment, self.temperature, self.decay = entropy, commitment, temperature, decay
         self._finite = FiniteVectors()
-        self._told = False
+        self._steps_announced = False
 
     def _make(self) -> None:
         super()._make()
@@ -84,9 +84,9 @@ class LFQ(Lattice):
         self.register_buffer("num_new", torch.zeros(()))
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Moves the average of how often each coordinate is 1 by what the last step saw."""
+        """Updates the average frequency of ones per coordinate with the last step."""
         if step >= 0 and self.learning:
-            self._told = True
+            self._steps_announced = True
             self._settle()
 
     def _settle(self) -> None:
@@ -119,7 +119,7 @@ class LFQ(Lattice):
         }
 
     def _note(self, one_NC: Tensor) -> None:
-        if not self._told:
-            self._settle()  # where nobody says when a step begins, each call is one
+        if not self._steps_announced:
+            self._settle()  # without begin_step, each call counts as a step
         self.new_ones_C += summed(one_NC.sum(0))
         self.num_new += summed(one_NC.new_tensor(float(len(one_NC))))

@@ -1,4 +1,4 @@
-"""Product quantization: parts of a vector side by side, each with codes of its own.
+"""Product quantization: splits a vector into parts and quantizes each part separately.
 
 Shapes: N vectors, D width, P parts. In docstrings ``...`` are any leading dimensions, G groups, R levels.
 """
@@ -16,29 +16,29 @@ from pondera.methods.quantize.common.composite import Composite, merged
 
 
 class Product(Composite):
-    """Splits D dimensions into parts of equal width, and codes each with a quantizer of its own.
+    """Splits D dimensions into parts of equal width, and quantizes each part with its own quantizer.
 
-    P codebooks of K rows stand for K^P vectors at the price of P K.
+    P codebooks of K rows represent K^P vectors at the cost of P K rows.
 
     Source: product quantization (Jégou et al., 2011). ConceptLM, arXiv 2602.08984, predicts next concepts in
     ``Product(SimVQ(64, hidden=...), groups=32)``; VQKV, arXiv 2603.16435, has two branches of keys.
-    Cost: that of the parts, one after another; codes are as many times longer.
-    When not to use it: where parts say much about each other, as each is coded as if alone; rotate them first, or use
-    `Residual`.
-    Resolved: every term is the mean over all elements of all groups, where public code of ConceptLM has the mean in one
-    place and the sum in another. Each part's estimator acts on its own part.
+    Cost: the sum over the parts, which run one after another; codes are P times longer.
+    When not to use it: if the parts are strongly dependent, because they are coded independently; rotate them first, or
+    use `Residual`.
+    Resolved: every loss term is the mean over all elements of all groups; the public code of ConceptLM uses the mean in
+    one place and the sum in another. Each part's gradient estimator acts on its own part.
 
     Args:
         of: the description of a part's quantizer.
-        groups: P; it divides D.
-        order: a permutation of the D dimensions to read them in before they are split, for parts that do not lie side by
-            side, such as those of a head's rotation pairs; vectors come out in their own order.
+        groups: P; must divide D.
+        order: a permutation of the D dimensions, applied before the split, for parts that are not contiguous, such as
+            rotary pairs; decoded vectors are in the original order. Default: ``None``, no permutation.
 
     Example:
         >>> from pondera.methods.quantize.vq import VQ
         >>> quantizer = Product(VQ(16), groups=2, order=[0, 2, 1, 3]).build(4)  # dimensions 0 and 2, then 1 and 3
-        >>> found = quantizer(torch.randn(10, 4))
-        >>> found.codes.shape, quantizer.bits, found.terms["codebook"].count
+        >>> output = quantizer(torch.randn(10, 4))
+        >>> output.codes.shape, quantizer.bits, output.terms["codebook"].count
         (torch.Size([10, 2, 1]), 8, 40)
     """
 
@@ -62,13 +62,13 @@ class Product(Composite):
         super().__init__(of, groups)
         self.order = order
         if order is not None and sorted(order) != list(range(len(order))):
-            raise UserError(f"order={order}: give every dimension from 0 to {len(order) - 1} once")
+            raise UserError(f"order={order}: give every dimension from 0 to {len(order) - 1} exactly once")
 
     def _make(self) -> None:
         if self.dim % self.count:
-            raise UserError(f"{self!r}: {self.count} groups do not divide a width of {self.dim}")
+            raise UserError(f"{self!r}: {self.count} groups do not divide the width {self.dim}")
         if self.order is not None and len(self.order) != self.dim:
-            raise UserError(f"{self!r}: order has {len(self.order)} dimensions for vectors of {self.dim}")
+            raise UserError(f"{self!r}: order has {len(self.order)} dimensions for vectors of width {self.dim}")
         order_D = None if self.order is None else torch.tensor(self.order)
         self.register_buffer("order_D", order_D, persistent=False)
         self.register_buffer("inverse_D", None if order_D is None else order_D.argsort(), persistent=False)
@@ -90,13 +90,13 @@ class Product(Composite):
     def forward(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Quantized:
         """See `Quantizer.forward`."""
         self._expect(x, mask, levels)
-        found = [part(x_part, mask, levels) for part, x_part in zip(self.each(), self._split(x), strict=True)]
+        outputs = [part(x_part, mask, levels) for part, x_part in zip(self.each(), self._split(x), strict=True)]
         return Quantized(
-            self._put_back(torch.cat([result.out for result in found], -1)),
-            torch.cat([result.codes for result in found], -2),
-            merged(found),
+            self._put_back(torch.cat([result.out for result in outputs], -1)),
+            torch.cat([result.codes for result in outputs], -2),
+            merged(outputs),
             x.detach(),
-            self._joint_table(result.table for result in found),
+            self._joint_table(result.table for result in outputs),
             self.sizes,
         )
 
@@ -108,5 +108,5 @@ class Product(Composite):
         return x if self.inverse_D is None else x[..., self.inverse_D]
 
     def _join(self, parts: Tensor) -> Tensor:
-        """See `Quantizer._join`: parts may have groups of their own."""
+        """See `Quantizer._join`; each part may have several groups."""
         return self._put_back(self.each()[0]._join(parts.unflatten(-2, (self.count, -1))).flatten(-2))

@@ -1,4 +1,4 @@
-"""Residual quantization: each level codes what the levels before it left.
+"""Residual quantization: each level quantizes the residual of the levels before it.
 
 Shapes: N vectors, D width. In docstrings ``...`` are any leading dimensions, G groups, R levels.
 """
@@ -23,25 +23,26 @@ from pondera.methods.quantize.common.warm_up import WarmUp
 
 
 class Residual(Composite):
-    """Codes a vector, then what is left of it, and so on; the vector is the sum of what the codes stand for.
+    """Quantizes a vector, then the remaining error, and so on; the decoded vector is the sum over all levels.
 
-    The first codes alone decode to a coarser vector, so a stored vector can be cut short: ``decode(codes[..., :r])``.
+    The first levels alone decode to a coarser vector, so stored codes can be truncated: ``decode(codes[..., :r])``.
 
-    Source: residual VQ as in SoundStream, arXiv 2107.03312, section III-C, quantizer dropout included; of SimVQ in VQKV,
-    arXiv 2603.16435, as ``Residual(SimVQ(256), levels=...)``.
-    Cost: R times that of a level, one after another.
-    When not to use it: where parts of a vector are independent: `Product` codes them alike, all at once. Of quantizers with
-    fixed values, such as `FSQ`, whose values stay as far apart while rests shrink.
-    Resolved: each level's terms are of its own rest, and the mean is over all elements of all levels that ran. The
-    estimator of the levels acts once, from the whole vector to the sum. One level does not see the other's gradient: rests
-    are what is left of detached sums. Dropout draws how many levels run once per optimizer step, alike on every rank and
-    in every part of a batch, where SoundStream draws per example. A level that waits for vectors to start from holds back
-    those after it, which would meet rests of zero; until all have started, vectors pass through.
+    Source: residual VQ as in SoundStream, arXiv 2107.03312, section III-C, including quantizer dropout; of SimVQ in
+    VQKV, arXiv 2603.16435, as ``Residual(SimVQ(256), levels=...)``.
+    Cost: R times the cost of one level; levels run one after another.
+    When not to use it: if the parts of a vector are independent; `Product` codes them as well, in parallel. With
+    quantizers of fixed values, such as `FSQ`, because the residuals shrink while the spacing of the values does not.
+    Resolved: the loss terms of each level refer to its own residual, and the mean is over all elements of all levels
+    that ran. The gradient estimator acts once, from the whole vector to the sum. Levels get no gradient from each
+    other, because residuals are computed from detached sums. Dropout draws the number of levels once per optimizer
+    step, identically on every rank and in every micro-batch; SoundStream draws it per example. A level that still
+    collects vectors for its initialization blocks the levels after it, whose residuals would be zero. Until all levels
+    are initialized, vectors pass through unquantized.
 
     Args:
-        of: the description of a level's quantizer; it may have groups or levels of its own.
-        levels: how many of it.
-        dropout: the probability that a training step runs only the first levels, any number from 1 to all of them.
+        of: the description of a level's quantizer; it may have several groups or levels.
+        levels: number of levels.
+        dropout: probability that a training step runs only the first levels; their number is uniform from 1 to all.
 
     Example:
         >>> from pondera.methods.quantize.vq import VQ
@@ -68,7 +69,7 @@ class Residual(Composite):
     def __init__(self, of: Quantizer, levels: int, dropout: float = 0.0) -> None:
         super().__init__(of, levels)
         if not 0 <= dropout <= 1:
-            raise UserError(f"dropout={dropout}: give a probability")
+            raise UserError(f"dropout={dropout}: give a probability from 0 to 1")
         self.dropout = dropout
         self._kept: int | None = None
 
@@ -76,7 +77,7 @@ class Residual(Composite):
         self._build_parts(self.dim)
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Draws how many levels this step runs."""
+        """Draws the number of levels for this step."""
         super().begin_step(step, seed)
         draw = random.Random(f"{seed}:{step}")
         drops = step >= 0 and draw.random() < self.dropout
@@ -89,16 +90,16 @@ class Residual(Composite):
         parts = [part for part, _ in self._wanted(levels)]
         if all(isinstance(part, Codebook) and not _waits(part) for part in parts):
             return self._encode_at_once(x, mask, parts)
-        rest, codes = _wide(x), []
+        residual, codes = _wide(x), []
         for part, wanted in self._wanted(levels):
-            codes.append(part.encode(rest, mask, wanted))
+            codes.append(part.encode(residual, mask, wanted))
             if _waits(part):
                 break
-            rest = rest - part.decode(codes[-1])
+            residual = residual - part.decode(codes[-1])
         return self._padded(codes)
 
     def _encode_at_once(self, x: Tensor, mask: Tensor | None, parts: list[Quantizer]) -> Tensor:
-        """The same where every level is one table."""
+        """`encode` for levels that are all plain codebooks."""
         x_NC = x.reshape(-1, self.dim)
         kept_N = None if mask is None else mask.flatten().nonzero()[:, 0]
         table = self._joint_table(part.table() for part in parts)
@@ -107,7 +108,7 @@ class Residual(Composite):
         return self._padded([codes_NR.view(*x.shape[:-1], 1, len(parts))])
 
     def _plain_rows(self) -> list[Tensor] | None:
-        """See `Quantizer._plain_rows`; none of residuals of residuals, which one look-up would sum in another order."""
+        """See `Quantizer._plain_rows`; ``None`` for nested residuals, where one lookup would sum in another order."""
         return super()._plain_rows() if self.each()[0].levels == 1 else None
 
     def _decode_by_parts(self, codes: Tensor) -> Tensor:
@@ -117,39 +118,39 @@ class Residual(Composite):
     def forward(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Quantized:
         """See `Quantizer.forward`."""
         self._expect(x, mask, levels)
-        wide = rest = _wide(x)
-        found: list[Quantized] = []
+        wide = residual = _wide(x)
+        outputs: list[Quantized] = []
         waiting = False
         for part, wanted in self._wanted(self._kept if levels is None and self.training else levels):
-            found.append(part(rest, mask, wanted))
-            rest = rest - found[-1].out.detach()
+            outputs.append(part(residual, mask, wanted))
+            residual = residual - outputs[-1].out.detach()
             if waiting := _waits(part):
                 break
         out = wide
         if not waiting:
-            out = estimate(self.estimator, wide, reduce(torch.add, [result.out for result in found]))
+            out = estimate(self.estimator, wide, reduce(torch.add, [result.out for result in outputs]))
             out = out if mask is None else torch.where(mask[..., None], out, wide)
         if self.training:
-            # Processes that average gradients wait for those of every weight.
-            idle = self.each()[len(found) - waiting :]
+            # Distributed training averages the gradients of every weight, so each one needs a gradient.
+            idle = self.each()[len(outputs) - waiting :]
             out = out + sum(0 * weight.sum() for part in idle for weight in part.parameters())
         return Quantized(
             out.to(x.dtype),
-            self._padded([result.codes for result in found]),
-            merged(found),
+            self._padded([result.codes for result in outputs]),
+            merged(outputs),
             x.detach(),
-            self._joint_table([result.table for result in found] + self._tables_from(len(found))),
+            self._joint_table([result.table for result in outputs] + self._tables_from(len(outputs))),
             self.sizes,
         )
 
     def fold(self) -> Self:
-        """The same of folded levels; none is dropped any more."""
+        """See `Quantizer.fold`; the folded quantizer has no dropout."""
         folded = super().fold()
         folded.dropout, folded._kept = 0.0, None
         return folded
 
     def _wanted(self, levels: int | None) -> Iterator[tuple[Quantizer, int | None]]:
-        """The parts that run, and how many levels of their own."""
+        """The parts that run, and their numbers of levels."""
         left = self.levels if levels is None else levels
         for part in self.each():
             if left > 0 or levels is None:
@@ -157,25 +158,25 @@ class Residual(Composite):
             left -= part.levels
 
     def _padded(self, codes: list[Tensor]) -> Tensor:
-        """All levels' codes, the missing ones `ABSENT`."""
-        found = torch.cat(codes, -1)
-        return torch.nn.functional.pad(found, (0, self.levels - found.shape[-1]), value=ABSENT)
+        """Concatenates the codes of all levels and pads missing levels with `ABSENT`."""
+        joined = torch.cat(codes, -1)
+        return torch.nn.functional.pad(joined, (0, self.levels - joined.shape[-1]), value=ABSENT)
 
     @torch.no_grad()
     def _tables_from(self, first: int) -> list[Tensor | None]:
-        """Those of the levels that did not run."""
+        """The tables of the levels that did not run."""
         return [part.table() for part in self.each()[first:]]
 
     def _join(self, parts: Tensor) -> Tensor:
-        """See `Quantizer._join`: every level joins its groups in the same way."""
+        """See `Quantizer._join`; all levels join their groups in the same way."""
         return self.each()[0]._join(parts)
 
 
 def _waits(part: Quantizer) -> bool:
-    """Whether vectors still pass it unquantized."""
+    """True if vectors still pass through this part unquantized."""
     return any(module.closed for module in part.modules() if isinstance(module, WarmUp))
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least: rests are small beside the vectors."""
+    """Converts to at least float32, because residuals are small compared with the vectors."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,6 +1,7 @@
-"""Scalar quantization: every dimension by itself, to evenly spaced values within the range that it was seen to have.
+"""Scalar quantization: rounds each dimension to evenly spaced values within a calibrated range.
 
-Shapes: N vectors, D width, K values of a dimension (the most of any). In docstrings ``...`` are any leading dimensions.
+Shapes: N vectors, D width, K values per dimension (the maximum over dimensions). In docstrings ``...`` are any leading
+dimensions.
 """
 
 from __future__ import annotations
@@ -20,28 +21,29 @@ from pondera.methods.quantize.common.ranks import summed
 
 
 class Scalar(Quantizer):
-    """Rounds each dimension to one of a few evenly spaced values; every dimension is a group, with a code of its own.
+    """Rounds each dimension to one of a few evenly spaced values; every dimension is a group with its own code.
 
-    Nothing is learned. Ranges are the mean plus and minus so many standard deviations of what came in the first steps in
-    training mode; from then on they stay.
+    Nothing is learned. The range of a dimension is its mean plus and minus a multiple of its standard deviation,
+    measured in the first training steps; afterwards it is fixed.
 
-    Source: CubiD, arXiv 2603.19232, which codes wide features of frozen encoders so, where one codebook for all fails.
+    Source: CubiD, arXiv 2603.19232, which codes wide features of frozen encoders like this, because one codebook for
+    all dimensions fails.
     Cost: a few operations per number; D codes per vector.
-    When not to use it: at less than 1 bit per number, or where dimensions say much about each other.
-    Resolved: values are the centres of equal cells, and what lies beyond the range gets the outermost. By default the range
-    is the one with the least squared error for normally distributed numbers, from 1.6 standard deviations for 2 values to
-    2.3 for 8 and 3.0 for 32. The gradient is straight-through, beyond the range too.
+    When not to use it: below 1 bit per number, or if dimensions are strongly dependent.
+    Resolved: values are the centers of equal cells; numbers beyond the range map to the outermost value. The default
+    range minimizes the squared error for normally distributed numbers: from 1.6 standard deviations for 2 values to 2.3
+    for 8 and 3.0 for 32. The gradient is straight-through, also beyond the range.
 
     Args:
-        levels: how many values a dimension has, or each of them.
-        low, high: ends of the range, of all dimensions or of each; none: calibrated.
-        spread: half the calibrated range in standard deviations; none: as said above.
-        steps: optimizer steps that calibrate; where nobody calls `begin_step`, calls in training mode.
+        levels: number of values, one for all dimensions or one per dimension.
+        low, high: ends of the range, one for all dimensions or one per dimension; default: ``None``, calibrated.
+        spread: half the calibrated range in standard deviations; default: ``None``, the range with the least error.
+        steps: number of optimizer steps for calibration; without `begin_step`, calls in training mode.
 
     Example:
         >>> quantizer = Scalar(4, low=-1.0, high=1.0).build(3)
-        >>> found = quantizer(torch.tensor([-0.9, 0.1, 5.0]))
-        >>> found.out.tolist(), found.codes.flatten().tolist(), quantizer.bits
+        >>> output = quantizer(torch.tensor([-0.9, 0.1, 5.0]))
+        >>> output.out.tolist(), output.codes.flatten().tolist(), quantizer.bits
         ([-0.75, 0.25, 0.75], [0, 2, 3], 6)
     """
 
@@ -72,16 +74,16 @@ class Scalar(Quantizer):
         super().__init__()
         counts = levels if isinstance(levels, list) else [levels]
         if not counts or any(isinstance(count, bool) or not isinstance(count, int) or count < 1 for count in counts):
-            raise UserError(f"levels={levels!r}: give how many values a dimension has, 1 or more, or a list of that")
+            raise UserError(f"levels={levels!r}: give the number of values per dimension, 1 or more, or a list of them")
         if (low is None) != (high is None):
-            raise UserError(f"low={low}, high={high}: give both ends of the range, or neither to have it calibrated")
+            raise UserError(f"low={low}, high={high}: give both ends of the range, or neither to calibrate it")
         if spread is not None and spread <= 0:
-            raise UserError(f"spread={spread}: give standard deviations, above 0")
+            raise UserError(f"spread={spread}: give a number of standard deviations above 0")
         if steps < 1:
-            raise UserError(f"steps={steps}: give 1 or more; give low and high where nothing is to be calibrated")
+            raise UserError(f"steps={steps}: give 1 or more; to skip calibration, give low and high")
         self.counts, self.low, self.high, self.spread, self.steps = levels, low, high, spread, steps
         self._finite = FiniteVectors()
-        self._step, self._told, self._folded = 0, False, False
+        self._step, self._steps_announced, self._folded = 0, False, False
 
     def _make(self) -> None:
         self.register_buffer("counts_D", self._per_dimension("levels", self.counts), persistent=False)
@@ -102,15 +104,15 @@ class Scalar(Quantizer):
         self.register_buffer("num_seen", torch.zeros(()))
 
     def _per_dimension(self, name: str, given: object) -> Tensor:
-        found = torch.as_tensor(given)
-        if found.ndim and found.shape != (self.dim,):
+        values = torch.as_tensor(given)
+        if values.ndim and values.shape != (self.dim,):
             raise UserError(
-                f"{self!r}: {name} has {len(found)} entries for vectors of width {self.dim}; give one or all"
+                f"{self!r}: {name} has {len(values)} entries for vectors of width {self.dim}; give 1 or {self.dim}"
             )
-        return found.expand(self.dim).clone()
+        return values.expand(self.dim).clone()
 
     def ranges(self) -> tuple[Tensor, Tensor]:
-        """``[D]`` each: where the first cell begins, and the width of a cell."""
+        """``[D]`` each: the start of the first cell, and the width of a cell."""
         if self.low is None:
             half_D = self.spread_D * self.square_D.sqrt()
             low_D, high_D = self.mean_D - half_D, self.mean_D + half_D
@@ -129,9 +131,7 @@ class Scalar(Quantizer):
         """See `Quantizer.encode`."""
         self._expect(x, mask, levels)
         low_D, cell_D = self.ranges()
-        cells = (
-            ((x.float() - low_D) / cell_D).floor().nan_to_num(nan=0.0)
-        )  # a number that is none gets a code that exists
+        cells = ((x.float() - low_D) / cell_D).floor().nan_to_num(nan=0.0)  # nan gets a valid code
         codes = cells.clamp(min=0).minimum(self.counts_D - 1).long()
         return (codes if mask is None else torch.where(mask[..., None], codes, ABSENT))[..., None]
 
@@ -143,13 +143,13 @@ class Scalar(Quantizer):
         return torch.where(codes >= 0, low_D + (codes + 0.5) * cell_D, 0)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, levels: int | None = None) -> Quantized:
-        """See `Quantizer.forward`; in training mode the first steps widen what is known of the ranges."""
+        """See `Quantizer.forward`; in training mode the first steps calibrate the ranges."""
         self._expect(x, mask, levels)
         if self.training and self.low is None and not self._folded:
             if self._step < self.steps:
                 x_ND = (x if mask is None else x[mask]).detach().reshape(-1, self.dim).float()
                 self._calibrate(chosen(x_ND, self._finite.of(x_ND, repr(self))))
-            self._step += not self._told
+            self._step += not self._steps_announced
         codes = self.encode(x, mask)
         out = straight_through(x, self.decode(codes).to(x.dtype))
         out = out if mask is None else torch.where(mask[..., None], out, x)
@@ -163,20 +163,20 @@ class Scalar(Quantizer):
         return self.decode(codes_KD[..., None]).T[:, None, :, None]
 
     def fold(self) -> Self:
-        """A copy whose ranges stay."""
+        """A copy with fixed ranges."""
         self._built()
         folded = copy.deepcopy(self)
         folded._folded = True
         return folded
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Counts the steps that calibrate."""
+        """Counts the calibration steps."""
         if step >= 0:
-            self._step, self._told = step, True
+            self._step, self._steps_announced = step, True
 
     @torch.no_grad()
     def _calibrate(self, x_ND: Tensor) -> None:
-        """Adds the vectors of all ranks to mean and variance."""
+        """Updates mean and variance with the vectors of all ranks."""
         count = summed(x_ND.new_tensor(float(len(x_ND))))
         mean_D = summed(x_ND.sum(0)) / count.clamp(min=1)
         squares_D = summed((x_ND - mean_D).square().sum(0))

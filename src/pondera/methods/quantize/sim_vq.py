@@ -1,6 +1,6 @@
-"""SimVQ: a codebook whose rows are a learned map of a frozen random table, so that every gradient moves all of them.
+"""SimVQ: a codebook computed by a learned map of a frozen random table, so every gradient updates all rows.
 
-Shapes: K codes, C = D width, H hidden width of the map, M vectors that the map is matched to.
+Shapes: K codes, C = D width, H hidden width of the map, M vectors used to initialize the map.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ INITS = ("random", "match")
 
 
 class SimVQ(Codebook):
-    """The nearest of K rows stands for a vector; the rows are one map, which learns, of a table that does not.
+    """Vector quantization whose K rows are the image of a frozen random table under a learned map.
 
-    Source: Zhu et al., SimVQ, arXiv 2411.02038: one linear map over a Gaussian table of standard deviation ``C ** -0.5``.
-    ConceptLM, arXiv 2602.08984, has two layers with a ReLU between them.
-    Cost: as `VQ`, and K C^2 multiplications (two layers: 2 K C H) per call to map the table; `fold` saves them, and K C
-    numbers and the map's.
-    When not to use it: where rows are to be moved one by one, as by k-means and averages: those are `VQ`'s.
-    Resolved: the map has biases, as the authors' code. Its start: a map does not match the scale of vectors by itself.
-    ``"match"`` maps the table to the vectors' mean and covariance (RMS matching in every direction), by composing the
-    affine map that does so with the last layer. Least squares from the table to k-means centres would not do: rows are
-    random, so nothing tells which centre is whose, and what the regression keeps is about ``(C/K) ** 0.5`` of the scale.
+    Source: Zhu et al., SimVQ, arXiv 2411.02038: one linear map over a Gaussian table of standard deviation ``C **
+    -0.5``. ConceptLM, arXiv 2602.08984, has two layers with a ReLU between them.
+    Cost: as `VQ`, plus K C^2 multiplications (two layers: 2 K C H) per call to map the table. `fold` removes these, and
+    the memory of the frozen table (K C numbers) and of the map.
+    When not to use it: if rows must move one by one, as with k-means or moving averages; use `VQ`.
+    Resolved: the map has biases, as in the authors' code. At initialization a map does not match the scale of the
+    vectors. ``"match"`` maps the table to the mean and covariance of the vectors (RMS matching in every direction): it
+    composes the last layer with an affine map. Least squares from the table to k-means centers would fail: rows are
+    random, so no row belongs to any particular center, and the regression keeps only about ``(C/K) ** 0.5`` of the
+    scale.
 
     Args:
         codes: K.
-        hidden: H of a two-layer map; none: one linear map.
-        init: ``"random"``: the map as its layers start; ``"match"``: matched to the vectors that came before the first
-            step that quantizes (without warm-up: to the first batch in training mode).
-        start_step: the first optimizer step that quantizes; before it the input passes through, with codes `ABSENT` and
-            without terms.
-        estimator: what gradient the input gets for the output's: ``"straight_through"``, ``"rotation"``, ``"none"``.
-        commitment: weight of the term that moves vectors to codes.
-        detach_input: the vectors get no gradient from the terms.
-        detach_target: false drops the stop-gradients of both terms, so that each moves vectors and codes.
+        hidden: H of a two-layer map; default: ``None``, one linear map.
+        init: ``"random"``: the default initialization of the layers; ``"match"``: matched to the vectors seen before
+            the first quantizing step (without warm-up: to the first batch in training mode).
+        start_step: the first optimizer step that quantizes. Before it, the input passes through, codes are `ABSENT`,
+            and there are no loss terms.
+        estimator: gradient estimator: ``"straight_through"``, ``"rotation"`` or ``"none"``.
+        commitment: weight of the term that moves vectors towards their codes.
+        detach_input: if true, the loss terms give the vectors no gradient.
+        detach_target: if false, drops the stop-gradients of both terms, so each term moves vectors and codes.
 
     Example:
         >>> quantizer = SimVQ(256, init="match").build(8)
-        >>> found = quantizer(3 + torch.randn(100, 8))
-        >>> found.out.shape, found.codes.shape, bool(torch.equal(quantizer.fold().decode(found.codes), found.out))
+        >>> output = quantizer(3 + torch.randn(100, 8))
+        >>> output.out.shape, output.codes.shape, bool(torch.equal(quantizer.fold().decode(output.codes), output.out))
         (torch.Size([100, 8]), torch.Size([100, 1, 1]), True)
     """
 
@@ -73,7 +74,7 @@ class SimVQ(Codebook):
         super().__init__(codes, start_step, estimator, commitment, detach_input, detach_target)
         if hidden is not None and hidden < 1:
             raise UserError(
-                f"hidden={hidden}: give the width between two layers, 1 or more, or None for one linear map"
+                f"hidden={hidden}: give the width between the two layers, 1 or more, or None for one linear map"
             )
         if init not in INITS:
             raise unknown("init", init, INITS)
@@ -92,7 +93,7 @@ class SimVQ(Codebook):
 
     @torch.no_grad()
     def start_from(self, x_MC: Tensor, generator: torch.Generator, per_step: int) -> None:
-        """Gives the rows the vectors' mean and covariance."""
+        """Matches the mean and covariance of the rows to the vectors."""
         last = self.map[-1]
         assert isinstance(last, nn.Linear)
         rows_KC = self.rows()
@@ -109,7 +110,7 @@ class SimVQ(Codebook):
 def _root(x_NC: Tensor) -> Tensor:
     """``[C, C]``: the symmetric square root of a covariance, in float64.
 
-    Where there are fewer vectors than directions, those that nothing is known of get a thousandth of the mean variance.
+    With fewer vectors than dimensions, directions without data get a thousandth of the mean variance.
     """
     centred_NC = x_NC.double() - x_NC.double().mean(0)
     variance_C, axes_CC = torch.linalg.eigh(centred_NC.T @ centred_NC / len(x_NC))

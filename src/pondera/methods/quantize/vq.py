@@ -1,6 +1,6 @@
-"""Vector quantization with a table of its own: van den Oord et al.'s VQ, learned by gradient or by moving averages.
+"""Vector quantization (VQ-VAE): a learned codebook, trained by gradients or by moving averages.
 
-Shapes: K codes, C = D width, M vectors that a codebook is made from.
+Shapes: K codes, C = D width, M vectors used to initialize a codebook.
 """
 
 from __future__ import annotations
@@ -20,38 +20,39 @@ INITS = ("random", "kmeans")
 
 
 class VQ(Codebook):
-    """The nearest of K free rows stands for a vector.
+    """Replaces a vector by the nearest of K free codebook rows.
 
     Source: van den Oord et al., Neural Discrete Representation Learning, arXiv 1711.00937.
-    Cost: K C multiplications per vector to encode. K C numbers; by EMA three times that, with respawn once more; with
-    k-means also the vectors that it starts from, 32 per code. `fold` leaves the K C.
-    When not to use it: with more than some thousand codes, most of which die; `SimVQ` moves all rows together. With rows
-    of another scale than the vectors (``init="random"``) nearly all vectors share one code.
-    Resolved: `pondera.methods.quantize.common.update` says it of losses, averages and respawn; `pondera.methods.quantize.common.warm_up` of
-    the warm-up. With ``init="kmeans"`` and no warm-up the first batch in training mode makes the codebook; until then the
-    input passes through.
+    Cost: K C multiplications per vector to encode. Memory: K C numbers; with EMA three times that, with respawn once
+    more; with k-means also the vectors for initialization, 32 per code. `fold` keeps only the K C numbers.
+    When not to use it: with more than a few thousand codes, because most of them die; `SimVQ` moves all rows together.
+    If the rows have another scale than the vectors (``init="random"``), nearly all vectors get the same code.
+    Resolved: see `pondera.methods.quantize.common.update` for losses, averages and respawn, and
+    `pondera.methods.quantize.common.warm_up` for the warm-up. With ``init="kmeans"`` and no warm-up the first batch in
+    training mode initializes the codebook; until then the input passes through.
 
     Args:
         codes: K.
-        update: what moves the rows: ``"gradient"`` of the losses, ``"ema"`` (moving averages), ``"none"``.
-        init: ``"random"`` rows; ``"kmeans"``: centres of the vectors that came before the first step that quantizes; or
-            the rows themselves, ``[K, C]``.
+        update: how rows are updated: ``"gradient"`` of the losses, ``"ema"`` (moving averages), ``"none"``.
+        init: ``"random"`` rows; ``"kmeans"``: centers of the vectors seen before the first quantizing step; or the rows
+            themselves, ``[K, C]``.
         scale: standard deviation of random rows.
-        start_step: the first optimizer step that quantizes; before it the input passes through, with codes `ABSENT` and
-            without terms.
-        estimator: what gradient the input gets for the output's: ``"straight_through"``, ``"rotation"``, ``"none"``.
-        commitment: weight of the term that moves vectors to codes.
-        detach_input: the vectors get no gradient from the terms.
-        detach_target: false drops the stop-gradients of both terms, so that each moves vectors and codes.
-        respawn: hits per step, averaged, under which a code is dead, and a vector of the step takes its place; 0: never.
-        decay: of the moving averages of hits and vectors, per step.
+        start_step: the first optimizer step that quantizes. Before it, the input passes through, codes are `ABSENT`,
+            and there are no loss terms.
+        estimator: gradient estimator: ``"straight_through"``, ``"rotation"`` or ``"none"``.
+        commitment: weight of the term that moves vectors towards their codes.
+        detach_input: if true, the loss terms give the vectors no gradient.
+        detach_target: if false, drops the stop-gradients of both terms, so each term moves vectors and codes.
+        respawn: a code with fewer average hits per step than this is dead, and a vector of the step replaces it; 0:
+            never.
+        decay: decay per step of the moving averages of hits and vectors.
 
     Example:
         >>> quantizer = VQ(2, init=[[0.0, 0.0], [1.0, 1.0]]).build(2)
-        >>> found = quantizer(torch.tensor([[0.9, 0.8], [0.1, -0.2], [2.0, 2.0]]))
-        >>> found.out.tolist(), found.codes.flatten().tolist()
+        >>> output = quantizer(torch.tensor([[0.9, 0.8], [0.1, -0.2], [2.0, 2.0]]))
+        >>> output.out.tolist(), output.codes.flatten().tolist()
         ([[1.0, 1.0], [0.0, 0.0], [1.0, 1.0]], [1, 0, 1])
-        >>> round(found.loss.item(), 4)  # 1.25 times the mean square
+        >>> round(output.loss.item(), 4)  # 1.25 times the mean square
         0.4375
     """
 
@@ -88,11 +89,11 @@ class VQ(Codebook):
         if scale <= 0:
             raise UserError(f"scale={scale}: give the standard deviation of random rows, above 0")
         if not 0 <= decay < 1:
-            raise UserError(f"decay={decay}: give what a moving average keeps per step, from 0 to below 1")
+            raise UserError(f"decay={decay}: give the decay of the moving averages, from 0 to below 1")
         if respawn < 0 or (respawn and update == "none"):
             raise UserError(
-                f"respawn={respawn} with update={update!r}: give the hits per step under which a code is replaced, 0 or "
-                "more, and 0 where nothing may move the rows"
+                f"respawn={respawn} with update={update!r}: give the hits per step below which a code is replaced, 0 "
+                "or more; it must be 0 with update='none'"
             )
         self.init = init.detach() if isinstance(init, Tensor) else init
         self.update, self.scale, self.decay, self.respawn = update, scale, decay, respawn
@@ -105,7 +106,7 @@ class VQ(Codebook):
             rows_KC = torch.as_tensor(self.init).clone()
             rows_KC = rows_KC if rows_KC.is_floating_point() else rows_KC.float()
             if rows_KC.shape != (self.codes, self.dim):
-                raise UserError(f"init: rows of shape {tuple(rows_KC.shape)}; they must be {(self.codes, self.dim)}")
+                raise UserError(f"init: rows have shape {tuple(rows_KC.shape)}; it must be {(self.codes, self.dim)}")
             self.init = "given"
         if self.learns:
             self.rows_KC = nn.Parameter(rows_KC)
@@ -125,7 +126,7 @@ class VQ(Codebook):
 
     @torch.no_grad()
     def start_from(self, x_MC: Tensor, generator: torch.Generator, per_step: int) -> None:
-        """K-means; what hits each centre is noted as what a step will bring."""
+        """Runs k-means; the hits of each center initialize the statistics of a step."""
         rows_KC, hits_K = kmeans(x_MC, self.codes, generator)
         self.rows_KC.copy_(rows_KC)
         if self.statistics is not None:
@@ -137,17 +138,17 @@ class VQ(Codebook):
 
 
 def folded(quantizer: Codebook) -> VQ:
-    """The codebook as a plain table: the same codes and vectors, and nothing that learns.
+    """Converts a codebook to a plain table with the same codes and vectors; it does not train.
 
     Raises:
-        UserError: it does not quantize yet.
+        UserError: the quantizer is still in warm-up.
     """
     if quantizer.gate.closed:
         raise UserError(
-            f"{type(quantizer).__name__} is still warming up (start_step={quantizer.start_step}, start from vectors: "
+            f"{type(quantizer).__name__} is still warming up (start_step={quantizer.start_step}, init from vectors: "
             f"{quantizer.gate.wants_vectors}); train it past its warm-up before folding it"
         )
-    with torch.random.fork_rng(devices=[]), torch.no_grad():  # the random rows it starts with are not wanted
+    with torch.random.fork_rng(devices=[]), torch.no_grad():  # do not consume random numbers for the unused init
         plain = VQ(
             quantizer.codes,
             update="none",

@@ -1,4 +1,4 @@
-"""How much to compute for each token: one file per method, `base.py` is the seam."""
+"""Think methods: how much compute each token gets. One file per method; `base.py` defines the interface."""
 
 from pondera.core.lazy_names import lazy_names
 

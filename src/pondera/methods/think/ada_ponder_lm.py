@@ -1,6 +1,6 @@
-"""AdaPonderLM: PonderLM whose tokens leave off one by one, and go on showing their last keys and values to the others.
+"""AdaPonderLM: tokens halt individually; later passes keep attending to their last keys and values.
 
-Shapes: B batch, T tokens, N active tokens of all texts, D width.
+Shapes: B batch, T tokens, N active tokens of all sequences, D width.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
@@ -20,7 +19,7 @@ from pondera.core.loss_terms import LossTerm
 from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput
 from pondera.methods.think.common.halting import Halting, router
-from pondera.methods.think.common.passes import Passes
+from pondera.methods.think.common.passes import Passes, SlotCache
 from pondera.methods.think.ponder_lm import PonderLM
 from pondera.models.backbone import Backbone
 
@@ -28,43 +27,45 @@ HALTED = ("freeze", "dense")
 
 
 class AdaPonderLM(PonderLM):
-    """PonderLM with a gate after each pass but the last: it weighs the update, and where it closes the token leaves off.
+    """PonderLM with a learned gate before each extra pass: the gate scales the update and halts the token if it closes.
 
-    A gate is a two-layer MLP of its own, g = sigmoid(MLP(h)). Tokens whose gate stays at or above `threshold` go on with
-    E + g * M; the others never come back, and at all later passes their keys and values are those of their last one. At
-    the threshold the update is next to nothing, so the hard cut is almost continuous. A penalty on the lowest gates alone
-    pushes them down, so that the model chooses which tokens pay.
+    Each gate is a two-layer MLP: g = sigmoid(MLP(h)). A token whose gate is at or above `threshold` continues with the
+    input E + g * M. Every other token halts for good, and all later passes attend to the keys and values of its last
+    pass. At the threshold the update is close to zero, so the hard cut is almost continuous. A penalty on only the
+    lowest gates pushes them down, so the model chooses which tokens get more compute.
 
     Source: AdaPonderLM, arXiv 2603.01914; no public code.
-    Cost: the passes taken, in training as at inference, each but the last with the gate's 8 D^2 FLOPs and each but the
-    first with the head and mixture of `PonderLM`; s + 1 KV rows per token, whether it goes on or not.
-    When not to use it: where the KV cache is what you are short of; from a `PonderLM` that never saw tokens leave off
-    without training on; with gradient checkpointing, which cannot keep the sub-caches.
-    Resolved: the first pass is everyone's, and before each of the s others stands a gate: a GELU MLP of inner width 4 D
-    that says 0.99 of every token at first. The penalty is on the sigmoid, whose own gradient fades below the threshold, so
-    logits are not clamped; it looks among the gates of active tokens of one micro-batch, so how a step is split decides a
-    little which are the lowest. A token's prediction is read from its last pass, and its state stays as it was
-    (``halted="freeze"``): in the paper's form the queries of a halted token still meet fresh keys of others, so what it is
-    trained on is not what an engine would say that stopped there. ``halted="dense"`` is that form: every token runs every
-    pass, and costs it, and effort moves the depth instead of the threshold.
+    Cost: the passes that each token takes, the same in training and at inference. Each pass but the last adds the gate
+    (8 D^2 FLOPs); each pass but the first adds the head and the mixture of `PonderLM`. A token uses s + 1 KV slots,
+    whether it halts early or not.
+    When not to use it: when KV memory is the bottleneck; on a `PonderLM` checkpoint trained without halting, unless you
+    continue training; with gradient checkpointing, because checkpointing cannot keep the sub-caches.
+    Resolved: all tokens take the first pass. Each of the s further passes has a gate, a GELU MLP of inner width 4 D
+    that outputs 0.99 for every token at initialization. The penalty applies to the sigmoid, whose gradient vanishes
+    below the threshold, so logits are not clamped. The lowest gates are selected among the active tokens of one
+    micro-batch, so the split of a batch has a small effect on the selection. The prediction uses the state of the
+    token's last pass, and a halted state stays frozen (``halted="freeze"``). In the paper's form the queries of a
+    halted token still attend to new keys of other tokens, so training computes other states than an inference engine
+    that stops there. ``halted="dense"`` is the paper's form: every token runs every pass at full cost, and effort sets
+    the number of passes instead of the threshold.
 
     Args:
-        steps: s, the most passes before the last one; 0 is the backbone itself.
-        threshold: tau, the gate below which a token leaves off.
-        top_k: how many of the likeliest tokens are mixed; none: all of them.
-        penalty: lambda, what a fully open gate among the lowest costs in nats.
-        bottom: k_max, the share of the gates that are penalised at the end of the ramp.
-        ramp: (from, to), optimizer steps between which that share grows from 0 to `bottom`.
-        halting: ``"gate"`` (the paper), or a control: ``"fixed"`` (which is `PonderLM`), ``"random"``, ``"oracle"``
-            (`pondera.methods.think.common.halting`); controls add the mixture unweighted.
-        continue_prob: ``"random"``: the share of tokens that take each further pass.
+        steps: s, the maximum number of extra passes; 0 gives the plain backbone.
+        threshold: tau; a token halts if its gate is below this value.
+        top_k: number of most likely tokens in the mixture, or ``None`` for the whole vocabulary; default: 100.
+        penalty: lambda, the cost in nats of one fully open gate among the lowest.
+        bottom: k_max, the share of gates that are penalized at the end of the ramp.
+        ramp: (start, end), the optimizer steps between which this share grows from 0 to `bottom`.
+        halting: ``"gate"`` (the paper), or a control: ``"fixed"`` (equal to `PonderLM`), ``"random"``, ``"oracle"``
+            (`pondera.methods.think.common.halting`). Controls add the mixture with weight 1.
+        continue_prob: for ``"random"``: the probability that a token takes the next pass.
         halted: ``"freeze"`` or ``"dense"``.
-        shared_gate: one MLP for all passes; in the paper it halts all tokens or none.
-        start: as for `PonderLM`.
+        shared_gate: use one MLP for all passes. According to the paper such a gate halts all tokens or none.
+        start: see `PonderLM`.
 
     Example:
-        >>> AdaPonderLM(steps=1, halting="random").cost_schedule(tokens=8, shares=[1.0, 0.5])[1:]
-        [DecoderPass(queries=8.0, keys=8, cached=False, repeats=1), DecoderPass(queries=4.0, keys=8, cached=False, repeats=1)]
+        >>> AdaPonderLM(steps=1, halting="random").cost_schedule(tokens=8, shares=[1.0, 0.5])[-1]
+        DecoderPass(queries=4.0, keys=8, cached=False, repeats=1)
     """
 
     paper: ClassVar[str] = "AdaPonderLM, arXiv 2603.01914"
@@ -97,9 +98,9 @@ class AdaPonderLM(PonderLM):
         if not 0 < threshold < 1:
             raise UserError(f"threshold={threshold}: give a number between 0 and 1")
         if penalty < 0 or not 0 <= bottom <= 1:
-            raise UserError(f"penalty={penalty}, bottom={bottom}: give 0 or more, and a share from 0 to 1")
+            raise UserError(f"penalty={penalty}, bottom={bottom}: give a penalty of 0 or more, and a share from 0 to 1")
         if len(ramp) != 2 or not 0 <= ramp[0] <= ramp[1]:
-            raise UserError(f"ramp={ramp}: give (from step, to step), such as (100, 300)")
+            raise UserError(f"ramp={ramp}: give (start step, end step), such as (100, 300)")
         if halted not in HALTED:
             raise unknown("halted", halted, HALTED)
         self.threshold, self.penalty, self.bottom, self.ramp = threshold, penalty, bottom, tuple(ramp)
@@ -110,14 +111,14 @@ class AdaPonderLM(PonderLM):
         self._share_now = self._share(0)
 
     def bind(self, backbone: Backbone) -> None:
-        """See `PonderLM.attach`; creates the gates."""
+        """See `PonderLM.bind`; creates the gates."""
         super().bind(backbone)
         if self.halting.learned:
             count = min(1, self.steps) if self.shared_gate else self.steps
             self.gates.extend(mlp_gate(backbone, start=0.99) for _ in range(count))
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Sets how many of the gates are penalised; lets a random control draw anew."""
+        """Sets the share of penalized gates and the random draw of this step."""
         self._share_now = self._share(step)
         self.halting.draw = 1 + step
 
@@ -135,21 +136,21 @@ class AdaPonderLM(PonderLM):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Think.forward`. Training, prefill and decoding are this one loop."""
+        """See `Think.forward`. Training, prefill and decoding share this loop."""
         if not self.steps or not self.halting.adaptive:
             return super().forward(backbone, h_BTD, position_ids, cache, mask, budget)
-        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(
             backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth", self.packed and not self.dense
         )
         tau = budget.threshold(self.threshold) if self.adaptive else self.threshold
-        x_BTD, said = self.begin(h_BTD), []
+        x_BTD, gate_history = self.begin(h_BTD), []
         states = [passes.run_first(x_BTD)]
         for depth in range(1, budget.passes(self.slots_per_token, self.adaptive and self.halting.learned)):
             gate_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.float32)
             if self.halting.learned:
                 gate_BT = passes.of_active(self._gate(depth), states[-1])[..., 0]
-                said.append((gate_BT, passes.active_BT))
+                gate_history.append((gate_BT, passes.active_BT))
                 continue_BT = gate_BT >= tau
             else:
                 predict = partial(_likeliest, backbone, states[-1])
@@ -160,18 +161,20 @@ class AdaPonderLM(PonderLM):
             x_BTD = x_BTD + gate_BT[..., None].to(x_BTD.dtype) * mixture_BTD
             states.append(passes.run_pass(depth, x_BTD, states[-1], everyone=self.dense))
         passes.finish()
-        terms = {"thinking": self._penalty(said, passes)} if self.training and said else {}
+        terms = {"thinking": self._penalty(gate_history, passes)} if self.training and gate_history else {}
         return MethodOutput(states[-1], passes.passes_BT, terms, trace={"states": states} if self.record else {})
 
     def _gate(self, depth: int) -> Callable[[Tensor], Tensor]:
-        """From states to what the gate before `depth` says, ``[..., 1]`` from 0 to 1."""
+        """Returns a function that maps states to the gate before `depth`, ``[..., 1]`` from 0 to 1."""
         mlp = self.gates[0 if self.shared_gate else depth - 1]
         return lambda state_BTD: mlp(state_BTD).float().sigmoid()
 
-    def _penalty(self, said: list[tuple[Tensor, Tensor | None]], passes: Passes) -> LossTerm:
-        """The sum of the lowest gates of tokens that were active (none: all), so many of them as the ramp says."""
+    def _penalty(self, gate_history: list[tuple[Tensor, Tensor | None]], passes: Passes) -> LossTerm:
+        """The sum of the lowest gates of active tokens; the ramp sets how many. A mask of ``None`` means all active."""
         real_BT = passes.real(torch.ones_like(passes.passes_BT, dtype=torch.bool))
-        gates_N = torch.cat([gate_BT[real_BT if active_BT is None else active_BT] for gate_BT, active_BT in said])
+        gates_N = torch.cat(
+            [gate_BT[real_BT if active_BT is None else active_BT] for gate_BT, active_BT in gate_history]
+        )
         count = round(self._share_now * len(gates_N))
         return LossTerm(gates_N.topk(count, largest=False).values.sum(), max(1, count), self.penalty)
 
@@ -180,17 +183,17 @@ class AdaPonderLM(PonderLM):
     ) -> list[DecoderPass | MatMul]:
         """See `Think.cost_schedule`."""
         shares = shares or [1] * self.slots_per_token
-        made = super().cost_schedule(tokens, context, training, shares)
+        schedule = super().cost_schedule(tokens, context, training, shares)
         weights = sum(p.numel() for p in self.gates[0].parameters() if p.ndim == 2) if self.gates else 0
-        return [MatMul(tokens * sum(shares[:-1]), weights), *made] if weights else made
+        return [MatMul(tokens * sum(shares[:-1]), weights), *schedule] if weights else schedule
 
 
 def mlp_gate(backbone: Backbone, start: float) -> nn.Sequential:
-    """A two-layer MLP from states to a logit, which says the same for every token at first.
+    """A two-layer MLP from states to one logit; the logit is the same for every token at initialization.
 
     Args:
-        backbone: whose states it reads.
-        start: the probability that it starts at, as a sigmoid.
+        backbone: provides the width, dtype and device.
+        start: the initial probability, sigmoid of the initial logit.
     """
     weight, width = next(backbone.parameters()), backbone.config.hidden_size
     inner = nn.Linear(width, 4 * width, dtype=weight.dtype, device=weight.device)

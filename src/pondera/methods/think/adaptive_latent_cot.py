@@ -1,4 +1,4 @@
-"""Adaptive latent chain of thought: thoughts along a second causal axis, trained in parallel exactly, halted one by one.
+"""Token-level adaptive latent chain of thought: latent steps on a second causal axis, with exact parallel training.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -11,7 +11,6 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
@@ -20,45 +19,46 @@ from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, exit_probabilities, router
-from pondera.methods.think.common.passes import Passes, all_shallower_passes
+from pondera.methods.think.common.passes import Passes, SlotCache, all_shallower_passes, new_slot_cache
 from pondera.methods.think.common.readout import mixture
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 class AdaptiveLatentCoT(Think):
-    """Every token takes up to L extra passes; step k of a token attends to steps 0..k of all tokens up to it.
+    """Each token takes up to L extra passes; step k of a token attends to steps 0..k of all tokens up to it.
 
-    The two-axis mask is what sets it apart from `PonderLM2`: step 0 never sees a thought, so step k of all tokens can
-    run at once as soon as the steps below are known. Training is exactly the function that decoding computes, with no
-    fixed point to wait for. With ``halting="router"`` a router after each step says how likely the token goes on; the
-    product of these probabilities is the mass that *reaches* a step. A token stops where that mass falls below
-    `threshold`, in training as at inference, and its prediction mixes the states of its steps by the mass that *exits*
-    at each. A penalty on the masses, weighted by how right the model already is, teaches the router to stop where nothing
-    is left to gain and leaves it alone where the model is wrong.
+    The two-axis mask is the difference to `PonderLM2`: step 0 never attends to a latent step, so step k of all tokens
+    can run in parallel once the lower steps are known. Training computes exactly the function that decoding computes,
+    without a fixed-point iteration. With ``halting="router"`` a router after each step outputs the probability to
+    continue. The product of these probabilities is the probability that the token *reaches* a step. A token halts when
+    this probability falls below `threshold`, in training and at inference. The prediction mixes the states of all
+    steps, weighted by the *exit* probabilities. A penalty on the reach probabilities, weighted by the probability of
+    the correct token, teaches the router to halt easy tokens and leaves it unchanged where the model is wrong.
 
     Source: Pretraining with token-level adaptive latent chain-of-thought, arXiv 2602.08220.
-    Cost: 1 + (mean of the steps taken) passes and KV rows per token, in training as at inference; step k attends to the
-    rows of k + 1 steps.
-    When not to use it: on decoders with linear-attention layers, whose state follows storage order (refused by name);
-    with gradient checkpointing, which cannot keep the sub-caches.
-    Resolved: feedback is the last hidden state, RMS-matched on backbones whose embeddings do not enter at unit RMS;
-    states are mixed, not probabilities; the penalty is lambda * mean of sg(p_true)^beta * (sum of the masses that reach
-    steps 1..L, the first pruned one included, so that the router never stops learning), with p_true from the final
-    prediction; the last step taken gets all mass that is left. The paper's own
-    feedback, threshold and penalty were not visible.
+    Cost: 1 + (mean number of steps) passes and KV slots per token, the same in training and at inference; step k
+    attends to the slots of k + 1 steps.
+    When not to use it: on decoders with linear-attention layers, whose state follows storage order (raises an error);
+    with gradient checkpointing, because checkpointing cannot keep the sub-caches.
+    Resolved: the feedback is the last hidden state, RMS-matched on backbones whose embeddings are not at unit RMS. The
+    method mixes states, not probabilities. The penalty is lambda * mean of sg(p_true)^beta * (sum of the probabilities
+    to reach steps 1..L, including the first pruned step, so that the router always gets a gradient), with p_true from
+    the final prediction. The last step of a token gets all remaining probability. The paper's feedback, threshold and
+    penalty were not available to us.
 
     Args:
-        steps: L, the most extra passes per token; 0 is the backbone itself.
-        halting: ``"fixed"`` (every token takes all steps, and the last state is read), ``"router"`` (the paper), or a
-            control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
-        threshold: the mass that must reach a step for it to be taken.
-        penalty: lambda, what a whole step costs in nats; more prunes more.
-        beta: how much less wrong predictions pay; 0: all the same.
-        continue_prob: ``"random"``: the share of tokens that take each further step.
+        steps: L, the maximum number of extra passes per token; 0 gives the plain backbone.
+        halting: ``"fixed"`` (every token takes all steps, the prediction uses the last state), ``"router"`` (the
+            paper), or a control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
+        threshold: a token takes a step if the probability to reach it is at least this value.
+        penalty: lambda, the cost of one full step in nats; larger values prune more.
+        beta: exponent of the correctness weight; larger values lower the penalty on wrong predictions; 0: no weighting.
+        continue_prob: for ``"random"``: the probability that a token takes the next step.
 
     Example:
-        >>> AdaptiveLatentCoT(steps=1).cost_schedule(tokens=8)
-        [DecoderPass(queries=8, keys=8, cached=False, repeats=1), DecoderPass(queries=8, keys=16, cached=False, repeats=1)]
+        >>> AdaptiveLatentCoT(steps=1).cost_schedule(tokens=8)[-1]
+        DecoderPass(queries=8, keys=16, cached=False, repeats=1)
     """
 
     paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220"
@@ -97,24 +97,24 @@ class AdaptiveLatentCoT(Think):
         self.adaptive = self.halting.adaptive and steps > 0
 
     def bind(self, backbone: Backbone) -> None:
-        """Refuses backbones that cannot follow the mask; measures the scale of the feedback, creates the router."""
+        """Raises if the backbone does not support the mask; measures the feedback scale and creates the router."""
         if self.steps and "linear_attention" in backbone.layer_types:
             raise UserError(
-                f"AdaptiveLatentCoT does not fit {backbone.config.model_type}: its linear-attention layers read slots in "
-                "storage order and cannot hide later thinking steps; use PonderLM2(thoughts=1) on this backbone"
+                f"AdaptiveLatentCoT does not fit {backbone.config.model_type}: its linear-attention layers read slots "
+                "in storage order and cannot hide later thinking steps; use PonderLM2(thoughts=1) on this backbone"
             )
         self.feedback.bind(backbone)
         if self.halting.learned and self.steps:
-            # Training starts with all steps: 0.9 to the power of a usual number of them is above the threshold.
+            # Training starts with all steps: 0.9 to the power of a usual step count is above the threshold.
             self.router = router(backbone, start=0.9)
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Lets a random control draw anew."""
+        """Sets the random draw of this step."""
         self.halting.draw = 1 + step
 
-    def new_cache(self, backbone: Backbone) -> DepthCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One sub-cache per step in every layer."""
-        return DepthCache(backbone.config.num_hidden_layers, self.slots_per_token)
+        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
 
     def forward(
         self,
@@ -126,12 +126,12 @@ class AdaptiveLatentCoT(Think):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Think.forward`. Training, prefill and decoding are this one loop."""
-        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        """See `Think.forward`. Training, prefill and decoding share this loop."""
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "all_shallower", self.packed)
         state_BTD = passes.run_first(h_BTD)
         states, reach = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
-        offered: list[Tensor] = []  # what reaches each step before it is pruned
+        offered: list[Tensor] = []  # probability to reach each step, before pruning
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
             reach_BT, continue_BT = self._halt(backbone, step, state_BTD, reach[-1], position_ids, labels_BT, budget)
             offered.append(reach_BT)
@@ -143,9 +143,9 @@ class AdaptiveLatentCoT(Think):
         passes.finish()
         if self.halting.learned:
             state_BTD = mixture(states, exit_probabilities(reach))
-        judge = self._penalty(offered) if self.training and self.halting.learned and offered else None
+        deferred_loss = self._penalty(offered) if self.training and self.halting.learned and offered else None
         trace = {"states": states} if self.record else {}
-        return MethodOutput(state_BTD, passes.passes_BT, deferred_loss=judge, trace=trace)
+        return MethodOutput(state_BTD, passes.passes_BT, deferred_loss=deferred_loss, trace=trace)
 
     def _halt(
         self,
@@ -157,7 +157,7 @@ class AdaptiveLatentCoT(Think):
         labels_BT: Tensor | None,
         budget: Effort,
     ) -> tuple[Tensor, Tensor | None]:
-        """The mass that reaches `step`, and who takes it (none: everyone)."""
+        """The probability to reach `step`, and the mask of tokens that take it (``None``: all tokens)."""
         if self.halting.learned:
             reach_BT = reach_BT * self.router(state_BTD)[..., 0].float().sigmoid()
             return reach_BT, reach_BT >= budget.threshold(self.threshold)
@@ -167,7 +167,7 @@ class AdaptiveLatentCoT(Think):
         return reach_BT, continue_BT
 
     def _penalty(self, offered: list[Tensor]) -> Callable[[Tensor, Tensor], dict[str, LossTerm]]:
-        """The correctness-aware price of going on."""
+        """The correctness-weighted penalty on continuing."""
 
         def deferred_loss(logits_BTV: Tensor, labels_BT: Tensor) -> dict[str, LossTerm]:
             known_BT = labels_BT >= 0
@@ -178,15 +178,15 @@ class AdaptiveLatentCoT(Think):
         return deferred_loss
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
-        """See `Think.slots`: steps that were not taken leave nothing."""
+        """See `Think.slots`: skipped steps use no slots."""
         return tokens * (sum(shares) if shares else self.slots_per_token)
 
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.cost_schedule`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
+        """See `Think.cost_schedule`. The cache masks slots and never drops them, so sliding windows save nothing."""
         shares = shares or [1] * self.slots_per_token
-        made: list[DecoderPass | MatMul] = list(all_shallower_passes(tokens, context, shares))
+        schedule: list[DecoderPass | MatMul] = list(all_shallower_passes(tokens, context, shares))
         if self.halting.learned and self.steps:
-            made.append(MatMul(tokens * sum(shares[:-1]), self.router.weight.numel()))
-        return made
+            schedule.append(MatMul(tokens * sum(shares[:-1]), self.router.weight.numel()))
+        return schedule

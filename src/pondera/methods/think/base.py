@@ -1,4 +1,4 @@
-"""The seam `think/`: how much to compute for each token."""
+"""Base class of think methods, which decide how much compute each token gets."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ __all__ = ["Think", "MethodOutput"]
 
 
 class Think(Method):
-    """Decides how many passes each token gets, and runs them.
+    """Base class of methods that choose the number of passes per token and run them.
 
-    What it has to keep is the promise of `Method`; the contract tests check every file of this folder.
+    A think method must satisfy the contract of `Method`. The contract tests check every file of this folder.
     """
 
     interleaved: ClassVar[bool] = False
-    """Slots of a token stand next to each other in causal order, so sliding windows must grow with their number."""
+    """True if the slots of a token are adjacent in causal order; sliding windows then grow with the slots per token."""
 
     adaptive: bool = False
-    """Tokens take different numbers of passes, so that prices have to be told how many each took."""
+    """True if the number of passes differs between tokens; cost estimates then need the measured shares."""
 
     packed: bool = True
-    """Passes that only some tokens take are run for those alone; false runs all rows and masks, the slow twin for tests."""
+    """True: gather the active tokens and run only those. False: run all tokens and mask (reference implementation)."""

@@ -1,4 +1,4 @@
-"""Pause tokens: as many slots as PonderLM-2, but with a constant input. The control for what a thought carries.
+"""Pause tokens: extra slots with constant learned inputs, a control for methods that feed states back.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -18,20 +18,21 @@ from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 class PauseToken(Think):
-    """After every token stand P learned vectors; the prediction is read from the last one.
+    """Inserts P learned vectors after every token and predicts from the last one.
 
-    The extra slots give the model time and KV rows but no content of its own making, so what a thinking method gains
-    over this one is the gain of feeding states back.
+    The extra slots give the model compute and KV slots, but no content computed by the model. The gain of a think
+    method over this control is therefore the gain of feeding states back.
 
-    Source: Think before you speak, arXiv 2310.02226, with a pause after every token as in PonderLM-2's comparison.
-    Cost: P + 1 passes and KV rows per token, in training as at inference; one call of P + 1 rows per token.
-    When not to use it: as anything but a control.
+    Source: Think before you speak, arXiv 2310.02226, with a pause after every token as in the comparison of PonderLM-2.
+    Cost: P + 1 passes and KV slots per token, the same in training and at inference; one call of P + 1 slots per token.
+    When not to use it: for anything but a control.
 
     Args:
-        pauses: P, pause slots per token; 0 is the backbone itself.
+        pauses: P, pause slots per token; 0 gives the plain backbone.
 
     Example:
         >>> PauseToken(pauses=1).cost_schedule(tokens=8)
@@ -51,7 +52,7 @@ class PauseToken(Think):
         self.slots_per_token = pauses + 1
 
     def bind(self, backbone: Backbone) -> None:
-        """Creates the pause vectors at the RMS of the token embeddings."""
+        """Creates the pause vectors with the RMS of the token embeddings."""
         weight = cast(nn.Embedding, backbone.lm.get_input_embeddings()).weight
         pause_PD = torch.empty(self.pauses, weight.shape[1], dtype=weight.dtype, device=weight.device)
         if weight.device.type != "meta":
@@ -59,9 +60,9 @@ class PauseToken(Think):
             nn.init.normal_(pause_PD, std=backbone.embed(ids_1V).detach().float().square().mean().sqrt().item())
         self.pause_PD = nn.Parameter(pause_PD)
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
-        """One cache with P + 1 rows per token."""
-        return interleaved_cache(backbone, self.slots_per_token)
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
+        """One cache with P + 1 KV slots per token."""
+        return interleaved_cache(backbone, self.slots_per_token, kv_cache)
 
     def forward(
         self,
@@ -73,7 +74,7 @@ class PauseToken(Think):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Think.forward`. A smaller budget leaves pauses out."""
+        """See `Think.forward`. A smaller budget drops the last pauses."""
         slots = slots_allowed(self.slots_per_token, budget, cache)
         stages = [h_BTD, *(pause_D.expand_as(h_BTD) for pause_D in self.pause_PD[: slots - 1].to(h_BTD.dtype))]
         states = interleaved_pass(backbone, stages, mask, position_ids, cache)

@@ -1,4 +1,4 @@
-"""PonderLM: every token is read several times, each time with what the pass before predicted added to its embedding.
+"""PonderLM: repeated passes that add the embedding mixture predicted by one pass to the input of the next.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -11,48 +11,49 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
-from pondera.methods.think.common.passes import Passes, same_depth_passes
+from pondera.methods.think.common.passes import Passes, SlotCache, new_slot_cache, same_depth_passes
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 STARTS = ("once", "steps")
 
 
 class PonderLM(Think):
-    """After each of s passes, the embedding of what the model would say next is added to its input; it reads once more.
+    """Runs s extra passes; before each one, adds the expected embedding of the predicted next token to the input.
 
-    E_0 are the token embeddings. Pass i makes states H_i of E_i; the head turns them into probabilities, these mix the
-    rows of the *input* embedding table into M_i, and E_{i+1} = E_i + M_i. The prediction is read from the last pass.
-    Nothing is detached and only the last pass has a loss. A pass attends to the rows of its own depth alone, so training
-    runs s + 1 ordinary causal passes, and decoding with s + 1 caches computes the same.
+    E_0 is the token embeddings. Pass i maps E_i to states H_i. The head maps H_i to probabilities, which mix the rows
+    of the *input* embedding table into M_i, and E_{i+1} = E_i + M_i. The prediction uses the last pass. Nothing is
+    detached, and only the last pass has a loss. A pass attends only to slots of its own depth. Training therefore runs
+    s + 1 ordinary causal passes, and decoding with s + 1 caches computes the same function.
 
     Source: Pretraining language models to ponder in continuous space, arXiv 2505.20674, and the authors' public code.
-    Cost: s + 1 passes and KV rows per token, in training as at inference; s times the head, and without `top_k` s times the
-    mixture over the vocabulary, which for a narrow model cost as much as the passes.
-    When not to use it: where the KV cache is what you are short of; on a vocabulary of characters, whose mixtures say
-    little; on decoders with linear-attention layers (refused by name), as no cache here keeps their states by depth.
-    Resolved: the paper mixes the 100 likeliest tokens, their probabilities renormalised, and the authors' code all of
-    them; the default is the paper's, ``top_k=None`` the code's. E_0 is the embedding once, as in the paper's equation;
-    ``start="steps"`` is the s-fold of the authors' larger runs, under any budget. The mixed rows are scaled as the inputs
-    are: by sqrt(D) with ``init: scaled``, not at all on pretrained backbones. Initialisation is that of all methods here;
-    the authors' code shrinks what enters the residual stream by a further sqrt(s + 1). A smaller budget makes fewer
-    passes; where calls on one cache differ in it, tokens show at the depths that they did not reach what they left at
-    their last, as in `AdaPonderLM`.
+    Cost: s + 1 passes and KV slots per token, the same in training and at inference, plus s times the head. Without
+    `top_k`, also s times the mixture over the vocabulary; in a narrow model this costs as much as the passes.
+    When not to use it: when KV memory is the bottleneck; on a character vocabulary, whose mixtures carry little
+    information; on decoders with linear-attention layers (raises an error), because no cache here keeps their states
+    per depth.
+    Resolved: the paper mixes the 100 most likely tokens with renormalized probabilities; the authors' code mixes all
+    tokens. The default follows the paper, ``top_k=None`` follows the code. E_0 is the embedding once, as in the paper's
+    equation; ``start="steps"`` multiplies it by s, as in the authors' larger runs, under every budget. The mixed rows
+    are scaled like the inputs: by sqrt(D) with ``init: scaled``, by 1 on pretrained backbones. Initialization is the
+    same for all methods here; the authors' code divides weights into the residual stream by a further sqrt(s + 1). A
+    smaller budget runs fewer passes. If calls on one cache use different budgets, a token keeps the keys and values of
+    its last pass at the depths that it did not reach, as in `AdaPonderLM`.
 
     Args:
-        steps: s, passes before the last one; 0 is the backbone itself.
-        top_k: how many of the likeliest tokens are mixed; none: all of them.
-        start: E_0 is the embedding ``"once"`` or as many times as there are ``"steps"``.
+        steps: s, the number of extra passes; 0 gives the plain backbone.
+        top_k: number of most likely tokens in the mixture, or ``None`` for the whole vocabulary; default: 100.
+        start: ``"once"``: E_0 is the embedding; ``"steps"``: E_0 is s times the embedding.
 
     Example:
-        >>> PonderLM(steps=1).cost_schedule(tokens=8)[1:]
-        [DecoderPass(queries=8, keys=8, cached=False, repeats=1), DecoderPass(queries=8, keys=8, cached=False, repeats=1)]
+        >>> PonderLM(steps=1).cost_schedule(tokens=8)[-1]
+        DecoderPass(queries=8, keys=8, cached=False, repeats=1)
     """
 
     paper: ClassVar[str] = "PonderLM, arXiv 2505.20674"
@@ -77,24 +78,24 @@ class PonderLM(Think):
         self.first_scale = max(1, steps) if start == "steps" else 1
 
     def bind(self, backbone: Backbone) -> None:
-        """Refuses backbones whose states cannot be kept by depth."""
+        """Raises if the cache cannot keep the backbone's states per depth."""
         if "linear_attention" in backbone.layer_types:
             raise UserError(
                 f"{type(self).__name__} does not fit {backbone.config.model_type}: the states of its linear-attention "
-                "layers cannot be kept by depth; use PonderLM2(thoughts=1) on this backbone"
+                "layers cannot be kept per depth; use PonderLM2(thoughts=1) on this backbone"
             )
         self.feedback.bind(backbone)
 
     def embed_scale(self, width: int) -> float:
-        """The embedding multiplier that goes with mixtures."""
+        """The embedding multiplier for mixtures."""
         return self.feedback.embed_scale(width)
 
-    def new_cache(self, backbone: Backbone) -> DepthCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One sub-cache per pass in every layer."""
-        return DepthCache(backbone.config.num_hidden_layers, self.slots_per_token)
+        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
 
     def begin(self, h_BTD: Tensor) -> Tensor:
-        """E_0, from the token embeddings."""
+        """E_0, computed from the token embeddings."""
         return h_BTD if self.first_scale == 1 else h_BTD * self.first_scale
 
     def forward(
@@ -107,9 +108,9 @@ class PonderLM(Think):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Think.forward`. Without a cache, a pass is an ordinary causal one."""
+        """See `Think.forward`. Without a cache, each pass is an ordinary causal pass."""
         passes = None
-        if isinstance(cache, DepthCache):
+        if isinstance(cache, SlotCache):
             passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth")
         x_BTD, states = self.begin(h_BTD), []
         for depth in range(budget.passes(self.slots_per_token)):
@@ -127,6 +128,6 @@ class PonderLM(Think):
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.cost_schedule`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
+        """See `Think.cost_schedule`. The cache masks slots and never drops them, so sliding windows save nothing."""
         shares = shares or [1] * self.slots_per_token
         return [*self.feedback.cost_schedule(tokens * sum(shares[1:])), *same_depth_passes(tokens, context, shares)]

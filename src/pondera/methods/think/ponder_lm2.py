@@ -1,6 +1,6 @@
-"""PonderLM-2: latent thoughts in KV slots of their own, trained with Jacobi iteration.
+"""PonderLM-2: latent thoughts in separate KV slots, trained with Jacobi iteration.
 
-Shapes: B batch, T tokens, D width; a token owns slots 0 (its embedding) to K (its last thought).
+Shapes: B batch, T tokens, D width; a token has slots 0 (its embedding) to K (its last thought).
 """
 
 from __future__ import annotations
@@ -22,34 +22,36 @@ from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.methods.think.common.jacobi import jacobi
 from pondera.models.backbone import Backbone, has_documents
+from pondera.models.method import SlotMaker
 
 
 class PonderLM2(Think):
-    """Before predicting the next token, the model writes K latent thoughts: its own last hidden state, fed back.
+    """Before predicting the next token, the model generates K latent thoughts by feeding back its last hidden state.
 
-    Every thought occupies its own KV slot at its token's position, and all later tokens attend to it. Thoughts depend on
-    the thoughts of earlier tokens, so training cannot run them left to right; it starts from a guess (each stage fed by
-    the one before, in parallel over tokens) and refines it for a random number of Jacobi rounds, in which gradient flows
-    everywhere. Round by round at least one more token becomes exact. Decoding is exact: K + 1 single-slot calls.
+    Every thought has its own KV slot at its token's position, and all later tokens attend to it. Thoughts depend on the
+    thoughts of earlier tokens, so training cannot compute them from left to right. Training starts from a guess (each
+    stage takes the states of the previous stage, in parallel over tokens) and refines it with a random number of Jacobi
+    rounds; gradients flow through all of them. Each round makes at least one more token exact. Decoding is exact: K + 1
+    calls of one slot.
 
     Source: PonderLM-2, arXiv 2509.23184, and the authors' public Llama code.
-    Cost: K + 1 passes and K + 1 KV rows per token at inference; K(K+1)/2 + (R+1)(K+1) passes per token in training
+    Cost: K + 1 passes and K + 1 KV slots per token at inference; K(K+1)/2 + (R+1)(K+1) passes per token in training
     (K = 1, R in {2, 3}: 8 on average).
-    When not to use it: when training compute is what you are short of; `AdaptiveLatentCoT` thinks for a quarter of it.
-    Resolved: hidden states are fed back raw where embeddings enter at unit RMS and RMS-matched elsewhere (the paper does
-    not say how pretrained backbones were treated). Prefill refines `eval_rounds` times, as the authors' code does, which
-    is an approximation; ``eval_rounds="exact"`` rolls out token by token. Several tokens after a filled cache are always
-    rolled out exactly. Sliding windows are widened K + 1 times, so that they still span as many tokens.
+    When not to use it: when training compute is the bottleneck; `AdaptiveLatentCoT` needs a quarter of it.
+    Resolved: hidden states are fed back unscaled if embeddings are at unit RMS, and RMS-matched otherwise (the paper
+    does not describe pretrained backbones). Prefill refines `eval_rounds` times, like the authors' code; this is an
+    approximation. ``eval_rounds="exact"`` rolls out token by token. A call with several tokens on a filled cache always
+    rolls out exactly. Sliding windows are K + 1 times wider, so that they span the same number of tokens.
 
     Args:
-        thoughts: K, latent thoughts per token; 0 is the backbone itself.
-        train_rounds: fewest and most Jacobi rounds in training, drawn per optimizer step.
+        thoughts: K, latent thoughts per token; 0 gives the plain backbone.
+        train_rounds: (minimum, maximum) number of Jacobi rounds in training, drawn for each optimizer step.
         eval_rounds: Jacobi rounds at evaluation and prefill, or ``"exact"``.
-        feedback: ``"hidden"`` (the paper) or ``"vocab"``, the mixture of embeddings that the state predicts.
+        feedback: ``"hidden"`` (the paper) or ``"vocab"``, the mixture of embeddings predicted by the state.
 
     Example:
-        >>> PonderLM2(thoughts=1).cost_schedule(tokens=1, context=10)
-        [DecoderPass(queries=1, keys=21, cached=True, repeats=1), DecoderPass(queries=1, keys=22, cached=True, repeats=1)]
+        >>> PonderLM2(thoughts=1).cost_schedule(tokens=1, context=10)[-1]
+        DecoderPass(queries=1, keys=22, cached=True, repeats=1)
     """
 
     paper: ClassVar[str] = "PonderLM-2, arXiv 2509.23184"
@@ -71,7 +73,7 @@ class PonderLM2(Think):
         if thoughts < 0:
             raise UserError(f"thoughts={thoughts}: give 0 (no thinking) or more")
         if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
-            raise UserError(f"train_rounds={train_rounds}: give (fewest, most), such as (2, 3)")
+            raise UserError(f"train_rounds={train_rounds}: give (minimum, maximum), such as (2, 3)")
         if eval_rounds != "exact" and not (isinstance(eval_rounds, int) and eval_rounds >= 0):
             raise UserError(f"eval_rounds={eval_rounds!r}: give a number of rounds or 'exact'")
         self.thoughts = thoughts
@@ -82,20 +84,20 @@ class PonderLM2(Think):
         self._rounds_now = self.train_rounds[0]
 
     def bind(self, backbone: Backbone) -> None:
-        """Measures the scale of the feedback."""
+        """Measures the feedback scale."""
         self.feedback.bind(backbone)
 
     def embed_scale(self, width: int) -> float:
-        """The embedding multiplier that goes with the feedback."""
+        """The embedding multiplier for this feedback."""
         return self.feedback.embed_scale(width)
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Draws this optimizer step's number of rounds; the same on every rank and for every part of the batch."""
+        """Draws the number of rounds for this optimizer step; all ranks and micro-batches use the same number."""
         self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
-        """One cache with K + 1 rows per token."""
-        return interleaved_cache(backbone, self.slots_per_token)
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
+        """One cache with K + 1 KV slots per token."""
+        return interleaved_cache(backbone, self.slots_per_token, kv_cache)
 
     def forward(
         self,
@@ -107,12 +109,12 @@ class PonderLM2(Think):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Think.forward`. A smaller budget leaves the last thoughts out."""
+        """See `Think.forward`. A smaller budget drops the last thoughts."""
         slots = slots_allowed(self.slots_per_token, budget, cache)
         started = cache is not None and (cache.tokens > 0 or h_BTD.shape[1] == 1)
         rounds = self._rounds_now if self.training else self.eval_rounds
         if rounds == "exact" and not started and not self._can_roll_out(backbone, mask):
-            rounds = h_BTD.shape[1] * (slots - 1)  # enough of them are as exact
+            rounds = h_BTD.shape[1] * (slots - 1)  # this many rounds are exact too
         residuals: list[float] = []
         if started or rounds == "exact":
             cache = cache if cache is not None else self.new_cache(backbone)
@@ -132,13 +134,13 @@ class PonderLM2(Think):
         return MethodOutput(states[-1], _filled(h_BTD, slots), trace=trace)
 
     def _can_roll_out(self, backbone: Backbone, mask: Tensor | None) -> bool:
-        """A recurrent state cannot skip padding one token at a time, nor a cache tell documents apart."""
+        """A recurrent state cannot skip padding token by token, and the cache does not separate documents."""
         return mask is None or not ("linear_attention" in backbone.layer_types or has_documents(mask))
 
     def _roll_out(
         self, backbone: Backbone, h_BTD: Tensor, cache: TokenCache, mask: Tensor | None, position_ids: Tensor
     ) -> list[Tensor]:
-        """The sequential definition: for each token, as many single-slot calls into one cache as it has slots."""
+        """The sequential definition: each token makes one call per slot, each of one slot, into one cache."""
         slots = cache.slots_per_token
         outputs: list[list[Tensor]] = [[] for _ in range(slots)]
         for token in range(h_BTD.shape[1]):
@@ -146,6 +148,7 @@ class PonderLM2(Think):
             seen_BK = None
             if mask is not None:
                 seen_BK = mask[:, : cache.tokens].repeat_interleave(slots, dim=1)
+            cache.hold()
             for thought in range(slots):
                 if mask is not None and seen_BK is not None:
                     seen_BK = torch.cat([seen_BK, mask[:, cache.tokens : cache.tokens + 1]], dim=1)
@@ -159,7 +162,7 @@ class PonderLM2(Think):
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.cost_schedule`; in training at the mean number of rounds, which may be a half."""
+        """See `Think.cost_schedule`; for training, at the mean number of rounds, which may be fractional."""
         slots = len(shares or ()) or self.slots_per_token
         if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
             return [DecoderPass(1, row + 1, cached=True) for row in range(context * slots, (context + tokens) * slots)]

@@ -1,6 +1,6 @@
-"""PonderLM-3: PonderLM-2 whose tokens choose how many latent thoughts they need, by a router that weighs KV slots.
+"""PonderLM-3: PonderLM-2 with a learned router that sets the number of latent thoughts per token by weighting KV slots.
 
-Shapes: B batch, T tokens, S slots of a call, N slots of a token, D width; a token owns slots 0 (its embedding) to K.
+Shapes: B batch, T tokens, S slots of a call, N slots of a token, D width; a token has slots 0 (its embedding) to K.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pondera.cache.depth_cache import DepthCache, slot_mask
+from pondera.cache.depth_cache import slot_mask
 from pondera.cache.key_bias import extra_coordinates
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
@@ -27,8 +27,10 @@ from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, router
 from pondera.methods.think.common.interleave import deinterleave, interleave, per_slot
 from pondera.methods.think.common.jacobi import jacobi
+from pondera.methods.think.common.passes import SlotCache, new_slot_cache
 from pondera.methods.think.common.readout import mixture
 from pondera.models.backbone import Backbone, SlotMask
+from pondera.models.method import SlotMaker
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
 HALTING = ("router", "fixed", "random")
@@ -40,14 +42,14 @@ class New:
     """The new tokens of a call.
 
     Args:
-        backbone: runs them.
-        token_BT: their numbers in their texts (padding counts).
-        position_BT: their positions.
-        real_BT: those that are no padding.
-        mask: over cached and new tokens, as for `Think.forward`.
-        most: slots that a token may have.
-        threshold: the mass that must reach a slot to be kept.
-        soft: run all slots, however little they weigh.
+        backbone: runs the passes.
+        token_BT: token index within the sequence (padding counts).
+        position_BT: position ids.
+        real_BT: true for tokens that are not padding.
+        mask: over cached and new tokens, see `Think.forward`.
+        most: maximum number of slots per token.
+        threshold: a slot is kept if the probability to reach it is at least this value.
+        soft: run all slots, however small their weight.
     """
 
     backbone: Backbone
@@ -60,7 +62,7 @@ class New:
     soft: bool
 
     def at(self, token: int) -> New:
-        """One of the tokens."""
+        """Selects one token."""
         token_BT, position_BT, real_BT = (
             x_BT[:, token : token + 1] for x_BT in (self.token_BT, self.position_BT, self.real_BT)
         )
@@ -69,12 +71,12 @@ class New:
 
 @dataclass
 class Route:
-    """How deep each token thinks.
+    """The slots and weights of each token.
 
     Args:
-        kept_BTN: whether the token has the slot; slot 0 is every token's but padding's.
-        share_BTN: what share of the token's prediction the slot makes; none: its last one all.
-        log_weight_BTN: what attention adds to every score of the slot; none: nothing.
+        kept_BTN: true if the token has the slot; slot 0 exists for every token except padding.
+        share_BTN: weight of the slot in the token's prediction; ``None``: the prediction uses the last slot only.
+        log_weight_BTN: bias added to all attention scores of the slot; ``None``: no bias.
     """
 
     kept_BTN: Tensor
@@ -82,11 +84,11 @@ class Route:
     log_weight_BTN: Tensor | None = None
 
     def passes(self) -> Tensor:
-        """``[B, T]``; padding, which is not run, is noted with one."""
+        """Slots per token, ``[B, T]``; padding, which is not run, counts as 1."""
         return self.kept_BTN.sum(-1).clamp(min=1)
 
     def slots(self, new: New, numbers: range) -> VarlenSlots:
-        """The tokens' slots of these numbers, in causal order."""
+        """The slots with the given numbers of all tokens, in causal order."""
         chosen = slice(numbers.start, numbers.stop)
         weight_BTN = None if self.log_weight_BTN is None else self.log_weight_BTN[..., chosen].flatten(1)
         token_BS, position_BS = (x_BT.repeat_interleave(len(numbers), 1) for x_BT in (new.token_BT, new.position_BT))
@@ -94,44 +96,46 @@ class Route:
 
 
 class PonderLM3(Think):
-    """PonderLM-2 with a router that reads a token's first state and says how many latent thoughts the token needs.
+    """PonderLM-2 with a router that reads a token's first state and decides how many latent thoughts the token gets.
 
-    The router gives a distribution s over 0..K thoughts. The mass w_k of k or more thoughts weighs slot k: log w_k is added
-    to all attention scores of its key, so slots fade out before they are dropped, and the prediction is read from all
-    states, mixed by s. Training runs every slot, in parallel by Jacobi iteration as in `PonderLM2`; two routes, the mixture
-    and the weights, teach the router, and a penalty on the expected number of thoughts makes it choose. At inference the
-    slots whose mass is below `threshold` are neither run nor cached; the others keep their weights, in the cache too.
+    The router outputs a distribution s over 0..K thoughts. Slot k has weight w_k, the probability of k or more
+    thoughts: log w_k is added to all attention scores of its key, so slots fade out before they are dropped. The
+    prediction mixes the states of all slots with weights s. Training runs every slot, in parallel with Jacobi iteration
+    as in `PonderLM2`. The router gets gradients through the mixture and through the attention weights; a penalty on the
+    expected number of thoughts favors fewer thoughts. At inference, slots with a weight below `threshold` are neither
+    run nor cached. The other slots keep their weights, also in the cache.
 
     Source: PonderLM-3, arXiv 2603.02023; no public code.
-    Cost: 1 + (mean thoughts kept) passes and KV rows per token at inference; K(K+1)/2 + (R+1)(K+1) passes per token in
-    training, whatever is kept (K = 3, R in {2, 3}: 20 on average).
-    When not to use it: when training compute is what you are short of; on decoders with linear-attention layers, whose
-    state cannot weigh a slot (refused by name); with gradient checkpointing, which would run passes again unweighed.
-    Resolved: the router is one linear layer that starts at 0.9 for K thoughts. A Jacobi round runs on what the step-0
-    states of the round before it decided; so does the prediction, on what decided the last pass. A slot's weight also
-    damps what its own token sees of it. Weights are cut at `threshold` from below, and what is kept of a token's mixture
-    is scaled to a sum of one. Where a round keeps a slot that the round before did not run, it starts from the token's
-    deepest state. The penalty is lambda times the mean over tokens of w_1 + ... + w_K. Prefill drops slots too, and refines
-    `eval_rounds` times, as `PonderLM2` does. Sliding windows are over positions, so windows of `PonderLM2`, which are over
-    slots, end within a token where these end before it. In training weights are one more coordinate of queries and keys
-    (`pondera.cache.key_bias`), as no fused kernel takes an added mask that gradient flows through.
+    Cost: 1 + (mean number of kept thoughts) passes and KV slots per token at inference; K(K+1)/2 + (R+1)(K+1) passes
+    per token in training, independent of the kept thoughts (K = 3, R in {2, 3}: 20 on average).
+    When not to use it: when training compute is the bottleneck; on decoders with linear-attention layers, whose state
+    cannot weight a slot (raises an error); with gradient checkpointing, which would recompute passes without weights.
+    Resolved: the router is one linear layer, initialized to probability 0.9 for K thoughts. Each Jacobi round uses the
+    routing computed from the step-0 states of the previous round; the prediction uses the routing of the last pass. The
+    weight of a slot also lowers the attention of its own token to it. Weights are clamped to at least `threshold`, and
+    the mixture weights of the kept slots are renormalized to sum to one. If a round keeps a slot that the previous
+    round did not run, the slot starts from the deepest state of the token. The penalty is lambda times the mean over
+    tokens of w_1 + ... + w_K. Prefill drops slots too, and refines `eval_rounds` times like `PonderLM2`. Sliding
+    windows count positions; those of `PonderLM2` count slots, so they can end within a token, where these end before
+    it. In training, the weights are an extra coordinate of queries and keys (`pondera.cache.key_bias`), because no
+    fused kernel propagates gradients through an additive mask.
 
     Args:
-        thoughts: K, the most latent thoughts per token; 0 is the backbone itself.
-        threshold: tau, the mass that must reach a thought for it to be made at inference.
-        train_rounds: fewest and most Jacobi rounds in training, drawn per optimizer step.
+        thoughts: K, the maximum number of latent thoughts per token; 0 gives the plain backbone.
+        threshold: tau; at inference a thought is generated if the probability to reach it is at least this value.
+        train_rounds: (minimum, maximum) number of Jacobi rounds in training, drawn for each optimizer step.
         eval_rounds: Jacobi rounds at evaluation and prefill, or ``"exact"``, which rolls out token by token.
-        penalty: lambda, what an expected thought costs in nats.
-        warmup: optimizer steps in which the penalty grows from 0.
-        halting: ``"router"`` (the paper), or a control of full weights whose prediction is the last state: ``"fixed"``
+        penalty: lambda, the cost of one expected thought in nats.
+        warmup: optimizer steps over which the penalty grows from 0.
+        halting: ``"router"`` (the paper), or a control with weights of 1 that predicts from the last state: ``"fixed"``
             (`PonderLM2`), ``"random"`` (`pondera.methods.think.common.halting`).
-        continue_prob: ``"random"``: the share of tokens that take each further thought.
-        refresh: ``"round"`` routes anew in every Jacobi round; ``"once"`` keeps what the first pass said, which has seen no
-            thoughts. Rolling out routes each token from what it has seen, so ``"once"`` is trained for something else.
+        continue_prob: for ``"random"``: the probability that a token gets the next thought.
+        refresh: ``"round"`` routes again in every Jacobi round. ``"once"`` keeps the routing of the first pass, which
+            saw no thoughts. The roll-out routes each token after earlier thoughts, so ``"once"`` does not train for it.
 
     Example:
-        >>> PonderLM3(thoughts=1, halting="random").cost_schedule(tokens=1, context=10, shares=[1, 0.5])
-        [DecoderPass(queries=1, keys=16.0, cached=False, repeats=1), DecoderPass(queries=1, keys=17.0, cached=False, repeats=0.5)]
+        >>> PonderLM3(thoughts=1, halting="random").cost_schedule(tokens=1, context=10, shares=[1, 0.5])[-1]
+        DecoderPass(queries=1, keys=17.0, cached=False, repeats=0.5)
     """
 
     paper: ClassVar[str] = "PonderLM-3, arXiv 2603.02023"
@@ -163,7 +167,7 @@ class PonderLM3(Think):
         if not 0 < threshold < 1:
             raise UserError(f"threshold={threshold}: give a probability between 0 and 1")
         if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
-            raise UserError(f"train_rounds={train_rounds}: give (fewest, most), such as (2, 3)")
+            raise UserError(f"train_rounds={train_rounds}: give (minimum, maximum), such as (2, 3)")
         if eval_rounds != "exact" and not (isinstance(eval_rounds, int) and eval_rounds >= 0):
             raise UserError(f"eval_rounds={eval_rounds!r}: give a number of rounds or 'exact'")
         if penalty < 0 or warmup < 0:
@@ -181,11 +185,11 @@ class PonderLM3(Think):
         self.begin_step(0, 0)
 
     def bind(self, backbone: Backbone) -> None:
-        """Refuses backbones that cannot weigh slots; measures the scale of the feedback, creates the router."""
+        """Raises if the backbone cannot weight slots; measures the feedback scale and creates the router."""
         if self.thoughts and "linear_attention" in backbone.layer_types:
             raise UserError(
-                f"PonderLM3 does not fit {backbone.config.model_type}: the state of its linear-attention layers cannot weigh "
-                "a slot or leave one out; use PonderLM2(thoughts=1) on this backbone"
+                f"PonderLM3 does not fit {backbone.config.model_type}: the state of its linear-attention layers cannot "
+                "weight or drop a slot; use PonderLM2(thoughts=1) on this backbone"
             )
         self.feedback.bind(backbone)
         if self.halting.learned and self.thoughts:
@@ -197,18 +201,18 @@ class PonderLM3(Think):
         )
 
     def embed_scale(self, width: int) -> float:
-        """The embedding multiplier that goes with the feedback."""
+        """The embedding multiplier for this feedback."""
         return self.feedback.embed_scale(width)
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Draws this step's number of rounds, the same on every rank; raises the penalty; lets a random control draw anew."""
+        """Draws the number of rounds (the same on all ranks), updates the penalty and the random draw of this step."""
         self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
         self._penalty_now = self.penalty * min(1.0, step / self.warmup) if self.warmup else self.penalty
         self._draw_now = 1 + step
 
-    def new_cache(self, backbone: Backbone) -> DepthCache:
-        """One store for the slots of all depths."""
-        return DepthCache(backbone.config.num_hidden_layers, 1)
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
+        """One cache for the slots of all depths."""
+        return new_slot_cache(backbone, 1, kv_cache)
 
     def forward(
         self,
@@ -220,7 +224,7 @@ class PonderLM3(Think):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Think.forward`. Texts differ in their slots anyway, so each call with a cache may have its own budget."""
+        """See `Think.forward`. Sequences may differ in their slots, so each call on a cache may have its own budget."""
         seen, (batch, tokens) = 0 if cache is None else cache.tokens, h_BTD.shape[:2]
         position_BT = position_ids.expand(batch, -1)
         new = New(
@@ -234,22 +238,20 @@ class PonderLM3(Think):
             soft=self.training and self.learned and cache is None,
         )
         self.halting.draw = self._draw_now if self.training else 0
-        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         residuals: list[float] = []
         if seen or not self.training and (tokens == 1 or self.eval_rounds == "exact"):
             states, route = self._roll_out(new, h_BTD, cache)
         else:
             states, route = self._iterate(new, h_BTD, cache, residuals)
-        # A prediction that is not mixed is that of the last state, which tokens with fewer slots repeat.
+        # Without a mixture the prediction uses the last state; tokens with fewer slots repeat their deepest state.
         out_BTD = states[-1] if route.share_BTN is None else mixture(states, list(route.share_BTN.unbind(-1)))
         terms = {} if route.log_weight_BTN is None or not new.soft else {"thinking": self._penalty(new, route)}
         trace = {"states": states, "residuals": residuals} if self.record else {}
         return MethodOutput(out_BTD, route.passes(), terms, trace=trace)
 
-    def _iterate(
-        self, new: New, h_BTD: Tensor, cache: DepthCache, residuals: list[float]
-    ) -> tuple[list[Tensor], Route]:
-        """All tokens at once: Jacobi rounds, each on what the states of the one before decided."""
+    def _iterate(self, new: New, h_BTD: Tensor, cache: SlotCache, residuals: list[float]) -> tuple[list[Tensor], Route]:
+        """Processes all tokens in parallel with Jacobi rounds; each round uses the routing of the previous round."""
         route = self._route(new)
 
         def run(stages: list[Tensor]) -> list[Tensor]:
@@ -266,9 +268,9 @@ class PonderLM3(Think):
         cache.record(route.passes())
         return states, route
 
-    def _roll_out(self, new: New, h_BTD: Tensor, cache: DepthCache) -> tuple[list[Tensor], Route]:
-        """The sequential definition: token by token, as many single-slot calls into one cache as it keeps slots."""
-        found: list[list[Tensor]] = []
+    def _roll_out(self, new: New, h_BTD: Tensor, cache: SlotCache) -> tuple[list[Tensor], Route]:
+        """The sequential definition: token by token, one call of one slot for each kept slot, into one cache."""
+        states_per_token: list[list[Tensor]] = []
         routes: list[Route] = []
         for token, x_B1D in enumerate(h_BTD.split(1, dim=1)):
             now = new.at(token)
@@ -280,15 +282,15 @@ class PonderLM3(Think):
                 thought_B1D = ragged.run(self.feedback(new.backbone, states[-1]), slots)
                 states.append(torch.where(slots.wanted_BS[..., None], thought_B1D, states[-1]))
             cache.record(route.passes())
-            found.append(states)
+            states_per_token.append(states)
             routes.append(route)
         kept_BTN = torch.cat([route.kept_BTN for route in routes], dim=1)
         shares = [route.share_BTN for route in routes if route.share_BTN is not None]
         joined = Route(kept_BTN, torch.cat(shares, dim=1) if shares else None)
-        return [torch.cat(states, dim=1) for states in zip(*found, strict=True)], joined
+        return [torch.cat(states, dim=1) for states in zip(*states_per_token, strict=True)], joined
 
-    def _pass(self, new: New, stages: list[Tensor], route: Route, cache: DepthCache) -> list[Tensor]:
-        """One pass over the slots of all tokens; tokens that lack a slot repeat the state of the one below."""
+    def _pass(self, new: New, stages: list[Tensor], route: Route, cache: SlotCache) -> list[Tensor]:
+        """One pass over the slots of all tokens; tokens without a slot repeat the state of the slot below."""
         if new.soft:
             return self._soft_pass(new, stages, route)
         kept_BTN = route.kept_BTN[..., : len(stages)]
@@ -300,7 +302,7 @@ class PonderLM3(Think):
         return states + states[-1:] * (len(stages) - deepest)
 
     def _soft_pass(self, new: New, stages: list[Tensor], route: Route) -> list[Tensor]:
-        """All slots of all tokens, weighed."""
+        """One pass over all slots of all tokens, weighted."""
         count, backbone = len(stages), new.backbone
         x_BSD, slots = interleave(stages), route.slots(new, range(count))
         mask: Tensor | SlotMask | None = per_slot(new.mask, count)
@@ -319,11 +321,11 @@ class PonderLM3(Think):
 
     @property
     def learned(self) -> bool:
-        """Whether there is a router."""
+        """True if there is a router."""
         return self.halting.learned and self.thoughts > 0
 
     def _route(self, new: New, state_BTD: Tensor | None = None) -> Route:
-        """How deep each token thinks, by its state at slot 0; before there is one, every token has that slot alone."""
+        """Routes each token by its state at slot 0; without that state, every token has slot 0 only."""
         if state_BTD is None or new.most == 1:
             weight_BT1 = torch.zeros_like(new.real_BT, dtype=torch.float32)[..., None]
             return Route(new.real_BT[..., None], None, weight_BT1 if self.learned else None)
@@ -342,7 +344,7 @@ class PonderLM3(Think):
         )
 
     def _controlled(self, new: New) -> Tensor:
-        """Which slots tokens have where no router says so, ``[B, T, N]``."""
+        """The slots of each token under a control, ``[B, T, N]``."""
         kept = [new.real_BT]
         for number in range(1, new.most):
             continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT)
@@ -356,34 +358,36 @@ class PonderLM3(Think):
         return LossTerm(thoughts_BT[new.real_BT].sum(), new.real_BT.sum(), self._penalty_now)
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
-        """See `Think.slots`: thoughts that were not made leave nothing."""
+        """See `Think.slots`: skipped thoughts use no slots."""
         return tokens * (sum(shares) if shares else self.slots_per_token)
 
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.cost_schedule`; in training at the mean number of rounds, and a router's every slot is run."""
+        """See `Think.cost_schedule`; training uses the mean number of rounds, and a router runs every slot."""
         every, soft = [1.0] * self.slots_per_token, training and self.learned
         shares = [share for share in (every if soft else shares or every) if share]
         kept, routed = sum(shares), self.router.weight.numel() if self.learned else 0
-        made: list[DecoderPass | MatMul] = []
+        schedule: list[DecoderPass | MatMul] = []
         if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
             for seen in range(context, context + tokens):
-                made += [DecoderPass(1, seen * kept + k + 1, repeats=share) for k, share in enumerate(shares)]
+                schedule += [DecoderPass(1, seen * kept + k + 1, repeats=share) for k, share in enumerate(shares)]
             evaluations = 1.0
         else:
             rounds = sum(self.train_rounds) / 2 if training else float(self.eval_rounds)
             wider = self._wider if soft else 0
             for number in range(1, len(shares)):
                 rows = tokens * sum(shares[:number])
-                made.append(DecoderPass(rows, rows, wider=wider if number > 1 else 0))
+                schedule.append(DecoderPass(rows, rows, wider=wider if number > 1 else 0))
             evaluations = len(shares) - 1 + (rounds if len(shares) > 1 else 0)
-            made.append(DecoderPass(tokens * kept, tokens * kept, repeats=evaluations - len(shares) + 2, wider=wider))
-        return [*made, MatMul(tokens * evaluations, routed)] if routed else made
+            schedule.append(
+                DecoderPass(tokens * kept, tokens * kept, repeats=evaluations - len(shares) + 2, wider=wider)
+            )
+        return [*schedule, MatMul(tokens * evaluations, routed)] if routed else schedule
 
 
 def tail_masses(log_share_BTN: Tensor) -> Tensor:
-    """The log of the mass at each number or beyond, from the log of the mass at each; at 0 it is all.
+    """Log of the probability of each index or higher, from the log of the probability of each; 0 at index 0.
 
     Example:
         >>> tail_masses(torch.tensor([0.5, 0.3, 0.2]).log()).exp()

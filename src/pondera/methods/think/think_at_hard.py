@@ -1,4 +1,4 @@
-"""Think-at-Hard: a second pass for the tokens whose prediction after the first is likely to be wrong.
+"""Think-at-Hard: a second pass for tokens whose first prediction is likely to be wrong.
 
 Shapes: B batch, T tokens, D width, W width of the decider.
 """
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
@@ -22,48 +21,51 @@ from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting
-from pondera.methods.think.common.passes import Passes, all_shallower_passes
+from pondera.methods.think.common.passes import Passes, SlotCache, all_shallower_passes, new_slot_cache
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 class ThinkAtHard(Think):
-    """Tokens that a decider finds hard are read again, as the mixture of tokens that the model predicts so far.
+    """Hard tokens, selected by a learned decider, get an extra pass on the embedding mixture of the current prediction.
 
-    The mixture of input embeddings by the likeliest predictions replaces the token's embedding; depth k of a token
-    attends to depths 0..k of all tokens up to it, so no pass waits for a thought of another token. The logits of a
-    token's passes add up. In training no decision is asked of the decider: a token is hard if the prediction so far is
-    wrong, and goes on. The decider learns at the same time to tell so from the state alone, by cross-entropy on
-    features without gradient (the term ``decider``); at inference, where nobody knows what follows, it decides.
+    The mixture of the input embeddings of the most likely next tokens replaces the token's embedding. Depth k of a
+    token attends to depths 0..k of all tokens up to it, so a pass never waits for a deeper pass of another token. The
+    logits of a token's passes are summed. In training the decider makes no decisions: a token is hard, and continues,
+    if the current prediction is wrong. At the same time the decider learns to predict this from the state alone, by
+    cross-entropy on detached features (the term ``decider``). At inference, where the next token is unknown, the
+    decider decides.
 
     Source: Think-at-Hard, arXiv 2511.08577, and the authors' public code.
-    Cost: 1 + (share of hard tokens) passes and KV rows per token, in training (``shares`` there are those of wrong
-    predictions) as at inference; the head once more per further pass, for the mixture; the decider on every token; in
-    training also the head's predictions, without gradient.
-    When not to use it: from scratch for long, as a model that is wrong at most tokens sends most of them on; on decoders
-    with linear-attention layers, whose state follows storage order, and on heads with a bias or a cap on their logits,
-    whose sum is not the head of summed states (both refused by name); with gradient checkpointing.
-    Resolved: the head is linear, so logits are added up as states, and what is read out is the sum of a token's states.
-    The decider learns along with the model, where the authors train it afterwards, against a frozen one; for that,
-    train with ``halting="oracle"``, then the result with ``halting="decider"`` and ``train.freeze_backbone_steps`` for all steps.
-    What is wrong is deferred by the model itself as it learns, not by a reference model. With several steps one decider
-    stands before each; whoever stopped stays. Left out: adapters (LoRA) in further passes, so that all share all
-    weights; of the decider's features the states of middle layers and the likeliest logits, which would take the head
-    for every token; its dropout. Its width is a quarter of the model's and its blocks are two (the paper: 512 of 1024 or
-    2048, six), about a tenth of a layer; its activation is not known, GELU here. Where no labelled token of a training
-    batch is hard, its first one thinks all the same, to keep gradients alive. A smaller `effort` turns the threshold
-    into threshold ** effort.
+    Cost: 1 + (share of hard tokens) passes and KV slots per token, in training (there ``shares`` are the shares of
+    wrong predictions) and at inference; one more evaluation of the head per extra pass, for the mixture; the decider on
+    every token; in training also the predictions of the head, without gradient.
+    When not to use it: for long training from scratch, because a model that is wrong on most tokens continues with most
+    of them; on decoders with linear-attention layers, whose state follows storage order, and on heads with a bias or
+    logit soft-capping, where summed logits are not the head of summed states (both raise an error); with gradient
+    checkpointing.
+    Resolved: the head is linear, so the method sums states instead of logits and applies the head to the sum. The
+    decider trains together with the model; the authors train it afterwards against a frozen model. To do that, train
+    with ``halting="oracle"``, then continue with ``halting="decider"`` and ``train.freeze_backbone_steps`` for all
+    steps. The trained model itself labels predictions as wrong, not a reference model. With several steps one decider,
+    shared by all steps, decides before each; a halted token stays halted. Left out: adapters (LoRA) in the extra
+    passes, so all passes share all weights; the decider's features from middle layers and from the most likely logits,
+    which need the head for every token; the decider's dropout. The decider has a quarter of the model's width and two
+    blocks (the paper: 512 of 1024 or 2048, six blocks), about a tenth of a layer. Its activation is not published; here
+    it is GELU. If no labeled token of a training batch is hard, the first one continues, so that all parameters get a
+    gradient. A smaller `effort` replaces the threshold by threshold ** effort.
 
     Args:
-        steps: further passes at most; 0 is the backbone itself.
-        threshold: the probability of being hard from which the decider sends a token on. With `positive_weight` w it
-            stands for odds w times lower: 0.8 at 5.4 is a probability of 0.43.
-        top_k: how many of the likeliest tokens the mixture is made of.
-        halting: ``"decider"`` (the paper), ``"fixed"`` (every token goes on), or a control: ``"random"``, ``"oracle"``
-            (`pondera.methods.think.common.halting`).
-        decider_width: W; none: a quarter of the model's.
+        steps: maximum number of extra passes; 0 gives the plain backbone.
+        threshold: a token continues if the decider's probability of "hard" is at least this value. A `positive_weight`
+            of w multiplies the decider's odds by w: 0.8 at w = 5.4 is a true probability of 0.43.
+        top_k: number of most likely tokens in the mixture.
+        halting: ``"decider"`` (the paper), ``"fixed"`` (every token continues), or a control: ``"random"``,
+            ``"oracle"`` (`pondera.methods.think.common.halting`).
+        decider_width: W; default: ``None``, a quarter of the model's width.
         decider_layers: residual blocks.
-        positive_weight: how many easy tokens a hard one weighs in the decider's loss.
-        continue_prob: ``"random"``: the share of tokens that take each further pass.
+        positive_weight: weight of a hard token in the decider's loss; an easy token has weight 1.
+        continue_prob: for ``"random"``: the probability that a token takes the next pass.
 
     Example:
         >>> ThinkAtHard(steps=1).slots(tokens=8, shares=[1, 0.25])
@@ -102,7 +104,9 @@ class ThinkAtHard(Think):
         if decider_layers < 0:
             raise UserError(f"decider_layers={decider_layers}: give 0 or more")
         if positive_weight <= 0:
-            raise UserError(f"positive_weight={positive_weight}: give more than 0; 1 weighs hard and easy tokens alike")
+            raise UserError(
+                f"positive_weight={positive_weight}: give more than 0; 1 gives hard and easy tokens the same weight"
+            )
         self.steps, self.threshold, self.positive_weight = steps, threshold, positive_weight
         self.decider_width, self.decider_layers = decider_width, decider_layers
         self.slots_per_token = steps + 1
@@ -111,7 +115,7 @@ class ThinkAtHard(Think):
         self.adaptive = self.halting.adaptive and steps > 0
 
     def bind(self, backbone: Backbone) -> None:
-        """Refuses backbones that cannot follow the mask or whose logits do not add up; creates the decider."""
+        """Raises if the backbone does not support the mask or the sum of logits; creates the decider."""
         if not self.steps:
             return
         if why := _misfit(backbone):
@@ -123,12 +127,12 @@ class ThinkAtHard(Think):
             self.decider = Decider(width, inner, self.decider_layers).to(weight.device, weight.dtype)
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Lets a random control draw anew."""
+        """Sets the random draw of this step."""
         self.halting.draw = 1 + step
 
-    def new_cache(self, backbone: Backbone) -> DepthCache:
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One sub-cache per depth in every layer."""
-        return DepthCache(backbone.config.num_hidden_layers, self.slots_per_token)
+        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
 
     def forward(
         self,
@@ -140,16 +144,16 @@ class ThinkAtHard(Think):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Think.forward`. Only in training do labels decide, and the decider is told how it would have done."""
-        cache = cache if isinstance(cache, DepthCache) else self.new_cache(backbone)
+        """See `Think.forward`. In training the labels decide, and the decider learns to predict their decision."""
+        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "all_shallower", self.packed)
         state_BTD = total_BTD = passes.run_first(h_BTD)
-        totals, lessons = [total_BTD], []
+        totals, decider_losses = [total_BTD], []
         for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
             predict = partial(_likeliest, backbone, passes, total_BTD)
             if self.halting.learned:
-                continue_BT, lesson = self._decide(passes, state_BTD, labels_BT, predict, budget)
-                lessons += [lesson] if lesson is not None else []
+                continue_BT, decider_loss = self._decide(passes, state_BTD, labels_BT, predict, budget)
+                decider_losses += [decider_loss] if decider_loss is not None else []
             else:
                 continue_BT = self.halting.continue_mask(step, position_ids, labels_BT, predict)
             if not passes.mask_active(continue_BT):
@@ -160,8 +164,8 @@ class ThinkAtHard(Think):
             totals.append(total_BTD)
         passes.finish()
         terms = {}
-        if lessons:
-            losses, counts = zip(*lessons, strict=True)
+        if decider_losses:
+            losses, counts = zip(*decider_losses, strict=True)
             terms = {"decider": LossTerm(torch.stack(losses).sum(), torch.stack(counts).sum())}
         return MethodOutput(total_BTD, passes.passes_BT, terms, trace={"states": totals} if self.record else {})
 
@@ -173,7 +177,7 @@ class ThinkAtHard(Think):
         predict: Callable[[], Tensor],
         budget: Effort,
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """Who goes on; and, where labels are there to learn from, the decider's summed loss and what it was summed over."""
+        """The mask of tokens that continue; in training also the decider's summed loss and its number of tokens."""
         logit_BT = passes.of_active(self.decider, state_BTD.detach())[..., 0].float()
         if not self.training or labels_BT is None:
             return logit_BT.sigmoid() >= budget.threshold(self.threshold), None
@@ -189,30 +193,30 @@ class ThinkAtHard(Think):
         return hard_BT | (first_BT & ~hard_BT.any()), (loss, known_BT.sum())
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
-        """See `Think.slots`: passes that were not taken leave nothing."""
+        """See `Think.slots`: skipped passes use no slots."""
         return tokens * (sum(shares) if shares else self.slots_per_token)
 
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Think.cost_schedule`. Rows are masked, never dropped, so no call is shortened by a sliding window."""
+        """See `Think.cost_schedule`. The cache masks slots and never drops them, so sliding windows save nothing."""
         shares = shares or [1] * self.slots_per_token
         deferred, thinking = tokens * sum(shares[:-1]), tokens * sum(shares[1:])
-        made: list[DecoderPass | MatMul] = [*self.feedback.cost_schedule(thinking)]
+        schedule: list[DecoderPass | MatMul] = [*self.feedback.cost_schedule(thinking)]
         if self.halting.learned and self.steps:
-            made.append(MatMul(deferred, sum(p.numel() for p in self.decider.parameters() if p.ndim == 2)))
-            if training:  # the predictions that say which tokens are hard
-                made.append(MatMul(deferred, "head", trained=False))
-        return [*made, *all_shallower_passes(tokens, context, shares)]
+            schedule.append(MatMul(deferred, sum(p.numel() for p in self.decider.parameters() if p.ndim == 2)))
+            if training:  # the head's predictions, which label tokens as hard
+                schedule.append(MatMul(deferred, "head", trained=False))
+        return [*schedule, *all_shallower_passes(tokens, context, shares)]
 
 
 class Decider(nn.Module):
-    """Says of a state how likely its token is hard: residual MLPs, each behind a LayerNorm.
+    """Predicts how likely a token is hard from its state: a residual MLP with pre-LayerNorm blocks.
 
     Args:
-        width: D, of the states.
+        width: D, the width of the states.
         inner: W.
-        layers: residual blocks, with four times W inside.
+        layers: residual blocks, of inner width 4 W.
 
     Example:
         >>> Decider(width=64, inner=16, layers=2)(torch.zeros(1, 5, 64)).shape
@@ -237,7 +241,7 @@ class Decider(nn.Module):
 
 
 def _likeliest(backbone: Backbone, passes: Passes, total_BTD: Tensor) -> Tensor:
-    """The next token ``[B, T]`` that the states summed so far predict."""
+    """The most likely next token ``[B, T]``, from the states summed so far."""
 
     @torch.no_grad()
     def best(state_BTD: Tensor) -> Tensor:
@@ -247,7 +251,7 @@ def _likeliest(backbone: Backbone, passes: Passes, total_BTD: Tensor) -> Tensor:
 
 
 def _misfit(backbone: Backbone) -> str:
-    """Why a backbone cannot think this way; nothing where it can."""
+    """Why a backbone does not support this method; an empty string if it does."""
     if "linear_attention" in backbone.layer_types:
         return (
             "its linear-attention layers read slots in storage order and cannot hide later depths; use "
@@ -256,7 +260,7 @@ def _misfit(backbone: Backbone) -> str:
     capped = getattr(backbone.config, "final_logit_softcapping", None) is not None
     if capped or getattr(backbone.lm.get_output_embeddings(), "bias", None) is not None:
         return (
-            f"its head {'caps logits' if capped else 'has a bias'}, so logits of several passes do not add up as their "
-            "states do; use AdaptiveLatentCoT(steps=1) on this backbone"
+            f"its head {'soft-caps logits' if capped else 'has a bias'}, so logits of several passes do not add up as "
+            "their states do; use AdaptiveLatentCoT(steps=1) on this backbone"
         )
     return ""

@@ -1,1 +1,1 @@
-"""What methods of this seam share, and pieces of them that stand by themselves."""
+"""Components shared by chunk methods."""

@@ -1,6 +1,6 @@
-"""The cache of a model with concepts: a row per token for the backbone's layers, one per chunk for the concept module's.
+"""Cache of a concept model: one KV slot per token for the backbone, one per chunk for the concept module.
 
-Shapes: B batch, T new tokens, W tokens that are kept whole, D width.
+Shapes: B batch, T new tokens, W tokens with stored encoder states, D width.
 """
 
 from __future__ import annotations
@@ -14,35 +14,44 @@ from pondera.core.errors import UserError
 from pondera.core.hf import DynamicCache
 from pondera.methods.quantize.base import Quantizer
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 REWIND = 32
-"""So many of the last tokens, or those of the last call if they are more, can be taken back again."""
+"""At least this many of the last tokens, and all tokens of the last call, can be rolled back."""
 
 
 class ConceptCache(TokenCache):
-    """Tokens, and the chunks that they have completed, in texts that may complete theirs at different times.
+    """Tokens and the chunks that they complete; sequences of a batch may complete chunks at different times.
 
-    A chunk that is not complete yet is pooled from the encoder's rows, so those are kept: of the last tokens only, as far
-    back as a crop may reach. It is exact within and across the borders of chunks.
+    Pooling a chunk needs the encoder states of all its tokens, so the cache stores these states, for as many of the
+    last tokens as `crop` can roll back. A rollback is exact within a chunk and across chunk boundaries.
 
     Args:
-        backbone: whose layers run on tokens.
-        module: whose layers run on chunks.
+        backbone: the layers that run on tokens.
+        module: the layers that run on chunks.
         chunk: k, tokens per chunk.
-        quantizer: folded: what predictions are decoded with while this cache is in use.
-        table: its tables, so that they are joined once; none: they are asked for with each chunk.
+        quantizer: a folded quantizer, which decodes the predictions while this cache is in use.
+        table: its tables, concatenated once; ``None``: get them from the quantizer for each chunk.
+        kv_cache: a KV-cache method that keeps the slots of tokens, or `None`. Slots of chunks are few and all kept.
 
     Attributes:
-        concepts: the rows of chunks; each is noted under the number of its last token.
-        encoded_BWD: the encoder's rows of the last tokens.
-        used_BWD: what was predicted for the chunk that each of these tokens helps to predict.
-        silent: no concepts are made, because the first call wanted none.
+        concepts: the KV slots of chunks; each has the number of its chunk's last token.
+        encoded_BWD: the encoder states of the last tokens.
+        used_BWD: the prediction added to the state of each of these tokens.
+        silent: true if the first call disabled concepts, so none are computed.
     """
 
     def __init__(
-        self, backbone: Backbone, module: Backbone, chunk: int, quantizer: Quantizer, table: Tensor | None = None
+        self,
+        backbone: Backbone,
+        module: Backbone,
+        chunk: int,
+        quantizer: Quantizer,
+        table: Tensor | None = None,
+        kv_cache: SlotMaker | None = None,
     ) -> None:
-        super().__init__(DynamicCache(config=backbone.config).layers, 1)
+        view = DynamicCache(config=backbone.config) if kv_cache is None else kv_cache.token_cache(backbone.lm, 1).slots
+        super().__init__(view.layers, 1, None if kv_cache is None else view)
         self.concepts = DepthCache(module.config.num_hidden_layers, 1)
         self.chunk, self.quantizer, self.table = chunk, quantizer, table
         self.encoded_BWD: Tensor | None = None
@@ -50,10 +59,10 @@ class ConceptCache(TokenCache):
         self.silent = False
 
     def check_silent(self, silent: bool) -> None:
-        """The first call decides whether there are concepts.
+        """The first call decides whether this cache uses concepts.
 
         Raises:
-            UserError: the cache was filled by a call that decided otherwise.
+            UserError: an earlier call decided otherwise.
         """
         if self.tokens == 0:
             self.silent = silent
@@ -65,7 +74,7 @@ class ConceptCache(TokenCache):
             )
 
     def keep(self, encoded_BTD: Tensor, used_BTD: Tensor) -> None:
-        """Notes what may be needed again of the new tokens, and forgets what no crop can reach any more."""
+        """Stores the encoder states that a later call may need, and drops those that no rollback can reach."""
         wanted = max(encoded_BTD.shape[1], REWIND) + self.chunk - 1
         if self.encoded_BWD is not None and self.used_BWD is not None:
             encoded_BTD = torch.cat([self.encoded_BWD, encoded_BTD], dim=1)
@@ -73,10 +82,10 @@ class ConceptCache(TokenCache):
         self.encoded_BWD, self.used_BWD = encoded_BTD[:, -wanted:], used_BTD[:, -wanted:]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens (given as a negative number, as transformers does).
+        """Rolls back the last tokens; the count is a negative number, as in transformers.
 
         Raises:
-            UserError: more of them than can be taken back.
+            UserError: more tokens than can be rolled back.
         """
         count = abs(tokens_to_remove)
         if self.encoded_BWD is not None and self.used_BWD is not None and count:
@@ -84,8 +93,7 @@ class ConceptCache(TokenCache):
             most = width if width == self.tokens else width - self.chunk + 1
             if count > most:
                 raise UserError(
-                    f"crop: {count} tokens are to be forgotten, of which the encoder's rows are kept for {most}; start with "
-                    "a new cache"
+                    f"crop: cannot roll back {count} tokens; encoder states are kept for {most}; start with a new cache"
                 )
             self.encoded_BWD, self.used_BWD = self.encoded_BWD[:, :-count], self.used_BWD[:, :-count]
         self.concepts.tokens = self.tokens
@@ -93,13 +101,13 @@ class ConceptCache(TokenCache):
         super().crop(tokens_to_remove)
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the cache."""
         super().reset()
         self.concepts.reset()
         self.encoded_BWD, self.used_BWD = None, None
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the batch."""
+        """Repeats each sequence of the batch."""
         super().batch_repeat_interleave(repeats)
         self.concepts.batch_repeat_interleave(repeats)
         if self.encoded_BWD is not None and self.used_BWD is not None:

@@ -5,12 +5,14 @@ Shapes: B batch, T tokens of a sample, G KV heads, D head width, N vectors, C wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.core.errors import UserError
 from pondera.core.hf import DynamicCache, PreTrainedModel
 from pondera.methods.quantize.base import Quantizer
@@ -48,20 +50,12 @@ def collect(
     try:
         for sample in samples:
             ids_BT = torch.as_tensor(sample).reshape(-1, sample.shape[-1]).to(model.device)
-            cache = DynamicCache(config=model.config.get_text_config(decoder=True))
-            model(input_ids=ids_BT, past_key_values=cache, logits_to_keep=1)
-            for place, number in enumerate(layers):
-                held: Any = cache.layers[number] if number < len(cache.layers) else None
-                if getattr(held, "keys", None) is None:
-                    raise UserError(
-                        f"{type(model).__name__}: its layer {number} puts no keys into the stock cache, so there is nothing to "
-                        "fit codes to"
-                    )
-                for kept, rows_BGTD in ((keys, held.keys), (values, held.values)):
-                    kept[place].append(rows_BGTD[:, :, skip:].transpose(0, 1).flatten(1, 2).float())
-            B, T = ids_BT.shape
-            positions.append(torch.arange(skip, T, device=model.device).repeat(B) if T > skip else ids_BT.new_empty(0))
-            tokens += len(positions[-1])
+            for sequence in _slots(model, ids_BT, layers):
+                for place, (keys_GSD, values_GSD) in enumerate(sequence.rows):
+                    keys[place].append(keys_GSD[:, skip:].float())
+                    values[place].append(values_GSD[:, skip:].float())
+                positions.append(sequence.position_S[skip:])
+                tokens += len(positions[-1])
             if tokens >= most:
                 break
     finally:
@@ -70,6 +64,56 @@ def collect(
         return [], [], torch.empty(0)
     joined = [[torch.cat(parts, 1)[:, :most] for parts in kept] for kept in (keys, values)]
     return joined[0], joined[1], torch.cat(positions)[:most]
+
+
+@dataclass
+class _Slots:
+    """The slots of one sequence.
+
+    Args:
+        rows: keys and values of each layer, ``[G, S, D]`` each.
+        position_S: their position ids.
+    """
+
+    rows: list[tuple[Tensor, Tensor]]
+    position_S: Tensor
+
+
+def _slots(model: Any, ids_BT: Tensor, layers: list[int]) -> Iterator[_Slots]:
+    """What a model puts into its cache for some sequences: one slot per token, or those of all passes where it thinks."""
+    thinks = getattr(model, "method", None) is not None
+    cache: Any = _exact_cache(model) if thinks else DynamicCache(config=model.config.get_text_config(decoder=True))
+    model(input_ids=ids_BT, past_key_values=cache, logits_to_keep=1)
+    for number in layers:
+        held = cache.layers[number] if number < len(cache.layers) else None
+        if not thinks and getattr(held, "keys", None) is None:
+            raise UserError(
+                f"{type(model).__name__}: its layer {number} puts no keys into the stock cache, so there is nothing to fit "
+                "codes to"
+            )
+    for row in range(len(ids_BT)):
+        if isinstance(cache, CompressedSlotCache):
+            by_layer: Any = cache.layers
+            tables = [by_layer[number].rows[row].tables[0] for number in layers]
+            rows = [(table.keys[0], table.values[0]) for table in tables]
+            position_S = cache.columns[row].position_C
+        else:
+            held = [cache.layers[number].tables[0] if thinks else cache.layers[number] for number in layers]
+            rows = [(each.keys[row], each.values[row]) for each in held]
+            slots = cache.slots_per_token if thinks else 1
+            position_S = torch.arange(rows[0][0].shape[1], device=ids_BT.device).div(slots, rounding_mode="floor")
+        yield _Slots(rows, position_S)
+
+
+def _exact_cache(model: Any) -> Any:
+    """An empty cache of a model with a method, in which every slot is kept."""
+    from pondera.methods.kv_cache.preallocated_cache import PreallocatedCache
+
+    before, model.kv_cache = model.kv_cache, PreallocatedCache()
+    try:
+        return model.new_cache()
+    finally:
+        model.kv_cache = before
 
 
 def residual_tables(x_NC: Tensor, stages: int, stage: Stage, seed: int) -> Tensor:

@@ -57,6 +57,10 @@ class Policy(KVCacheMethod):
         """See `KVCacheMethod.layer`."""
         return KVStoreLayer(self, index, among)
 
+    def empty_layer(self) -> KVStoreLayer:
+        """A layer that is alone of its kind."""
+        return KVStoreLayer(self, 0, 1)
+
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
         """``[B, G, k]``: the slots that these queries attend to; none: all. The new tokens are in the table already.
 

@@ -133,11 +133,11 @@ class SinkWindowLayer(KVLayer):
             pieces = list(self.ring.pieces(self._exact_from(), self.ring.end))
         else:
             pieces = [(self.ring.first, *self.ring.extend(call.key_BGTD, call.value_BGTD))]
-        if self.ring.first == 0 and not any(self.coded):
+        if call.in_order and self.ring.first == 0 and not any(self.coded):
             out_BTHD = call.stock(*self.ring.read(0, self.ring.end))
         else:
             out_BTHD = self._by_segments(call, pieces)
-        if not self.record_past:
+        if not (self.record_past or self.hold):
             self._settle()
         elif self.ring.borrowed:
             self.ring.resize(len(self.ring) + max(16, len(self.ring) // 8))
@@ -177,13 +177,16 @@ class SinkWindowLayer(KVLayer):
 
     def _keep_sinks(self, call: AttentionCall) -> None:
         """Keeps those of the new tokens that are a text's first."""
-        end = call.start + call.tokens
+        self._keep_sinks_of(call.start, call.key_BGTD, call.value_BGTD)
+
+    def _keep_sinks_of(self, begin: int, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
+        end = begin + key_BGTD.shape[2]
         for row, pads in enumerate(self.pads):
-            start, stop = max(call.start, pads), min(end, pads + self.method.sinks)
+            start, stop = max(begin, pads), min(end, pads + self.method.sinks)
             if start < stop:
-                new, place = slice(start - call.start, stop - call.start), slice(start - pads, stop - pads)
-                self.sink_keys[row, :, place] = call.key_BGTD[row, :, new]
-                self.sink_values[row, :, place] = call.value_BGTD[row, :, new]
+                new, place = slice(start - begin, stop - begin), slice(start - pads, stop - pads)
+                self.sink_keys[row, :, place] = key_BGTD[row, :, new]
+                self.sink_values[row, :, place] = value_BGTD[row, :, new]
 
     def _exact_after(self, row: int) -> int:
         """The number of the first token of a row that is neither sink nor coded."""
@@ -232,8 +235,12 @@ class SinkWindowLayer(KVLayer):
 
     def _position(self, start: int, tokens: int) -> Tensor:
         """``[B, S]``: position ids of coded tokens."""
-        first_B = torch.tensor(self.begins, device=self.ring.keys.device) + self.method.sinks + start
-        return first_B[:, None] + torch.arange(tokens, device=first_B.device)
+        start += self.method.sinks
+        if self.positions is not None:
+            return self.positions[None, start : start + tokens]
+        first_B = torch.tensor(self.begins, device=self.ring.keys.device)
+        number_S = torch.arange(start, start + tokens, device=first_B.device)
+        return first_B[:, None] + number_S.div(self.slots_per_token, rounding_mode="floor")
 
     # Attention over the regions
 
@@ -250,6 +257,11 @@ class SinkWindowLayer(KVLayer):
             query_BGND = query_BGRTD[:, :, :, part].flatten(2, 3)
             score_BGNS = call.softmax.capped(torch.cat([segment.dot(query_BGND) for segment in segments], -1))
             allowed = _joined([segment.allowed(call, part) for segment in segments], segments)
+            if call.key_bias_BK is not None:
+                number_BS = torch.cat([each.number(query_BGRTD.device) for each in segments], 1)
+                number_BS = number_BS.clamp(max=call.key_bias_BK.shape[1] - 1)
+                bias_BS = call.key_bias_BK.expand(B, -1).gather(1, number_BS).to(score_BGNS.dtype)
+                score_BGNS = score_BGNS + bias_BS[:, None, None]
             if allowed is not None:
                 # A query of padding sees anything: a softmax over nothing would be NaN.
                 allowed = allowed | ~allowed.any(-1, keepdim=True)
@@ -292,6 +304,33 @@ class SinkWindowLayer(KVLayer):
 
     # What caches do
 
+    def release(self, prompt: bool) -> None:
+        """See `KVLayer.release`."""
+        held = self.hold
+        super().release(prompt)
+        if held and self.batch() and not self.record_past:
+            self._settle()
+
+    def keep_columns(self, keep_C: Tensor) -> None:
+        """See `KVLayer.keep_columns`; the slots that go must be exact still, unless all that follow them go, too."""
+        gone = (~keep_C).nonzero()
+        first = int(gone[0]) if len(gone) else self.seen
+        stays = keep_C[first:].nonzero()[:, 0]
+        if len(stays) and first < self._exact_from():
+            raise UserError(
+                f"crop: {len(gone)} of the latest {self.seen - first} slots are to be taken back, and some of them were coded "
+                "already; call cache.activate_past_recording() before tokens that may be drafts"
+            )
+        rows = [each.index_select(2, stays) for each in self.ring.read(max(first, self.ring.first), self.ring.end)]
+        self.hold = True
+        self.rollback(first)
+        for number in range(len(stays)):
+            self.ring.append(*(each[:, :, number : number + 1] for each in rows))
+        self._keep_sinks_of(first, *rows)
+        self.seen = first + len(stays)
+        self.hold = False
+        self._settle()
+
     def rollback(self, tokens: int) -> None:
         """See `KVLayer.rollback`; what was coded stays coded, and the exact window may be shorter for a while."""
         coded = [min(c, max(0, tokens - p - self.method.sinks)) for c, p in zip(self.coded, self.pads, strict=True)]
@@ -307,7 +346,8 @@ class SinkWindowLayer(KVLayer):
         self.ring.crop(tokens)
         for codes in self.codes:
             codes.crop(max(coded))
-        self._settle()
+        if not self.hold:
+            self._settle()
 
     def select(self, rows: Tensor) -> None:
         """See `KVLayer.select`."""

@@ -1,16 +1,17 @@
-"""Signals as Legendre coefficients that are written block by block, without error, and read at any point.
+"""Legendre coefficients of signals: exact block-wise updates, and evaluation at any point.
 
-A signal of time, constant over each token, is kept as its projection on the first N Legendre polynomials. Two measures of
-what is to be approximated: all that was read, evenly (LegS), or a window of the last theta tokens (LegT). Both are linear,
-so the coefficients after a block are ``P c + W u``: a matrix on those before and one on the block's own values.
+A signal of time, constant over each token, is represented by its projection on the first N Legendre polynomials. There
+are two measures: all past tokens with equal weight (LegS), or a window of the last theta tokens (LegT). Both updates
+are linear, so the coefficients after a block are ``P c + W u``, with one matrix for the old coefficients and one for
+the values of the block.
 
-Time runs from 0 (the oldest that is covered) to 1 (now). The basis is orthonormal there: ``g_n(x) = sqrt(2n+1) P_n(2x-1)``.
+Time runs from 0 (oldest covered time) to 1 (now). The basis is orthonormal there: ``g_n(x) = sqrt(2n+1) P_n(2x-1)``.
 
-Source: HiPPO, arXiv 2008.07669 (its equations in continuous time). What is computed here is not a discretisation of them:
-for a piecewise constant signal the block's step has a closed form, and that is it. A bilinear step, as often used, is off
-by half of the state at N = 64 on noise.
+Source: HiPPO, arXiv 2008.07669 (its equations in continuous time). This implementation does not discretize the
+equations: for a piecewise constant signal the update for a block has a closed form. The common bilinear discretization
+has an error of half of the state at N = 64 on noise.
 
-Everything is float64: the callers round once, to what they multiply with.
+All computations are float64; callers round the results once, to the dtype of their products.
 
 Shapes: N order (number of coefficients), b tokens of a block, S points.
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 
 
 def polynomials(x: Tensor, order: int) -> Tensor:
-    """The Legendre polynomials ``P_0, ..., P_{N-1}`` on [-1, 1], by their recurrence.
+    """The Legendre polynomials ``P_0, ..., P_{N-1}`` on [-1, 1], by their three-term recurrence.
 
     Args:
         x: any shape.
@@ -35,17 +36,17 @@ def polynomials(x: Tensor, order: int) -> Tensor:
         ``[..., N]``, float64.
     """
     x = x.double()
-    found = [torch.ones_like(x), x]
+    values = [torch.ones_like(x), x]
     for n in range(1, order - 1):
-        found.append(((2 * n + 1) * x * found[n] - n * found[n - 1]) / (n + 1))
-    return torch.stack(found[:order], dim=-1)
+        values.append(((2 * n + 1) * x * values[n] - n * values[n - 1]) / (n + 1))
+    return torch.stack(values[:order], dim=-1)
 
 
 def basis(x: Tensor, order: int) -> Tensor:
-    """``g_n(x)``, orthonormal on [0, 1]; the rows that read coefficients at points `x`.
+    """``g_n(x)``, orthonormal on [0, 1]; as a matrix, it evaluates coefficients at points `x`.
 
     Args:
-        x: in [0, 1], ``[...]``. At its ends ``|g_n| = sqrt(2n+1)``, so points inside are read with less noise.
+        x: in [0, 1], ``[...]``. At the ends ``|g_n| = sqrt(2n+1)``, so interior points have less noise.
         order: N.
 
     Returns:
@@ -59,7 +60,7 @@ def basis(x: Tensor, order: int) -> Tensor:
 
 
 def integrals(x: Tensor, order: int) -> Tensor:
-    """``integral of g_n from 0 to x``, as ``P_n`` is the derivative of ``(P_{n+1} - P_{n-1}) / (2n+1)``; ``[..., N]``."""
+    """The integral of ``g_n`` from 0 to x, ``[..., N]``, from ``(2n+1) P_n = (P_{n+1} - P_{n-1})'``."""
     p = polynomials(2 * x.double() - 1, order + 1)
     n = torch.arange(1, order, dtype=torch.float64)
     above = (p[..., 2:] - p[..., :-2]) / (2 * n + 1)
@@ -68,19 +69,20 @@ def integrals(x: Tensor, order: int) -> Tensor:
 
 
 def nodes(count: int) -> tuple[Tensor, Tensor]:
-    """Gauss-Legendre points in (0, 1) and their weights, exact for polynomials of degree below twice their count."""
+    """Gauss-Legendre nodes in (0, 1) and weights, exact for polynomials of degree below twice their count."""
     x, weight = np.polynomial.legendre.leggauss(count)
     return torch.from_numpy((x + 1) / 2), torch.from_numpy(weight / 2)
 
 
 def stretch(ratio: float, order: int) -> Tensor:
-    """P of LegS: the coefficients of a history that becomes the first `ratio` of a longer one, nothing yet known of the rest.
+    """P of LegS: maps the coefficients of a history to those of a longer history whose new part is zero.
 
-    Lower triangular, a contraction (its spectral norm is the root of `ratio`), and ``stretch(a) @ stretch(b)`` is
-    ``stretch(a * b)``. It equals ``expm(A log(1 / ratio))``, with the matrix A of the HiPPO equations.
+    The matrix is lower triangular and a contraction (its spectral norm is the square root of `ratio`), and
+    ``stretch(a) @ stretch(b)`` is ``stretch(a * b)``. It equals ``expm(A log(1 / ratio))``, with the matrix A of the
+    HiPPO equations.
 
     Args:
-        ratio: old length over new length; 0: there was no history.
+        ratio: old length divided by new length; 0: no history.
         order: N.
 
     Returns:
@@ -91,10 +93,10 @@ def stretch(ratio: float, order: int) -> Tensor:
 
 
 def entry(seen: int, block: int, order: int) -> Tensor:
-    """W of LegS: what each of the next `block` tokens adds to the coefficients of all that will then have been read.
+    """W of LegS: the contribution of each of the next `block` tokens to the coefficients of the extended history.
 
     Args:
-        seen: tokens before them.
+        seen: number of earlier tokens.
         block: b.
         order: N.
 
@@ -108,11 +110,11 @@ def entry(seen: int, block: int, order: int) -> Tensor:
 def window(theta: float, block: int, order: int) -> tuple[Tensor, Tensor]:
     """P and W of LegT, for blocks of `block` tokens: a window of the last `theta` tokens.
 
-    Exact for the LegT equation, which itself only approximates the window: what leaves it is known by its own
-    reconstruction alone.
+    The result is exact for the LegT equation. The equation itself only approximates the window, because it uses its own
+    reconstruction of the values that leave the window.
 
     Args:
-        theta: tokens that the window covers.
+        theta: window length in tokens.
         block: b.
         order: N.
 

@@ -1,10 +1,10 @@
-"""The cache of a model that reads block by block, in texts that may stand at different places of their blocks.
+"""Cache for segment-level recurrence, for batches whose sequences are at different positions in their blocks.
 
-A block that is full is closed when its text goes on. What follows of it (memory rows, rows carried over) is worked out
-then, by the method; the block as it was, with what was held before it, is kept until the next one closes, so that tokens
-can be taken back across one border. None of this grows with the text.
+When a sequence continues after a full block, the cache closes the block: the method computes the memory slots and the
+local context from it. The cache keeps the closed block and the earlier state until the next block closes, so that
+tokens can be rolled back across one block boundary. None of this grows with the sequence.
 
-Shapes: B texts, A texts that take part in a call, S rows of a call, L block, K columns of a call, W columns that are noted.
+Shapes: B sequences, A active sequences of a call, S tokens of a call, L block, K columns of a call, W columns recorded.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pondera.models.rotary import Rotary
 
 
 class SegmentCache(TokenCache):
-    """Tokens to `generate`; to the backbone, at most a block of rows and what is held of the blocks before.
+    """A token cache for `generate` that stores at most one open block of KV slots and the state of closed blocks.
 
     Args:
         block: L.
-        kinds: of each layer, as `Backbone.layer_types`.
+        kinds: type of each layer, see `Backbone.layer_types`.
         layers: one cache layer per decoder layer.
-        rows: how many memory rows a text has that has closed so many blocks.
-        tbptt: gradients do not pass every so many-th border; none: they pass all.
-        keeps: whether tokens may be taken back across a border.
+        rows: maps the number of closed blocks of a sequence to its number of memory slots.
+        tbptt: gradients are cut at every `tbptt`-th block boundary; ``None``: never.
+        keeps: keep the previous state, for rollback across a block boundary.
 
     Attributes:
-        fill: rows of each text's open block.
-        closed: blocks that each text has closed.
+        fill: tokens in the open block of each sequence.
+        closed: closed blocks of each sequence.
     """
 
     def __init__(
@@ -55,46 +55,46 @@ class SegmentCache(TokenCache):
         self._real_BW: Tensor | None = None
 
     def start(self, batch: int) -> None:
-        """Makes room for so many texts, if nothing was read yet."""
+        """Initializes the cache for a batch of this size, if it is empty."""
         if not self.fill:
             self.fill, self.closed, self._reopens = [0] * batch, [0] * batch, [False] * batch
 
-    def room(self, text: int) -> int:
-        """Tokens that the text can read before the next border."""
-        return self.block - self.fill[text] % self.block
+    def room(self, sequence: int) -> int:
+        """Number of tokens that the sequence can read before the next block boundary."""
+        return self.block - self.fill[sequence] % self.block
 
     @property
     def even(self) -> bool:
-        """All texts stand at the same place."""
+        """True if all sequences are at the same position."""
         return len(set(self.fill)) < 2 and len(set(self.closed)) < 2
 
     def begin(self, backbone: Backbone, counts: list[int], h_BTD: Tensor) -> SegmentStep:
-        """Prepares a call that adds so many rows of each text, none or up to its next border.
+        """Prepares a call that adds tokens to each sequence, from zero up to its next block boundary.
 
         Args:
-            backbone: turns keys.
-            counts: rows of each text.
+            backbone: provides rotary embeddings.
+            counts: number of new tokens of each sequence.
             h_BTD: inputs, for their dtype and device.
         """
-        active = [text for text, count in enumerate(counts) if count]
-        self._close(backbone, [text for text in active if self.fill[text] == self.block], h_BTD)
-        fill, count = [self.fill[text] for text in active], [counts[text] for text in active]
+        active = [sequence for sequence, count in enumerate(counts) if count]
+        self._close(backbone, [sequence for sequence in active if self.fill[sequence] == self.block], h_BTD)
+        fill, count = [self.fill[sequence] for sequence in active], [counts[sequence] for sequence in active]
         together = len(active) == len(counts) and self.even and len(set(count)) == 1
-        for text in active:
-            self.fill[text] += counts[text]
+        for sequence in active:
+            self.fill[sequence] += counts[sequence]
         width = max(self.fill)
-        texts = None if together else torch.tensor(active, device=h_BTD.device)
-        turn = SegmentStep(fill, count, width, len(counts), texts)
+        sequences = None if together else torch.tensor(active, device=h_BTD.device)
+        turn = SegmentStep(fill, count, width, len(counts), sequences)
         for layer in self._layers:
             layer.trim(fill[0] if together else width)
             layer.turn = turn
         return turn
 
-    def _close(self, backbone: Backbone, texts: list[int], h_BTD: Tensor) -> None:
-        if not texts:
+    def _close(self, backbone: Backbone, sequences: list[int], h_BTD: Tensor) -> None:
+        if not sequences:
             return
-        device, blocks = h_BTD.device, [self.closed[text] for text in texts]
-        chosen = None if len(texts) == len(self.fill) else torch.tensor(texts, device=device)
+        device, blocks = h_BTD.device, [self.closed[sequence] for sequence in sequences]
+        chosen = None if len(sequences) == len(self.fill) else torch.tensor(sequences, device=device)
         cut = [self.tbptt is not None and (count + 1) % self.tbptt == 0 for count in blocks]
         closings = {}
         for kind in set(self.kinds):
@@ -108,18 +108,18 @@ class SegmentCache(TokenCache):
             )
         for layer, kind in zip(self._layers, self.kinds, strict=True):
             layer.close(closings[kind])
-        for text in texts:
-            self.closed[text] += 1
-            self.fill[text], self._reopens[text] = 0, self.keeps
+        for sequence in sequences:
+            self.closed[sequence] += 1
+            self.fill[sequence], self._reopens[sequence] = 0, self.keeps
 
     def masks(self, turn: SegmentStep, device: torch.device) -> dict[str, SlotMask]:
-        """What the rows of a call see, for each kind of layer: memory, carried rows, and their block up to themselves."""
+        """The mask of each layer type: tokens attend to memory, local context, and their block causally."""
         position_AS = turn.positions(device)
-        if turn.texts_A is None:
+        if turn.active_A is None:
             closed = self.closed[:1]
         else:
-            closed = [self.closed[text] for text in turn.texts_A.tolist()]
-        found = {}
+            closed = [self.closed[sequence] for sequence in turn.active_A.tolist()]
+        masks = {}
         for kind in set(self.kinds):
             layers = [layer for layer, its in zip(self._layers, self.kinds, strict=True) if its == kind]
             memory, mems = (max(width) for width in zip(*(layer.widths() for layer in layers), strict=True))
@@ -128,8 +128,8 @@ class SegmentCache(TokenCache):
             carried_A1 = torch.tensor([min(mems, count * self.block) for count in closed], device=device)[:, None]
             there_AK = torch.where(order_K < -mems, order_K >= -mems - own_A1, order_K >= -carried_A1)
             seen_ASK = (order_K <= position_AS[..., None]) & there_AK[:, None]
-            found[kind] = SlotMask(seen_ASK, position_AS, order_K[None])
-        return found
+            masks[kind] = SlotMask(seen_ASK, position_AS, order_K[None])
+        return masks
 
     @property
     def _layers(self) -> list[SegmentLayer]:
@@ -137,7 +137,7 @@ class SegmentCache(TokenCache):
 
     @property
     def mixed(self) -> bool:
-        """Layers of one kind give different numbers of rows."""
+        """True if layers of one type have different numbers of slots."""
         return any(
             len(
                 {
@@ -151,20 +151,20 @@ class SegmentCache(TokenCache):
         )
 
     def note(self, passes_BT: Tensor, real_BT: Tensor | None) -> None:
-        """Notes that these tokens were read, and which of them were padding."""
+        """Records new tokens, and which of them are padding."""
         batch, tokens = passes_BT.shape
         if real_BT is not None or self._real_BW is not None:
             new = torch.ones_like(passes_BT, dtype=torch.bool) if real_BT is None else real_BT
             old = self._real_BW if self._real_BW is not None else new.new_ones(batch, min(self.tokens, 2 * self.block))
             self._real_BW = torch.cat([old, new], dim=1)[:, -2 * self.block :]
         self.tokens += tokens
-        self.passes_BT = passes_BT.new_ones(()).expand(batch, self.tokens)  # one number, however long the text
+        self.passes_BT = passes_BT.new_ones(()).expand(batch, self.tokens)  # one stored number for any length
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens (given as a negative number, as transformers does), back to the border before the last.
+        """Rolls back the last tokens, at most across one block boundary; the count is negative, as in transformers.
 
         Raises:
-            UserError: more of them than are kept.
+            UserError: more tokens than can be rolled back.
         """
         count = abs(tokens_to_remove)
         if not count:
@@ -175,19 +175,19 @@ class SegmentCache(TokenCache):
         kept = [have + self.block * reopens for have, reopens in zip(self.fill, self._reopens, strict=True)]
         if any(more > most for more, most in zip(counts, kept, strict=True)):
             raise UserError(
-                f"crop: {count} tokens are to be forgotten, of which the rows are kept for {min(kept)}: those of the open "
+                f"crop: cannot roll back {count} tokens; keys and values are kept for {min(kept)}: those of the open "
                 f"block and of the one before (block={self.block}); start with a new cache"
             )
-        back = [text for text, more in enumerate(counts) if more > self.fill[text]]
+        back = [sequence for sequence, more in enumerate(counts) if more > self.fill[sequence]]
         if back:
             device = next(iter(self._layers[0].before.values())).device
             chosen = None if len(back) == len(counts) else torch.tensor(back, device=device)
             for layer in self._layers:
                 layer.reopen(chosen, len(counts))
-            for text in back:
-                self.fill[text] += self.block
-                self.closed[text] -= 1
-                self._reopens[text] = False
+            for sequence in back:
+                self.fill[sequence] += self.block
+                self.closed[sequence] -= 1
+                self._reopens[sequence] = False
         self.fill = [have - more for have, more in zip(self.fill, counts, strict=True)]
         for layer in self._layers:
             layer.trim(max(self.fill))
@@ -196,12 +196,12 @@ class SegmentCache(TokenCache):
         self.evict(count)
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the cache."""
         super().reset()
         self.fill, self.closed, self._reopens, self._real_BW = [], [], [], None
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows of the batch."""
+        """Keeps the sequences with these batch indices."""
         for layer in self._layers:
             layer.select(indices)
         self._rows(indices)
@@ -211,20 +211,20 @@ class SegmentCache(TokenCache):
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the batch."""
+        """Repeats each sequence of the batch."""
         self.batch_select_indices(torch.arange(len(self.fill)).repeat_interleave(repeats))
 
     def _rows(self, indices: Tensor) -> None:
         super()._rows(indices)
         order = indices.tolist()
         self.fill, self.closed, self._reopens = (
-            [each[text] for text in order] for each in (self.fill, self.closed, self._reopens)
+            [each[sequence] for sequence in order] for each in (self.fill, self.closed, self._reopens)
         )
         if self._real_BW is not None:
             self._real_BW = self._real_BW[indices.to(self._real_BW.device)]
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was read, as plain values and tensors, to be saved and read on from later."""
+        """The complete state, as plain values and tensors, for saving and resuming."""
         return {
             "tokens": self.tokens,
             "passes": self.passes_BT,
@@ -233,11 +233,11 @@ class SegmentCache(TokenCache):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `state_dict` gave, of a model with the same method and backbone."""
+        """Restores a result of `state_dict` from a model with the same method and backbone."""
         self.tokens, self.passes_BT = state["tokens"], state["passes"]
-        texts = state["texts"]
-        self.fill, self.closed, self._reopens = (list(texts[name]) for name in ("fill", "closed", "reopens"))
-        self._real_BW = texts["real"]
+        sequences = state["texts"]
+        self.fill, self.closed, self._reopens = (list(sequences[name]) for name in ("fill", "closed", "reopens"))
+        self._real_BW = sequences["real"]
         for layer, own in zip(self._layers, state["layers"], strict=True):
             layer.held, layer.before = dict(own["held"]), dict(own["before"])
             if "block_k" in layer.held:

@@ -1,9 +1,10 @@
-"""One decoder layer of a model that reads block by block: the rows of the open block, and what is held of closed ones.
+"""Cache of one decoder layer for segment-level recurrence: the open block, and the state of closed blocks.
 
-Texts of a batch may stand at different places of different blocks. What all of them own in one layer is one tensor; a
-text's open block begins at its first column, and what is held of its past ends at its last, behind columns that are free.
+Sequences of a batch may be at different positions of different blocks. Their data in one layer is one tensor: an open
+block is left-aligned (free columns after it), and memory and local context are right-aligned (free columns before
+them).
 
-Shapes: B texts, A texts that take part in a call, S rows of a call, L block, W columns, H heads, d head width.
+Shapes: B sequences, A active sequences of a call, S tokens of a call, L block, W columns, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ from pondera.core.hf import CacheLayerMixin
 from pondera.models.rotary import Rotary
 
 RecurrentState = dict[str, Tensor]
-"""What a layer holds, by name, ``[B, H, W, d]`` each: ``block_k``, ``block_v``, ``carry_k``, ``carry_v``, ``rows_k``,
-``rows_v`` (what attention is given), and whatever a method keeps to make its rows of."""
+"""The state of a layer by name, ``[B, H, W, d]`` each: ``block_k``, ``block_v``, ``carry_k``, ``carry_v``, ``rows_k``,
+``rows_v`` (the inputs of attention), and the tensors from which a method computes its memory slots."""
 
 Remember = Callable[[RecurrentState, Tensor, Tensor, list[int]], RecurrentState]
-"""A layer's memory after a block: of what it held, the block's keys without positions and its values, ``[A, H, L, d]``,
-and the number of blocks that each text had closed before."""
+"""Computes a layer's memory after a block, from its state, the block's keys without positions and its values,
+``[A, H, L, d]``, and the number of earlier closed blocks of each sequence."""
 
 
 @dataclass(frozen=True)
 class SegmentStep:
-    """Which rows a call adds to the open blocks of which texts.
+    """The tokens that a call adds to the open blocks.
 
     Args:
-        fill_A: rows that are there, of each text that takes part.
-        count_A: rows that are added.
+        fill_A: tokens already in the open block, for each active sequence.
+        count_A: tokens to add.
         width: columns afterwards.
-        texts_A: the texts that take part; none: all of them have as many rows and get as many, behind as many closed blocks.
+        active_A: batch indices of the active sequences; ``None``: all sequences, with equal `fill_A`, `count_A` and
+            number of closed blocks.
         batch: B.
     """
 
@@ -45,53 +47,53 @@ class SegmentStep:
     count_A: list[int]
     width: int
     batch: int
-    texts_A: Tensor | None = None
+    active_A: Tensor | None = None
 
     def positions(self, device: torch.device) -> Tensor:
-        """Of the rows in their blocks, ``[1 or A, S]``; what stands behind a text's own rows means nothing."""
-        if self.texts_A is None:
+        """Positions of the tokens in their blocks, ``[1 or A, S]``; undefined after a sequence's last new token."""
+        if self.active_A is None:
             return torch.arange(self.fill_A[0], self.width, device=device)[None]
         order_S = torch.arange(max(self.count_A), device=device)
         return (torch.tensor(self.fill_A, device=device)[:, None] + order_S).clamp(max=self.width - 1)
 
     def valid(self, device: torch.device) -> Tensor:
-        """``[A, S]``: the rows that there are."""
+        """``[A, S]``: true for tokens, false for padding of the call."""
         order_S = torch.arange(max(self.count_A), device=device)
         return order_S < torch.tensor(self.count_A, device=device)[:, None]
 
     def entered(self, old: Tensor | None, new_AHSd: Tensor) -> Tensor:
-        """The open blocks with the call's rows, ``[B, H, W, d]``."""
-        if self.texts_A is None:
+        """The open blocks with the tokens of the call appended, ``[B, H, W, d]``."""
+        if self.active_A is None:
             return new_AHSd if old is None else torch.cat([old, new_AHSd], dim=-2)
         _, heads, _, width = new_AHSd.shape
         if old is None:
             old = new_AHSd.new_zeros(self.batch, heads, 0, width)
         buffer_BWHd = F.pad(old, (0, 0, 0, self.width - old.shape[-2])).transpose(1, 2)
         valid_AS, position_AS = self.valid(old.device), self.positions(old.device)
-        text_AS = self.texts_A[:, None].expand_as(valid_AS)
-        at = (text_AS[valid_AS], position_AS[valid_AS])
+        sequence_AS = self.active_A[:, None].expand_as(valid_AS)
+        at = (sequence_AS[valid_AS], position_AS[valid_AS])
         return buffer_BWHd.index_put(at, new_AHSd.transpose(1, 2)[valid_AS]).transpose(1, 2)
 
     def of(self, x_BHWd: Tensor) -> Tensor:
-        """What the texts that take part own."""
-        return x_BHWd if self.texts_A is None else x_BHWd[self.texts_A]
+        """Selects the active sequences."""
+        return x_BHWd if self.active_A is None else x_BHWd[self.active_A]
 
 
 @dataclass(frozen=True)
 class SegmentEnd:
-    """Which texts' blocks close.
+    """The sequences whose block closes.
 
     Args:
-        texts: the texts; none: all of them.
+        sequences: batch indices of the sequences; ``None``: all.
         batch: B.
-        blocks: how many blocks each of these texts has closed before.
-        cut: of which of them gradients do not pass this border.
-        keeps: whether what was held before can be needed again.
-        own: what keys of the block are turned by; none: nothing.
-        carried: what rows carried over are turned by, before and after.
+        blocks: number of earlier closed blocks of each of these sequences.
+        cut: whether gradients are cut at this boundary, for each of these sequences.
+        keeps: keep the previous state for rollback.
+        own: rotary embedding of the keys of the block; ``None``: none.
+        carried: returns the rotary embedding of a local context of the given width, before and after the boundary.
     """
 
-    texts: Tensor | None
+    sequences: Tensor | None
     batch: int
     blocks: list[int]
     cut: list[bool]
@@ -99,18 +101,18 @@ class SegmentEnd:
     own: Rotary | None
     carried: Callable[[int], Rotary | None]
 
-    def of(self, held: RecurrentState) -> RecurrentState:
-        """What these texts own."""
-        return dict(held) if self.texts is None else {name: x[self.texts] for name, x in held.items()}
+    def of(self, state: RecurrentState) -> RecurrentState:
+        """Selects the state of these sequences."""
+        return dict(state) if self.sequences is None else {name: x[self.sequences] for name, x in state.items()}
 
-    def put(self, held: RecurrentState, new: RecurrentState) -> RecurrentState:
-        """What all texts hold, when these hold something new."""
-        if self.texts is None:
+    def put(self, state: RecurrentState, new: RecurrentState) -> RecurrentState:
+        """The state of all sequences, with new tensors for these."""
+        if self.sequences is None:
             return new
-        return held | {name: _put(held.get(name), x, self.texts, self.batch, name) for name, x in new.items()}
+        return state | {name: _put(state.get(name), x, self.sequences, self.batch, name) for name, x in new.items()}
 
     def without_gradient(self, new: RecurrentState) -> RecurrentState:
-        """Cuts gradients where they are to be cut."""
+        """Detaches tensors where gradients are cut."""
         if not any(self.cut):
             return new
         if all(self.cut):
@@ -119,8 +121,8 @@ class SegmentEnd:
         return {name: torch.where(cut_A111.to(x.device), x.detach(), x) for name, x in new.items()}
 
 
-def _put(old: Tensor | None, new: Tensor, texts: Tensor, batch: int, name: str) -> Tensor:
-    """`old` with the rows of some texts replaced; a block's columns count from the first, all others from the last."""
+def _put(old: Tensor | None, new: Tensor, sequences: Tensor, batch: int, name: str) -> Tensor:
+    """Replaces some sequences of `old`; blocks are left-aligned, all other tensors right-aligned."""
     if old is None:
         old = new.new_zeros(batch, *new.shape[1:])
     width = max(old.shape[-2], new.shape[-2])
@@ -129,24 +131,24 @@ def _put(old: Tensor | None, new: Tensor, texts: Tensor, batch: int, name: str) 
         free = width - x.shape[-2]
         return F.pad(x, (0, 0, 0, free) if name.startswith("block") else (0, 0, free, 0))
 
-    return padded(old).index_copy(0, texts, padded(new))
+    return padded(old).index_copy(0, sequences, padded(new))
 
 
-def newest(held: RecurrentState, key_AHWd: Tensor, value_AHWd: Tensor, most: int) -> RecurrentState:
-    """Memory rows with further ones behind them, the last `most` of them all."""
+def newest(state: RecurrentState, key_AHWd: Tensor, value_AHWd: Tensor, most: int) -> RecurrentState:
+    """Appends new memory slots and keeps the last `most`."""
     new: RecurrentState = {}
     for name, x_AHWd in (("rows_k", key_AHWd), ("rows_v", value_AHWd)):
-        old = [held[name]] if name in held else []
+        old = [state[name]] if name in state else []
         new[name] = torch.cat([*old, x_AHWd], dim=-2)[:, :, -most:].clone()
     return new
 
 
 class SegmentLayer(CacheLayerMixin):
-    """One decoder layer's open blocks and what it holds of closed ones.
+    """The open blocks of one decoder layer and the state of its closed blocks.
 
     Args:
-        update_memory: the layer's memory; none: it has none.
-        mems: rows that are carried over as they are.
+        update_memory: computes the layer's memory; ``None``: no memory.
+        mems: number of last tokens before a block whose keys and values are kept exactly.
     """
 
     is_sliding = False
@@ -165,7 +167,7 @@ class SegmentLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Adds the call's rows; returns keys and values of memory, carried rows and open blocks, ``[A, H, K, d]``."""
+        """Appends new keys and values; returns those of memory, local context and open blocks, ``[A, H, K, d]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.turn is not None
@@ -179,12 +181,12 @@ class SegmentLayer(CacheLayerMixin):
         return self.turn.of(torch.cat(parts, dim=-2) if len(parts) > 1 else parts[0])
 
     def widths(self) -> tuple[int, int]:
-        """Columns of memory and of carried rows."""
+        """Numbers of columns of memory and of local context."""
         memory, mems = (self.held.get(name) for name in ("rows_k", "carry_k"))
         return 0 if memory is None else memory.shape[-2], 0 if mems is None else mems.shape[-2]
 
     def close(self, closing: SegmentEnd) -> None:
-        """Puts a block behind each of these texts."""
+        """Closes the open block of these sequences."""
         old = closing.of(self.held)
         key, value = old["block_k"], old["block_v"]
         if closing.own is not None:
@@ -196,13 +198,13 @@ class SegmentLayer(CacheLayerMixin):
             new |= self._carried(old, key, value, closing)
         if closing.keeps:
             self.before = closing.put(self.before, old)
-        others = self.held if closing.texts is not None else {}
+        others = self.held if closing.sequences is not None else {}
         self.held = closing.put(others, closing.without_gradient(new))
 
     def _carried(
         self, old: RecurrentState, key_AHLd: Tensor, value_AHLd: Tensor, closing: SegmentEnd
     ) -> RecurrentState:
-        """The last rows before the next block, whose first token stands at 0 again."""
+        """The local context of the next block; position 0 is now the first token of that block."""
         if "carry_k" in old:
             earlier, turned = old["carry_k"], closing.carried(old["carry_k"].shape[-2])
             key_AHLd = torch.cat([earlier if turned is None else turned.undo(earlier), key_AHLd], dim=-2)
@@ -211,28 +213,28 @@ class SegmentLayer(CacheLayerMixin):
         turned = closing.carried(key.shape[-2])
         return {"carry_k": key.clone() if turned is None else turned.apply(key), "carry_v": value.clone()}
 
-    def reopen(self, texts: Tensor | None, batch: int) -> None:
-        """Takes the last border of these texts back."""
-        if texts is None:
+    def reopen(self, sequences: Tensor | None, batch: int) -> None:
+        """Rolls back the last block boundary of these sequences."""
+        if sequences is None:
             self.held = dict(self.before)
         else:
             for name, x in self.before.items():
-                self.held[name] = _put(self.held.get(name), x[texts], texts, batch, name)
+                self.held[name] = _put(self.held.get(name), x[sequences], sequences, batch, name)
 
     def trim(self, width: int) -> None:
-        """Keeps so many columns of the open blocks."""
+        """Keeps the first `width` columns of the open blocks."""
         for name in ("block_k", "block_v"):
             if name in self.held:
                 self.held[name] = self.held[name][:, :, :width]
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these texts of the batch, in this order."""
+        """Keeps these sequences of the batch, in this order."""
         self.held, self.before = (
             {name: x[rows.to(x.device)] for name, x in d.items()} for d in (self.held, self.before)
         )
 
     def get_seq_length(self) -> int:
-        """Columns of the open blocks."""
+        """Number of columns of the open blocks."""
         return self.held["block_k"].shape[-2] if "block_k" in self.held else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -244,7 +246,7 @@ class SegmentLayer(CacheLayerMixin):
         return -1
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the layer."""
         self.held, self.before, self.is_initialized = {}, {}, False
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
@@ -261,7 +263,7 @@ def fewer_rows(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The backbone's own attention, in layers some of which give no memory: a mask's last columns are theirs."""
+    """Base attention for layers without memory slots: crops the mask to the last columns."""
     if attention_mask is not None:
         attention_mask = attention_mask[..., -key.shape[-2] :]
     return base(module, query, key, value, attention_mask, **kwargs)

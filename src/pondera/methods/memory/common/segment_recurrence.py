@@ -1,11 +1,11 @@
-"""Reading block by block: what every memory made of closed blocks shares, whatever its rows are.
+"""Segment-level recurrence: base class of methods that read a sequence block by block with a memory of earlier blocks.
 
-A text is cut into blocks of L tokens, counted from its first. A block is one call of the decoder: its tokens see each
-other, causally, and beside them the memory rows of the blocks before, all in one softmax. So the layers never see more
-than memory and a block, and time and memory per token stay what they are however long the text becomes.
+A sequence is split into blocks (segments) of L tokens. Each block is one call of the decoder: its tokens attend to each
+other causally, and to the memory slots of earlier blocks, in one softmax. The layers never attend to more than memory
+and one block, so compute and memory per token do not grow with the sequence.
 
-Shapes: B batch, T tokens, N tokens of all texts that are no padding, A texts that take part in a call, S rows of a call,
-L block, D width.
+Shapes: B batch, T tokens, N non-padding tokens of all sequences, A active sequences of a call, S tokens of a call, L
+block, D width.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from pondera.cost.model import DecoderPass, MatMul
 from pondera.methods.memory.common.segment_cache import SegmentCache
 from pondera.methods.memory.common.segment_layer import RecurrentState, SegmentLayer, fewer_rows
 from pondera.models.backbone import LAYOUTS, Backbone
-from pondera.models.method import Method, MethodOutput
+from pondera.models.method import Method, MethodOutput, SlotMaker
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a price needs to know of a backbone.
+    """The sizes of a backbone that cost estimates need.
 
     Args:
-        kv_numbers: of one row's key, and as many of its value: heads times their width.
-        query_numbers: of one row's query.
-        memory: layers that have memory.
-        full: layers without windows.
-        layers: all of them.
-        window: tokens that a sliding-window layer sees.
+        kv_numbers: numbers in the key of one token, and in its value: heads times head width.
+        query_numbers: numbers in the query of one token.
+        memory: number of layers with memory.
+        full: number of layers without a sliding window.
+        layers: number of layers.
+        window: tokens that a sliding-window layer attends to.
     """
 
     kv_numbers: int
@@ -51,20 +51,21 @@ class Shape:
 
 
 class SegmentRecurrence(Method):
-    """Reads block by block, with rows of memory beside each block.
+    """Reads a sequence block by block; each block also attends to memory slots.
 
-    A subclass says what the rows are: `rows` how many, `update_memory` which.
+    A subclass defines the memory: `rows` gives the number of slots, and `update_memory` computes them.
 
-    Positions are counted from the block's first token, for rotary and learned ones alike. Layers with sliding windows keep
-    their windows as they are, across borders: the rows that they still see are carried over and turned to their places
-    before the block. They have no other memory, as they are bounded already.
+    Positions restart at the first token of each block, for rotary and learned positions. Layers with sliding windows
+    keep their windows across block boundaries: the cached keys in the window are rotated to their positions before the
+    block. These layers have no other memory, because their windows are bounded anyway.
 
     Args:
-        block: L, tokens.
-        local_context: rows of the last tokens before a block, carried over as they are into layers that have memory (and
-            those of the same kind), at the positions before the block's first.
-        tbptt: gradients reach back through at most so many blocks: they are cut at every so many-th border; none: never.
-        layers: numbers of the layers that have memory; none: all without a sliding window.
+        block: L, tokens per block.
+        local_context: number of last tokens before a block whose keys and values are kept exactly, in the layers with
+            memory and the other layers without a sliding window. They get the positions before the block.
+        tbptt: gradients are cut at every `tbptt`-th block boundary, so they reach back at most this many blocks;
+            ``None``: never. Default: 2.
+        layers: indices of the layers with memory; default: ``None``, all layers without a sliding window.
     """
 
     supports_recompute: ClassVar[bool] = False
@@ -83,81 +84,82 @@ class SegmentRecurrence(Method):
 
     @abstractmethod
     def rows(self, blocks: int) -> int:
-        """Memory rows beside a block, when so many were closed before it."""
+        """Number of memory slots for a block after this many closed blocks."""
 
     @abstractmethod
     def update_memory(
-        self, held: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
+        self, state: RecurrentState, key_BHLd: Tensor, value_BHLd: Tensor, blocks: list[int]
     ) -> RecurrentState:
-        """A layer's memory once a block is closed.
+        """Computes a layer's memory when a block closes.
 
         Args:
-            held: what it was before, as this function gave it; nothing of it where no block was closed. Of a text that had
-                closed none while others had, what is there means nothing.
+            state: the previous result of this function; empty if no block has closed. For a sequence without closed
+                blocks in a batch where others have some, its values are undefined.
             key_BHLd, value_BHLd: the block's keys, without positions, and values.
-            blocks: that each text had closed before.
+            blocks: number of earlier closed blocks of each sequence.
 
         Returns:
-            ``rows_k`` and ``rows_v``, ``[B, H, W, d]``, what attention is given: the last `rows` of each text; and
-            whatever else this function needs to find again, ``[B, H, any, d]`` each.
+            ``rows_k`` and ``rows_v``, ``[B, H, W, d]``, the memory slots: the last `rows` of each sequence; and any
+            other state that this function needs, ``[B, H, any, d]`` each.
         """
 
     def numbers(self, blocks: int) -> int:
-        """Float32 numbers that are kept beside the memory rows, for each coordinate of keys and as many for values."""
+        """Float32 numbers kept in addition to memory slots, per coordinate of keys and the same again for values."""
         return 0
 
     def products(self, blocks: int, gradient: bool = False) -> list[MatMul]:
-        """What `update_memory` multiplies in one layer of one text that had closed so many blocks; with `gradient` also what its
-        backward pass does."""
+        """Matrix products of `update_memory` in one layer, for one sequence with this many earlier closed blocks.
+
+        With `gradient`, includes the backward pass.
+        """
         return []
 
     def attended(self, blocks: int) -> int:
-        """Memory rows that the backbone's own attention is given in layers with memory."""
+        """Memory slots that are part of the backbone's own attention, in layers with memory."""
         return self.rows(blocks)
 
     def searches(self, rows: float, blocks: int, gradient: bool = False) -> list[MatMul]:
-        """What so many rows of a text multiply in one layer to read memory, beside the backbone's own attention; arguments
-        as for `products`."""
+        """Matrix products for reading memory outside the backbone's own attention, in one layer; see `products`."""
         return []
 
-    def attention(self, backbone: Backbone, held: SegmentCache, h_ASD: Tensor, position_AS: Tensor) -> Server | None:
-        """What serves the attention of a call in place of the backbone's own, as `Backbone.step` takes it."""
-        return fewer_rows if held.mixed else None
+    def attention(self, backbone: Backbone, cache: SegmentCache, h_ASD: Tensor, position_AS: Tensor) -> Server | None:
+        """The attention function for a call in place of the backbone's own, see `Backbone.step`; ``None``: keep it."""
+        return fewer_rows if cache.mixed else None
 
-    # What the backbone has to be
+    # Requirements on the backbone
 
     def bind(self, backbone: Backbone) -> None:
-        """Looks whether the backbone fits."""
+        """Raises if the backbone is not supported."""
         name, config = type(self).__name__, backbone.config
         kinds = backbone.layer_types
         if "linear_attention" in kinds:
             raise UserError(
-                f"{name} does not fit {config.model_type}: its linear-attention layers mems a state of their own from "
-                "token to token, and have no keys to update_memory; use a backbone with attention in every layer"
+                f"{name} does not fit {config.model_type}: its linear-attention layers have a recurrent state "
+                "and no keys to store in memory; use a backbone with attention in every layer"
             )
         if config.model_type not in LAYOUTS:
             raise UserError(
-                f"{name} does not fit {config.model_type}: how this architecture turns its keys by position is not mapped; "
-                f"mapped: {', '.join(sorted(LAYOUTS))}"
+                f"{name} does not fit {config.model_type}: the rotary layout of this architecture is not known; "
+                f"supported: {', '.join(sorted(LAYOUTS))}"
             )
         full = [index for index, kind in enumerate(kinds) if kind == "full_attention"]
         if not full:
             raise UserError(
                 f"{name} does not fit this {config.model_type}: all its layers have sliding windows of "
-                f"{config.sliding_window} tokens, which they keep by themselves; use sliding_window: null, or a backbone that "
-                "mixes both kinds of layers"
+                f"{config.sliding_window} tokens, so there is no layer for memory; use sliding_window: null, or a "
+                "backbone that mixes both kinds of layers"
             )
         if self.layers is None:
             self.layers = full
         if not self.layers or not set(self.layers) <= set(full):
             raise UserError(
-                f"layers={self.layers}: memory goes into layers without a sliding window, at least one of them; of this "
-                f"{config.model_type} these are {full}"
+                f"layers={self.layers}: memory needs at least one layer without a sliding window; the layers of this "
+                f"{config.model_type} without one are {full}"
             )
         most = config.max_position_embeddings
         if LAYOUTS[config.model_type].positions and self.block > most:
             raise UserError(
-                f"block={self.block}: {config.model_type} has learned positions for {most} tokens; give {most}"
+                f"block={self.block}: {config.model_type} has learned positions for {most} tokens; give {most} or less"
             )
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -166,8 +168,8 @@ class SegmentRecurrence(Method):
             heads * width, config.num_attention_heads * width, len(set(self.layers)), len(full), len(kinds), window
         )
 
-    def new_cache(self, backbone: Backbone) -> TokenCache:
-        """An open block, what is held of closed ones, and the last closed block, so that tokens can be taken back."""
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
+        """A cache with an open block, the state of closed blocks, and the last closed block for rollback."""
         return self._cache(backbone, keeps=True)
 
     def _cache(self, backbone: Backbone, keeps: bool) -> SegmentCache:
@@ -182,7 +184,7 @@ class SegmentRecurrence(Method):
         ]
         return SegmentCache(self.block, kinds, layers, self.rows, self.tbptt, keeps)
 
-    # Reading
+    # Forward pass
 
     def forward(
         self,
@@ -194,105 +196,107 @@ class SegmentRecurrence(Method):
         budget: Effort = FULL,
         labels_BT: Tensor | None = None,
     ) -> MethodOutput:
-        """See `Method.forward`. Positions are counted here, from each text's first token; a budget changes nothing."""
+        """See `Method.forward`. Positions are counted here from the start of each sequence; budgets are ignored."""
         batch, tokens, _ = h_BTD.shape
-        held = cast("SegmentCache | None", cache)
+        segment_cache = cast("SegmentCache | None", cache)
         new_BT = None if mask is None else mask[:, -tokens:].long()
         if new_BT is not None and bool((new_BT == 1).all()):
             new_BT = None
         passes_BT = torch.ones(batch, tokens, dtype=torch.long, device=h_BTD.device)
-        if held is not None:
-            held.start(batch)
-            held.note(passes_BT, None if new_BT is None else new_BT > 0)
-        if new_BT is None and (held is None or held.even):
-            states_BTD = self._together(backbone, h_BTD, held)
+        if segment_cache is not None:
+            segment_cache.start(batch)
+            segment_cache.note(passes_BT, None if new_BT is None else new_BT > 0)
+        if new_BT is None and (segment_cache is None or segment_cache.even):
+            states_BTD = self._together(backbone, h_BTD, segment_cache)
         else:
-            states_BTD = self._apart(backbone, h_BTD, new_BT, held)
+            states_BTD = self._apart(backbone, h_BTD, new_BT, segment_cache)
         return MethodOutput(states_BTD, passes_BT)
 
-    def _together(self, backbone: Backbone, h_BTD: Tensor, held: SegmentCache | None) -> Tensor:
-        """All texts stand at the same place of their blocks, and all tokens are read."""
+    def _together(self, backbone: Backbone, h_BTD: Tensor, cache: SegmentCache | None) -> Tensor:
+        """All sequences are at the same position of their blocks, and there is no padding."""
         batch, tokens, _ = h_BTD.shape
-        if held is None:
-            held = self._cache(backbone, keeps=False)
-            held.start(batch)
+        if cache is None:
+            cache = self._cache(backbone, keeps=False)
+            cache.start(batch)
         pieces, first = [], 0
         while first < tokens:
-            stop = min(tokens, first + held.room(0))
-            pieces.append(self._call(backbone, h_BTD[:, first:stop], [stop - first] * batch, held))
+            stop = min(tokens, first + cache.room(0))
+            pieces.append(self._call(backbone, h_BTD[:, first:stop], [stop - first] * batch, cache))
             first = stop
         return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
 
-    def _apart(self, backbone: Backbone, h_BTD: Tensor, new_BT: Tensor | None, held: SegmentCache | None) -> Tensor:
-        """Texts that stand at different places, or several documents in one row: each is a text of its own, whose tokens are
-        gathered for its next block. A call has the texts that have one more."""
+    def _apart(self, backbone: Backbone, h_BTD: Tensor, new_BT: Tensor | None, cache: SegmentCache | None) -> Tensor:
+        """Sequences at different positions, or several documents in one row: each document is then its own sequence.
+
+        Each call gathers the tokens of the next block of every sequence that still has tokens.
+        """
         batch, tokens, _ = h_BTD.shape
         new_BT = torch.ones(batch, tokens, dtype=torch.long, device=h_BTD.device) if new_BT is None else new_BT
-        at_N, count = _by_text(new_BT, documents=held is None)
-        if held is None:
-            held = self._cache(backbone, keeps=False)
-            held.start(len(count))
+        at_N, count = _by_sequence(new_BT, documents=cache is None)
+        if cache is None:
+            cache = self._cache(backbone, keeps=False)
+            cache.start(len(count))
         begin = torch.tensor([0, *count], device=h_BTD.device).cumsum(0)[:-1]
         h_MD, done = h_BTD.flatten(0, 1), [0] * len(count)
         order_L = torch.arange(self.block, device=h_BTD.device)
-        found, places = [h_MD.new_zeros(0, h_MD.shape[-1])], [at_N[:0]]
+        outputs, places = [h_MD.new_zeros(0, h_MD.shape[-1])], [at_N[:0]]
         while any(have < every for have, every in zip(done, count, strict=True)):
-            counts = [min(every - have, held.room(i)) for i, (have, every) in enumerate(zip(done, count, strict=True))]
-            active = [text for text, number in enumerate(counts) if number]
-            first_A = begin[active] + torch.tensor([done[text] for text in active], device=h_BTD.device)
+            counts = [min(every - have, cache.room(i)) for i, (have, every) in enumerate(zip(done, count, strict=True))]
+            active = [sequence for sequence, number in enumerate(counts) if number]
+            first_A = begin[active] + torch.tensor([done[sequence] for sequence in active], device=h_BTD.device)
             order_S = order_L[: max(counts)]
             place_AS = at_N[(first_A[:, None] + order_S).clamp(max=len(at_N) - 1)]
-            valid_AS = order_S < torch.tensor([counts[text] for text in active], device=h_BTD.device)[:, None]
-            states_ASD = self._call(backbone, h_MD[place_AS], counts, held)
-            found.append(states_ASD[valid_AS])
+            valid_AS = order_S < torch.tensor([counts[sequence] for sequence in active], device=h_BTD.device)[:, None]
+            states_ASD = self._call(backbone, h_MD[place_AS], counts, cache)
+            outputs.append(states_ASD[valid_AS])
             places.append(place_AS[valid_AS])
             done = [have + more for have, more in zip(done, counts, strict=True)]
-        return torch.zeros_like(h_MD).index_put((torch.cat(places),), torch.cat(found)).view_as(h_BTD)
+        return torch.zeros_like(h_MD).index_put((torch.cat(places),), torch.cat(outputs)).view_as(h_BTD)
 
-    def _call(self, backbone: Backbone, h_ASD: Tensor, counts: list[int], held: SegmentCache) -> Tensor:
-        """One call of the decoder, within one block of each text."""
-        turn = held.begin(backbone, counts, h_ASD)
-        masks = held.masks(turn, h_ASD.device)
-        positions_AS = turn.positions(h_ASD.device)
-        attention = self.attention(backbone, held, h_ASD, positions_AS)
-        return backbone.step(h_ASD, held.slots, masks, positions_AS, attention=attention)
+    def _call(self, backbone: Backbone, h_ASD: Tensor, counts: list[int], cache: SegmentCache) -> Tensor:
+        """One call of the decoder, within one block of each sequence."""
+        step = cache.begin(backbone, counts, h_ASD)
+        masks = cache.masks(step, h_ASD.device)
+        positions_AS = step.positions(h_ASD.device)
+        attention = self.attention(backbone, cache, h_ASD, positions_AS)
+        return backbone.step(h_ASD, cache.slots, masks, positions_AS, attention=attention)
 
-    # The price
+    # Cost
 
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Method.cost_schedule`. A step with a cache is priced at the mean over the places that it may have in its block."""
+        """See `Method.cost_schedule`. A step with a cache costs the mean over its possible positions in a block."""
         size, memory = self.block, cast(Shape, self.shape).memory
-        found: list[DecoderPass | MatMul] = []
+        schedule: list[DecoderPass | MatMul] = []
         if context:
             blocks = context // size
             own = context + tokens if blocks == 0 else min(size, (size + tokens) / 2)
             if blocks:
-                found += _times(self.products(blocks - 1), memory * tokens / size)
-                found += _times(self.searches(tokens, blocks), memory)
-            return [*found, DecoderPass(tokens, self._keys(blocks, own))]
+                schedule += _times(self.products(blocks - 1), memory * tokens / size)
+                schedule += _times(self.searches(tokens, blocks), memory)
+            return [*schedule, DecoderPass(tokens, self._keys(blocks, own))]
         for blocks, first in enumerate(range(0, tokens, size)):
             rows = min(size, tokens - first)
             if blocks:
-                found += _times(self.products(blocks - 1, training), memory)
-                found += _times(self.searches(rows, blocks, training), memory)
-            found.append(DecoderPass(rows, self._keys(blocks, rows)))
-        return found
+                schedule += _times(self.products(blocks - 1, training), memory)
+                schedule += _times(self.searches(rows, blocks, training), memory)
+            schedule.append(DecoderPass(rows, self._keys(blocks, rows)))
+        return schedule
 
     def _keys(self, blocks: int, own: float) -> float:
-        """Rows that a query is scored against, `own` of them in its block: the mean over the layers."""
+        """Keys that a query attends to, `own` of them in its block: the mean over the layers."""
         shape, seen = cast(Shape, self.shape), blocks * self.block
         carried = shape.full * min(self.local_context, seen) + (shape.layers - shape.full) * min(shape.window - 1, seen)
         return own + (shape.memory * self.attended(blocks) + carried) / shape.layers
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
-        """The open block's rows, and those of the block before it."""
+        """The slots of the open block and of the previous block."""
         closed = self._closed(tokens)
         return tokens - closed * self.block + (self.block if closed else 0)
 
     def extra_cache_bytes(self, tokens: int, number_bytes: int) -> float:
-        """Memory and carried rows, as they are and as they were one block before; no more for any further token."""
+        """Memory and local context, with their copies from before the last block; constant in the number of tokens."""
         closed = self._closed(tokens)
         return sum(self._held_bytes(blocks, number_bytes) for blocks in (closed, closed - 1) if blocks > 0)
 
@@ -310,23 +314,23 @@ def _times(products: list[MatMul], count: float) -> list[MatMul]:
     return [MatMul(product.rows * count, product.weights, product.trained) for product in products]
 
 
-def _by_text(number_BT: Tensor, documents: bool) -> tuple[Tensor, list[int]]:
-    """The places of all tokens that are no padding, text by text, and how many each text has.
+def _by_sequence(number_BT: Tensor, documents: bool) -> tuple[Tensor, list[int]]:
+    """The flat positions of all non-padding tokens, sequence by sequence, and the number of tokens of each.
 
     Args:
-        number_BT: 0 is padding, else the number of the document.
-        documents: each document of a row is a text; else each row is one, even if it has no token here.
+        number_BT: 0 is padding, else the document number.
+        documents: if true, each document of a row is a sequence; else each row is one, even without tokens.
 
     Example:
-        >>> _by_text(torch.tensor([[0, 1, 1], [1, 2, 2]]), documents=True)
+        >>> _by_sequence(torch.tensor([[0, 1, 1], [1, 2, 2]]), documents=True)
         (tensor([1, 2, 3, 4, 5]), [2, 1, 2])
     """
     batch, tokens = number_BT.shape
     place_N = (number_BT.flatten() > 0).nonzero()[:, 0]
-    text_N = place_N // tokens
+    sequence_N = place_N // tokens
     if not documents:
-        return place_N, text_N.bincount(minlength=batch).tolist()
-    text_N = text_N * (number_BT.max() + 1) + number_BT.flatten()[place_N]
-    order_N = text_N.argsort(stable=True)
-    _, count = text_N[order_N].unique_consecutive(return_counts=True)
+        return place_N, sequence_N.bincount(minlength=batch).tolist()
+    sequence_N = sequence_N * (number_BT.max() + 1) + number_BT.flatten()[place_N]
+    order_N = sequence_N.argsort(stable=True)
+    _, count = sequence_N[order_N].unique_consecutive(return_counts=True)
     return place_N[order_N], count.tolist()

@@ -1,1 +1,1 @@
-"""What quantizers share: finding codes, learning codebooks, storing codes and telling how healthy a codebook is."""
+"""Components shared by quantizers: nearest-row search, codebook training, packed storage and health measures."""

@@ -1,4 +1,4 @@
-"""One codebook: the nearest of K rows stands for a vector. Where the rows are from is the quantizer's own affair.
+"""Codebook: base class of quantizers that replace a vector by the nearest of K rows; subclasses define the rows.
 
 Shapes: N vectors, K codes, C = D width; there is one group and one level.
 """
@@ -21,25 +21,25 @@ from pondera.methods.quantize.common.warm_up import KEPT_PER_CODE, WarmUp
 
 
 class Codebook(Quantizer):
-    """What codebooks of every parametrisation share: nearest row, warm-up, losses, statistics, estimator.
+    """Shared machinery of codebooks: nearest row, warm-up, losses, statistics and gradient estimator.
 
-    Everything is computed in float32 at least, autocast or not, so that training and inference choose the same codes.
-    A step begins with `begin_step`; where nobody calls it, with every call in training mode.
+    All computations use at least float32, with or without autocast, so training and inference choose the same codes. A
+    step starts with `begin_step`; without `begin_step`, every call in training mode is a step.
 
     Args:
         codes: K.
-        start_step: the first optimizer step that quantizes; before it the input passes through, with codes `ABSENT` and
-            without terms.
-        estimator: what gradient the input gets for the output's: ``"straight_through"``, ``"rotation"``, ``"none"``.
-        commitment: weight of the term that moves vectors to codes.
-        detach_input: the vectors get no gradient from the terms.
-        detach_target: false drops the stop-gradients of both terms, so that each moves vectors and codes.
+        start_step: the first optimizer step that quantizes. Before it, the input passes through, codes are `ABSENT`,
+            and there are no loss terms.
+        estimator: gradient estimator: ``"straight_through"``, ``"rotation"`` or ``"none"``.
+        commitment: weight of the term that moves vectors towards their codes.
+        detach_input: if true, the loss terms give the vectors no gradient.
+        detach_target: if false, drops the stop-gradients of both terms, so each term moves vectors and codes.
     """
 
     gate: WarmUp
     step: Tensor
     learns: bool = True
-    """Rows get gradient; false leaves out the term that would move them."""
+    """True if rows get gradients; false drops the loss term that would move them."""
 
     def __init__(
         self,
@@ -52,35 +52,35 @@ class Codebook(Quantizer):
     ) -> None:
         super().__init__()
         if isinstance(codes, bool) or not isinstance(codes, int) or codes < 1:
-            raise UserError(f"codes={codes!r}: give how many codes the codebook has, 1 or more")
+            raise UserError(f"codes={codes!r}: give the number of codes, 1 or more")
         if start_step < 0:
             raise UserError(f"start_step={start_step}: give the first step that quantizes, 0 or more")
         if estimator not in ESTIMATORS:
             raise unknown("estimator", estimator, ESTIMATORS)
         if commitment < 0:
-            raise UserError(f"commitment={commitment}: give the weight of a term, 0 or more")
+            raise UserError(f"commitment={commitment}: give the weight of the loss term, 0 or more")
         self.codes, self.start_step, self.estimator = codes, start_step, estimator
         self.commitment, self.detach_input, self.detach_target = commitment, detach_input, detach_target
         self.statistics: Statistics | None = None
         self._finite = FiniteVectors()
-        self._told, self._seed = False, 0
+        self._steps_announced, self._seed = False, 0
 
     @abstractmethod
     def rows(self) -> Tensor:
-        """``[K, C]``: the codebook, with gradient to what it is made of."""
+        """``[K, C]``: the codebook, with gradient to its parameters."""
 
     @abstractmethod
     def start_from(self, x_MC: Tensor, generator: torch.Generator, per_step: int) -> None:
-        """Makes the codebook from vectors, when the gate opens.
+        """Initializes the codebook from vectors at the end of the warm-up.
 
         Args:
             x_MC: vectors, the same on every rank.
-            generator: for draws, the same on every rank.
-            per_step: vectors of a batch of all ranks.
+            generator: random generator, the same on every rank.
+            per_step: number of vectors per batch, over all ranks.
         """
 
     def _make_gate(self, from_vectors: bool) -> None:
-        """The warm-up of `start_step`; `from_vectors` has it wait for vectors that `start_from` wants."""
+        """Creates the warm-up gate for `start_step`; `from_vectors` makes it collect vectors for `start_from`."""
         self.gate = WarmUp(self.start_step, KEPT_PER_CODE * self.codes if from_vectors else 0, self.dim)
         self.register_buffer("step", torch.tensor(-1))
 
@@ -107,7 +107,7 @@ class Codebook(Quantizer):
         """See `Quantizer.decode`."""
         self._built()
         if codes.ndim < 2 or codes.shape[-2] != 1 or codes.shape[-1] > 1:
-            raise UserError(f"codes of shape {tuple(codes.shape)} for one codebook: they are [..., 1, 1]")
+            raise UserError(f"codes of shape {tuple(codes.shape)} for one codebook: the shape must be [..., 1, 1]")
         rows = F.embedding(codes.clamp(min=0), self.table()[0, 0])
         return self._join(torch.where(codes[..., None] == ABSENT, 0, rows).sum(-2))
 
@@ -120,7 +120,7 @@ class Codebook(Quantizer):
             self._warm_up(chosen(vectors_NC.detach(), usable_N))
         table_KC = self.table()[0, 0]
         if self.gate.closed:
-            # Processes that average gradients wait for those of every weight.
+            # Distributed training averages the gradients of every weight, so each one needs a gradient.
             out_NC, terms = x_NC + (0 * table_KC.sum()).to(x.dtype), {}
             codes_N = torch.full((len(x_NC),), ABSENT, device=x.device)
         else:
@@ -144,9 +144,9 @@ class Codebook(Quantizer):
         return Quantized(out_NC.view(x.shape), codes, terms, x.detach(), table_KC.detach()[None, None])
 
     def begin_step(self, step: int, seed: int) -> None:
-        """Ends the step before: averages and respawn change the codebook now, between steps."""
-        self._told = step >= 0  # a negative step is that of no training
-        if self._told:
+        """Ends the previous step: moving averages and respawn update the codebook here, between steps."""
+        self._steps_announced = step >= 0  # a negative step means no training
+        if self._steps_announced:
             self._seed = seed
             self._begin(step)
 
@@ -156,8 +156,8 @@ class Codebook(Quantizer):
         self.step.fill_(step)
 
     def _warm_up(self, x_NC: Tensor) -> None:
-        """What the gate does with a batch in training; it opens before the batch is quantized."""
-        if not self._told:
+        """Updates the warm-up gate with a training batch; the gate opens before the batch is quantized."""
+        if not self._steps_announced:
             self._begin(int(self.step) + 1)
         if not self.gate.closed:
             return
@@ -168,7 +168,7 @@ class Codebook(Quantizer):
             self.gate.is_open.fill_(True)
 
     def _usable(self, x_NC: Tensor) -> Tensor | None:
-        """Numbers of the vectors that a batch in training adds to what is kept of it; none: all."""
+        """Indices of the vectors of a training batch that statistics may use; ``None``: all."""
         keeps = self.statistics is not None or (self.gate.closed and self.gate.wants_vectors)
         return self._finite.of(x_NC, repr(self)) if self.training and keeps else None
 
@@ -176,23 +176,23 @@ class Codebook(Quantizer):
         return torch.Generator().manual_seed((self._seed * 1_000_003 + int(self.step)) % 2**63)
 
     def _flat(self, x: Tensor, mask: Tensor | None, levels: int | None) -> tuple[Tensor, Tensor | None]:
-        """``[N, C]``, and the numbers of those to quantize; none: all."""
+        """``[N, C]``, and the indices of the vectors to quantize (``None``: all)."""
         self._expect(x, mask, levels)
         return x.reshape(-1, self.dim), None if mask is None else mask.flatten().nonzero()[:, 0]
 
 
 def chosen(x_NC: Tensor, kept_N: Tensor | None) -> Tensor:
-    """The vectors of these numbers, or their codes; all of them where there are none."""
+    """Selects the vectors, or codes, with the given indices; ``None`` selects all."""
     return x_NC if kept_N is None else x_NC[kept_N]
 
 
 def scatter_rows(codes: Tensor, kept_N: Tensor | None, total: int) -> Tensor:
-    """Codes at the places of their vectors among so many, `ABSENT` elsewhere."""
+    """Writes codes back to the positions of their vectors among `total` vectors, `ABSENT` elsewhere."""
     if kept_N is None:
         return codes
     return codes.new_full((total, *codes.shape[1:]), ABSENT).index_put((kept_N,), codes)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """Converts to at least float32."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

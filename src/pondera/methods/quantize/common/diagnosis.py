@@ -1,4 +1,4 @@
-"""What is wrong with a codebook, in words: are its codes wasted, or is there nothing for them to tell apart?
+"""Codebook diagnosis: distinguishes wasted codes (token collapse) from low-rank vectors (embedding collapse).
 
 Shapes: N vectors, C width of the vectors and of a codebook's rows, K codes.
 """
@@ -17,36 +17,38 @@ from pondera.methods.quantize.common.health import effective_rank, perplexity, u
 from pondera.methods.quantize.common.kmeans import kmeans
 from pondera.methods.quantize.common.nearest import nearest
 
-# Set by the collapse study (docs/results/collapse.md), between what a reader would call collapsed there and what not; the
-# values on both sides stand beside each. tests/quantize/test_collapse_study.py holds the verdicts to the reader's.
+# These thresholds are from the collapse study (docs/results/collapse.md). They separate the codebooks that a reader
+# calls collapsed from the others; each docstring gives the nearest values on both sides. The test of the collapse study
+# checks them.
 WORSE = 1.5
-"""Codes are wasted where the error is so many times that of k-means with as many codes (in the study 1.9 or more) ..."""
+"""Codes are wasted if the error is more than this multiple of the k-means error (in the study 1.9 or more) ..."""
 MATTERS = 0.05
-"""... and above it by so much of the variance (0.07 or more; up to 0.03 where each of 64 clusters has a code, which k-means
-would cut further, to no use; at 0.035 four clusters shared codes, which this lets pass) ..."""
+"""... and exceeds the k-means error by more than this share of the variance (0.07 or more; up to 0.03 if each of 64
+clusters has a code, which k-means would split further without benefit; at 0.035 four clusters shared codes, which this
+allows) ..."""
 FEWER = 0.6
-"""... and the perplexity less than this share of its perplexity (0.46 or less; where codes are used evenly but not well
-placed, 0.71 or more)."""
+"""... and the perplexity is below this share of the k-means perplexity (0.46 or less; 0.71 or more if codes are used
+evenly but placed badly)."""
 NARROW = 0.3
-"""Embeddings are collapsed where they vary in less than this share of the directions that they have (0.23 or less with an
-encoder of width 4, or with one that quantization ruined; else 0.33 or more)."""
+"""Embeddings are collapsed if their effective rank is below this share of its possible value (0.23 or less with an
+encoder of width 4, or with an encoder ruined by quantization; otherwise 0.33 or more)."""
 ENOUGH = 4
-"""Vectors per code that a diagnosis asks for, at least: half of them fit the k-means codebook, half judge."""
+"""Minimum number of vectors per code for a diagnosis: half of them fit the k-means codebook, half evaluate."""
 KINDS = ("healthy", "token collapse", "embedding collapse", "both")
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One codebook.
+    """The diagnosis of one codebook.
 
     Args:
         kind: one of `KINDS`.
-        why: the evidence, in a sentence or two.
-        cure: what to do, in order of value; empty if healthy.
-        vectors, codes, width: what was looked at.
+        why: the evidence, in a few sentences.
+        cure: recommendations, the most effective first; empty if healthy.
+        vectors, codes, width: number of vectors, number of codes, width of vectors.
         usage, perplexity, split_error: of the codebook on vectors that k-means did not see.
-        reachable_perplexity, reachable_error: of a k-means codebook with as many codes on the same vectors.
-        effective_rank_codes, effective_rank_input: directions that the codes as used, and the vectors, vary in.
+        reachable_perplexity, reachable_error: of a k-means codebook of the same size on the same vectors.
+        effective_rank_codes, effective_rank_input: effective rank of the codes, weighted by use, and of the vectors.
     """
 
     kind: str
@@ -64,31 +66,32 @@ class Diagnosis:
     effective_rank_input: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in the types that JSON has."""
+        """The fields in JSON types."""
         return asdict(self)
 
 
 @torch.no_grad()
 def diagnose(x_NC: Tensor, table_KC: Tensor, rank: float | None = None, seed: int = 0) -> Diagnosis:
-    """Holds a codebook against the best that as many codes could do on the same vectors.
+    """Compares a codebook with a k-means codebook of the same size on the same vectors.
 
-    A low usage alone says nothing: data with 64 clusters needs 64 of 256 codes. So one half of the vectors fits a codebook
-    by k-means, and both codebooks are measured on the other half.
+    A low usage alone is no failure: data with 64 clusters needs only 64 of 256 codes. Therefore k-means fits a codebook
+    to one half of the vectors, and both codebooks are measured on the other half.
 
-    Source: the two failures are those of arXiv 2411.16550 (tokens collapse, embeddings collapse) and 2603.17052; the
-    yardsticks are ours.
+    Source: the two failures are those of arXiv 2411.16550 (token collapse, embedding collapse) and 2603.17052; the
+    thresholds are ours.
     Cost: k-means: 10 x N x K x C multiplications.
-    When not to use it: on less than a few thousand vectors, or vectors that the codebook was trained on alone.
-    Resolved: the papers give no thresholds. `WORSE`, `MATTERS`, `FEWER` and `NARROW` are set by trained codebooks.
+    When not to use it: on fewer than a few thousand vectors, or only on vectors that the codebook was trained on.
+    Resolved: the papers give no thresholds. `WORSE`, `MATTERS`, `FEWER` and `NARROW` are calibrated on trained
+    codebooks.
 
     Args:
-        x_NC: vectors, from text or images that training has not seen.
+        x_NC: vectors, from text or images outside the training data.
         table_KC: the codebook.
-        rank: effective rank of the same vectors before quantization began, if it is known; none: C is the yardstick.
-        seed: of the split and of k-means.
+        rank: effective rank of the same vectors before quantization started; default: ``None``, compare with C.
+        seed: seed of the split and of k-means.
 
     Raises:
-        UserError: too few vectors, or widths that differ.
+        UserError: too few vectors, or different widths.
 
     Example:
         >>> x = torch.randn(4096, 4, generator=torch.Generator().manual_seed(0))
@@ -98,7 +101,7 @@ def diagnose(x_NC: Tensor, table_KC: Tensor, rank: float | None = None, seed: in
     count, width, codes = len(x_NC), x_NC.shape[-1], len(table_KC)
     if width != table_KC.shape[-1]:
         raise UserError(
-            f"latents are {width} wide and the codebook's rows {table_KC.shape[-1]}; give two that belong together"
+            f"latents are {width} wide and the codebook's rows {table_KC.shape[-1]}; give two of the same width"
         )
     if count < ENOUGH * codes:
         raise UserError(
@@ -133,12 +136,12 @@ def diagnose(x_NC: Tensor, table_KC: Tensor, rank: float | None = None, seed: in
 
 
 def judge(numbers: Mapping[str, float], yardstick: float) -> str:
-    """The verdict that numbers come to.
+    """The verdict from the measured numbers.
 
     Args:
-        numbers: those of a `Diagnosis`, by their names: perplexity and error of the codebook and of k-means, effective rank
-            of the vectors.
-        yardstick: effective rank that the vectors had before quantization, or could have.
+        numbers: fields of a `Diagnosis` by name: perplexity and error of the codebook and of k-means, effective rank of
+            the vectors.
+        yardstick: effective rank of the vectors before quantization, or its maximum.
 
     Returns:
         One of `KINDS`.
@@ -155,7 +158,7 @@ def judge(numbers: Mapping[str, float], yardstick: float) -> str:
 
 
 def _measure(x_NC: Tensor, table_KC: Tensor) -> dict[str, float]:
-    """How a codebook does on vectors."""
+    """Measures a codebook on vectors."""
     code_N = nearest(x_NC, table_KC)
     counts_K = torch.bincount(code_N, minlength=len(table_KC))
     variance = float((x_NC - x_NC.mean(0)).square().sum(1).mean())
@@ -169,27 +172,27 @@ def _measure(x_NC: Tensor, table_KC: Tensor) -> dict[str, float]:
 
 
 def _why(numbers: Mapping[str, float], yardstick: float, codes: int, before: bool) -> str:
-    """The evidence."""
-    against = f"the {yardstick:.1f} before quantization began" if before else f"the {yardstick:.0f} that they have"
+    """The evidence as text."""
+    against = f"{yardstick:.1f} before quantization started" if before else f"a maximum of {yardstick:.0f}"
     return (
-        f"{numbers['usage']:.0%} of {codes} codes are used, as evenly as {numbers['perplexity']:.1f} of them would be; "
-        f"k-means reaches {numbers['reachable_perplexity']:.1f}. What is lost is {numbers['split_error']:.3f} of the "
-        f"variance, with k-means {numbers['reachable_error']:.3f}. The vectors vary in "
-        f"{numbers['effective_rank_input']:.1f} directions of {against}."
+        f"{numbers['usage']:.0%} of {codes} codes are used, with a perplexity of {numbers['perplexity']:.1f}; k-means "
+        f"reaches {numbers['reachable_perplexity']:.1f}. The quantization error is {numbers['split_error']:.3f} of the "
+        f"variance, with k-means {numbers['reachable_error']:.3f}. The vectors have an effective rank of "
+        f"{numbers['effective_rank_input']:.1f}, compared with {against}."
     )
 
 
 def _cures(kind: str) -> list[str]:
-    """What helps, the most valuable first."""
+    """Recommendations, the most effective first."""
     wasted, narrow = kind in ("token collapse", "both"), kind in ("embedding collapse", "both")
     cures = []
     if wasted or narrow:
-        cures.append("Train without the codebook first (start_step), then start it by k-means (start='kmeans').")
+        cures.append("Train without the codebook first (start_step), then initialize it by k-means (init='kmeans').")
     if wasted:
-        cures.append("Keep codes alive with SimVQ, or respawn=0.01.")
+        cures.append("Keep codes alive with SimVQ or respawn=0.01.")
     if narrow:
         cures.append(
-            "Check the model without a codebook: if its vectors vary in as few directions, it is the encoder that is too "
-            "narrow, and no codebook helps."
+            "Train the model without a codebook for comparison: if its vectors have the same effective rank, the "
+            "encoder is too narrow, and no codebook helps."
         )
     return cures

@@ -1,4 +1,4 @@
-"""Gradient estimators: what gradient the input of a quantizer gets for that of its output.
+"""Gradient estimators: the gradient that a quantizer's input gets from its output.
 
 Shapes: C width; ``...`` are any leading dimensions. Every estimator returns exactly the values of q.
 """
@@ -15,11 +15,11 @@ from pondera.core.errors import unknown
 
 
 def straight_through(x: Tensor, q: Tensor) -> Tensor:
-    """q, with the gradient of the identity to x and none to q.
+    """Returns q; x gets the gradient of the identity, q gets none.
 
     Args:
-        x: ``[..., C]``, what was quantized.
-        q: ``[..., C]``, what it became.
+        x: ``[..., C]``, the vectors.
+        q: ``[..., C]``, the quantized vectors.
 
     Source: Bengio et al., arXiv 1308.3432; van den Oord et al., arXiv 1711.00937, section 3.2.
 
@@ -33,21 +33,21 @@ def straight_through(x: Tensor, q: Tensor) -> Tensor:
 
 
 def rotate(x: Tensor, q: Tensor) -> Tensor:
-    """q, with the gradient of the rotation and scaling that takes x to q, both held constant; none to q.
+    """Returns q; x gets the gradient of the constant rotation and scaling that maps x to q, q gets none.
 
-    Vectors of one cell get different gradients: what points along q reaches x along x, so angles between gradient and
-    vector are kept.
+    Vectors of one cell get different gradients: a gradient along q becomes a gradient along x, so the angle between
+    gradient and vector is preserved.
 
     Args:
-        x: ``[..., C]``, what was quantized.
-        q: ``[..., C]``, what it became.
+        x: ``[..., C]``, the vectors.
+        q: ``[..., C]``, the quantized vectors.
 
     Source: Fifty et al., the rotation trick, arXiv 2410.06424, section 4.2: ``q = (|q|/|x|) (I - 2 r r' + 2 q^ x^') x``
     with unit vectors ``x^``, ``q^`` and ``r = (x^ + q^) / |x^ + q^|``.
-    Cost: a few products of width C per vector; no matrix is built.
-    When not to use it: where nothing before the quantizer learns; it changes that gradient alone.
-    Resolved: where x is zero there is no direction to turn, so its gradient is that of straight-through. Opposite x and q
-    span no plane; r is then zero and what is left is the reflection that takes one to the other.
+    Cost: a few products of width C per vector; no matrix is formed.
+    When not to use it: if nothing before the quantizer trains, because only that gradient changes.
+    Resolved: a zero vector has no direction, so its gradient is straight-through. Opposite x and q span no plane; r is
+    then zero, and the remaining map is the reflection of x to q.
 
     Example:
         >>> x = torch.tensor([2.0, 0.0], requires_grad=True)
@@ -59,10 +59,10 @@ def rotate(x: Tensor, q: Tensor) -> Tensor:
 
 
 def stop(x: Tensor, q: Tensor) -> Tensor:
-    """q itself: no gradient to x; what reads the output teaches the codebook.
+    """Returns q; x gets no gradient, and the loss on the output trains the codebook.
 
     Args:
-        x: ``[..., C]``; not read.
+        x: ``[..., C]``; ignored.
         q: ``[..., C]``.
     """
     return q
@@ -76,10 +76,10 @@ ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def estimate(name: str, x: Tensor, q: Tensor) -> Tensor:
-    """q with the gradient of the estimator of this name.
+    """Returns q with the gradient of the named estimator.
 
     Raises:
-        UserError: there is none.
+        UserError: unknown name.
     """
     if name not in ESTIMATORS:
         raise unknown("estimator", name, ESTIMATORS)
@@ -87,7 +87,7 @@ def estimate(name: str, x: Tensor, q: Tensor) -> Tensor:
 
 
 class _Straight(torch.autograd.Function):
-    """To the bit the values of one tensor, with the gradient of the other. Nothing is computed."""
+    """Returns the exact values of one tensor with the gradient of another, without arithmetic."""
 
     generate_vmap_rule = True
 
@@ -105,7 +105,7 @@ class _Straight(torch.autograd.Function):
 
 
 class _Turned(_Straight):
-    """The same, but the gradient turned and scaled as by the rotation from x to q; all of its cost is in the backward pass."""
+    """As above, but rotates and scales the gradient as from x to q; all of the cost is in the backward pass."""
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -121,7 +121,7 @@ class _Turned(_Straight):
         between = between / between.norm(dim=-1, keepdim=True).clamp(min=tiny)
         # The transpose of (I - 2 r r' + 2 q^ x^').
         turned = gradient - 2 * _dot(between, gradient) * between + 2 * _dot(to, gradient) * from_
-        scale = torch.where(x_norm > 0, q_norm / x_norm.clamp(min=tiny), 0)  # else 0 * inf
+        scale = torch.where(x_norm > 0, q_norm / x_norm.clamp(min=tiny), 0)  # avoids 0 * inf
         return None, torch.where(x_norm > 0, turned * scale, gradient)
 
 

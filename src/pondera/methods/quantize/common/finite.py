@@ -1,4 +1,4 @@
-"""Which vectors may enter statistics.
+"""Finite-value filter: keeps vectors with inf or nan out of statistics.
 
 Shapes: N vectors, C width.
 """
@@ -14,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 class FiniteVectors:
-    """Leaves vectors with inf or nan out of what a quantizer keeps: averages, ranges, vectors to start or respawn from.
+    """Excludes vectors with inf or nan from stored statistics: averages, ranges, vectors for initialization or respawn.
 
-    One such vector would make a moving average nan for good. The vector itself is still coded, and the loss of its batch is
-    not finite, so training notices it. The first time it happens a warning is logged; copies of a quantizer and the parts
-    that are built from one description share this object, so that they warn once together.
+    One such vector would make a moving average nan forever. The vector itself is still coded, and the loss of its batch
+    is not finite, so training detects it. The first time, it logs a warning; copies of a quantizer, and the parts built
+    from one description, share this object, so they warn only once.
     """
 
     def __init__(self) -> None:
@@ -28,11 +28,11 @@ class FiniteVectors:
         return self
 
     def of(self, x_NC: Tensor, name: str) -> Tensor | None:
-        """Numbers of the finite vectors; `None`: all of them.
+        """Indices of the finite vectors; ``None``: all.
 
         Args:
             x_NC: the vectors.
-            name: of the quantizer, for the warning.
+            name: name of the quantizer, for the warning.
         """
         finite_N = x_NC.isfinite().all(1)
         if finite_N.all():
@@ -40,7 +40,7 @@ class FiniteVectors:
         if not self.warned:
             self.warned = True
             log.warning(
-                "%s: %d of %d vectors hold inf or nan; it leaves such vectors out of its statistics (said once)",
+                "%s: %d of %d vectors contain inf or nan; its statistics exclude such vectors (shown once)",
                 name,
                 int((~finite_N).sum()),
                 len(x_NC),

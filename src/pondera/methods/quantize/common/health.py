@@ -1,7 +1,7 @@
-"""How healthy a codebook is: several numbers side by side, because each of them alone misleads.
+"""Codebook health: usage, perplexity, effective ranks, crowding and error, because each number alone misleads.
 
-Shapes: N vectors, D width, G groups, R levels, K codes per codebook, C width of a codebook's rows. In docstrings ``...``
-are any leading dimensions.
+Shapes: N vectors, D width, G groups, R levels, K codes per codebook, C width of a codebook's rows. In docstrings
+``...`` are any leading dimensions.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 CLOSE = 0.1
-"""Rows are crowded when they are nearer to each other than this share of the median distance between rows."""
+"""A row is crowded if its nearest row is closer than this share of the median distance between rows."""
 PROBED = 1024
-"""So many rows of a larger codebook, evenly spaced, stand for all of them in `crowding`."""
+"""`crowding` samples this many evenly spaced rows of a larger codebook."""
 CHUNK = 2**15
-"""Vectors at a time in float64."""
+"""Number of vectors converted to float64 at a time."""
 
 
 @dataclass(frozen=True)
 class Health:
-    """What a batch says about a quantizer. None stands where there is nothing to tell, such as for no vectors.
+    """Health measures of a quantizer on one batch. ``None`` means undefined, e.g. without vectors.
 
     Args:
-        vectors: how many were quantized; masked ones do not count.
-        usage: ``[G][R]``, the share of codes that some vector has. Not a sign of health by itself: of data with 64 clusters
-            a good codebook of 256 uses a quarter.
-        perplexity: ``[G][R]``, how many codes there would be if all were used alike; at most usage times K.
-        effective_rank_codes: per group, directions that the decoded vectors vary in; so codes are weighted by use.
-        effective_rank_input: per group, the same of the vectors themselves; low here, no codebook helps.
-        crowding: ``[G][R]``, the share of rows with another row close by; none without a table.
+        vectors: number of quantized vectors, without masked ones.
+        usage: ``[G][R]``, share of codes that occur. Not a measure of health alone: on data with 64 clusters a good
+            codebook of 256 codes uses a quarter.
+        perplexity: ``[G][R]``, effective number of codes, exp(entropy); at most usage times K.
+        effective_rank_codes: per group, effective rank of the decoded vectors, so codes are weighted by use.
+        effective_rank_input: per group, effective rank of the input vectors; if it is low, no codebook helps.
+        crowding: ``[G][R]``, share of rows with another row close by; ``None`` without a table.
         split_error: mean ||x - q||^2 as a share of the variance; 1 is no better than the mean.
         variance: tr Cov(x).
     """
@@ -48,31 +48,32 @@ class Health:
     variance: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in the types that JSON has."""
+        """The fields in JSON types."""
         return dataclasses.asdict(self)
 
 
 @torch.no_grad()
 def health(x: Tensor, q: Tensor, codes: Tensor, table: Tensor | None = None, sizes: Tensor | None = None) -> Health:
-    """Measures a batch; changes nothing.
+    """Measures a batch, without side effects.
 
-    Source: Representation Collapsing Problems in Vector Quantization, arXiv 2411.16550, and its later version 2603.17052.
+    Source: Representation Collapsing Problems in Vector Quantization, arXiv 2411.16550, and its later version
+    2603.17052.
     Cost: N * D^2 multiplications in float64, and distances between up to 1024 rows and all rows of each codebook.
-    Resolved: groups are equal parts of D side by side, for x and q alike, also where a product has reordered D. The median
-    distance of crowding is that of all pairs of rows.
+    Resolved: groups are equal contiguous parts of D, for x and q, even if a product has reordered D. The median
+    distance for crowding is over all pairs of rows.
 
     Args:
-        x: ``[..., D]``, the vectors; one with inf or nan is left out.
-        q: ``[..., D]``, what their codes stand for.
-        codes: ``[..., G, R]``; a place with a negative code is left out, a vector with no other too.
-        table: ``[G, R, K, C]``, the codebooks.
-        sizes: ``[G, R]``, how many codes each codebook has, where not all K rows; without it and without a table the
-            usage is not known.
+        x: ``[..., D]``, the vectors; vectors with inf or nan are excluded.
+        q: ``[..., D]``, the decoded vectors.
+        codes: ``[..., G, R]``; negative codes are excluded, and so is a vector with no other code.
+        table: ``[G, R, K, C]``, the codebooks, or ``None``.
+        sizes: ``[G, R]``, number of codes per codebook; default: ``None``, K. Without sizes and table the usage is
+            undefined.
 
     Example:
         >>> x = torch.eye(4)
-        >>> found = health(x, x, torch.tensor([0, 1, 2, 3]).view(4, 1, 1), torch.eye(4).view(1, 1, 4, 4))
-        >>> found.usage, found.split_error, round(found.effective_rank_input[0], 6)
+        >>> output = health(x, x, torch.tensor([0, 1, 2, 3]).view(4, 1, 1), torch.eye(4).view(1, 1, 4, 4))
+        >>> output.usage, output.split_error, round(output.effective_rank_input[0], 6)
         ([[1.0]], 0.0, 3.0)
     """
     groups, levels = codes.shape[-2:]
@@ -100,7 +101,7 @@ def health(x: Tensor, q: Tensor, codes: Tensor, table: Tensor | None = None, siz
 
 
 def usage(counts_K: Tensor) -> float:
-    """The share of codes that occur.
+    """The share of codes that occur in the counts.
 
     Example:
         >>> usage(torch.tensor([5, 0, 1, 0]))
@@ -110,7 +111,7 @@ def usage(counts_K: Tensor) -> float:
 
 
 def perplexity(counts_K: Tensor) -> float:
-    """exp of the entropy of codes that occur so often: K where all do alike, 1 where one does, 0 where none does.
+    """exp(entropy) of the code counts: K for a uniform distribution, 1 for a single code, 0 for no codes.
 
     Example:
         >>> perplexity(torch.tensor([7, 0, 0]))
@@ -121,14 +122,14 @@ def perplexity(counts_K: Tensor) -> float:
 
 
 def effective_rank(x_ND: Tensor, weights_N: Tensor | None = None) -> float:
-    """How many directions vectors vary in: exp(H(s^2 / sum s^2)), with s the singular values of the centred matrix.
+    """Effective rank of vectors: exp(H(s^2 / sum s^2)), with s the singular values of the centered matrix.
 
     Args:
         x_ND: the vectors.
-        weights_N: how often each counts; none: once.
+        weights_N: weight of each vector; default: ``None``, 1.
 
     Returns:
-        From 1 to D; 0 where the vectors are all the same.
+        From 1 to D; 0 if all vectors are equal.
 
     Example:
         >>> round(effective_rank(torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])), 6)
@@ -142,13 +143,13 @@ def _ranks(x_ND: Tensor, parts: int) -> list[float | None]:
 
 
 def _counts(codes_N: Tensor, sizes: Tensor | None, group: int, level: int) -> Tensor:
-    """How often each code of a codebook occurs."""
+    """The number of occurrences of each code of a codebook."""
     size = 0 if sizes is None else int(sizes[group, level])
     return torch.bincount(codes_N[codes_N >= 0], minlength=size)
 
 
 def _covariance(x_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
-    """In float64, around the mean: the raw second moments of vectors far from 0 would cancel."""
+    """Scatter matrix in float64 around the mean; raw second moments of vectors far from 0 would cancel."""
     weights_N1 = (x_ND.new_ones(len(x_ND)) if weights_N is None else weights_N).double()[:, None]
     total = weights_N1.sum().clamp(min=torch.finfo(torch.float64).tiny)
     chunks = list(zip(x_ND.split(CHUNK), weights_N1.split(CHUNK), strict=True))
@@ -159,13 +160,13 @@ def _covariance(x_ND: Tensor, weights_N: Tensor | None = None) -> Tensor:
         centred_nD = x_nD - mean_D
         covariance_DD.addmm_((w_n1 * centred_nD).T, centred_nD)
     covariance_DD /= total
-    # What rounding the mean leaves of vectors that are all the same is no variance.
+    # For equal vectors, the rounding error of the mean is not variance.
     noise = (10 * torch.finfo(torch.float64).eps) ** 2 * mean_D.square().sum()
     return covariance_DD.where(covariance_DD.trace() > noise, 0)
 
 
 def _crowding(table: Tensor, sizes: Tensor) -> list[list[float | None]]:
-    """Of every codebook the share of rows that have another row close by."""
+    """For each codebook, the share of rows with another row close by."""
     return [[_crowded(table[g, r, : int(sizes[g, r])]) for r in range(table.shape[1])] for g in range(table.shape[0])]
 
 
@@ -177,7 +178,7 @@ def _crowded(table_KC: Tensor) -> float | None:
     probed_PC = table_KC[::every]
     median = torch.pdist(probed_PC).median()
     nearest = []
-    # Differences, not products: rows that are the same have a distance of exactly 0.
+    # Use differences instead of products, so that equal rows have a distance of exactly 0.
     for start in range(0, len(probed_PC), 64):
         near_pK = torch.cdist(probed_PC[start : start + 64], table_KC, compute_mode="donot_use_mm_for_euclid_dist")
         own_p = torch.arange(start, start + len(near_pK), device=near_pK.device) * every

@@ -1,6 +1,6 @@
-"""k-means: a codebook from data.
+"""k-means clustering, to initialize a codebook from data.
 
-Shapes: N vectors, K centres, C width.
+Shapes: N vectors, K centers, C width.
 """
 
 from __future__ import annotations
@@ -12,32 +12,32 @@ from pondera.core.errors import UserError
 from pondera.methods.quantize.common.nearest import cluster_sums, nearest
 
 ROUNDS = 8
-"""In so many rounds the first centres are drawn; k-means++ takes one for each centre."""
+"""Number of rounds in which initial centers are drawn; k-means++ uses one round per center."""
 JITTER = 1e-3
-"""How far a vector's further copies are moved, as a share of the vectors' root mean square."""
+"""Noise added to further copies of a vector, as a share of the RMS of the vectors."""
 
 
 @torch.no_grad()
 def kmeans(x_NC: Tensor, size: int, generator: torch.Generator, iterations: int = 10) -> tuple[Tensor, Tensor]:
-    """Lloyd's algorithm from centres that are drawn far from each other; the same for the same generator.
+    """Lloyd's algorithm from spread-out initial centers; deterministic for a given generator.
 
-    The first centres are rows drawn with probabilities in proportion to the squared distance from those there are already,
-    as in k-means++ (Arthur and Vassilvitskii, 2007), but many at a time. A centre that nothing is nearest to becomes a row
-    that is drawn in the same way.
+    The initial centers are rows, drawn with probability proportional to the squared distance from the centers drawn so
+    far, as in k-means++ (Arthur and Vassilvitskii, 2007), but many per round. An empty center is replaced by a row
+    drawn in the same way.
 
     Cost: `iterations` + 2 assignments of all vectors.
 
     Args:
-        x_NC: at least one vector; of fewer than K, further centres are copies of them, moved a little.
+        x_NC: at least one vector; with fewer than K vectors, the other centers are noisy copies.
         size: K.
-        generator: draws.
-        iterations: of assignment and mean.
+        generator: random generator.
+        iterations: rounds of assignment and mean.
 
     Returns:
-        The centres ``[K, C]``, and how many vectors are nearest to each of them, ``[K]``, int64.
+        The centers ``[K, C]``, and the number of vectors assigned to each, ``[K]``, int64.
 
     Raises:
-        UserError: no vector, no centre, or a vector that is not finite.
+        UserError: no vector, no center, or a vector that is not finite.
 
     Example:
         >>> x = torch.tensor([[0.0], [0.2], [5.0], [5.2]])
@@ -46,10 +46,10 @@ def kmeans(x_NC: Tensor, size: int, generator: torch.Generator, iterations: int 
         ([0.1, 5.1], [2, 2])
     """
     if len(x_NC) == 0 or size < 1:
-        raise UserError(f"k-means of {len(x_NC)} vectors into {size} centres: give at least one of each")
+        raise UserError(f"k-means of {len(x_NC)} vectors into {size} centers: give at least one of each")
     x_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
     if not x_NC.isfinite().all():
-        raise UserError("k-means needs finite numbers; the vectors hold inf or nan")
+        raise UserError("k-means needs finite numbers; the vectors contain inf or nan")
     if len(x_NC) <= size:
         centres_KC = _copies(x_NC, size, generator)
         return centres_KC, torch.bincount(nearest(x_NC, centres_KC), minlength=size)
@@ -67,7 +67,7 @@ def kmeans(x_NC: Tensor, size: int, generator: torch.Generator, iterations: int 
 
 
 def _copies(x_NC: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """All vectors, again and again, but for the first time moved by noise."""
+    """Repeats all vectors; noise is added from the second repetition on."""
     centres_KC = x_NC[torch.arange(size, device=x_NC.device) % len(x_NC)]
     noise = torch.randn(centres_KC.shape, generator=generator, device=generator.device).to(centres_KC)
     noise[: len(x_NC)] = 0
@@ -75,7 +75,7 @@ def _copies(x_NC: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _spread(x_NC: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Rows far from each other."""
+    """Draws spread-out rows as initial centers."""
     distances_N = x_NC.new_ones(len(x_NC))
     drawn = []
     for group in torch.arange(size).tensor_split(min(ROUNDS, size)):
@@ -86,7 +86,7 @@ def _spread(x_NC: Tensor, size: int, generator: torch.Generator) -> Tensor:
 
 
 def _draw(x_NC: Tensor, weight_N: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Rows without repetition, with probabilities in proportion to weights; those without any weight come last."""
+    """Draws rows without replacement, with probability proportional to weights; rows of weight zero come last."""
     wait_N = torch.empty(len(x_NC), device=generator.device).exponential_(generator=generator)
     return x_NC[(wait_N.to(weight_N) / weight_N).topk(count, largest=False).indices]
 

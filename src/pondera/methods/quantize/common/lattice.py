@@ -1,4 +1,4 @@
-"""Codes without a codebook: each of a few coordinates is rounded to a few values, and a code is a combination of them.
+"""Lattice quantizers: codes without a codebook; each coordinate is rounded, and a code is a combination of values.
 
 Shapes: C coordinates, D width, K codes (all combinations). In docstrings ``...`` are any leading dimensions.
 """
@@ -20,28 +20,28 @@ from pondera.methods.quantize.base import ABSENT, Quantized, Quantizer
 from pondera.methods.quantize.common.estimator import straight_through
 
 MOST_ROWS = 2**16
-"""Codes up to which their vectors are written out as a table when one is asked for."""
+"""Maximum number of codes for which `table` lists all vectors."""
 
 
 class Lattice(Quantizer):
-    """What `FSQ` and `LFQ` share: coordinates in and out, combinations as numbers, masks.
+    """Shared machinery of `FSQ` and `LFQ`: coordinates, numbering of combinations, masks.
 
-    Where C is not D, a linear map leads from the vector to its coordinates and another one back.
+    If C differs from D, a linear map computes the coordinates of a vector, and another one maps them back.
 
     Args:
-        counts: ``[C]``, how many values each coordinate has; none: two for every one of D.
+        counts: ``[C]``, number of values per coordinate; default: ``None``, C = D with two values each.
     """
 
     counts_C: Tensor
     steps_C: Tensor
     learning: bool = True
-    """False once folded."""
+    """False after `fold`."""
 
     def __init__(self, counts: Sequence[int] | None) -> None:
         super().__init__()
         if counts is not None and math.prod(counts) >= 2**63:
             raise UserError(
-                f"{len(counts)} coordinates make more codes than a number holds; use a Product of smaller ones"
+                f"{len(counts)} coordinates have more codes than an int64 holds; use a Product of smaller quantizers"
             )
         self.counts = None if counts is None else list(counts)
 
@@ -49,8 +49,8 @@ class Lattice(Quantizer):
         if self.counts is None:
             if self.dim > 62:
                 raise UserError(
-                    f"{type(self).__name__}: a code of {self.dim} bits does not fit a number; give bits=18 (a linear map to "
-                    "18 coordinates), or use a Product"
+                    f"{type(self).__name__}: a code of {self.dim} bits does not fit an int64; give bits=18 (a linear "
+                    "map to 18 coordinates), or use a Product"
                 )
             self.counts = [2] * self.dim
         steps = [math.prod(self.counts[:place]) for place in range(len(self.counts))]
@@ -66,14 +66,14 @@ class Lattice(Quantizer):
 
     @abstractmethod
     def _digits(self, bounded: Tensor) -> Tensor:
-        """``[..., C]``, int64: the number of the value that each bounded coordinate is rounded to."""
+        """``[..., C]``, int64: the index of the value that each bounded coordinate is rounded to."""
 
     @abstractmethod
     def _values(self, digits: Tensor) -> Tensor:
-        """``[..., C]``: the values of these numbers."""
+        """``[..., C]``: the values with these indices."""
 
     def _terms(self, z: Tensor, rounded: Tensor) -> dict[str, LossTerm]:
-        """Loss terms of the coordinates ``[N, C]`` that were coded."""
+        """Loss terms of the coded coordinates ``[N, C]``."""
         return {}
 
     @property
@@ -110,12 +110,12 @@ class Lattice(Quantizer):
         return Quantized(out, self._codes(digits, mask), terms, x.detach(), sizes=self.sizes)
 
     def table(self) -> Tensor | None:
-        """``[1, 1, K, D]``, written out; none: too many codes for that. See `Quantizer.table`."""
+        """``[1, 1, K, D]``, all vectors; ``None`` if there are too many codes. See `Quantizer.table`."""
         size = int(self.sizes)
         return self.decode(torch.arange(size).view(-1, 1, 1))[None, None] if size <= MOST_ROWS else None
 
     def fold(self) -> Self:
-        """A copy that learns nothing: there is no table to be had."""
+        """A copy that does not train; there is no table to fold into."""
         folded = copy.deepcopy(self).requires_grad_(False)
         folded.learning = False
         return folded

@@ -1,7 +1,7 @@
-"""Which row of a table is nearest to each vector, and the sums of the vectors that went to each row.
+"""Nearest-row search in a table, and sums of the vectors assigned to each row.
 
-Shapes: N vectors, K rows of a table, C width of both, G tables of their own vectors; n vectors and k rows of a tile of
-scores, in blocks of 16 rows (b blocks).
+Shapes: N vectors, K rows of a table, C width of both, G groups, each with its own table and vectors; n vectors and k
+rows of a tile of scores, in blocks of 16 rows (b blocks).
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from pondera.kernels.call import fit, run
 
 METRICS = ("euclidean", "cosine")
 ROWS = 1024
-"""Rows of a tile at most."""
+"""Maximum number of rows of a tile."""
 SCORES = 2**20
-"""Scores of a tile per thread: few enough to stay in cache, and so many that the calls of torch cost little beside them."""
+"""Scores per tile and thread: few enough to stay in the CPU cache, enough to amortize the overhead of torch calls."""
 BLOCK = 16
 SMALL = 2**16
-"""Scores of a table up to which a search takes the short way on a CPU, too."""
+"""Up to this many scores per table, a search on a CPU uses the direct method too."""
 WHOLE = 2**24
-"""Scores at a time on the short way."""
+"""Number of scores computed at a time by the direct method."""
 SUMMED = 2**16
-"""Vectors that are summed at a time, so that float32 has no long sums to round."""
+"""Number of vectors summed at a time, to limit rounding errors of long float32 sums."""
 
 
 @torch.no_grad()
 def nearest(x: Tensor, table: Tensor, metric: str = "euclidean") -> Tensor:
-    """The row of a table that each vector is nearest to; of rows that are the same, the first.
+    """The index of the nearest table row for each vector; among equal rows, the first.
 
-    Scores are products with the rows of which half a squared norm is taken, all seen from the mean of the rows, so a common
-    offset costs no precision. The choice is the nearest row up to what float32 rounds away in them. A vector that is no number
-    gets a code that exists.
+    A score is the product with a row minus half its squared norm, both relative to the mean of the rows, so a common
+    offset costs no precision. The result is the nearest row up to float32 rounding of the scores. A vector with nan
+    gets a valid code.
 
-    Cost: 2 N K C floating-point operations. On CPUs by a native kernel at about the rate of a matrix product, without any
-    scores in memory; elsewhere, and where it cannot be built, by tiles of scores, whatever N and K are.
+    Cost: 2 N K C floating-point operations. On CPUs a native kernel runs at about the speed of a matrix product and
+    stores no scores; otherwise, or if the kernel cannot be built, scores are computed in tiles of bounded size.
 
     Args:
         x: ``[N, C]``, or ``[G, N, C]`` with a table for each group.
@@ -49,7 +49,7 @@ def nearest(x: Tensor, table: Tensor, metric: str = "euclidean") -> Tensor:
         ``[N]`` or ``[G, N]``, int64.
 
     Raises:
-        UserError: another metric.
+        UserError: unknown metric.
 
     Example:
         >>> nearest(torch.tensor([[0.9, 0.2], [0.1, 0.8]]), torch.eye(2)).tolist()
@@ -62,9 +62,11 @@ def nearest(x: Tensor, table: Tensor, metric: str = "euclidean") -> Tensor:
     table_GKC = table.to(torch.promote_types(x.dtype, torch.float32))
     with torch.autocast(x.device.type, enabled=False):
         seen = _seen(table_GKC, metric)
-        found = [_native(x_NC, *group) for x_NC, *group in zip(x, *(each.split(1) for each in seen), strict=True)]
-        codes = [codes_N1[:, 0] for codes_N1 in found if codes_N1 is not None]
-        if len(codes) < len(found):
+        codes_by_group = [
+            _native(x_NC, *group) for x_NC, *group in zip(x, *(each.split(1) for each in seen), strict=True)
+        ]
+        codes = [codes_N1[:, 0] for codes_N1 in codes_by_group if codes_N1 is not None]
+        if len(codes) < len(codes_by_group):
             if x.device.type != "cpu" or x.shape[1] * table.shape[1] <= SMALL:
                 return _short(x, *seen)
             codes = [_tiled(*group) for group in zip(x, *seen, strict=True)]
@@ -73,14 +75,14 @@ def nearest(x: Tensor, table: Tensor, metric: str = "euclidean") -> Tensor:
 
 @torch.no_grad()
 def nearest_by_levels(x_NC: Tensor, table_RKC: Tensor) -> Tensor:
-    """The nearest rows of several tables, each of which codes what the rows before have left.
+    """Residual nearest-row search: each table codes the residual of the rows chosen before it.
 
-    As `nearest` of one table, minus the row, `nearest` of the next, and so on; where there is a native kernel, vectors meet
-    all tables while they are in a core's cache.
+    Equivalent to `nearest` in one table, subtracting the row, `nearest` in the next table, and so on. The native kernel
+    processes a vector with all tables while it is in the cache of a core.
 
     Args:
         x_NC: the vectors.
-        table_RKC: the tables in turn.
+        table_RKC: the tables, in order.
 
     Returns:
         ``[N, R]``, int64.
@@ -90,9 +92,9 @@ def nearest_by_levels(x_NC: Tensor, table_RKC: Tensor) -> Tensor:
         [[1, 0], [0, 1]]
     """
     table_RKC = table_RKC.to(torch.promote_types(x_NC.dtype, torch.float32))
-    found = _native(x_NC, *_seen(table_RKC, "euclidean"), table_RKC)
-    if found is not None:
-        return found
+    native_NR = _native(x_NC, *_seen(table_RKC, "euclidean"), table_RKC)
+    if native_NR is not None:
+        return native_NR
     codes: list[Tensor] = []
     for table_KC in table_RKC:
         codes.append(nearest(x_NC, table_KC))
@@ -101,8 +103,8 @@ def nearest_by_levels(x_NC: Tensor, table_RKC: Tensor) -> Tensor:
 
 
 def _seen(table_GKC: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Tables as scores are made of them, ``[G, K, C]``, what vectors are seen from, ``[G, 1, C]``, and offsets, ``[G, K]``."""
-    if metric == "cosine":  # the vectors' own lengths change nothing
+    """The tables for scoring, ``[G, K, C]``, the origin of vectors, ``[G, 1, C]``, and score offsets, ``[G, K]``."""
+    if metric == "cosine":  # the norms of the vectors do not matter
         table_GKC = functional.normalize(table_GKC, dim=-1)
         return table_GKC, torch.zeros_like(table_GKC[:, :1]), table_GKC.new_zeros(table_GKC.shape[:2])
     centre_G1C = table_GKC.mean(1, keepdim=True)
@@ -113,7 +115,7 @@ def _seen(table_GKC: Tensor, metric: str) -> tuple[Tensor, Tensor, Tensor]:
 def _native(
     x_NC: Tensor, table_RKC: Tensor, centre_R1C: Tensor, offset_RK: Tensor, rows_RKC: Tensor | None = None
 ) -> Tensor | None:
-    """Codes ``[N, R]``, by the native kernel; None where it does not fit. One level needs no rows."""
+    """Codes ``[N, R]`` from the native kernel, or ``None`` if it does not apply. One level needs no rows."""
     if x_NC.device.type != "cpu":
         return None
     x_NC = x_NC.to(torch.promote_types(x_NC.dtype, torch.float32))
@@ -129,7 +131,7 @@ def _native(
 
 
 def _short(x_GNC: Tensor, table_GKC: Tensor, centre_G1C: Tensor, offset_GK: Tensor) -> Tensor:
-    """By torch's own argmax: fast where it is vectorized, and the least overhead on few scores."""
+    """The direct method, with torch's argmax: fast where argmax is vectorized, and least overhead for few scores."""
     chunk = max(1, WHOLE // max(1, offset_GK.numel()))
     codes = [
         torch.baddbmm(offset_GK[:, None], x_GnC - centre_G1C, table_GKC.mT).argmax(-1)
@@ -139,17 +141,18 @@ def _short(x_GNC: Tensor, table_GKC: Tensor, centre_G1C: Tensor, offset_GK: Tens
 
 
 def _tiled(x_NC: Tensor, table_KC: Tensor, centre_1C: Tensor, offset_K: Tensor) -> Tensor:
-    """The same by tiles of scores, from which elementwise operations alone find the best row.
+    """Tiled search: finds the best row of each tile of scores with elementwise operations only.
 
-    torch's argmax takes longer on a CPU than the products do. A maximum over each block of rows is vectorized; only the
-    blocks' maxima, and then the rows of the best block, have to be searched.
+    On a CPU, torch's argmax takes longer than the products. A maximum over each block of rows is vectorized; the search
+    then covers only the block maxima and the rows of the best block.
     """
     total, width = x_NC.shape
     tiles = math.ceil(len(table_KC) / ROWS)
     rows = BLOCK * math.ceil(len(table_KC) / tiles / BLOCK)
-    # Whole blocks of vectors, too: where matrix products treat edges apart, rows that are the same may differ in their scores.
+    # Use whole blocks of vectors too: matrix products may treat edges differently, so equal rows could get different
+    # scores.
     vectors = BLOCK * math.ceil(min(total, max(1, SCORES * torch.get_num_threads() // rows)) / BLOCK)
-    # The offset is one more column, met by a one. Rows that fill the last tile up are never the best.
+    # The offset is an extra column, multiplied by one. Rows that pad the last tile never win.
     rows_tkC = table_KC.new_zeros(tiles * rows, width + 1)
     rows_tkC[:, -1] = -math.inf
     rows_tkC[: len(table_KC)] = torch.cat([table_KC, offset_K[:, None]], 1)
@@ -159,18 +162,18 @@ def _tiled(x_NC: Tensor, table_KC: Tensor, centre_1C: Tensor, offset_K: Tensor) 
     for start in range(0, total, vectors):
         codes_n = codes_N[start : start + vectors]
         torch.sub(x_NC[start : start + vectors], centre_1C, out=x_nC[: len(codes_n), :-1])
-        found = [_highest(torch.mm(rows_kC, x_nC.T, out=scores_kn)) for rows_kC in rows_tkC.split(rows)]
-        highest_n, row_n = found[0]
+        best = [_highest(torch.mm(rows_kC, x_nC.T, out=scores_kn)) for rows_kC in rows_tkC.split(rows)]
+        highest_n, row_n = best[0]
         if tiles > 1:
-            highest_tn = torch.stack([highest_n for highest_n, _ in found])
+            highest_tn = torch.stack([highest_n for highest_n, _ in best])
             tile_n = _first(highest_tn, highest_tn.amax(0))
-            row_n = torch.stack([row_n for _, row_n in found]).gather(0, tile_n.long()[None])[0] + tile_n * rows
+            row_n = torch.stack([row_n for _, row_n in best]).gather(0, tile_n.long()[None])[0] + tile_n * rows
         codes_n.copy_(row_n[: len(codes_n)])
     return codes_N
 
 
 def _highest(scores_kn: Tensor) -> tuple[Tensor, Tensor]:
-    """The highest score of each column, and its first row."""
+    """The highest score of each column, and the first row that has it."""
     count = scores_kn.shape[1]
     blocks_b16n = scores_kn.view(-1, BLOCK, count)
     maxima_bn = blocks_b16n.amax(1)
@@ -181,24 +184,24 @@ def _highest(scores_kn: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first(scores_kn: Tensor, highest_n: Tensor) -> Tensor:
-    """The first row that has the column's highest score, as a float, which is faster; overwrites the scores."""
+    """The first row with the column's highest score, as a float, which is faster; overwrites the scores."""
     row_k1 = torch.arange(len(scores_kn), dtype=scores_kn.dtype)[:, None]
-    behind_kn = scores_kn.sub_(highest_n).sign_()  # 0 where highest (and of what is no number), else -1
-    return torch.sub(row_k1, behind_kn, alpha=len(scores_kn), out=behind_kn).amin(0)
+    below_kn = scores_kn.sub_(highest_n).sign_()  # 0 where highest (and of what is no number), else -1
+    return torch.sub(row_k1, below_kn, alpha=len(scores_kn), out=below_kn).amin(0)
 
 
 @torch.no_grad()
 def cluster_sums(x_NC: Tensor, codes_N: Tensor, size: int, weight_N: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The sum of the vectors of each code, and how many there are; the same on every run and for any number of threads.
+    """Sum and number of the vectors of each code; deterministic, and independent of the number of threads.
 
     Args:
         x_NC: the vectors.
-        codes_N: int64, below `size`; vectors with a negative code are left out.
+        codes_N: int64, below `size`; vectors with a negative code are excluded.
         size: K.
-        weight_N: how much each vector counts; none: 1.
+        weight_N: weight of each vector; default: ``None``, 1.
 
     Returns:
-        ``[K, C]`` and ``[K]``, float32 or, as x, float64.
+        ``[K, C]`` and ``[K]``, float64 if x is, else float32.
 
     Example:
         >>> sums, counts = cluster_sums(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1, -1, 1]), 3)
@@ -211,7 +214,7 @@ def cluster_sums(x_NC: Tensor, codes_N: Tensor, size: int, weight_N: Tensor | No
         return sums_KC, counts_K
     for start in range(0, len(x_NC), SUMMED):
         part = slice(start, start + SUMMED)
-        # Bags of vectors: one for each code, in front of them one for those that have none.
+        # One bag of vectors for each code, preceded by one bag for vectors without a code.
         bag_n = codes_N[part].clamp(min=-1) + 1
         order_n = bag_n.int().sort(stable=True).indices
         hits = torch.bincount(bag_n, minlength=size + 1)
@@ -223,7 +226,7 @@ def cluster_sums(x_NC: Tensor, codes_N: Tensor, size: int, weight_N: Tensor | No
 
 
 def _native_sums(x_NC: Tensor, codes_N: Tensor, weight_N: Tensor | None, sums_KC: Tensor, counts_K: Tensor) -> bool:
-    """Whether the native kernel could do it."""
+    """True if the native kernel supports these inputs."""
     weights = [] if weight_N is None else [weight_N]
     if not fit(x_NC, *weights) or codes_N.dtype != torch.int64 or not codes_N.is_contiguous() or len(x_NC) >= 2**31:
         return False
@@ -232,6 +235,6 @@ def _native_sums(x_NC: Tensor, codes_N: Tensor, weight_N: Tensor | None, sums_KC
 
 
 def _bag_sums(x_nC: Tensor, order_n: Tensor, starts: Tensor, weight_n: Tensor | None = None) -> Tensor:
-    """Sums over runs of a sorted order, without the run in front."""
+    """Sums over runs in sorted order, without the leading run."""
     weights = None if weight_n is None else weight_n[order_n]
     return functional.embedding_bag(order_n, x_nC, starts, mode="sum", per_sample_weights=weights)[1:]

@@ -1,6 +1,6 @@
-"""Codes as bytes: every code in as few bits as its codebook needs, with nothing between them.
+"""Bit packing: stores each code in the minimum number of bits for its codebook, without padding between codes.
 
-Shapes: N vectors, G groups, R levels, P = G * R places of a vector, B bits of a vector.
+Shapes: N vectors, G groups, R levels, P = G * R codes of a vector, B bits of a vector.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from torch import Tensor
 from pondera.core.errors import UserError
 
 CHUNK = 2**15
-"""Vectors at a time; a multiple of 8, so that a chunk ends at the end of a byte."""
+"""Number of vectors processed at a time; a multiple of 8, so that a chunk ends at a byte boundary."""
 
 
 def bits_for(size: int) -> int:
-    """Bits of a code that is one of `size`.
+    """Number of bits for a code of a codebook with `size` codes.
 
     Example:
         >>> [bits_for(size) for size in (1, 2, 5, 256, 257)]
@@ -27,7 +27,7 @@ def bits_for(size: int) -> int:
 
 
 def packed_bytes(vectors: int, sizes_GR: Tensor) -> int:
-    """Bytes that `pack` needs for so many vectors.
+    """Number of bytes that `pack` needs for this many vectors.
 
     Example:
         >>> packed_bytes(3, torch.tensor([[256, 5]]))
@@ -37,17 +37,17 @@ def packed_bytes(vectors: int, sizes_GR: Tensor) -> int:
 
 
 def pack(codes_NGR: Tensor, sizes_GR: Tensor) -> Tensor:
-    """Codes as one stream of bits: vector after vector, place after place, the lowest bit first.
+    """Packs codes into one bit stream, ordered by vector, then by code; the lowest bit of a code comes first.
 
     Args:
         codes_NGR: int64, each in [0, size).
-        sizes_GR: how many codes each place has.
+        sizes_GR: number of codes per group and level.
 
     Returns:
-        uint8, exactly `packed_bytes` long; the last byte is filled up with zeros.
+        uint8, exactly `packed_bytes` long; the last byte is padded with zero bits.
 
     Raises:
-        UserError: a code outside its codebook, an absent one included: there are no bits to say so.
+        UserError: a code outside its codebook, or an absent code, which has no bit pattern.
 
     Example:
         >>> pack(torch.tensor([[[1, 2]], [[0, 3]]]), torch.tensor([[2, 4]])).tolist()
@@ -57,7 +57,7 @@ def pack(codes_NGR: Tensor, sizes_GR: Tensor) -> Tensor:
     if codes_NGR.shape[1:] != sizes_GR.shape:
         raise UserError(f"codes of shape {tuple(codes_NGR.shape)} for codebooks of shape {tuple(sizes_GR.shape)}")
     if (codes_NP < 0).any():
-        raise UserError("codes that are absent cannot be packed: leave masked vectors out, and encode with all levels")
+        raise UserError("absent codes cannot be packed: leave out masked vectors, and encode with all levels")
     if (codes_NP >= sizes_P).any():
         raise UserError(f"a code lies outside its codebook: there are {sizes_GR.tolist()} codes per group and level")
     place_B, shift_B = _layout(sizes_GR, codes_NGR.device)
@@ -73,18 +73,18 @@ def pack(codes_NGR: Tensor, sizes_GR: Tensor) -> Tensor:
 
 
 def unpack(data: Tensor, vectors: int, sizes_GR: Tensor) -> Tensor:
-    """The codes that `pack` was given.
+    """Unpacks the codes of `pack`.
 
     Args:
-        data: uint8, as long as `packed_bytes` says.
+        data: uint8, `packed_bytes` long.
         vectors: N.
-        sizes_GR: as for `pack`.
+        sizes_GR: see `pack`.
 
     Returns:
         ``[N, G, R]``, int64.
 
     Raises:
-        UserError: bytes that were not packed from so many vectors with these sizes.
+        UserError: the bytes were not packed from this number of vectors with these sizes.
     """
     expected = packed_bytes(vectors, sizes_GR)
     if data.dtype != torch.uint8 or data.shape != (expected,):
@@ -104,12 +104,12 @@ def unpack(data: Tensor, vectors: int, sizes_GR: Tensor) -> Tensor:
 
 
 def _bits(sizes_GR: Tensor) -> list[int]:
-    """Bits of each place."""
+    """Number of bits per group and level."""
     return [bits_for(size) for size in sizes_GR.flatten().tolist()]
 
 
 def _layout(sizes_GR: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Of each bit of a vector: the place that it belongs to, and how far up it stands there."""
+    """For each bit of a vector, its code index and its bit position within the code."""
     bits = _bits(sizes_GR)
     place_B = [place for place, count in enumerate(bits) for _ in range(count)]
     shift_B = [shift for count in bits for shift in range(count)]

@@ -1,6 +1,6 @@
-"""What processes that train together share, so that each decides alike. All have to call together.
+"""Collective operations over training processes. All processes must call them together.
 
-Shapes: N vectors of one process (their number may differ), M of all, C width.
+Shapes: N vectors of one process (N may differ between processes), M vectors of all processes, C width.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from torch import Tensor, distributed
 
 
 def num_ranks() -> int:
-    """How many processes train together; 1 where there is only this one."""
+    """Number of training processes; 1 without distributed training."""
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def summed(x: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
+    """Sums a tensor over all processes, in place."""
     if num_ranks() > 1:
         distributed.all_reduce(x)
     return x
 
 
 def gathered(x_NC: Tensor) -> Tensor:
-    """The vectors of all processes in the order of their ranks, ``[M, C]``, without gradient."""
+    """Gathers the vectors of all processes in the order of their ranks, ``[M, C]``, without gradient."""
     x_NC = x_NC.detach()
     if num_ranks() == 1:
         return x_NC

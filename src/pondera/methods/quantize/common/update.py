@@ -1,4 +1,4 @@
-"""Update rules: what moves the rows of a codebook. Losses for gradients; statistics for moving averages and respawn.
+"""Codebook update rules: losses for gradients; statistics for moving averages and respawn.
 
 Shapes: N vectors, K codes, C width.
 """
@@ -28,17 +28,18 @@ def losses(
     detach_target: bool = True,
     moves_codes: bool = True,
 ) -> dict[str, LossTerm]:
-    """The two squared distances between vectors and their codes, each as the sum over elements and their number.
+    """The codebook and commitment losses: squared distances between vectors and their codes, as sums and counts.
 
-    ``"codebook"`` moves codes to vectors, ``|q - sg(x)|^2``; ``"commitment"`` moves vectors to codes, ``|x - sg(q)|^2``.
+    ``"codebook"`` moves codes to vectors, ``|q - sg(x)|^2``; ``"commitment"`` moves vectors to codes, ``|x -
+    sg(q)|^2``.
 
     Args:
         x: ``[..., C]``, the vectors.
-        q: ``[..., C]``, what they became, with gradient to the codebook.
+        q: ``[..., C]``, the quantized vectors, with gradient to the codebook.
         commitment: weight of the second term (beta).
-        detach_input: no gradient of either reaches the vectors.
-        detach_target: each moves its own side only; false drops both stop-gradients.
-        moves_codes: false leaves out ``"codebook"``.
+        detach_input: if true, neither term gives the vectors a gradient.
+        detach_target: if true, each term moves only its own side; false drops both stop-gradients.
+        moves_codes: if false, drops the term ``"codebook"``.
 
     Source: van den Oord et al., arXiv 1711.00937, equation 3.
     Resolved: means are over elements, not vectors, as in public code; papers sum over elements.
@@ -55,24 +56,24 @@ def losses(
 
 
 class Statistics(nn.Module):
-    """What hit each code: moving averages of the hits and, for EMA, of the vectors; and vectors to respawn dead codes from.
+    """Codebook statistics: moving averages of code hits and, for EMA, of vectors; and vectors to respawn dead codes.
 
-    A step's vectors are gathered as they come, and change the codebook when the step is over: all parts of a batch meet
-    the same codes, and splitting a batch changes nothing. Everything is summed or gathered over ranks at once, so that
-    buffers are alike on all of them and decisions need no further word.
+    The statistics collect the vectors of a step and change the codebook at the end of the step. All micro-batches
+    therefore see the same codes, and splitting a batch changes nothing. All values are summed or gathered over ranks
+    immediately, so all ranks have the same buffers and make the same decisions without further communication.
 
     Source: EMA: van den Oord et al., arXiv 1711.00937, appendix A.1, and the smoothing of the authors' public code.
     Respawn: arXiv 2605.06870's public code and others.
-    Cost: per batch one sum over ranks of ``K`` (EMA: ``K (C + 1)``) numbers and, for respawn, of K vectors gathered;
-    memory of as many numbers, twice.
-    Resolved: averages are of hits per step. Respawned codes get the average code's hits, so that they are not dead at
-    once. Without EMA the optimizer's moments of a respawned row stay as they were.
+    Cost: per batch, one sum over ranks of ``K`` numbers (EMA: ``K (C + 1)``) and, for respawn, a gather of K vectors;
+    memory for twice as many numbers.
+    Resolved: averages are of hits per step. Respawned codes start with the average number of hits, so they are not dead
+    immediately. Without EMA, the optimizer state of a respawned row does not change.
 
     Args:
-        rows_KC: the codebook as it starts; each row counts as one hit of itself.
-        decay: of the moving averages.
-        ema: rows are the average vector that hits them.
-        respawn: hits per step under which a code is dead and replaced by a vector of the step; 0: never.
+        rows_KC: the initial codebook; each row counts as one hit of itself.
+        decay: decay of the moving averages.
+        ema: if true, a row is the average of the vectors that hit it.
+        respawn: a code with fewer hits per step is dead, and a vector of the step replaces it; 0: never.
     """
 
     hits_K: Tensor
@@ -97,7 +98,7 @@ class Statistics(nn.Module):
 
     @torch.no_grad()
     def gather(self, x_NC: Tensor, codes_N: Tensor, generator: torch.Generator) -> None:
-        """Notes the vectors of a batch and the codes that they hit."""
+        """Adds the vectors of a batch and their codes to the statistics."""
         if self.ema:
             sums_KC, hits_K = cluster_sums(x_NC, codes_N, len(self.hits_K))
             self.new_sums_KC += summed(sums_KC.to(self.hits_K))
@@ -114,7 +115,7 @@ class Statistics(nn.Module):
 
     @torch.no_grad()
     def settle(self, rows_KC: Tensor) -> None:
-        """Ends a step: moves the averages on and, in place, the rows. A step without vectors is none."""
+        """Ends a step: updates the averages and, in place, the rows. Does nothing after a step without vectors."""
         total = self.new_hits_K.sum()
         if not total:
             return
@@ -133,11 +134,11 @@ class Statistics(nn.Module):
 
     @torch.no_grad()
     def seed(self, rows_KC: Tensor, hits_K: Tensor) -> None:
-        """Starts from rows that were made from data.
+        """Starts from rows that were computed from data.
 
         Args:
             rows_KC: the rows.
-            hits_K: vectors of a step that each is hit by.
+            hits_K: number of vectors per step that hit each row.
         """
         self._count(torch.arange(len(hits_K), device=hits_K.device), rows_KC, hits_K)
 
@@ -147,7 +148,7 @@ class Statistics(nn.Module):
             self.sums_KC[codes] = (rows_KC * hits_K[:, None]).to(self.sums_KC)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves with the module, but stays in float32: 16 bits cannot hold an average that moves by a hundredth."""
+        """Moves with the module, but stays in float32; 16 bits cannot represent an average that changes by 1 %."""
         before: dict[str, Any] = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, old in before.items():

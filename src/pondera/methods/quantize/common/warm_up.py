@@ -1,4 +1,4 @@
-"""The warm-up gate: vectors pass unquantized until they are worth a codebook, which is then made from them.
+"""Warm-up gate: vectors pass through unquantized until the codebook is initialized from them.
 
 Shapes: N vectors of a batch, M vectors kept, C width.
 """
@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from pondera.methods.quantize.common.ranks import gathered
 
 KEPT_PER_CODE = 32
-"""Vectors kept for each code that is to be made from them."""
+"""Number of vectors kept per code for initialization."""
 
 
 class WarmUp(nn.Module):
-    """A gate that opens once, and the latest vectors that came before it did.
+    """A gate that opens once, with a buffer of the latest vectors before it opens.
 
-    It is closed where quantizing begins at a later step, or where codes are to be made from vectors that are yet to come.
-    What it keeps is the same on every rank, and is saved, so that a run that is resumed opens it with the same vectors.
+    The gate starts closed if quantization starts at a later step, or if codes are initialized from future vectors. Its
+    buffer is the same on every rank and is saved, so a resumed run opens the gate with the same vectors.
 
     Source: arXiv 2603.17052 and 2605.06870: continuous first, discrete later.
-    Cost: `most` vectors of memory where codes are made from vectors, during the warm-up and after; folding drops them.
-    Resolved: the latest vectors are kept, not a sample of all, as the encoder that made earlier ones is gone.
+    Cost: memory for `most` vectors if codes are initialized from vectors, during and after the warm-up; `fold` frees
+    it.
+    Resolved: the buffer keeps the latest vectors, not a sample of all, because earlier vectors come from an outdated
+    encoder.
 
     Args:
         start_step: the first optimizer step that quantizes.
-        most: vectors to keep; 0: none are wanted.
+        most: number of vectors to keep; 0: none.
         width: C.
     """
 
@@ -45,17 +47,17 @@ class WarmUp(nn.Module):
 
     @property
     def closed(self) -> bool:
-        """Whether vectors still pass unquantized."""
+        """True while vectors pass through unquantized."""
         return not self.is_open
 
     @property
     def wants_vectors(self) -> bool:
-        """Whether codes are to be made from what came."""
+        """True if codes are initialized from vectors."""
         return len(self.latest_MC) > 0
 
     @torch.no_grad()
     def keep(self, x_NC: Tensor) -> None:
-        """Notes the vectors of a batch, those of all ranks."""
+        """Stores the vectors of a batch, from all ranks."""
         if self.wants_vectors:
             new_MC = gathered(x_NC).to(self.latest_MC)
             known_MC = torch.cat([self.vectors(), new_MC])[-len(self.latest_MC) :]
@@ -64,9 +66,9 @@ class WarmUp(nn.Module):
             self.per_batch.fill_(len(new_MC))
 
     def vectors(self) -> Tensor:
-        """``[M, C]``: the latest that came, oldest first."""
+        """``[M, C]``: the latest vectors, oldest first."""
         return self.latest_MC[: int(self.kept)]
 
     def is_due(self, step: int) -> bool:
-        """Whether the gate can open at this step."""
+        """True if the gate can open at this step."""
         return step >= self.start_step and (not self.wants_vectors or int(self.kept) > 0)

@@ -1,4 +1,4 @@
-"""How a thought enters the next pass: the last hidden state itself, or the vocabulary mixture it predicts.
+"""Feedback between passes: the last hidden state, or the embedding mixture that it predicts.
 
 Shapes: B batch, T tokens, D width, V vocabulary.
 """
@@ -19,18 +19,18 @@ KINDS = ("hidden", "vocab")
 
 
 class Feedback(nn.Module):
-    """Turns a final hidden state into the next input vector.
+    """Maps a final hidden state to the next input vector.
 
-    ``hidden`` feeds the state back after the final norm, without projector or residual. ``vocab`` feeds back the mixture
-    of token embeddings that the state predicts, which the head must be run for.
+    ``hidden`` feeds the state back after the final norm, without projector or residual. ``vocab`` feeds back the
+    mixture of token embeddings that the state predicts; this evaluates the head.
 
-    On a backbone whose embeddings enter at another RMS than its final states leave (every pretrained one), hidden states
-    are multiplied by the ratio of the two, measured once when the method is attached and saved with the weights.
+    If the RMS of the embeddings differs from the RMS of the final states (in every pretrained backbone), hidden states
+    are multiplied by the ratio of the two. The ratio is measured once, in `bind`, and saved with the weights.
 
     Args:
         kind: ``"hidden"`` or ``"vocab"``.
-        top_k: ``"vocab"``: mix only so many of the likeliest tokens, their probabilities renormalised; none: all of them.
-            At 50,000 tokens and a narrow model the full mixture costs as much as several layers.
+        top_k: for ``"vocab"``: number of most likely tokens to mix, with renormalized probabilities; default: ``None``,
+            all tokens. With 50,000 tokens and a narrow model the full mixture costs as much as several layers.
     """
 
     scale: Tensor
@@ -46,12 +46,12 @@ class Feedback(nn.Module):
         self.register_buffer("scale", torch.ones(()))
 
     def embed_scale(self, width: int) -> float:
-        """The embedding multiplier that belongs to this feedback: sqrt(5D/2) for states, sqrt(D) for mixtures."""
+        """The embedding multiplier for this feedback: sqrt(5D/2) for states, sqrt(D) for mixtures."""
         return math.sqrt(2.5 * width) if self.kind == "hidden" else math.sqrt(width)
 
     @torch.no_grad()
     def bind(self, backbone: Backbone) -> None:
-        """Measures the RMS ratio on random tokens; embeddings scaled to unit RMS need none."""
+        """Measures the RMS ratio on random tokens, unless the embeddings are scaled to unit RMS."""
         self._whole = self.top_k is None or self.top_k >= backbone.config.vocab_size
         device = next(backbone.parameters()).device
         if device.type == "meta" or backbone.unit_rms or self.kind == "vocab":
@@ -75,7 +75,7 @@ class Feedback(nn.Module):
         return backbone.mix_embeddings(logits_BTk.softmax(-1), ids_BTk)
 
     def cost_schedule(self, rows: float) -> list[MatMul]:
-        """What feeding `rows` states back multiplies, for the price: the head and, over all tokens, the mixture."""
+        """Matrix products for feeding back `rows` states: the head and, over all tokens, the mixture."""
         if self.kind == "hidden":
             return []
         return [MatMul(rows, "head")] * 2 if self._whole else [MatMul(rows, "head", trained=False)]

@@ -1,4 +1,4 @@
-"""Which tokens go on: what the halting rules of different papers share, and the controls that they are held against.
+"""Halting rules shared by several methods, and the controls for comparison.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -19,19 +19,20 @@ CONTROLS = ("fixed", "random", "oracle")
 
 
 class Halting:
-    """A policy that stands in for a method's own rule, or leaves it be.
+    """A halting control in place of a method's own rule, or a marker that the own rule is used.
 
-    ``"fixed"``: every token takes all passes. ``"random"``: each goes on with probability `continue_prob`, which spends what the
-    learned rule spends and knows nothing. ``"oracle"``: a token goes on while the model's prediction of what follows it
-    is wrong, which only training and scoring can know; where the next token is not known, every token goes on.
+    ``"fixed"``: every token takes all passes. ``"random"``: a token continues with probability `continue_prob`; this
+    matches the compute of the learned rule without its information. ``"oracle"``: a token continues while the model's
+    prediction of the next token is wrong. Only training and scoring know the next token; where it is unknown, every
+    token continues.
 
-    Random decisions follow from position, depth and, in training, the step's number, so a cache, padding or other rows
-    of a batch change nothing about them.
+    Random decisions depend only on the position, the depth and, in training, the step number. Caching, padding and
+    other sequences of the batch do not change them.
 
     Args:
-        kind: the method's own rule, or a control.
-        own: what the method calls its own rule.
-        continue_prob: of ``"random"``.
+        kind: the name of the method's own rule, or of a control.
+        own: the name of the method's own rule.
+        continue_prob: for ``"random"``.
     """
 
     def __init__(self, kind: str, own: str, continue_prob: float) -> None:
@@ -39,27 +40,27 @@ class Halting:
             raise unknown("halting", kind, (own, *CONTROLS))
         if not 0 <= continue_prob <= 1:
             raise UserError(
-                f"continue_prob={continue_prob}: give the share of tokens that go on at each step, from 0 to 1"
+                f"continue_prob={continue_prob}: give the share of tokens that continue at each step, from 0 to 1"
             )
         self.kind, self.continue_prob, self.learned = kind, continue_prob, kind == own
         self.draw = 0
-        """Changes the random decisions; 0 at evaluation."""
+        """Seed of the random decisions; 0 at evaluation."""
 
     @property
     def adaptive(self) -> bool:
-        """Whether tokens differ."""
+        """True if the number of passes can differ between tokens."""
         return self.kind != "fixed"
 
     def continue_mask(
         self, depth: int, position_ids: Tensor, labels_BT: Tensor | None, predict: Callable[[], Tensor]
     ) -> Tensor | None:
-        """Which tokens a control sends to `depth`; none: all of them.
+        """The mask of tokens that a control sends to `depth`; ``None``: all tokens.
 
         Args:
-            depth: the coming pass, 1, 2, ...
+            depth: the next pass, 1, 2, ...
             position_ids: ``[B or 1, T]``.
-            labels_BT: the token after each; negative where it is not known.
-            predict: gives the likeliest next token ``[B, T]`` at the present depth.
+            labels_BT: the next token of each token; negative where unknown.
+            predict: returns the most likely next token ``[B, T]`` at the current depth.
         """
         if self.kind == "random":
             return stateless_uniform(position_ids, depth, self.draw) < self.continue_prob
@@ -69,32 +70,33 @@ class Halting:
 
 
 def router(backbone: Backbone, start: float, outputs: int = 1, width: int | None = None) -> nn.Linear:
-    """A linear layer from states to logits that says the same for every token at first.
+    """A linear layer from states to logits; its logits are the same for every token at initialization.
 
     Args:
-        backbone: whose states it reads.
-        start: the probability that it starts at, as a sigmoid.
-        outputs: numbers per token.
-        width: of what it reads, where that is not the states themselves.
+        backbone: provides the width, dtype and device.
+        start: the initial probability, sigmoid of the initial logit.
+        outputs: logits per token.
+        width: input width; default: ``None``, the width of the states.
     """
     weight = next(backbone.parameters())
-    made = nn.Linear(width or backbone.config.hidden_size, outputs, dtype=weight.dtype, device=weight.device)
-    nn.init.zeros_(made.weight)
-    nn.init.constant_(made.bias, math.log(start / (1 - start)))
-    return made
+    layer = nn.Linear(width or backbone.config.hidden_size, outputs, dtype=weight.dtype, device=weight.device)
+    nn.init.zeros_(layer.weight)
+    nn.init.constant_(layer.bias, math.log(start / (1 - start)))
+    return layer
 
 
 def exit_probabilities(reach: list[Tensor]) -> list[Tensor]:
-    """What share of a token's prediction each step makes, from the probability of reaching it.
+    """The probability that a token exits at each step, from the probabilities of reaching each step.
 
     Args:
-        reach: ``[B, T]`` per step, from 1 downwards; 0 from the first step on that a token did not take.
+        reach: ``[B, T]`` per step, non-increasing from 1; 0 from the first step that a token did not take.
 
     Returns:
-        The same shapes; they sum to 1 for every token, as the last step taken gets all that is left.
+        Tensors of the same shapes. They sum to 1 for every token, because the last step taken gets the remainder.
 
     Example:
-        >>> [round(float(mass), 2) for mass in exit_masses([torch.tensor(1.0), torch.tensor(0.6), torch.tensor(0.0)])]
+        >>> reach = [torch.tensor(1.0), torch.tensor(0.6), torch.tensor(0.0)]
+        >>> [round(float(probability), 2) for probability in exit_probabilities(reach)]
         [0.4, 0.6, 0.0]
     """
     return [own - after for own, after in zip(reach, [*reach[1:], torch.zeros_like(reach[0])], strict=True)]

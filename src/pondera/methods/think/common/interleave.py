@@ -1,4 +1,4 @@
-"""Several slots per token, stored next to each other: interleave, take apart, and what follows for masks and positions.
+"""Interleaved slots: several adjacent slots per token, with the matching masks, positions and cache.
 
 Shapes: B batch, T tokens, N slots per token, D width.
 """
@@ -13,6 +13,7 @@ from pondera.core.effort import Effort
 from pondera.core.errors import UserError
 from pondera.core.hf import DynamicCache
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 
 def interleave(stages: list[Tensor]) -> Tensor:
@@ -31,7 +32,7 @@ def deinterleave(h_BSD: Tensor, slots: int) -> list[Tensor]:
 
 
 def per_slot(x_BT: Tensor | None, slots: int) -> Tensor | None:
-    """A token-level mask or positions, repeated for each slot of the token."""
+    """Repeats a token-level mask or positions for each slot of the token."""
     return x_BT if x_BT is None or slots == 1 else x_BT.repeat_interleave(slots, dim=1)
 
 
@@ -47,11 +48,13 @@ def interleaved_pass(
     Args:
         backbone: runs the pass.
         stages: the input vectors of slot 0, 1, ... of every token.
-        mask: token mask over cached and new tokens, or none.
-        position_ids: token positions; all slots of a token share them.
-        cache: new rows are appended to its slot view.
+        mask: token mask over cached and new tokens, or ``None``.
+        position_ids: token positions; all slots of a token share one position.
+        cache: the keys and values of the new slots are appended to it.
     """
     slots = len(stages)
+    if cache is not None:
+        cache.hold()
     h_BSD = backbone.step(
         interleave(stages),
         cache=cache.slots if cache is not None else None,
@@ -61,21 +64,23 @@ def interleaved_pass(
     return deinterleave(h_BSD, slots)
 
 
-def interleaved_cache(backbone: Backbone, slots: int) -> TokenCache:
-    """An empty cache of the backbone's own layer kinds, `slots` rows per token."""
+def interleaved_cache(backbone: Backbone, slots: int, kv_cache: SlotMaker | None = None) -> TokenCache:
+    """An empty cache with the backbone's layer types, or a KV-cache method's, and `slots` KV slots per token."""
+    if kv_cache is not None:
+        return kv_cache.token_cache(backbone.lm, slots)
     return TokenCache(DynamicCache(config=backbone.config).layers, slots)
 
 
 def slots_allowed(slots: int, budget: Effort, cache: TokenCache | None) -> int:
-    """Slots per token under a budget; the first call that fills a cache decides for all that follow.
+    """Slots per token under a budget; the first call on a cache fixes the number for all later calls.
 
     Args:
-        slots: that the method has.
-        budget: of this call.
-        cache: of this call, if any.
+        slots: the method's slots per token.
+        budget: the budget of this call.
+        cache: the cache of this call, or ``None``.
 
     Raises:
-        UserError: the cache was filled under another budget.
+        UserError: an earlier call filled the cache under another budget.
     """
     wanted = budget.passes(slots)
     if cache is None:

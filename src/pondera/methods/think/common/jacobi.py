@@ -1,4 +1,4 @@
-"""Jacobi iteration: latent thoughts that depend on those of earlier tokens, refined for all tokens at once.
+"""Jacobi iteration for latent thoughts that depend on the thoughts of earlier tokens, in parallel over tokens.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -18,23 +18,23 @@ def jacobi(
     feed: Callable[[Tensor], Tensor],
     residuals: list[float] | None = None,
 ) -> list[Tensor]:
-    """Input vectors of all slots: a first guess, stage by stage, then `rounds` refinements.
+    """Computes the input vectors of all slots: an initial guess, stage by stage, then `rounds` refinements.
 
-    Because of causality each round makes at least one more thought, in interleaved order, exact; gradient flows
-    everywhere.
+    The order is causal, so each round makes at least one more thought exact, in interleaved order. Gradients flow
+    through all rounds.
 
     Args:
-        run: one pass: from the inputs of each stage to its states.
+        run: one pass, from the inputs of each stage to its states.
         h_BTD: token embeddings, the inputs of stage 0.
-        thoughts: K, further stages.
-        rounds: refinements.
-        feed: from a state to the next stage's input.
-        residuals: the largest change of each round is appended to it.
+        thoughts: K, the number of further stages.
+        rounds: number of refinements.
+        feed: maps a state to the input of the next stage.
+        residuals: if given, the function appends the largest change of each round to it.
 
     Returns:
         ``K + 1`` tensors ``[B, T, D]``.
 
-    Source: PonderLM-2, arXiv 2509.23184, as coded by its authors. Cost: K(K+1)/2 + R(K+1) passes of T rows.
+    Source: PonderLM-2, arXiv 2509.23184, following the authors' code. Cost: K(K+1)/2 + R(K+1) passes over T tokens.
     """
     stages = [h_BTD]
     for _ in range(thoughts):

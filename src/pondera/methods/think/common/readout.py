@@ -1,4 +1,4 @@
-"""What the prediction is read from, when a token has a state per pass.
+"""Readout: the state used for the prediction, when a token has one state per pass.
 
 Shapes: B batch, T tokens, D width.
 """
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def mixture(states: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """States ``[B, T, D]`` summed with weights ``[B, T]``.
+    """Weighted sum of states ``[B, T, D]`` with weights ``[B, T]``.
 
     Example:
         >>> import torch

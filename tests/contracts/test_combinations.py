@@ -1,0 +1,245 @@
+"""The contract of combinations: every thinking or chunk method with every KV-cache method, and with every head.
+
+At a budget that nothing exceeds, a compressed cache equals the method's own cache: read in pieces, in a padded batch, after
+rollback and with beams. At a small budget bytes fall, and every sequence gets what it gets alone. Pairs that cannot be
+combined are refused, with the reason.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from helpers.architectures import BACKBONES, ids
+
+from pondera import UserError
+from pondera.core import spec
+from pondera.evaluation.cost_report import cost_report
+from pondera.models.adaptive_lm import AdaptiveLM
+from pondera.models.config import IMPOSSIBLE, AdaptiveConfig
+
+FAST = "codes=4, vectors=64, fitting='kmeans', branches=1"
+METHODS = {
+    "PonderLM2": {"think": "PonderLM2(thoughts=1)"},
+    "PauseToken": {"think": "PauseToken(pauses=1)"},
+    "AdaptiveLatentCoT": {"think": "AdaptiveLatentCoT(steps=2, halting='random')"},
+    "ThinkAtHard": {"think": "ThinkAtHard(steps=1, threshold=0.5)"},
+    "PonderLM": {"think": "PonderLM(steps=2)"},
+    "AdaPonderLM": {"think": "AdaPonderLM(steps=2, halting='random')"},
+    "UniversalTransformer": {"think": "UniversalTransformer(steps=2, halting='random')"},
+    "PonderLM3": {"think": "PonderLM3(thoughts=2)"},
+    "ConceptLM": {"chunk": "ConceptLM(chunk=3, codes=8, segments=4)"},
+}
+EXACT = {
+    "PreallocatedCache": "PreallocatedCache()",
+    "StreamingLLM": "StreamingLLM(200)",
+    "H2O": "H2O(200)",
+    "SnapKV": "SnapKV(200, window=4)",
+    "A2SF": "A2SF(200)",
+    "Keyformer": "Keyformer(200)",
+    "TreeKV": "TreeKV(200)",
+    "TokenSelect": "TokenSelect(200)",
+    "AdaKV": "AdaKV(SnapKV(200, window=4))",
+    "RefreshKV": "RefreshKV(200)",
+    "DapQ": "DapQ(SnapKV(200, window=4))",
+    "RandomEviction": "RandomEviction(200)",
+    "KIVI": "KIVI(8, window=200)",
+    "VQKV": f"VQKV(2, window=200, {FAST})",
+}
+TIGHT = {
+    "StreamingLLM": "StreamingLLM(10, sinks=2)",
+    "H2O": "H2O(10)",
+    "SnapKV": "SnapKV(10, window=3, kernel=3)",
+    "TreeKV": "TreeKV(10, sinks=1, recent=2)",
+    "RandomEviction": "RandomEviction(10, sinks=1)",
+    "KIVI": "KIVI(2, group=4, window=4, sinks=1)",
+    "VQKV": f"VQKV(2, window=5, sinks=1, flush_size=2, {FAST})",
+}
+REFUSED = {"FastKV": "FastKV(SnapKV(8, window=4))", "LazyLLM": "LazyLLM()"}
+PIECES = (5, 4, 1, 1, 2)
+
+
+@pytest.fixture(autouse=True)
+def no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def build(method: str, kv_cache: str | None = None, backbone: str = "llama", **more: Any) -> AdaptiveLM:
+    torch.manual_seed(0)
+    config = AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), kv_cache=kv_cache, **METHODS[method], **more)
+    model = AdaptiveLM(config).eval()
+    if model.kv_cache is not None and not model.kv_cache.fitted:
+        model.kv_cache.fit(model, [ids(4, 40)])  # type: ignore[arg-type]
+    return model
+
+
+def own(model: AdaptiveLM) -> AdaptiveLM:
+    """The same model, whose cache keeps everything as the method keeps it."""
+    twin = copy.copy(model)
+    twin.__dict__ = {**model.__dict__, "_modules": {**model._modules, "kv_cache": None}}
+    return twin
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    x_BT = ids(2, 13, seed=3)
+    mask_BT = torch.ones_like(x_BT)
+    mask_BT[0, :3] = 0
+    return x_BT, mask_BT
+
+
+def read(model: AdaptiveLM, x_BT: torch.Tensor, mask_BT: torch.Tensor | None = None, cache: Any = None) -> torch.Tensor:
+    cache, seen, found = model.new_cache() if cache is None else cache, 0, []
+    for piece in x_BT.split(PIECES, 1):
+        seen += piece.shape[1]
+        mask = None if mask_BT is None else mask_BT[:, :seen]
+        found.append(model(piece, attention_mask=mask, past_key_values=cache).logits)
+    return torch.cat(found, 1)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
+
+
+def test_every_method_is_combined():
+    known = spec.index()
+    assert METHODS.keys() == {name for name, each in known.items() if each.seam in ("think", "chunk")}
+    assert EXACT.keys() | REFUSED.keys() == {name for name, each in known.items() if each.seam == "kv_cache"}
+
+
+@pytest.mark.parametrize("kv_cache", EXACT)
+@pytest.mark.parametrize("method", METHODS)
+def test_at_full_budget_nothing_changes(method: str, kv_cache: str):
+    model = build(method, EXACT[kv_cache])
+    x_BT, mask_BT = batch()
+    close(read(model, x_BT, mask_BT)[mask_BT.bool()], read(own(model), x_BT, mask_BT)[mask_BT.bool()])
+
+
+@pytest.mark.parametrize("backbone", ["mistral", "qwen3", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "UniversalTransformer", "PonderLM3"])
+def test_at_full_budget_nothing_changes_on_other_backbones(method: str, backbone: str):
+    if backbone == "mistral":
+        with pytest.raises(UserError, match="there is nothing to compress"):
+            build(method, "H2O(200)", backbone).new_cache()
+        return
+    model = build(method, "H2O(200)", backbone)
+    x_BT, mask_BT = batch()
+    close(read(model, x_BT, mask_BT)[mask_BT.bool()], read(own(model), x_BT, mask_BT)[mask_BT.bool()])
+
+
+@pytest.mark.parametrize("kv_cache", TIGHT)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sequence_of_a_padded_batch_gets_what_it_gets_alone(method: str, kv_cache: str):
+    model = build(method, TIGHT[kv_cache])
+    x_BT, mask_BT = batch()
+    together = read(model, x_BT, mask_BT)
+    for row in range(2):
+        real_T = mask_BT[row].bool()
+        cache, seen, alone = model.new_cache(), 0, []
+        for piece, keep in zip(x_BT[row : row + 1].split(PIECES, 1), real_T.split(PIECES), strict=True):
+            part = piece[:, keep]
+            seen += part.shape[1]
+            if part.shape[1]:
+                alone.append(model(part, past_key_values=cache).logits)
+        close(together[row, real_T], torch.cat(alone, 1)[0])
+
+
+@pytest.mark.parametrize("kv_cache", TIGHT)
+@pytest.mark.parametrize("method", METHODS)
+def test_bytes_fall_and_are_priced(method: str, kv_cache: str):
+    model = build(method, TIGHT[kv_cache])
+    x_BT, caches = ids(1, 90), []
+    for each in (model, own(model)):
+        caches.append(each.new_cache())
+        each(x_BT[:, :80], past_key_values=caches[-1])
+        for token in x_BT[:, 80:].split(1, 1):
+            each(token, past_key_values=caches[-1])
+    small, large = (cache.nbytes() for cache in caches)
+    assert small < 0.75 * large and caches[0].get_seq_length() == 90
+    costs = [cost_report(each, 90)["kv_bytes_per_token"] for each in (model, own(model))]
+    assert costs[0] < 0.75 * costs[1]
+
+
+@pytest.mark.parametrize("kv_cache", ["H2O", "SnapKV", "TreeKV", "KIVI", "VQKV"])
+@pytest.mark.parametrize("method", METHODS)
+def test_drafts_that_are_rolled_back_leave_no_trace(method: str, kv_cache: str):
+    model, x_BT = build(method, TIGHT[kv_cache]), ids(1, 20)
+    plain, drafted = model.new_cache(), model.new_cache()
+    model(x_BT[:, :12], past_key_values=plain)
+    model(x_BT[:, :12], past_key_values=drafted)
+    drafted.activate_past_recording()
+    model(ids(1, 4, seed=9), past_key_values=drafted)
+    drafted.crop(-4)
+    close(model(x_BT[:, 12:13], past_key_values=drafted).logits, model(x_BT[:, 12:13], past_key_values=plain).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_part_of_the_drafts_stays(method: str):
+    model, x_BT = build(method, "H2O(200)"), ids(1, 16)
+    cache = model.new_cache()
+    model(x_BT[:, :9], past_key_values=cache)
+    cache.activate_past_recording()
+    model(x_BT[:, 9:14], past_key_values=cache)
+    cache.crop(-3)
+    plain = model.new_cache()
+    model(x_BT[:, :9], past_key_values=plain)
+    model(x_BT[:, 9:11], past_key_values=plain)
+    close(model(x_BT[:, 14:15], past_key_values=cache).logits, model(x_BT[:, 14:15], past_key_values=plain).logits)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_beams_and_sampling(method: str):
+    model = build(method, "H2O(200)")
+    x_BT, mask_BT = batch()
+    given: dict[str, Any] = dict(attention_mask=mask_BT, max_new_tokens=6, pad_token_id=0, eos_token_id=None)
+    expected = own(model).generate(x_BT, num_beams=3, do_sample=False, **given)
+    assert torch.equal(model.generate(x_BT, num_beams=3, do_sample=False, **given), expected)
+    assert model.generate(x_BT, do_sample=True, num_return_sequences=2, **given).shape == (4, 19)
+
+
+@pytest.mark.parametrize("kv_cache", TIGHT)
+@pytest.mark.parametrize("method", METHODS)
+def test_generation_at_a_small_budget_runs_in_a_batch(method: str, kv_cache: str):
+    model = build(method, TIGHT[kv_cache])
+    x_BT, mask_BT = batch()
+    found = model.generate(
+        x_BT, attention_mask=mask_BT, max_new_tokens=8, do_sample=False, pad_token_id=0, eos_token_id=None
+    )
+    assert found.shape == (2, 21)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_combine(method: str):
+    model = build(method, "H2O(200)", head="VQLogits(codes=16, bias=False)")
+    x_BT, mask_BT = batch()
+    close(read(model, x_BT, mask_BT)[mask_BT.bool()], read(own(model), x_BT, mask_BT)[mask_BT.bool()])
+
+
+@pytest.mark.parametrize("kv_cache", REFUSED)
+def test_methods_that_drop_hidden_states_are_refused(kv_cache: str):
+    with pytest.raises(UserError, match="drops tokens from the hidden states"):
+        build("UniversalTransformer", REFUSED[kv_cache]).new_cache()
+
+
+@pytest.mark.parametrize("pair", IMPOSSIBLE)
+def test_pairs_that_cannot_be_combined_say_why(pair: tuple[str, str]):
+    chosen = {
+        "think": "PonderLM2(thoughts=1)",
+        "chunk": "ConceptLM()",
+        "memory": "ElasticMemory()",
+        "kv_cache": "H2O(8)",
+    }
+    with pytest.raises(UserError, match="cannot be combined: .*leave one of them out"):
+        AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), **{seam: chosen[seam] for seam in pair})
+
+
+@pytest.mark.parametrize("method", ["PonderLM2", "UniversalTransformer", "ConceptLM"])
+def test_a_compressed_model_is_saved_and_loaded(method: str, tmp_path):
+    model, x_BT = build(method, TIGHT["VQKV"]), ids(1, 30)
+    model.save_pretrained(tmp_path)
+    again = AdaptiveLM.from_pretrained(tmp_path).eval()
+    assert again.config.kv_cache == model.config.kv_cache
+    close(read(again, x_BT[:, :13]), read(model, x_BT[:, :13]))
