@@ -1,5 +1,11 @@
 """Pondera: language models that weigh every token.
 
+Every method, quantizer, head and probe can be imported from here, beside the names below::
+
+    from pondera import AdaptiveConfig, AdaptiveLM, H2O, PonderLM2, load
+
+    model, tokenizer = load("path/to/model", kv_cache="H2O(0.25)")
+
 Names load on first use, so that ``import pondera`` and the command line answer at once. Using `AdaptiveLM` or
 `AdaptiveConfig` registers both with transformers: from then on ``AutoConfig`` and ``AutoModelForCausalLM`` know
 ``model_type: pondera``. ``import pondera`` alone does not, as that would load torch and transformers.
@@ -7,24 +13,22 @@ Names load on first use, so that ``import pondera`` and the command line answer 
 
 from __future__ import annotations
 
-import importlib
-from typing import Any
+from pondera.core.lazy_names import lazy_names
 
 __version__ = "0.1.0"
 
-_HOMES = {
-    "AdaptiveConfig": "pondera.models.config",
-    "AdaptiveLM": "pondera.models.adaptive_lm",
-    "Backbone": "pondera.models.backbone",
-    "TokenCache": "pondera.cache.token_cache",
-    "Think": "pondera.methods.think.base",
-    "MethodOutput": "pondera.models.method",
-    "UserError": "pondera.core.errors",
-}
-__all__ = [*_HOMES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
-
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'pondera' has no attribute {name!r}; it offers {', '.join(__all__)}")
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    None,
+    {
+        "AdaptiveConfig": "pondera.models.config",
+        "AdaptiveLM": "pondera.models.adaptive_lm",
+        "Backbone": "pondera.models.backbone",
+        "MethodOutput": "pondera.models.method",
+        "Think": "pondera.methods.think.base",
+        "TokenCache": "pondera.cache.token_cache",
+        "UserError": "pondera.core.errors",
+        "compress": "pondera.evaluation.compress",
+        "load": "pondera.inference.open_model",
+    },
+)

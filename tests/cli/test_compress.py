@@ -12,7 +12,7 @@ from helpers import saved_models
 
 from pondera.cli.main import main
 from pondera.core import spec
-from pondera.evaluation.kv_sweep import FITTED, SWEEP, compress
+from pondera.evaluation.kv_sweep import FITTED, SWEEP, sweep
 from pondera.evaluation.windows import HeldOutWindows, held_out
 from pondera.inference.load import load
 from pondera.models.adaptive_lm import AdaptiveLM
@@ -85,7 +85,7 @@ def test_a_sweep_leaves_out_what_a_model_cannot_have(said, model: Path, text: Pa
 def test_a_full_cache_scores_what_the_model_scores(model: Path, text: Path):
     loaded = load(model)
     windows = held_out(loaded, {"data.text": str(text)}, 3)
-    (full,), _ = compress(loaded, ["PreallocatedCache()"], windows)
+    (full,), _ = sweep(loaded, ["PreallocatedCache()"], windows)
     ids_NT = windows.ids_NT
     with torch.no_grad():
         logits_NTV = loaded.model(ids_NT[:, :-1]).logits[:, windows.prompt :].double()
@@ -124,15 +124,15 @@ def test_recall_counts_what_comes_back(model: Path, text: Path, monkeypatch: pyt
 
     monkeypatch.setattr(type(loaded.model), "__call__", copies)
     made = HeldOutWindows(ids_NT, windows.num_bytes, windows.prompt, asked_NT, windows.asked)
-    assert compress(loaded, ["PreallocatedCache()"], made)[0][0].recall == 1.0
+    assert sweep(loaded, ["PreallocatedCache()"], made)[0][0].recall == 1.0
     backwards_NT = torch.cat([ids_NT[:, :-1], ids_NT[:, 5 : 5 + windows.asked].flip(1)], dim=1)
     wrong = HeldOutWindows(ids_NT, windows.num_bytes, windows.prompt, backwards_NT, windows.asked)
-    assert compress(loaded, ["PreallocatedCache()"], wrong)[0][0].recall == 0.0
+    assert sweep(loaded, ["PreallocatedCache()"], wrong)[0][0].recall == 0.0
 
 
-@pytest.mark.parametrize("sweep", SWEEP + FITTED)
-def test_the_sweep_can_be_built(sweep: str):
-    assert spec.format(spec.parse(sweep)) == sweep and spec.build(sweep, "kv_cache")
+@pytest.mark.parametrize("text", SWEEP + FITTED)
+def test_the_sweep_can_be_built(text: str):
+    assert spec.format(spec.parse(text)) == text and spec.build(text, "kv_cache")
 
 
 @pytest.mark.parametrize(

@@ -226,9 +226,7 @@ def test_methods_as_json(said):
 
 def test_methods_of_ones_own(said, tmp_path, monkeypatch):
     (tmp_path / "think").mkdir()
-    (tmp_path / "think" / "my_idea.py").write_text(
-        'import missing\nclass MyIdea:\n    """Thinks."""\n    price = "2"\n'
-    )
+    (tmp_path / "think" / "my_idea.py").write_text('import missing\nclass MyIdea:\n    """Thinks."""\n    cost = "2"\n')
     monkeypatch.setenv("PONDERA_METHODS", str(tmp_path))
     assert "MyIdea: Thinks." in said("methods")[1]
     assert "think: MyIdea()" in said("methods", "MyIdea")[1]

@@ -1,7 +1,7 @@
-"""The contract of `segment/`: every method file that the index finds must pass, on every backbone it fits.
+"""The contract of `chunk/`: every method file that the index finds must pass, on every backbone it fits.
 
 Cached = uncached, padded = alone, in pieces = whole, no future leak, saved = loaded, generate in all its modes,
-price = what runs.
+cost = what runs.
 """
 
 from __future__ import annotations
@@ -12,23 +12,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
+from helpers.declared import form, forms
 from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
-from pondera.core import spec
 from pondera.core.effort import Effort
 from pondera.cost.measure import live_cache_bytes, measured_flops
 from pondera.cost.model import CostModel
 from pondera.cost.schedule import CostSchedule
 from pondera.evaluation.cost_report import cost_report
 
-# How a method is built, in every form that runs differently.
-FORMS = {
-    "ConceptLM": "ConceptLM(chunk=3, codes=8, segments=4)",
-    "ConceptLM-softmax": "ConceptLM(chunk=4, codes=8, segments=2, encoder_layers=2, concept_layers=2, merge='softmax')",
-    "ConceptLM-hard": "ConceptLM(chunk=2, codes=8, segments=2, merge='hard', pooling='last')",
-    "ConceptLM-levels": "ConceptLM(chunk=1, quantizer=Residual(VQ(8), levels=2))",
-}
+FORMS = forms("chunk")
 METHODS = sorted(FORMS)
 MAPPED = [backbone for backbone in BACKBONES if backbone not in LINEAR]
 # A form of a method differs from the others in ways that backbones know nothing of.
@@ -54,7 +48,7 @@ def build(segment: str | None, backbone: str = "llama", **config) -> AdaptiveLM:
 
 
 def made(method: str, backbone: str = "llama") -> AdaptiveLM:
-    return build(FORMS[method], backbone)
+    return build(form(FORMS, method, "exact"), backbone)
 
 
 @pytest.fixture(autouse=True)
@@ -72,9 +66,9 @@ def in_pieces(model: AdaptiveLM, x: torch.Tensor, sizes: list[int], **options) -
     return torch.cat([model(piece, past_key_values=cache, **options).logits for piece in x.split(sizes, dim=1)], 1)
 
 
-def test_every_method_is_tested():
-    found = {method.name for method in spec.index().values() if method.seam == "chunk"}
-    assert {method.partition("-")[0] for method in METHODS} == found, "a new method needs its forms above"
+@pytest.mark.parametrize("method", METHODS)
+def test_it_declares_how_it_is_tested(method: str):
+    assert "exact" in FORMS[method], f'{method}: add the class attribute examples = {{"exact": "{method}(...)"}}'
 
 
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)

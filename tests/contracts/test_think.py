@@ -1,7 +1,7 @@
 """The contract of `think/`: every method file that the index finds must pass, on every backbone it fits.
 
 Cached = uncached, padded = alone, chunked = whole, no future leak, saved = loaded, generate in all its modes,
-price = what runs.
+cost = what runs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
+from helpers.declared import form, forms
 from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
@@ -20,67 +21,9 @@ from pondera.cost.measure import live_cache_bytes, measured_flops
 from pondera.cost.model import CostModel
 from pondera.cost.schedule import CostSchedule
 
-
-def name(case: str) -> str:
-    """The method of a case: what stands before a dash, which names the form."""
-    return case.partition("-")[0]
-
-
-# How a method is built so that what it computes is exact, in every form that runs differently, and to do nothing.
-EXACT = {
-    "PonderLM2": "PonderLM2(thoughts=2, eval_rounds='exact', train_rounds=(2, 2))",
-    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2)",
-    "AdaptiveLatentCoT-router": "AdaptiveLatentCoT(steps=2, halting='router')",
-    "AdaptiveLatentCoT-random": "AdaptiveLatentCoT(steps=2, halting='random')",
-    "PauseToken": "PauseToken(pauses=2)",
-    "PonderLM": "PonderLM(steps=2, top_k=None)",
-    "PonderLM-top": "PonderLM(steps=2, top_k=48, start='steps')",
-    "AdaPonderLM": "AdaPonderLM(steps=3, top_k=9, threshold=0.3)",
-    "AdaPonderLM-random": "AdaPonderLM(steps=2, top_k=None, halting='random')",
-    "AdaPonderLM-dense": "AdaPonderLM(steps=2, top_k=None, threshold=0.3, halted='dense')",
-    "ThinkAtHard": "ThinkAtHard(steps=2, threshold=0.5, top_k=8)",
-    "UniversalTransformer": "UniversalTransformer(steps=2, epsilon=0.3)",
-    "UniversalTransformer-fixed": "UniversalTransformer(steps=2, halting='fixed')",
-    "PonderLM3": "PonderLM3(thoughts=2, threshold=0.1, train_rounds=(2, 2), eval_rounds='exact')",
-    "PonderLM3-random": "PonderLM3(thoughts=2, halting='random', train_rounds=(2, 2), eval_rounds='exact')",
-}
-NOTHING = {
-    "PonderLM2": "PonderLM2(thoughts=0)",
-    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=0)",
-    "AdaptiveLatentCoT-router": "AdaptiveLatentCoT(steps=0, halting='router')",
-    "AdaptiveLatentCoT-random": "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.0)",
-    "PauseToken": "PauseToken(pauses=0)",
-    "PonderLM": "PonderLM(steps=0)",
-    "PonderLM-top": "PonderLM(steps=0, start='steps')",
-    "AdaPonderLM": "AdaPonderLM(steps=0)",
-    "AdaPonderLM-random": "AdaPonderLM(steps=2, halting='random', continue_prob=0.0)",
-    "AdaPonderLM-dense": "AdaPonderLM(steps=0, halted='dense')",
-    "ThinkAtHard": "ThinkAtHard(steps=0)",
-    "UniversalTransformer": "UniversalTransformer(steps=0)",
-    "UniversalTransformer-fixed": "UniversalTransformer(steps=0, halting='fixed')",
-    "PonderLM3": "PonderLM3(thoughts=0)",
-    "PonderLM3-random": "PonderLM3(thoughts=2, halting='random', continue_prob=0.0)",
-}
-METHODS = sorted(EXACT)
-# cannot run on linear-attention layers
-NEEDS_STORAGE_ORDER_OFF = {
-    "AdaptiveLatentCoT",
-    "ThinkAtHard",
-    "UniversalTransformer",
-    "PonderLM",
-    "AdaPonderLM",
-    "PonderLM3",
-}
-MISFITS = {(case, backbone) for case in METHODS for backbone in LINEAR if name(case) in NEEDS_STORAGE_ORDER_OFF}
-PAIRS = [(method, backbone) for method in METHODS for backbone in BACKBONES if (method, backbone) not in MISFITS]
-FEW = [(method, backbone) for method in METHODS for backbone in ("llama", "gemma3", "gpt2")]
+FORMS = forms("think")
+METHODS = sorted(FORMS)
 OTHERS = ["mistral", "qwen3", "qwen3_mixed", "gpt_neox"]
-TURNS = [(method, OTHERS[turn % len(OTHERS)]) for turn, method in enumerate(METHODS)]
-# What is a product of two parts, or costs most to look at: the methods' calls are the same on all backbones, whose prices
-# are tested by themselves (tests/ground/test_cost.py), as are their packed rows (tests/model/test_rows.py). So each method
-# meets the plainest backbone, the one with most peculiarities, the one that shares least with either, the linear layers that
-# it fits, and one more, in turn.
-SOME = [pair for pair in PAIRS if pair in FEW or pair in TURNS or pair[1] in LINEAR]
 
 
 @copies
@@ -99,10 +42,30 @@ def build(think: str | None, backbone: str = "llama", seed: int = 0, **config) -
 
 
 def exact(method: str, backbone: str = "llama") -> AdaptiveLM:
-    return build(EXACT[method], backbone)
+    return build(form(FORMS, method, "exact"), backbone)
 
 
-ADAPTIVE = [method for method in METHODS if build(EXACT[method]).think.adaptive]
+def fits(method: str, backbone: str) -> bool:
+    """Whether a method runs on a backbone: it may refuse linear attention if its slots are not in causal order."""
+    text = FORMS[method].get("exact")
+    if backbone not in LINEAR or text is None or spec.build(text, "think").interleaved:
+        return True
+    try:
+        build(text, backbone)
+    except UserError:
+        return False
+    return True
+
+
+ADAPTIVE = [method for method in METHODS if (text := FORMS[method].get("exact")) and spec.build(text, "think").adaptive]
+MISFITS = [(method, backbone) for method in METHODS for backbone in sorted(LINEAR) if not fits(method, backbone)]
+PAIRS = [(method, backbone) for method in METHODS for backbone in BACKBONES if (method, backbone) not in MISFITS]
+FEW = [(method, backbone) for method in METHODS for backbone in ("llama", "gemma3", "gpt2")]
+TURNS = [(method, OTHERS[turn % len(OTHERS)]) for turn, method in enumerate(METHODS)]
+# What is a product of two parts, or costs most to look at: the methods' calls are the same on all backbones, whose costs
+# are tested by themselves, as are their packed rows. So each method meets the plainest backbone, the one with most
+# peculiarities, the one that shares least with either, the linear layers that it fits, and one more, in turn.
+SOME = [pair for pair in PAIRS if pair in FEW or pair in TURNS or pair[1] in LINEAR]
 
 
 @pytest.fixture(autouse=True)
@@ -120,9 +83,9 @@ def shares(passes_BT: torch.Tensor, most: int) -> list[float]:
     return [float((passes_BT >= number).double().mean()) for number in range(1, most + 1)]
 
 
-def test_every_method_is_tested():
-    found = {method.name for method in spec.index().values() if method.seam == "think"}
-    assert set(map(name, METHODS)) == found and set(EXACT) == set(NOTHING), "a new method needs its forms above"
+@pytest.mark.parametrize("method", METHODS)
+def test_it_declares_how_it_is_tested(method: str):
+    assert "exact" in FORMS[method], f'{method}: add the class attribute examples = {{"exact": "{method}(...)"}}'
 
 
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)
@@ -180,7 +143,7 @@ def test_the_future_does_not_leak(method: str, backbone: str):
 
 @pytest.mark.parametrize(("method", "backbone"), PAIRS)
 def test_doing_nothing_is_the_backbone_bit_for_bit(method: str, backbone: str):
-    plain, nothing = build(None, backbone), build(NOTHING[method], backbone)
+    plain, nothing = build(None, backbone), build(form(FORMS, method, "identity"), backbone)
     nothing.load_state_dict(plain.state_dict(), strict=False)
     assert torch.equal(plain(ids(2, 9)).logits, nothing(ids(2, 9)).logits)
 
@@ -444,9 +407,9 @@ class TestBudget:
             exact(method)(ids(1, 3), **wrong)
 
 
-@pytest.mark.parametrize(("method", "backbone"), sorted(MISFITS))
+@pytest.mark.parametrize(("method", "backbone"), MISFITS)
 def test_misfits_are_refused_by_name(method: str, backbone: str):
-    with pytest.raises(UserError, match=f"{name(method)} does not fit {backbone}"):
+    with pytest.raises(UserError, match=f"{method.partition('-')[0]} does not fit {backbone}"):
         exact(method, backbone)
 
 

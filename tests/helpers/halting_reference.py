@@ -15,10 +15,10 @@ from pondera.methods.think.common.interleave import interleaved_cache
 class Halting(Think):
     """Feeds the state back once, except at every third token, which halts after its first pass."""
 
-    paper, price = "none: for tests", "5/3 passes"
+    paper, cost = "none: for tests", "5/3 passes"
 
-    def new_cache(self, backbone):
-        return interleaved_cache(backbone, 1)
+    def new_cache(self, backbone, kv_cache=None):
+        return interleaved_cache(backbone, 1, kv_cache)
 
     def forward(self, backbone, h_BTD, position_ids, cache=None, mask=None, *others):
         first_BTD = backbone.step(h_BTD, None, mask, position_ids)

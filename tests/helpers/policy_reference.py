@@ -37,7 +37,7 @@ def model(layers: int = 2, family: str = "llama", larger: float = 2) -> Any:
 class Watch(Policy):
     """Forgets nothing and notes what it is shown: the weights that a policy sees at the first call of each layer."""
 
-    paper = price = "a test's"
+    paper = cost = "a test's"
     observation_window = ALL
 
     def __init__(self) -> None:

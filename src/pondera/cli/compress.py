@@ -70,8 +70,6 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Measures the methods, prints the table, and writes the plots and the model if requested."""
-    for text in [*args.kv_cache, *([args.keep] if args.keep else [])]:
-        spec.find(spec.parse(text).name, "kv_cache")
     if args.keep and args.out is None:
         raise UserError("--keep selects the method that --out saves; give --out FOLDER, too")
     if args.out is not None and args.out.exists():
@@ -84,30 +82,35 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compress(args: argparse.Namespace) -> dict[str, Any]:
-    from pondera.evaluation.kv_sweep import as_json, compress, elbow, save
-    from pondera.evaluation.windows import calibration, held_out
-    from pondera.inference.load import load
+    from pondera.evaluation.compress import compress
+    from pondera.evaluation.kv_sweep import as_json
+    from pondera.evaluation.perplexity import given_settings
 
-    loaded = load(args.path)
-    windows = held_out(loaded, args.overrides, args.windows)
-    samples = calibration(loaded, args.calibrate, args.calibrate_tokens, windows.ids_NT.shape[1] - 1)
-    wanted = [*args.kv_cache, *([args.keep] if args.keep else [])]
-    rows, memories = compress(loaded, wanted, windows, samples, lambda line: print(line, file=sys.stderr, flush=True))
-    chosen = elbow(rows)
-    found = {"name": loaded.name, "elbow": chosen.method, "rows": as_json(rows)}
+    done = compress(
+        args.path,
+        args.kv_cache,
+        windows=args.windows,
+        calibrate=args.calibrate,
+        calibrate_tokens=args.calibrate_tokens,
+        out=args.out,
+        keep=args.keep,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        **given_settings(args.overrides),
+    )
+    rows, chosen = done.rows, done.elbow
+    found = {"name": done.name, "elbow": chosen.method, "rows": as_json(rows)}
     if not args.json:
-        context = windows.ids_NT.shape[1] - 1
-        print_table(list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"KV cache of {context} tokens")
+        print_table(
+            list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"KV cache of {done.context} tokens"
+        )
         print(
             f"elbow: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes of the full cache, "
             f"{chosen.bits_per_byte - rows[0].bits_per_byte:+.4f} bits per byte"
         )
     if args.plot is not None:
-        _draw(args.plot, loaded.name, rows, chosen)
+        _draw(args.plot, done.name, rows, chosen)
     if args.out is not None:
-        text = spec.format(spec.parse(args.keep)) if args.keep else chosen.method
-        save(loaded, memories[text], text, args.out)
-        print(f"saved with {text}: pondera generate {args.out} --prompt ...", file=sys.stderr)
+        print(f"saved with {done.written}: pondera generate {args.out} --prompt ...", file=sys.stderr)
     return found
 
 

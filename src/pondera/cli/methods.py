@@ -67,13 +67,13 @@ def _entry(method: MethodInfo) -> str:
     rows = (
         ("write", f"{method.seam}: {method.signature}"),
         ("paper", method.paper),
-        ("cost", method.price),
+        ("cost", method.cost),
         *results,
     )
     return "\n".join([f"{method.name}: {method.summary}", *(f"  {name:12}{text}" for name, text in rows if text)])
 
 
 def _plain(method: MethodInfo) -> dict[str, Any]:
-    keys = ("name", "seam", "signature", "summary", "paper", "price")
+    keys = ("name", "seam", "signature", "summary", "paper", "cost")
     card = card_of(method)
     return {key: getattr(method, key) for key in keys} | {"file": str(method.file), "results": card and asdict(card)}

@@ -20,13 +20,9 @@ from typing import Any
 import yaml
 
 from pondera.core.errors import UserError, unknown
+from pondera.core.seams import SeamSettings, option
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-
-
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its one-sentence help."""
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -78,8 +74,8 @@ class TrainConfig:
 
 
 @dataclass
-class RunConfig:
-    """All settings of a run."""
+class StartSettings:
+    """The name of a run, and the backbone that it starts from."""
 
     name: str = option("run", "name of the run in tables")
     about: str = option("", "one sentence that describes the recipe")
@@ -89,11 +85,12 @@ class RunConfig:
     init: str = option(
         "hf", "'hf': the architecture's own initialisation; 'scaled': std sqrt(2/5D), embeddings scaled to unit RMS"
     )
-    think: str | None = option(None, "how much to compute, e.g. PonderLM2(thoughts=1)")
-    kv_cache: str | None = option(None, "how much of the KV cache to keep, without training, e.g. SnapKV(1024)")
-    memory: str | None = option(None, "a trained recurrent memory, e.g. ElasticMemory(block=64)")
-    chunk: str | None = option(None, "how many tokens to predict at once, e.g. ConceptLM(chunk=4)")
-    head: str | None = option(None, "the output head, e.g. VQLogits(codes=512)")
+
+
+@dataclass
+class RunConfig(SeamSettings, StartSettings):
+    """All settings of a run."""
+
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

@@ -36,10 +36,8 @@ from typing import Any, NoReturn
 
 from pondera.core.errors import UserError, unknown
 from pondera.core.run_config import typed
+from pondera.core.seams import PARTS, PROBES, SEAMS
 
-SEAMS = ("think", "kv_cache", "memory", "chunk", "head")  # parts of a model: each is a setting of a run
-PARTS = ("quantize",)  # arguments of other methods
-PROBES = ("probe",)
 PACKAGE = Path(__file__).parent.parent / "methods"
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -68,8 +66,9 @@ class MethodInfo:
         file: path of the file.
         module: module name for the import.
         summary: first line of the class docstring.
-        paper, price: the class attributes of these names; empty if absent.
+        paper, cost: the class attributes of these names; empty if absent.
         signature: constructor signature, e.g. ``PonderLM2(thoughts: int = 1)``.
+        examples: the class attribute of this name: spec strings that the contract tests build, by name.
     """
 
     name: str
@@ -78,8 +77,9 @@ class MethodInfo:
     module: str
     summary: str
     paper: str
-    price: str
+    cost: str
     signature: str
+    examples: dict[str, str]
 
 
 def parse(text: str) -> Spec:
@@ -189,7 +189,7 @@ def build(spec: str | Spec, seam: str) -> Any:
 
 def _construct(spec: Spec, seam: str | None) -> Any:
     method = find(spec.name, seam)
-    cls = getattr(_import(method), method.name)
+    cls = load_class(method)
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     named = [item for item in inspect.signature(cls).parameters.values() if item.kind not in variadic]
     for key in spec.kwargs:
@@ -221,6 +221,11 @@ def _built(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _built(item) for key, item in value.items()}
     return value
+
+
+def load_class(method: MethodInfo) -> type:
+    """The class that a file of the index holds; imports the file."""
+    return getattr(_import(method), method.name)
 
 
 def _import(method: MethodInfo) -> Any:
@@ -276,9 +281,29 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
         module=module,
         summary=(ast.get_docstring(cls) or "").partition("\n")[0],
         paper=texts.get("paper", ""),
-        price=texts.get("price", ""),
+        cost=texts.get("cost", ""),
         signature=f"{cls.name}({', '.join(_parameters(cls))})",
+        examples=_examples(cls, file),
     )
+
+
+def _examples(cls: ast.ClassDef, file: Path) -> dict[str, str]:
+    """The class attribute `examples`, which is a literal."""
+    for node in cls.body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if isinstance(node, (ast.Assign, ast.AnnAssign)) and "examples" in map(_name, targets) and node.value:
+            try:
+                found = ast.literal_eval(node.value)
+            except ValueError:
+                found = None
+            if not isinstance(found, dict) or not all(isinstance(text, str) for pair in found.items() for text in pair):
+                raise UserError(f'{file}: examples: write text by name, such as {{"exact": "{cls.name}()"}}')
+            return found
+    return {}
+
+
+def _name(target: ast.AST | None) -> str:
+    return target.id if isinstance(target, ast.Name) else ""
 
 
 def _texts(cls: ast.ClassDef) -> dict[str, str]:

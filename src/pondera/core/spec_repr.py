@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
-from typing import Any
+from typing import Any, Self
 
 
 class SpecRepr:
@@ -19,20 +18,16 @@ class SpecRepr:
 
     _given: dict[str, Any]
 
-    def __init_subclass__(cls, **options: Any) -> None:
-        super().__init_subclass__(**options)
-        construct = cls.__init__
-
-        @functools.wraps(construct)
-        def noting(self: Any, *args: Any, **kwargs: Any) -> None:
-            if "_given" not in vars(self):  # recorded by the class itself, not by a base class
-                given = inspect.signature(construct).bind(self, *args, **kwargs).arguments
-                # Detached, because a tensor with a graph cannot be copied.
-                plain = {name: value.detach() if _tensor(value) else value for name, value in given.items()}
-                object.__setattr__(self, "_given", {name: plain[name] for name in plain if name != "self"})
-            construct(self, *args, **kwargs)
-
-        cls.__init__ = noting
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        made = super().__new__(cls)
+        try:  # copying calls this without arguments, and then sets `_given` with all other attributes
+            given = inspect.signature(cls.__init__).bind_partial(made, *args, **kwargs).arguments
+        except TypeError:  # `__init__` is about to say what is wrong
+            given = {}
+        # A tensor without its graph, which could not be copied when an object is built from its description.
+        plain = {name: value.detach() if _tensor(value) else value for name, value in list(given.items())[1:]}
+        object.__setattr__(made, "_given", plain)
+        return made
 
     def __repr__(self) -> str:
         """The spec string: arguments that differ from their defaults."""

@@ -66,7 +66,7 @@ class SweepRow:
     table_bytes: int = 0
 
 
-def compress(
+def sweep(
     loaded: Loaded,
     memories: Sequence[str],
     windows: HeldOutWindows,
@@ -145,7 +145,7 @@ def _build(model: AdaptiveLM, text: str, has_calibration: bool) -> KVCacheMethod
         if model.think is not None:
             method.check_passes()
     elif not has_calibration:
-        raise UserError(f"{text} needs calibration text: give it with --calibrate TEXT")
+        raise UserError(f"{text} needs calibration text: give it with --calibrate TEXT (in Python: calibrate=TEXT)")
     return method
 
 
@@ -251,7 +251,7 @@ def save(loaded: Loaded, method: KVCacheMethod, text: str, out: Path) -> Path:
         out: the folder; it must be new or empty.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: this path exists already and is not an empty folder; give another folder")
+        raise UserError(f"{out}: this path exists already and is not an empty folder; give another folder")
     model = loaded.model
     model.config.kv_cache, model.kv_cache = text, method
     model.save_pretrained(out)

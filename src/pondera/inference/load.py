@@ -55,6 +55,7 @@ def load(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    think: str | None = None,
 ) -> Loaded:
     """Loads a model and its tokenizer.
 
@@ -69,6 +70,8 @@ def load(
         tokenizer: a folder or hub name of another tokenizer; default: `None`, the one of the model.
         revision: branch, tag or commit of a hub model and of its tokenizer; default: `None`, ``"main"``.
         trust_remote_code: execute Python code of the checkpoint. Use this only for code that you have read.
+        think: a think method to build on the checkpoint. Its new parameters are untrained; from the method of another Pondera
+            model it takes the parameters that both have.
 
     A tokenizer can have more tokens than the model has embeddings. A text with such a token raises when it is encoded.
 
@@ -91,11 +94,18 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", str(dtype), DTYPES)
     remote: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    lm = _weights(source, str(path), {**remote, "dtype": dtype or "auto"})
+    if think is None:
+        lm = _weights(source, str(path), {**remote, "dtype": dtype or "auto"})
+    elif remote == {"revision": "main", "trust_remote_code": False}:
+        lm = _with_think(source, think, dtype)
+    else:
+        raise UserError(
+            "think: cannot be added to a checkpoint that needs revision or trust_remote_code; leave one out"
+        )
     vocabulary = _tokenizer(source, str(path), remote) if tokenizer is None else _other_tokenizer(tokenizer, remote)
     own = lm.config.model_type == "pondera"
     lm.generation_config = storable(lm.generation_config)
-    _set_special_tokens(lm, vocabulary, own)
+    _set_special_tokens(lm, vocabulary, own and (think is None or lm.config._retrofit))
     name = run.config.name if run else source.resolve().name if source.is_dir() else str(path)
     return Loaded(_placed(lm if own else _wrapped(lm), device), vocabulary, name, run, foreign=not own)
 
@@ -202,6 +212,17 @@ def _weights(source: Path, given: str, options: dict[str, Any]) -> Any:
                 f"{given!r}: the weights do not match config.json: {kind} {', '.join(keys[:3])}{more}; "
                 "give a folder whose files belong to one checkpoint"
             )
+    return model
+
+
+def _with_think(source: Path, think: str, dtype: str | None) -> AdaptiveLM:
+    """An `AdaptiveLM` with this think method, on the weights of a checkpoint."""
+    from pondera.models.adaptive_lm import AdaptiveLM
+    from pondera.models.config import AdaptiveConfig
+
+    with _no_bar() if source.is_dir() else hub():
+        model = AdaptiveLM(AdaptiveConfig(backbone=str(source), think=think, dtype=None if dtype == "auto" else dtype))
+    log.warning("think: %s is new on this checkpoint, and what it adds is untrained", think)
     return model
 
 

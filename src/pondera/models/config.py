@@ -9,6 +9,7 @@ from pondera.arch.families import listed
 from pondera.core import spec
 from pondera.core.errors import UserError, unknown
 from pondera.core.hf_config import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, SubConfigSpec, written_by_transformers
+from pondera.core.seams import SeamSettings
 from pondera.core.spec_repr import SpecRepr
 from pondera.core.versions import installed
 from pondera.models.peft_defaults import announce_to_peft
@@ -44,7 +45,7 @@ IMPOSSIBLE = {
 """Pairs of seams that cannot be combined, and why."""
 
 
-class AdaptiveConfig(PreTrainedConfig):
+class AdaptiveConfig(PreTrainedConfig, SeamSettings):
     """Config of an `AdaptiveLM`, saved as ``config.json`` with ``model_type: pondera``.
 
     Args:
@@ -78,11 +79,6 @@ class AdaptiveConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar[dict[str, Any]] = {"backbone": SubConfigSpec(AutoConfig, model_type="llama")}
 
     backbone: dict | PreTrainedConfig | str | None = None
-    think: str | None = None
-    kv_cache: str | None = None
-    memory: str | None = None
-    chunk: str | None = None
-    head: str | None = None
     init: str = "hf"
     embed_scale: float | None = None
 

@@ -60,11 +60,14 @@ class Method(nn.Module, ABC):
     A method is constructed from its spec string, then bound to a backbone. It must be causal, and its results must not depend
     on a cache, padding or batching; the contract tests check every file of its folder.
 
-    The class attributes `paper` and `price` name the source and the cost (``pondera methods`` prints them).
+    The class attributes `paper` and `cost` name the source and the cost (``pondera methods`` prints them).
     """
 
     paper: ClassVar[str]
-    price: ClassVar[str]
+    cost: ClassVar[str]
+    examples: ClassVar[dict[str, str]] = {}
+    """Spec strings by name, for the contract tests. ``"exact"``: what is computed piece by piece equals what is computed at
+    once; ``"identity"`` (optional): the method does nothing. Further forms are named like ``"exact-random"``."""
 
     drops_window_rows: ClassVar[bool] = True
     """The cache drops rows outside of a sliding window; false if it keeps and masks them."""

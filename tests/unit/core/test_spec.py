@@ -29,7 +29,7 @@ class MyIdea:
     And more.
     """
     paper: ClassVar[str] = "A paper, " "arXiv 1234.5678"
-    price = "two passes"
+    cost = "two passes"
     def __init__(self, depth: int, /, rate: float = 0.5, *rest: int, sizes: tuple[int, ...] | None = None,
                  mode: str | int = "fast", inner=None, **more):
         if depth < 0:
@@ -44,7 +44,7 @@ raise_on_import = RAISE
 @dataclass
 class Keeper:
     """Keeps."""
-    price: ClassVar[str] = "not yet known"
+    cost: ClassVar[str] = "not yet known"
     bits: float
     flag: bool = False
     inner: object = None
@@ -192,13 +192,13 @@ def test_index_reads_files_without_importing(methods):
     assert list(found) == ["Hintless", "MyIdea", "Keeper"]
     idea = found["MyIdea"]
     assert (idea.seam, idea.file, idea.summary) == ("think", methods / "think/my_idea.py", "Thinks twice.")
-    assert (idea.paper, idea.price) == ("A paper, arXiv 1234.5678", "two passes")
+    assert (idea.paper, idea.cost) == ("A paper, arXiv 1234.5678", "two passes")
     assert idea.signature == (
         "MyIdea(depth: int, rate: float = 0.5, sizes: tuple[int, ...] | None = None, "
         "mode: str | int = 'fast', inner = None)"
     )
     assert found["Keeper"].signature == "Keeper(bits: float, flag: bool = False, inner: object = None)"
-    assert (found["Keeper"].seam, found["Keeper"].paper, found["Keeper"].price) == ("memory", "", "not yet known")
+    assert (found["Keeper"].seam, found["Keeper"].paper, found["Keeper"].cost) == ("memory", "", "not yet known")
     assert found["Hintless"].summary == ""
     with pytest.raises(ZeroDivisionError):
         spec.build("Keeper(bits=1)", "memory")
@@ -208,7 +208,25 @@ def test_shipped_methods_say_what_they_are(monkeypatch):
     monkeypatch.delenv("PONDERA_METHODS", raising=False)
     for name, method in spec.index().items():
         assert method.module == f"pondera.methods.{method.seam}.{method.file.stem}"
-        assert all((method.summary, method.paper, method.price)), name
+        assert all((method.summary, method.paper, method.cost)), name
+
+
+def test_examples_are_read_without_importing(methods):
+    found = methods / "memory" / "keeper.py"
+    line = '    examples = {"exact": "Keeper(bits=1)"}\n    cost: ClassVar'
+    write(found, KEEPER.replace("RAISE", "1 / 0").replace("    cost: ClassVar", line))
+    assert spec.index()["Keeper"].examples == {"exact": "Keeper(bits=1)"} and spec.index()["MyIdea"].examples == {}
+    write(
+        found,
+        KEEPER.replace("RAISE", "None").replace("    cost: ClassVar", "    examples = made()\n    cost: ClassVar"),
+    )
+    assert "examples: write text by name" in error(spec.index)
+
+
+def test_shipped_examples_are_specs_of_their_methods():
+    for name, method in spec.index(spec.SEAMS + spec.PARTS).items():
+        if method.file.is_relative_to(spec.PACKAGE):
+            assert method.examples and {spec.parse(text).name for text in method.examples.values()} == {name}
 
 
 def test_a_missing_seam_is_empty(tmp_path, monkeypatch):
@@ -327,6 +345,6 @@ def test_indexing_imports_no_heavy_library():
         "print([name for name in ('torch', 'transformers', 'numpy') if name in sys.modules])"
     )
     env = {key: value for key, value in os.environ.items() if key != "PONDERA_METHODS"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(spec.PACKAGE.parent), env.get("PYTHONPATH"))))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(spec.PACKAGE.parent.parent), env.get("PYTHONPATH"))))
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr

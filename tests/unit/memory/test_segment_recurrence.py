@@ -1,7 +1,7 @@
 """What every memory of closed blocks promises, whatever its rows are.
 
 Cached = uncached, padded = alone, documents = alone, in pieces = whole, no future leak, saved = loaded, generate in all its
-modes, tokens taken back, price = what runs.
+modes, tokens taken back, cost = what runs.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from helpers.architectures import BACKBONES, LINEAR, VOCAB, ids, left_padded
+from helpers.declared import forms
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.cost.measure import live_cache_bytes, measured_flops
@@ -20,23 +21,16 @@ from pondera.cost.model import CostModel
 from pondera.cost.schedule import CostSchedule
 from pondera.evaluation.cost_report import cost_report
 
-FORMS = {
-    "elastic": "ElasticMemory(block=4, order=6, samples=3)",
-    "elastic-mems": "ElasticMemory(block=4, order=6, points=[0.2, 0.9], measure='legt', theta=7.0, local_context=6)",
-    "elastic-layers": "ElasticMemory(block=4, order=6, samples=3, layers=[1], local_context=1)",
-    "xl": "TransformerXL(block=4, mems=3)",
-    "knn": "MemorizingTransformer(block=4, memory=10, top_k=3)",
-    "mean": "MeanPool(block=4, samples=3, pool=2, local_context=1)",
-}
+FORMS = {form: declared["exact"] for form, declared in forms("memory").items()}
 FITTING = [backbone for backbone in BACKBONES if backbone not in LINEAR and backbone != "mistral"]
 # A form differs from the others in ways that backbones know little of; carried rows are turned, which they do know.
-PAIRS = [
-    *[("elastic", backbone) for backbone in FITTING],
-    *[("elastic-mems", backbone) for backbone in ("llama", "gemma3")],
-    *[("elastic-layers", backbone) for backbone in ("llama", "gpt_neox")],
-    *[("knn", backbone) for backbone in ("llama", "gpt2", "gemma3")],
-    *[(form, "llama") for form in ("xl", "mean")],
-]
+MANY = {
+    "ElasticMemory": FITTING,
+    "ElasticMemory-mems": ("llama", "gemma3"),
+    "ElasticMemory-layers": ("llama", "gpt_neox"),
+    "MemorizingTransformer": ("llama", "gpt2", "gemma3"),
+}
+PAIRS = [(form, backbone) for form in FORMS for backbone in MANY.get(form, ("llama",))]
 EVERY = [(form, "llama") for form in FORMS]
 
 
@@ -83,7 +77,7 @@ def test_memory_does_something_and_needs_what_it_remembers(form: str, backbone: 
     other = x.clone()
     other[:, 1] = (other[:, 1] + 1) % VOCAB
     gap = (model(x).logits - model(other).logits).abs().amax(-1)
-    if form != "xl":  # in three layers the second token's rows have been read by all that are carried
+    if form != "TransformerXL":  # in three layers the second token's rows have been read by all that are carried
         assert gap[:, 4:].min() > 1e-5
     assert gap[:, 4].min() > 1e-4
     agree(model(x).logits[:, :4], model(x[:, :4]).logits)
@@ -157,7 +151,7 @@ def test_windows_reach_across_borders_as_they_did(backbone: str):
     agree(models[0](x).logits, models[1](x).logits)
 
 
-@pytest.mark.parametrize("form", ["elastic", "elastic-layers", "knn"])
+@pytest.mark.parametrize("form", ["ElasticMemory", "ElasticMemory-layers", "MemorizingTransformer"])
 def test_eager_equals_sdpa(form: str):
     model, x = build(FORMS[form]), ids(2, 11)
     sdpa = model(x).logits

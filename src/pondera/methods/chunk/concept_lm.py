@@ -80,7 +80,13 @@ class ConceptLM(Chunk):
     """
 
     paper: ClassVar[str] = "ConceptLM, arXiv 2602.08984"
-    price: ClassVar[str] = "1 pass per token, and concept layers, heads and KV rows at 1/k of the rate"
+    cost: ClassVar[str] = "1 pass per token, and concept layers, heads and KV rows at 1/k of the rate"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "ConceptLM(chunk=3, codes=8, segments=4)",
+        "exact-softmax": "ConceptLM(chunk=4, codes=8, segments=2, encoder_layers=2, concept_layers=2, merge='softmax')",
+        "exact-hard": "ConceptLM(chunk=2, codes=8, segments=2, merge='hard', pooling='last')",
+        "exact-levels": "ConceptLM(chunk=1, quantizer=Residual(VQ(8), levels=2))",
+    }
 
     def __init__(
         self,

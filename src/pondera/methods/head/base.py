@@ -23,11 +23,13 @@ class Head(SpecRepr, nn.Module, ABC):
     The constructor stores the settings; `bind` creates the weights. The logits of a state must not depend on the rest
     of the batch, and `term` must equal the cross-entropy of these logits.
 
-    The class attribute `paper` gives the source and `price` the cost in plain words (``pondera methods`` prints both).
+    The class attribute `paper` gives the source and `cost` the cost in plain words (``pondera methods`` prints both).
     """
 
     paper: ClassVar[str]
-    price: ClassVar[str]
+    cost: ClassVar[str]
+    examples: ClassVar[dict[str, str]] = {}
+    """Spec strings by name, for the contract tests, of a vocabulary of 50 and states of width 12."""
 
     @abstractmethod
     def bind(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:

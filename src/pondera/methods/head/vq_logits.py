@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, N states, D width, V vocabulary, G groups, K codes of
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,15 @@ class VQLogits(Head):
         ((1, 3, 50), 128)
     """
 
-    paper = "VQ-Logits (arXiv 2505.10202)"
-    price = "K/V of the output matrix and of its products, and reading G scores per token of the vocabulary"
+    paper: ClassVar[str] = "VQ-Logits (arXiv 2505.10202)"
+    cost: ClassVar[str] = (
+        "K/V of the output matrix and of its products, and reading G scores per token of the vocabulary"
+    )
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "VQLogits(codes=7)",
+        "exact-groups": "VQLogits(codes=7, groups=2)",
+        "exact-unbiased": "VQLogits(codes=7, bias=False)",
+    }
 
     code_VG: Tensor
 

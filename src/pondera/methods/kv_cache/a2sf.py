@@ -37,7 +37,8 @@ class A2SF(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "A2SF, arXiv 2407.20485"
-    price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    cost: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    examples: ClassVar[dict[str, str]] = {"exact": "A2SF(64)", "tight": "A2SF(8, alpha=0.5)"}
     observation_window: int = ALL
 
     def __init__(

@@ -44,7 +44,13 @@ class AdaKV(PolicyWrapper):
     """
 
     paper: ClassVar[str] = "Ada-KV, arXiv 2407.11550"
-    price: ClassVar[str] = "the policy's rows, shared among heads; attention head by head"
+    cost: ClassVar[str] = "the policy's rows, shared among heads; attention head by head"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "AdaKV(SnapKV(64, window=4))",
+        "tight": "AdaKV(SnapKV(8, window=3, kernel=3), safeguard=0.3)",
+        "exact-decoding": "AdaKV(H2O(64))",
+        "tight-decoding": "AdaKV(H2O(5, recent=2), safeguard=0.3)",
+    }
     policy: EvictionPolicy
 
     def __init__(self, policy: KVCacheMethod | None = None, safeguard: float = 0.2) -> None:

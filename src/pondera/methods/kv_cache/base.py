@@ -91,12 +91,15 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
     bit, while nothing has to be forgotten; what it computes padded or in a batch must equal what it computes alone. The
     contract tests check every file of this folder.
 
-    Class attributes `paper` and `price` say where it is from and what it costs in plain words (``pondera methods`` prints
+    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods`` prints
     them).
     """
 
     paper: ClassVar[str]
-    price: ClassVar[str]
+    cost: ClassVar[str]
+    examples: ClassVar[dict[str, str]] = {}
+    """Spec strings by name, for the contract tests. ``"exact"``: nothing is evicted in 64 tokens; ``"tight"``: at most 8 of 12
+    tokens are kept (a form named ``"-share"``: half of them). Further forms are pairs such as ``"exact-heads"``, ``"tight-heads"``."""
 
     saves: ClassVar[str] = "bytes"
     """What it makes less of: the ``"bytes"`` that are kept; or it keeps everything, and makes less of ``"reading"`` it in

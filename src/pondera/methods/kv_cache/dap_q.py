@@ -48,7 +48,11 @@ class DapQ(PolicyWrapper):
     """
 
     paper: ClassVar[str] = "DapQ, arXiv 2603.11564"
-    price: ClassVar[str] = "the policy's; a few more rows of scores at the end of the prompt"
+    cost: ClassVar[str] = "the policy's; a few more rows of scores at the end of the prompt"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "DapQ(SnapKV(64, window=4))",
+        "tight": "DapQ(SnapKV(8, window=3, kernel=3))",
+    }
 
     def __init__(self, policy: KVCacheMethod | None = None, ahead: int | None = None) -> None:
         policy = SnapKV() if policy is None else policy

@@ -58,7 +58,13 @@ class FastKV(PolicyWrapper):
 
     paper: ClassVar[str] = "FastKV, arXiv 2502.01068"
     prunes_hidden_states = True
-    price: ClassVar[str] = "the policy's rows; later layers read a part of the prompt's tokens"
+    cost: ClassVar[str] = "the policy's rows; later layers read a part of the prompt's tokens"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "FastKV(SnapKV(64, window=4), tsp=64)",
+        "tight": "FastKV(SnapKV(6, window=3, kernel=3, pool='mean'), tsp=0.8, tsp_layer=0)",
+        "exact-adaptive": "FastKV(AdaKV(SnapKV(64, window=4)), tsp=64)",
+        "tight-adaptive": "FastKV(AdaKV(SnapKV(6, window=3, kernel=3), safeguard=0.3), tsp=8)",
+    }
     packed: bool = True
     """Decoder layers leave out what does not go on; false: they run it, and only the layers of the cache leave it out."""
 

@@ -28,7 +28,15 @@ class H2O(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
-    price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    cost: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "H2O(64)",
+        "tight": "H2O(8)",
+        "exact-share": "H2O(1.0)",
+        "tight-share": "H2O(0.5, recent=3, sinks=1)",
+        "exact-heads": "H2O([[64, 70], [64, 70], [64, 70]])",
+        "tight-heads": "H2O([[4, 8], [8, 8], [5, 6]])",
+    }
     observation_window: int = ALL
 
     def __init__(self, budget: int | float | str | list = 0.2, recent: int | float = 0.5, sinks: int = 0) -> None:

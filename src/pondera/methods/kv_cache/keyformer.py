@@ -45,7 +45,8 @@ class Keyformer(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "Keyformer, arXiv 2403.09054"
-    price: ClassVar[str] = "budget rows and one float each; a second, noisy product of queries and keys in the prompt"
+    cost: ClassVar[str] = "budget rows and one float each; a second, noisy product of queries and keys in the prompt"
+    examples: ClassVar[dict[str, str]] = {"exact": "Keyformer(64)", "tight": "Keyformer(8, tau_step=0.1)"}
     observation_window: int = ALL
     budget_from_prompt: ClassVar[bool] = True
 

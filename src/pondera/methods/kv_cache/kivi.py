@@ -46,7 +46,8 @@ class KIVI(SinkWindowCache):
     """
 
     paper: ClassVar[str] = "KIVI, arXiv 2402.02750"
-    price: ClassVar[str] = "bits + 32 / group per number, window beside; all of the past is decoded in every step"
+    cost: ClassVar[str] = "bits + 32 / group per number, window beside; all of the past is decoded in every step"
+    examples: ClassVar[dict[str, str]] = {"exact": "KIVI()", "tight": "KIVI(2, group=4, window=4, sinks=1)"}
 
     def __init__(
         self, bits: int = 2, group: int = 32, window: int = 128, sinks: int = 0, keys: str = "channel"

@@ -60,9 +60,10 @@ class LazyLLM(ProgressivePruning):
 
     paper: ClassVar[str] = "LazyLLM, arXiv 2407.14057"
     prunes_hidden_states = True
-    price: ClassVar[str] = (
+    cost: ClassVar[str] = (
         "deeper layers run a part of the tokens; a hidden state for each that stopped, beside the rows of what was run"
     )
+    examples: ClassVar[dict[str, str]] = {"exact": "LazyLLM(1.0)", "tight": "LazyLLM([0.7, 0.5], layers=[0, 1])"}
     saves: ClassVar[str] = "compute"
 
     def __init__(self, keep_ratio: float | list[float] = 0.6, layers: list[int] | None = None) -> None:

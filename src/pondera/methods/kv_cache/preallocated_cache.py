@@ -25,7 +25,8 @@ class PreallocatedCache(Policy):
     """
 
     paper: ClassVar[str] = "none: the stock cache, without its copies"
-    price: ClassVar[str] = "one row per token, an eighth spare"
+    cost: ClassVar[str] = "one row per token, an eighth spare"
+    examples: ClassVar[dict[str, str]] = {"exact": "PreallocatedCache()"}
     saves: ClassVar[str] = "nothing"
 
     def __init__(self, exact: bool = True) -> None:

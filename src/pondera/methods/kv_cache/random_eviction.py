@@ -33,7 +33,8 @@ class RandomEviction(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "none: a control"
-    price: ClassVar[str] = "budget rows per layer and head; no scores"
+    cost: ClassVar[str] = "budget rows per layer and head; no scores"
+    examples: ClassVar[dict[str, str]] = {"exact": "RandomEviction(64)", "tight": "RandomEviction(8, sinks=1)"}
 
     def __init__(
         self, budget: int | float | str | list = 0.2, recent: int | float = 0.5, sinks: int = 0, seed: int = 0

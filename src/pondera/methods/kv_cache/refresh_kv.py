@@ -49,7 +49,8 @@ class RefreshKV(Policy):
     """
 
     paper: ClassVar[str] = "RefreshKV, arXiv 2411.05787"
-    price: ClassVar[str] = "one row per token and a float; attention over part of them in most steps"
+    cost: ClassVar[str] = "one row per token and a float; attention over part of them in most steps"
+    examples: ClassVar[dict[str, str]] = {"exact": "RefreshKV(64)", "tight": "RefreshKV(5, stride=2, kernel=3)"}
     saves: ClassVar[str] = "reading"
     sparse_attention: bool = True
     observation_window: int = 1

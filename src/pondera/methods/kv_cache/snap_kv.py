@@ -41,9 +41,10 @@ class SnapKV(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
-    price: ClassVar[str] = (
+    cost: ClassVar[str] = (
         "budget rows of the prompt and all that is generated; a few rows of scores at the end of the prompt"
     )
+    examples: ClassVar[dict[str, str]] = {"exact": "SnapKV(64, window=4)", "tight": "SnapKV(8, window=3, kernel=3)"}
     prefill_only: bool = True
 
     def __init__(

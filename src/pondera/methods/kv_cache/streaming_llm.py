@@ -28,7 +28,8 @@ class StreamingLLM(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
-    price: ClassVar[str] = "budget rows per layer and head; no scores"
+    cost: ClassVar[str] = "budget rows per layer and head; no scores"
+    examples: ClassVar[dict[str, str]] = {"exact": "StreamingLLM(64)", "tight": "StreamingLLM(8, sinks=2)"}
 
     def __init__(self, budget: int | float | str | list = 1024, sinks: int = 4) -> None:
         super().__init__(budget, sinks, recent=1)

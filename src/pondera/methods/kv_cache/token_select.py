@@ -47,7 +47,11 @@ class TokenSelect(Policy):
     """
 
     paper: ClassVar[str] = "TokenSelect, arXiv 2411.02886"
-    price: ClassVar[str] = "one row per token; attention over sinks + chosen + recent of them"
+    cost: ClassVar[str] = "one row per token; attention over sinks + chosen + recent of them"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "TokenSelect(64, sinks=1, recent=2)",
+        "tight": "TokenSelect(3, sinks=1, recent=2, reuse=0.5)",
+    }
     saves: ClassVar[str] = "reading"
     sparse_attention: bool = True
 

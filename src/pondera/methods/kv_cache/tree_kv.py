@@ -46,7 +46,8 @@ class TreeKV(BudgetedPolicy):
     """
 
     paper: ClassVar[str] = "TreeKV, arXiv 2501.04987"
-    price: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    cost: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    examples: ClassVar[dict[str, str]] = {"exact": "TreeKV(64)", "tight": "TreeKV(8, sinks=1, recent=2)"}
     observation_window: int = ALL
 
     def __init__(self, budget: int | float | str | list = 1024, sinks: int = 4, recent: int = 1) -> None:

@@ -89,7 +89,11 @@ class VQKV(SinkWindowCache):
     """
 
     paper: ClassVar[str] = "VQKV, arXiv 2603.16435"
-    price: ClassVar[str] = "bits / 16 of the past's bytes, window and tables beside; codebooks are fitted once"
+    cost: ClassVar[str] = "bits / 16 of the past's bytes, window and tables beside; codebooks are fitted once"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "VQKV(2, codes=4, vectors=64, fitting='kmeans', branches=1)",
+        "tight": "VQKV(2, window=5, sinks=1, flush_size=2, codes=4, vectors=64, fitting='kmeans', branches=1)",
+    }
 
     is_fitted: Tensor
 

@@ -67,7 +67,12 @@ class ElasticMemory(SegmentRecurrence):
     """
 
     paper: ClassVar[str] = "Elastic Memory, arXiv 2602.11212"
-    price: ClassVar[str] = "1 pass; S more rows in attention; memory that does not grow"
+    cost: ClassVar[str] = "1 pass; S more rows in attention; memory that does not grow"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "ElasticMemory(block=4, order=6, samples=3)",
+        "exact-mems": "ElasticMemory(block=4, order=6, points=[0.2, 0.9], measure='legt', theta=7.0, local_context=6)",
+        "exact-layers": "ElasticMemory(block=4, order=6, samples=3, layers=[1], local_context=1)",
+    }
 
     def __init__(
         self,

@@ -43,7 +43,8 @@ class MeanPool(SegmentRecurrence):
     """
 
     paper: ClassVar[str] = "control (pooling of the Compressive Transformer, arXiv 1911.05507)"
-    price: ClassVar[str] = "1 pass; S more rows in attention; memory that does not grow"
+    cost: ClassVar[str] = "1 pass; S more rows in attention; memory that does not grow"
+    examples: ClassVar[dict[str, str]] = {"exact": "MeanPool(block=4, samples=3, pool=2, local_context=1)"}
 
     def __init__(
         self,

@@ -55,7 +55,8 @@ class MemorizingTransformer(SegmentRecurrence):
     """
 
     paper: ClassVar[str] = "Memorizing Transformers, arXiv 2203.08913"
-    price: ClassVar[str] = "1 pass; in one layer scores of M more rows; memory that does not grow"
+    cost: ClassVar[str] = "1 pass; in one layer scores of M more rows; memory that does not grow"
+    examples: ClassVar[dict[str, str]] = {"exact": "MemorizingTransformer(block=4, memory=10, top_k=3)"}
 
     def __init__(
         self,

@@ -32,7 +32,8 @@ class TransformerXL(SegmentRecurrence):
     """
 
     paper: ClassVar[str] = "Transformer-XL, arXiv 1901.02860"
-    price: ClassVar[str] = "1 pass; the carried rows more in attention; memory that does not grow"
+    cost: ClassVar[str] = "1 pass; the carried rows more in attention; memory that does not grow"
+    examples: ClassVar[dict[str, str]] = {"exact": "TransformerXL(block=4, mems=3)"}
 
     def __init__(self, block: int = 128, mems: int = 128, tbptt: int | None = 1) -> None:
         super().__init__(block, mems, tbptt)

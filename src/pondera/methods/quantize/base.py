@@ -69,11 +69,14 @@ class Quantizer(SpecRepr, nn.Module, ABC):
     successive levels, each with K codes, so the codes of a vector have shape ``[G, R]`` and its rate is the sum of
     their bits.
 
-    The class attribute `paper` gives the source and `price` the cost in plain words (``pondera methods`` prints both).
+    The class attribute `paper` gives the source and `cost` the cost in plain words (``pondera methods`` prints both).
     """
 
     paper: ClassVar[str]
-    price: ClassVar[str]
+    cost: ClassVar[str]
+    examples: ClassVar[dict[str, str]] = {}
+    """Spec strings by name, for the contract tests, on vectors of width 6. A name that ends in ``no gradient`` or ``own
+    gradient`` says that the estimator is not straight-through."""
     discrete: ClassVar[bool] = True
     """False if the method is the identity, without codes and without a table."""
 

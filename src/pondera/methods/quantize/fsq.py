@@ -42,7 +42,11 @@ class FSQ(Lattice):
     """
 
     paper: ClassVar[str] = "FSQ, arXiv 2309.15505"
-    price: ClassVar[str] = "no codebook, no search; two linear maps where coordinates are fewer than dimensions"
+    cost: ClassVar[str] = "no codebook, no search; two linear maps where coordinates are fewer than dimensions"
+    examples: ClassVar[dict[str, str]] = {
+        "plain, own gradient": "FSQ([8, 5, 2, 3, 3, 2])",
+        "mapped, own gradient": "FSQ([4, 3])",
+    }
 
     def __init__(self, levels: list[int]) -> None:
         if not levels or any(isinstance(count, bool) or not isinstance(count, int) or count < 2 for count in levels):

@@ -28,7 +28,8 @@ class Identity(Quantizer):
     """
 
     paper: ClassVar[str] = "none: continuous units, as in xAR, arXiv 2502.20388"
-    price: ClassVar[str] = "nothing"
+    cost: ClassVar[str] = "nothing"
+    examples: ClassVar[dict[str, str]] = {"plain": "Identity()"}
     discrete: ClassVar[bool] = False
     groups: int = 0
     levels: int = 0

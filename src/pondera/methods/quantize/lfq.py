@@ -48,7 +48,8 @@ class LFQ(Lattice):
     """
 
     paper: ClassVar[str] = "LFQ (MAGVIT-v2), arXiv 2310.05737"
-    price: ClassVar[str] = "no codebook, no search; two linear maps where bits are fewer than dimensions"
+    cost: ClassVar[str] = "no codebook, no search; two linear maps where bits are fewer than dimensions"
+    examples: ClassVar[dict[str, str]] = {"plain": "LFQ()", "mapped, own gradient": "LFQ(4, entropy=0.5)"}
 
     ones_C: Tensor
     new_ones_C: Tensor

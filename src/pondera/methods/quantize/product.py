@@ -43,7 +43,16 @@ class Product(Composite):
     """
 
     paper: ClassVar[str] = "product quantization, Jégou et al. 2011"
-    price: ClassVar[str] = "bits of all parts; encodes and decodes as one quantizer of the whole width"
+    cost: ClassVar[str] = "bits of all parts; encodes and decodes as one quantizer of the whole width"
+    examples: ClassVar[dict[str, str]] = {
+        "plain": "Product(VQ(4), groups=3, order=[5, 0, 4, 1, 3, 2])",
+        "hidden": "Product(SimVQ(4, hidden=8), groups=2)",
+        "of residuals": "Product(Residual(SimVQ(4), levels=3, dropout=1.0), groups=2)",
+        "nested": "Product(Product(VQ(3), groups=3, order=[2, 0, 1]), groups=2, order=[1, 0, 3, 2, 5, 4])",
+        "lattice, own gradient": "Product(FSQ([4, 3]), groups=3)",
+        "binary": "Product(LFQ(), groups=2)",
+        "of nothing": "Product(Identity(), groups=2)",
+    }
     axis: ClassVar[int] = 0
 
     order_D: Tensor | None

@@ -55,7 +55,15 @@ class Residual(Composite):
     """
 
     paper: ClassVar[str] = "residual VQ (SoundStream), arXiv 2107.03312"
-    price: ClassVar[str] = "bits of all levels; R times the encoding and the decoding of one"
+    cost: ClassVar[str] = "bits of all levels; R times the encoding and the decoding of one"
+    examples: ClassVar[dict[str, str]] = {
+        "plain": "Residual(VQ(5), levels=3)",
+        "dropout": "Residual(VQ(4, update='ema', init='kmeans'), levels=2, dropout=0.5)",
+        "one level": "Residual(SimVQ(6), levels=1)",
+        "of products": "Residual(Product(VQ(4), groups=2, order=[0, 3, 1, 4, 2, 5]), levels=2)",
+        "nested": "Residual(Residual(VQ(4), levels=2), levels=2)",
+        "lattice": "Residual(Scalar(3), levels=2)",
+    }
     axis: ClassVar[int] = 1
 
     def __init__(self, of: Quantizer, levels: int, dropout: float = 0.0) -> None:

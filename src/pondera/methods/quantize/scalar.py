@@ -48,7 +48,12 @@ class Scalar(Quantizer):
     """
 
     paper: ClassVar[str] = "per-dimension levels (CubiD), arXiv 2603.19232"
-    price: ClassVar[str] = "D codes per vector, rounding only; two numbers per dimension"
+    cost: ClassVar[str] = "D codes per vector, rounding only; two numbers per dimension"
+    examples: ClassVar[dict[str, str]] = {
+        "plain": "Scalar(4)",
+        "ranges": "Scalar([2, 3, 4, 5, 1, 7], spread=2.0)",
+        "fixed": "Scalar(5, low=-1.0, high=2.0)",
+    }
 
     counts_D: Tensor
     low_D: Tensor

@@ -51,7 +51,12 @@ class SimVQ(Codebook):
     """
 
     paper: ClassVar[str] = "SimVQ, arXiv 2411.02038"
-    price: ClassVar[str] = "log2 K bits per vector; as VQ once folded; a map of all K rows per call until then"
+    cost: ClassVar[str] = "log2 K bits per vector; as VQ once folded; a map of all K rows per call until then"
+    examples: ClassVar[dict[str, str]] = {
+        "plain": "SimVQ(5)",
+        "no gradient": "SimVQ(6, hidden=7, estimator='none')",
+        "match": "SimVQ(8, init='match')",
+    }
 
     base_KC: Tensor
 

@@ -57,7 +57,13 @@ class VQ(Codebook):
     """
 
     paper: ClassVar[str] = "VQ-VAE, arXiv 1711.00937"
-    price: ClassVar[str] = "log2 K bits per vector; K distances of width C to encode, a look-up to decode"
+    cost: ClassVar[str] = "log2 K bits per vector; K distances of width C to encode, a look-up to decode"
+    examples: ClassVar[dict[str, str]] = {
+        "plain": "VQ(5)",
+        "ema": "VQ(7, update='ema', init='kmeans')",
+        "respawn, own gradient": "VQ(5, update='ema', estimator='rotation', respawn=0.2, decay=0.5)",
+        "no gradient": "VQ(1, update='none', estimator='none')",
+    }
 
     rows_KC: Tensor
 

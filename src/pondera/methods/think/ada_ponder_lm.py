@@ -69,7 +69,15 @@ class AdaPonderLM(PonderLM):
     """
 
     paper: ClassVar[str] = "AdaPonderLM, arXiv 2603.01914"
-    price: ClassVar[str] = "mean passes taken, s+1 KV rows per token; training the same passes"
+    cost: ClassVar[str] = "mean passes taken, s+1 KV rows per token; training the same passes"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "AdaPonderLM(steps=3, top_k=9, threshold=0.3)",
+        "identity": "AdaPonderLM(steps=0)",
+        "exact-random": "AdaPonderLM(steps=2, top_k=None, halting='random')",
+        "identity-random": "AdaPonderLM(steps=2, halting='random', continue_prob=0.0)",
+        "exact-dense": "AdaPonderLM(steps=2, top_k=None, threshold=0.3, halted='dense')",
+        "identity-dense": "AdaPonderLM(steps=0, halted='dense')",
+    }
     supports_recompute: ClassVar[bool] = False
 
     def __init__(

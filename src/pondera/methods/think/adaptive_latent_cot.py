@@ -62,7 +62,15 @@ class AdaptiveLatentCoT(Think):
     """
 
     paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220"
-    price: ClassVar[str] = "1 + mean steps taken passes and KV rows per token; training the same passes"
+    cost: ClassVar[str] = "1 + mean steps taken passes and KV rows per token; training the same passes"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "AdaptiveLatentCoT(steps=2)",
+        "identity": "AdaptiveLatentCoT(steps=0)",
+        "exact-router": "AdaptiveLatentCoT(steps=2, halting='router')",
+        "identity-router": "AdaptiveLatentCoT(steps=0, halting='router')",
+        "exact-random": "AdaptiveLatentCoT(steps=2, halting='random')",
+        "identity-random": "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.0)",
+    }
     drops_window_rows: ClassVar[bool] = False
     supports_recompute: ClassVar[bool] = False
 

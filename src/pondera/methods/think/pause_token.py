@@ -40,7 +40,8 @@ class PauseToken(Think):
     """
 
     paper: ClassVar[str] = "Pause tokens, arXiv 2310.02226"
-    price: ClassVar[str] = "P+1 passes and KV rows per token; training the same"
+    cost: ClassVar[str] = "P+1 passes and KV rows per token; training the same"
+    examples: ClassVar[dict[str, str]] = {"exact": "PauseToken(pauses=2)", "identity": "PauseToken(pauses=0)"}
     interleaved: ClassVar[bool] = True
 
     def __init__(self, pauses: int = 1) -> None:

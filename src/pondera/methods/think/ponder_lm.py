@@ -57,7 +57,13 @@ class PonderLM(Think):
     """
 
     paper: ClassVar[str] = "PonderLM, arXiv 2505.20674"
-    price: ClassVar[str] = "s+1 passes and KV rows, and s+1 heads, per token; training the same"
+    cost: ClassVar[str] = "s+1 passes and KV rows, and s+1 heads, per token; training the same"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "PonderLM(steps=2, top_k=None)",
+        "identity": "PonderLM(steps=0)",
+        "exact-top": "PonderLM(steps=2, top_k=48, start='steps')",
+        "identity-top": "PonderLM(steps=0, start='steps')",
+    }
     drops_window_rows: ClassVar[bool] = False
 
     def __init__(self, steps: int = 3, top_k: int | None = 100, start: str = "once") -> None:

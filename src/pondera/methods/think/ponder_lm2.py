@@ -56,7 +56,11 @@ class PonderLM2(Think):
     """
 
     paper: ClassVar[str] = "PonderLM-2, arXiv 2509.23184"
-    price: ClassVar[str] = "K+1 passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    cost: ClassVar[str] = "K+1 passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "PonderLM2(thoughts=2, eval_rounds='exact', train_rounds=(2, 2))",
+        "identity": "PonderLM2(thoughts=0)",
+    }
     interleaved: ClassVar[bool] = True
 
     def __init__(

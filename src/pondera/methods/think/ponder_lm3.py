@@ -141,7 +141,13 @@ class PonderLM3(Think):
     """
 
     paper: ClassVar[str] = "PonderLM-3, arXiv 2603.02023"
-    price: ClassVar[str] = "1 + mean thoughts kept passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    cost: ClassVar[str] = "1 + mean thoughts kept passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "PonderLM3(thoughts=2, threshold=0.1, train_rounds=(2, 2), eval_rounds='exact')",
+        "identity": "PonderLM3(thoughts=0)",
+        "exact-random": "PonderLM3(thoughts=2, halting='random', train_rounds=(2, 2), eval_rounds='exact')",
+        "identity-random": "PonderLM3(thoughts=2, halting='random', continue_prob=0.0)",
+    }
     drops_window_rows: ClassVar[bool] = False
     supports_recompute: ClassVar[bool] = False
 

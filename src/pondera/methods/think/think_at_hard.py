@@ -73,7 +73,11 @@ class ThinkAtHard(Think):
     """
 
     paper: ClassVar[str] = "Think-at-Hard, arXiv 2511.08577"
-    price: ClassVar[str] = "1 + share of hard tokens passes and KV rows per token, decider, head per mixture"
+    cost: ClassVar[str] = "1 + share of hard tokens passes and KV rows per token, decider, head per mixture"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "ThinkAtHard(steps=2, threshold=0.5, top_k=8)",
+        "identity": "ThinkAtHard(steps=0)",
+    }
     drops_window_rows: ClassVar[bool] = False
     supports_recompute: ClassVar[bool] = False
 

@@ -66,7 +66,13 @@ class UniversalTransformer(Think):
     """
 
     paper: ClassVar[str] = "Universal Transformers, arXiv 1807.03819"
-    price: ClassVar[str] = "1 + mean extra passes, R KV rows per token; training the same passes"
+    cost: ClassVar[str] = "1 + mean extra passes, R KV rows per token; training the same passes"
+    examples: ClassVar[dict[str, str]] = {
+        "exact": "UniversalTransformer(steps=2, epsilon=0.3)",
+        "identity": "UniversalTransformer(steps=0)",
+        "exact-fixed": "UniversalTransformer(steps=2, halting='fixed')",
+        "identity-fixed": "UniversalTransformer(steps=0, halting='fixed')",
+    }
     drops_window_rows: ClassVar[bool] = False
     supports_recompute: ClassVar[bool] = False
 

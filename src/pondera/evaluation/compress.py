@@ -1,0 +1,102 @@
+"""Compares KV cache methods on one model, and writes the model with the one to take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pondera.core import spec
+from pondera.core.errors import UserError
+from pondera.evaluation.kv_sweep import SweepRow, elbow, save, sweep
+from pondera.evaluation.windows import calibration, held_out
+from pondera.inference.load import load
+
+if TYPE_CHECKING:
+    from pondera.methods.kv_cache.base import KVCacheMethod
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What `compress` measured.
+
+    Args:
+        name: of the model.
+        context: tokens that each cache has read when it is measured.
+        rows: one per method, the full cache first.
+        elbow: the row to take, see `pondera.evaluation.kv_sweep.elbow`.
+        written: the spec string that the model in `out` has; `None`: nothing was written.
+    """
+
+    name: str
+    context: int
+    rows: list[SweepRow]
+    elbow: SweepRow
+    written: str | None = None
+
+
+def compress(
+    name: str | Path,
+    kv_cache: str | KVCacheMethod | Sequence[str | KVCacheMethod] = (),
+    text: str | None = None,
+    *,
+    context: int | None = None,
+    column: str | None = None,
+    windows: int = 8,
+    calibrate: str | None = None,
+    calibrate_tokens: int = 65536,
+    out: str | Path | None = None,
+    keep: str | KVCacheMethod | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Compression:
+    """Measures KV cache methods on one model: bytes, bits per byte of held-out text, agreement and recall.
+
+    Args:
+        name: a run folder, a model folder, or a hub name.
+        kv_cache: one method or several, e.g. ``["H2O(0.25)", "SnapKV(1024)"]``; default: a sweep.
+        text: held-out text: a file, folder or dataset; default: what a run held out of its own.
+        context: tokens of a window; default: the run's own, or 256.
+        column: the text column of a JSON, CSV or Parquet file or dataset.
+        windows: how many windows are measured.
+        calibrate: text to fit codebooks to; default: what a run trained on.
+        calibrate_tokens: how many of its tokens are read.
+        out: a new folder, to write the model with the elbow's method there.
+        keep: with `out`, this method in place of the elbow's.
+        device, dtype: see `pondera.load`.
+        say: is told each step, for progress.
+
+    Raises:
+        UserError: a method, model or text that does not exist or does not fit, or `out` exists.
+
+    Example::
+
+        found = compress("path/to/model", ["H2O(0.25)", "H2O(0.5)"], text="book.txt", out="compressed")
+        print(found.elbow.method, found.elbow.of_full)
+    """
+    several = [kv_cache] if isinstance(kv_cache, str) or not isinstance(kv_cache, Sequence) else kv_cache
+    wanted = [*map(_text, several), *([_text(keep)] if keep is not None else [])]
+    if keep is not None and out is None:
+        raise UserError("keep: says what is written to out, and out is not given; give out=FOLDER")
+    if out is not None and Path(out).exists():
+        raise UserError(f"out: {str(out)!r}: something is there already; give another folder")
+    loaded = load(name, device, dtype=dtype)
+    given = {"data.text": text, "data.context": context, "data.column": column}
+    data: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    held = held_out(loaded, data, windows)
+    tokens = held.ids_NT.shape[1] - 1
+    rows, methods = sweep(loaded, wanted, held, calibration(loaded, calibrate, calibrate_tokens, tokens), say)
+    chosen, written = elbow(rows), None
+    if out is not None:
+        written = chosen.method if keep is None else _text(keep)
+        save(loaded, methods[written], written, Path(out))
+    return Compression(loaded.name, tokens, rows, chosen, written)
+
+
+def _text(given: str | KVCacheMethod) -> str:
+    """The spec string of a method on the seam kv_cache."""
+    parsed = spec.parse(given if isinstance(given, str) else repr(given))
+    spec.find(parsed.name, "kv_cache")
+    return spec.format(parsed)

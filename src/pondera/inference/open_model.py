@@ -1,0 +1,113 @@
+"""A model and its tokenizer in one call, with a KV cache method or a think method on it if wanted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pondera.core import spec
+from pondera.core.errors import UserError
+from pondera.inference import load as loading
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from pondera.methods.kv_cache.base import KVCacheMethod
+    from pondera.models.adaptive_lm import AdaptiveLM
+
+
+def load(
+    name: str | Path,
+    kv_cache: str | KVCacheMethod | None = None,
+    think: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    *,
+    calibrate: str | None = None,
+    calibrate_tokens: int = 65536,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[AdaptiveLM, PreTrainedTokenizerFast]:
+    """Loads a model and its tokenizer; plain ``model.generate`` then uses the methods named here.
+
+    Args:
+        name: a run folder, a model folder, or a hub name of any causal LM of transformers.
+        kv_cache: how much of the KV cache to keep, as text or as an object, e.g. ``"SnapKV(1024)"`` or ``SnapKV(1024)``.
+        think: how much to compute for each token, e.g. ``"PonderLM2(thoughts=1)"``. On a checkpoint that was not trained
+            with it, what it adds is untrained.
+        device: where the model goes; default: the accelerator if there is one, else the CPU.
+        dtype: of the weights, e.g. ``"bfloat16"``; default: as they are saved.
+        calibrate: a text file, folder or dataset, for a KV cache method that is fitted to the model first, such as VQKV.
+        calibrate_tokens: how many of its tokens are read.
+        tokenizer, revision, trust_remote_code: see `pondera.inference.load.load`.
+
+    Returns:
+        The model, in eval mode, and its tokenizer. Without `kv_cache` and `think` the model computes what the checkpoint
+        computes in transformers.
+
+    Raises:
+        UserError: no such model or method (with the nearest name), a method that does not fit the model, or one that
+            needs `calibrate`.
+
+    Example::
+
+        model, tokenizer = load("path/to/model", kv_cache="H2O(0.25)")
+        prompt = tokenizer("The sea", return_tensors="pt").to(model.device)
+        print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+    """
+    if think is not None:
+        spec.find(spec.parse(think).name, "think")
+    method = _kv_cache(kv_cache)
+    if method is None and calibrate is not None:
+        raise UserError("calibrate: text to fit a KV cache method to, and none is named; add kv_cache='VQKV(2.75)'")
+    if method is not None and not method.fitted and calibrate is None:
+        raise UserError(
+            f"kv_cache: {method!r} is fitted to a model before it is used; add calibrate='book.txt' (a text file, a folder "
+            "or a dataset)"
+        )
+    found = loading.load(
+        name,
+        device,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        think=think,
+    )
+    if method is not None:
+        _attach(found, method, calibrate, calibrate_tokens)
+    return found.model, found.tokenizer
+
+
+def _kv_cache(given: str | KVCacheMethod | None) -> KVCacheMethod | None:
+    """The method that was given, built if it is text."""
+    from pondera.methods.kv_cache.base import KVCacheMethod
+
+    if given is None or isinstance(given, KVCacheMethod):
+        return given
+    if not isinstance(given, str):
+        raise UserError(f"kv_cache: expected text such as 'H2O(0.25)' or a method such as H2O(0.25), got {given!r}")
+    return spec.build(given, "kv_cache")
+
+
+def _attach(loaded: loading.Loaded, method: KVCacheMethod, calibrate: str | None, tokens: int) -> None:
+    """Gives a model its KV cache method, fitted first if it has to be."""
+    from pondera.methods.kv_cache.base import compressible
+    from pondera.models.config import AdaptiveConfig
+
+    model, text = loaded.model, repr(method)
+    config = model.backbone.config
+    others = {seam: getattr(model.config, seam) for seam in spec.SEAMS if seam != "kv_cache"}
+    AdaptiveConfig(backbone=config, kv_cache=text, **others)  # refuses what cannot be combined
+    if not method.fitted:
+        from pondera.evaluation.perplexity import context_of
+        from pondera.evaluation.windows import calibration
+
+        samples = calibration(loaded, calibrate, tokens, context_of(None, loaded))
+        method.bind(config)
+        method.to(model.device)
+        method.fit(model, samples)
+    method.to(model.device)
+    method.check(config, compressible(config))
+    model.config.kv_cache, model.kv_cache = text, method
