@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pondera.core.run_config import load as load_config
 from pondera.core.run_folder import Run, write_atomic
-from pondera.evaluation.kv_sweep import as_json, compress
+from pondera.evaluation.kv_sweep import as_json, sweep
 from pondera.evaluation.windows import calibration, held_out
 from pondera.inference.load import load
 from pondera.training.train import train
@@ -41,7 +41,7 @@ def measure(folder: Path, windows: int, tokens: int) -> list[dict]:
     loaded = load(folder)
     texts = held_out(loaded, {}, windows)
     samples = calibration(loaded, None, tokens, texts.ids_NT.shape[1] - 1)
-    rows, _ = compress(loaded, METHODS, texts, samples, lambda line: print(folder.name, line, flush=True))
+    rows, _ = sweep(loaded, METHODS, texts, samples, lambda line: print(folder.name, line, flush=True))
     return as_json(rows)
 
 

@@ -29,6 +29,6 @@ __getattr__, __dir__ = lazy_names(
         "TokenCache": "pondera.cache.token_cache",
         "UserError": "pondera.core.errors",
         "compress": "pondera.evaluation.compress",
-        "load": "pondera.inference.open_model",
+        "load": "pondera.evaluation.open_model",
     },
 )

@@ -51,7 +51,7 @@ def client(folder: Path) -> Iterator[openai.OpenAI]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    serve = "import pondera; from transformers.cli.transformers import main; main()"
+    serve = "import pondera.models.adaptive_lm; from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", serve, "serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     log = folder / "log"
     with log.open("w") as out:

@@ -26,7 +26,7 @@ def extra_coordinates(head_dim: int) -> int:
     """How much wider heads become: by one coordinate, and zeros up to the next width that kernels take.
 
     Example:
-        >>> extra_coordinates(64), further_coordinates(20)
+        >>> extra_coordinates(64), extra_coordinates(20)
         (8, 4)
     """
     return MULTIPLE - head_dim % MULTIPLE

@@ -31,7 +31,7 @@ class PackedRows:
         even: every text has `width` rows.
 
     Example:
-        >>> rows = Rows.where(torch.tensor([[True, False, True], [False, True, False]]))
+        >>> rows = PackedRows.where(torch.tensor([[True, False, True], [False, True, False]]))
         >>> rows.pad(torch.tensor([[[1.0], [2.0], [3.0]]])).squeeze(-1).tolist()
         [[1.0, 2.0], [3.0, 0.0]]
     """

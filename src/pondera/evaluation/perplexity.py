@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from pondera.core import run_config
 from pondera.core.errors import UserError, unknown
-from pondera.core.hf import CACHE
 from pondera.core.run_config import DataConfig
 from pondera.core.run_folder import Run
 from pondera.data.corpus import prepare
@@ -216,6 +215,8 @@ def _prices(model: AdaptiveLM, context: int, shares: list[float], budget: dict[s
 
 def _decoding_speed(model: Any, tokenizer: PreTrainedTokenizerFast, budget: dict[str, Any]) -> float:
     import torch
+
+    from pondera.core.hf import CACHE
 
     limit = model.positions or DECODED + 1
     count = min(DECODED, limit - 1)

@@ -92,7 +92,7 @@ def test_a_thinking_method_that_needs_one_size_is_refused_by_its_own_name(monkey
 
 def test_a_family_without_a_known_cost_is_refused_with_those_that_have_one():
     with pytest.raises(
-        UserError, match=f"no price is known for model_type 'cohere'; use one of {listed(lambda f: f.layer)}"
+        UserError, match=f"no cost model for model_type 'cohere'; use one of {listed(lambda f: f.layer)}"
     ):
         describe(SimpleNamespace(model_type="cohere"))
     assert family(SimpleNamespace(model_type="unheard_of")).support == "expected"
@@ -105,7 +105,7 @@ def test_a_further_family_is_one_entry(kind: str, interleaved: bool, monkeypatch
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **special)).eval()
     backbone, ids_BT = Backbone(lm), torch.arange(3, 12)[None]
     h_BTD, count = backbone.embed(ids_BT), sizes["num_hidden_layers"]
-    with pytest.raises(UserError, match=f"{kind}: layer ranges are not mapped"):
+    with pytest.raises(UserError, match=f"{kind}: layer ranges are not supported"):
         backbone.run(h_BTD, range(count))
     with pytest.raises(UserError, match="DapQ moves queries"):
         DapQ(SnapKV(8, window=4)).cache(lm)

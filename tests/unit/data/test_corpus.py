@@ -420,7 +420,7 @@ def write(path: Path, content: bytes) -> str:
         ("bad.jsonl", b'{"text": "a"}\n{"text', "bad.jsonl:2: not valid JSON"),
         ("list.jsonl", b"[1, 2]", "expected an object such as"),
         ("column.jsonl", b'{"txt": "a", "id": 3}', "did you mean 'txt'"),
-        ("number.jsonl", b'{"text": 3}', "holds int, not text"),
+        ("number.jsonl", b'{"text": 3}', "has type int, not text"),
         ("tiny.txt", b"hello there", "one document of 11 bytes"),
     ],
 )

@@ -111,6 +111,6 @@ def test_ctrl_c_ends_it(program: str):
 def test_long_texts_are_encoded_as_short_ones_are(monkeypatch: pytest.MonkeyPatch):
     tokenizer = train_tokenizer(["The quick brown fox. " * 20], 300)
     texts = ["The quick naïve fox. " * 5, "", "fox"]
-    short = [(ids.tolist(), ends.tolist()) for ids, ends in tokenizer.encode(texts, tokenizer)]
+    short = [(ids.tolist(), ends.tolist()) for ids, ends in tokens.encode(texts, tokenizer)]
     monkeypatch.setattr(tokens, "MANY", 1)
-    assert [(ids.tolist(), ends.tolist()) for ids, ends in tokenizer.encode(texts, tokenizer)] == short
+    assert [(ids.tolist(), ends.tolist()) for ids, ends in tokens.encode(texts, tokenizer)] == short

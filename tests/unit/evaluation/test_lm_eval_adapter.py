@@ -225,7 +225,7 @@ def test_arguments_that_do_not_fit(arguments: dict, complaint: str, models: dict
 
 
 def test_effort_of_a_model_that_cannot_think(models: dict[str, Path]):
-    with pytest.raises(UserError, match="cannot think"):
+    with pytest.raises(UserError, match="one pass per token"):
         lm_eval_adapter.PonderaLM(str(models["plain"]), device="cpu", effort=0.5)
 
 

@@ -298,7 +298,7 @@ class TestEffort:
         assert none["kv_bytes_per_token"] == full["kv_bytes_per_token"] / 2
 
     def test_a_model_that_cannot_think_says_so(self, loaded, book: Path):
-        with pytest.raises(UserError, match="cannot think"):
+        with pytest.raises(UserError, match="one pass per token"):
             evaluate(loaded["plain"], {"text": str(book)}, effort="low")
 
     def test_several_efforts_make_a_curve(self, tmp_path: Path, book: Path, capsys):

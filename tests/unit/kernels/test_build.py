@@ -100,7 +100,7 @@ def test_a_broken_file_is_built_again(source: Path, cache: Path, harm, monkeypat
 @needs_compiler
 def test_processes_that_build_at_once_do_not_harm_each_other(source: Path, cache: Path):
     code = (
-        "import sys, pathlib, ctypes; from pondera.native import build; sys.stdin.readline();"
+        "import sys, pathlib, ctypes; from pondera.kernels import build; sys.stdin.readline();"
         "library = build.load(*map(pathlib.Path, sys.argv[1:]));"
         "numbers = (ctypes.c_long * 2)(3, 4); library.squares(numbers, ctypes.c_long(2), ctypes.c_long(2));"
         "print(list(numbers))"
@@ -117,7 +117,7 @@ def test_processes_that_build_at_once_do_not_harm_each_other(source: Path, cache
 @needs_compiler
 def test_a_forked_child_uses_kernels_after_its_parent_did(source: Path, cache: Path):
     code = (
-        "import os, sys, signal, pathlib, ctypes, torch; from pondera.native import build\n"
+        "import os, sys, signal, pathlib, ctypes, torch; from pondera.kernels import build\n"
         "torch.set_num_threads(2); torch.exp(torch.randn(300_000))  # its threads are there\n"
         "library = build.load(*map(pathlib.Path, sys.argv[1:]))\n"
         "numbers = (ctypes.c_long * 100)(*[2] * 100)\n"

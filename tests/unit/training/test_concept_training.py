@@ -25,8 +25,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("chunk", [CONCEPTS, NOTES])
-def test_resumed_is_what_it_would_have_been(segment: str, text: Path, tmp_path: Path):
-    config = training_worker.tiny(text, {"think": None, "chunk": segment, "train.keep": 2})
+def test_resumed_is_what_it_would_have_been(chunk: str, text: Path, tmp_path: Path):
+    config = training_worker.tiny(text, {"think": None, "chunk": chunk, "train.keep": 2})
     straight = train(config, tmp_path / "straight", progress=False)
     assert {"next_token", "concept"} <= straight.metrics()[-1]["terms"].keys()
     again = Run(tmp_path / "again")
@@ -41,9 +41,9 @@ def test_resumed_is_what_it_would_have_been(segment: str, text: Path, tmp_path: 
 
 def test_counting_a_step_of_micro_batches_teaches_codebooks_nothing(text: Path, tmp_path: Path):
     """Every vector is counted once: hits per step are those of one whole batch."""
-    hits, segment = [], NOTES.replace("start='kmeans', start_step=2", "decay=0.5")
+    hits, chunk = [], NOTES.replace("start='kmeans', start_step=2", "decay=0.5")
     for size in (4, 1):
-        config = training_worker.tiny(text, {"think": None, "chunk": segment, "train.micro_batch_size": size})
+        config = training_worker.tiny(text, {"think": None, "chunk": chunk, "train.micro_batch_size": size})
         run = train(config, tmp_path / str(size), progress=False)
         state = load(str(run.path)).model.state_dict()
         hits.append([tensor.sum() for name, tensor in state.items() if name.endswith("statistics.hits_K")])

@@ -290,7 +290,7 @@ def test_weights_that_are_not_finite_are_not_saved(straight, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(straight.model_dir)
     weights = {name: torch.full_like(tensor, torch.inf) for name, tensor in model.state_dict().items()}
     run = Run(tmp_path)
-    with pytest.raises(Failure, match="not finite"):
+    with pytest.raises(Failure, match="non-finite"):
         checkpoints.save(run, 1, model, weights, {}, {}, straight.model_dir, keep=1)
     assert not list(run.checkpoints_dir.iterdir())
 
