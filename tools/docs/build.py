@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from tools.docs import blocks, findings, front, models, pages, past, study, times  # noqa: F401  (these register makers)
+from tools.docs import blocks, combined, findings, front, models, pages, past, study, times  # noqa: F401  (these register makers)
 from tools.docs.tables import MAKERS, ROOT, generated
 
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)

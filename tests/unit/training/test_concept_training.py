@@ -41,7 +41,7 @@ def test_resumed_is_what_it_would_have_been(chunk: str, text: Path, tmp_path: Pa
 
 def test_counting_a_step_of_micro_batches_teaches_codebooks_nothing(text: Path, tmp_path: Path):
     """Every vector is counted once: hits per step are those of one whole batch."""
-    hits, chunk = [], NOTES.replace("start='kmeans', start_step=2", "decay=0.5")
+    hits, chunk = [], NOTES.replace("init='kmeans', start_step=2", "decay=0.5")
     for size in (4, 1):
         config = training_worker.tiny(text, {"think": None, "chunk": chunk, "train.micro_batch_size": size})
         run = train(config, tmp_path / str(size), progress=False)

@@ -13,7 +13,7 @@ from pondera.methods.kv_cache.common.policy import EvictionPolicy
 
 
 class RandomEviction(EvictionPolicy):
-    """Keeps the first tokens, the latest, and of the others some by chance; a rule is protected_score what it gains over this.
+    """Keeps the first tokens, the latest, and of the others some by chance; a rule is worth what it gains over this.
 
     Source: none, a control.
     Cost: no attention weights are looked at.
