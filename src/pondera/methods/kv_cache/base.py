@@ -87,12 +87,12 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
         method = StreamingLLM(budget=1024)
         model.generate(**prompt, past_key_values=method.cache(model))
 
-    and in a run or a config as ``kv_cache: StreamingLLM(budget=1024)``. It must give what the stock cache gives, bit for
-    bit, while nothing has to be forgotten; what it computes padded or in a batch must equal what it computes alone. The
-    contract tests check every file of this folder.
+    and in a run or a config as ``kv_cache: StreamingLLM(budget=1024)``. It must give what the stock cache gives, bit
+    for bit, while nothing has to be forgotten; what it computes padded or in a batch must equal what it computes alone.
+    The contract tests check every file of this folder.
 
-    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods`` prints
-    them).
+    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods``
+    prints them).
     """
 
     paper: ClassVar[str]
@@ -159,15 +159,15 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
     def cache(self, model: PreTrainedModel) -> KVCache:
         """An empty cache for this model, whose attention modules look for it from now on.
 
-        The first time, a few tokens are read and held against the stock cache. With any other cache the model behaves as it
-        did before.
+        The first time, a few tokens are read and held against the stock cache. With any other cache the model behaves
+        as it did before.
 
         Args:
             model: any causal LM of transformers.
 
         Raises:
-            UserError: nothing in this model can be compressed, `fit` has to come first, or caches of Pondera cannot be right
-                for it.
+            UserError: nothing in this model can be compressed, `fit` has to come first, or caches of Pondera cannot be
+                right for it.
         """
         if not self.fitted:
             raise UserError(

@@ -26,30 +26,32 @@ from pondera.methods.kv_cache.snap_kv import SnapKV
 class FastKV(PolicyWrapper):
     """Around `SnapKV`: behind one layer, only the tokens of the prompt that it looks at most go on.
 
-    Two budgets are apart: how many rows of the cache each layer keeps, which is the policy's, and how many tokens of the
-    prompt the later layers work on. Up to the layer that chooses, the whole prompt goes through. There the weights that the
-    policy's window gave are added up over all heads, and the tokens with the largest go on beside the window, with their
-    positions; for all later layers there is nothing else. Every layer then cuts what it has seen, as the policy does.
+    Two budgets are apart: how many rows of the cache each layer keeps, which is the policy's, and how many tokens of
+    the prompt the later layers work on. Up to the layer that chooses, the whole prompt goes through. There the weights
+    that the policy's window gave are added up over all heads, and the tokens with the largest go on beside the window,
+    with their positions; for all later layers there is nothing else. Every layer then cuts what it has seen, as the
+    policy does.
 
     Source: Jo et al., FastKV, arXiv 2502.01068.
     Cost: in the prompt, later layers run `tsp` tokens instead of all; decoding is as the policy's. That holds for the
     architectures of `pondera.arch.families` whose layers are given their cache by name (not GPT-2), where every later
     layer is compressed; in other models later layers are spared the attention of the other tokens, and nothing else.
-    When not to use it: where the logits or hidden states of a prompt's tokens are wanted: those of the window count, and of
-    tokens that did not go on they mean nothing, or are not there. For prompts in pieces of up to 8 tokens, which go on whole.
-    Beside sliding layers, which still see everything.
-    Resolved: as in the authors' code `tsp` counts the window, and the later layers keep as many rows as the others, so shares
-    are of the whole prompt; what went on is all there is to keep. Their code lets everything go on where a prompt is within
-    the policy's budget; here the budgets are independent. Sinks of the policy go on. A prompt in pieces is chosen from in each
-    piece, by this piece's tokens; what earlier pieces left in a layer stays visible. While tokens may be drafts all go on,
-    and only the policy forgets: a draft that is taken back must not have had a say.
+    When not to use it: where the logits or hidden states of a prompt's tokens are wanted: those of the window count,
+    and of tokens that did not go on they mean nothing, or are not there. For prompts in pieces of up to 8 tokens, which
+    go on whole. Beside sliding layers, which still see everything.
+    Resolved: as in the authors' code `tsp` counts the window, and the later layers keep as many rows as the others, so
+    shares are of the whole prompt; what went on is all there is to keep. Their code lets everything go on where a
+    prompt is within the policy's budget; here the budgets are independent. Sinks of the policy go on. A prompt in
+    pieces is chosen from in each piece, by this piece's tokens; what earlier pieces left in a layer stays visible.
+    While tokens may be drafts all go on, and only the policy forgets: a draft that is taken back must not have had a
+    say.
 
     Args:
-        policy: `SnapKV`, or a wrapper around it; none: as in the authors' code, a tenth of the prompt, a window of 8, and the
-            mean of 7 neighbours.
+        policy: `SnapKV`, or a wrapper around it; none: as in the authors' code, a tenth of the prompt, a window of 8,
+            and the mean of 7 neighbours.
         tsp: tokens that go on, a number or a share of the prompt, the window counted.
-        tsp_layer: the layer that chooses, counted from 0 among those that are compressed; none: the middle one, of 32 layers
-            the sixteenth, as in the paper. At the last layer it is the policy alone.
+        tsp_layer: the layer that chooses, counted from 0 among those that are compressed; none: the middle one, of 32
+            layers the sixteenth, as in the paper. At the last layer it is the policy alone.
 
     Example:
         >>> FastKV(SnapKV(512, window=8, pool="mean"), tsp=2048, tsp_layer=15).observation_window
@@ -122,7 +124,7 @@ class FastKV(PolicyWrapper):
             pack(model, cache)
 
     def evict_layer(self, layer: KVStoreLayer) -> bool:
-        """See `Policy.settle`: before the policy forgets, the tokens that go on are chosen by what it has noted."""
+        """See `Policy.evict_layer`: before the policy forgets, the tokens that go on are chosen by what it has noted."""
         if isinstance(layer, SelectorLayer) and layer.new_BT is not None and layer.at_prompt:
             layer.choice = self.choose(layer, layer.new_BT)
         return super().evict_layer(layer)

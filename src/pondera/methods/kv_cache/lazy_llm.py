@@ -28,29 +28,29 @@ from pondera.methods.kv_cache.common.token_revival import ProgressivePruning, Re
 class LazyLLM(ProgressivePruning):
     """Behind some layers, only the tokens go on that the last token looks at most; others may be taken up again later.
 
-    In each call, of the prompt and of every step, all tokens are there at the first layer. At a layer that prunes, they are
-    ranked by the last token's attention, the mean over heads, and a share goes on. A token that goes on without ever having
-    been through the next layers is run through them now, from the hidden state with which it stopped; a token that does not go
-    on leaves its state behind. So what is pruned may differ from call to call, and each token is run through each layer once
-    at most.
+    In each call, of the prompt and of every step, all tokens are there at the first layer. At a layer that prunes, they
+    are ranked by the last token's attention, the mean over heads, and a share goes on. A token that goes on without
+    ever having been through the next layers is run through them now, from the hidden state with which it stopped; a
+    token that does not go on leaves its state behind. So what is pruned may differ from call to call, and each token is
+    run through each layer once at most.
 
     Source: Fu et al., LazyLLM, arXiv 2407.14057, whose code is not public.
-    Cost: layers behind those that prune run a part of the prompt, and later what is taken up. The cache holds a hidden state
-    and its rotary rows for each token that has stopped, beside the keys and values of what was run: it saves compute. In a
-    batch every text runs as many rows as the one that takes up most.
-    When not to use it: to save memory. Where logits of a prompt's tokens are wanted: of those that stop there are none. On
-    models with windows, recurrent states, or of architectures other than those of `pondera.arch.families` with
+    Cost: layers behind those that prune run a part of the prompt, and later what is taken up. The cache holds a hidden
+    state and its rotary rows for each token that has stopped, beside the keys and values of what was run: it saves
+    compute. In a batch every text runs as many rows as the one that takes up most.
+    When not to use it: to save memory. Where logits of a prompt's tokens are wanted: of those that stop there are none.
+    On models with windows, recurrent states, or of architectures other than those of `pondera.arch.families` with
     rotary positions: they are refused, as nothing could be taken up again.
-    Resolved: the paper gives neither the layers nor the percentiles; the defaults are ours. A share is of the tokens that have
-    come as far as the layer, rounded down, of equals the newer. Up to 8 new tokens of a call go on in any case, of longer calls
-    the last one. Queries look at what goes on in this call, and at nothing else that a layer holds from earlier ones.
-    Keys and values of a token are those of the call in which it was first run, and are not computed anew. While tokens may be
-    drafts, they all go on, and of the others those that went on in the call before: a draft that is taken back must not have
-    had a say.
+    Resolved: the paper gives neither the layers nor the percentiles; the defaults are ours. A share is of the tokens
+    that have come as far as the layer, rounded down, of equals the newer. Up to 8 new tokens of a call go on in any
+    case, of longer calls the last one. Queries look at what goes on in this call, and at nothing else that a layer
+    holds from earlier ones. Keys and values of a token are those of the call in which it was first run, and are not
+    computed anew. While tokens may be drafts, they all go on, and of the others those that went on in the call before:
+    a draft that is taken back must not have had a say.
 
     Args:
-        keep_ratio: share of the tokens that goes on at each layer that prunes, of those that have come so far; a list has one for
-            each. 1 is the stock model.
+        keep_ratio: share of the tokens that goes on at each layer that prunes, of those that have come so far; a list
+            has one for each. 1 is the stock model.
         layers: those that prune, by their numbers from 0; none: at a quarter, half, and three quarters of the depth.
 
     Example:
@@ -83,7 +83,7 @@ class LazyLLM(ProgressivePruning):
         self.keep_ratio, self.layers = keep_ratio, layers
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """See `Memory.check`."""
+        """See `KVCacheMethod.check`."""
         depth = config.num_hidden_layers
         parts = modules(config)
         if parts is None or not parts.layers_skip_tokens:
@@ -125,20 +125,20 @@ class LazyLLM(ProgressivePruning):
         )
 
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
-        """See `Memory.layer`."""
+        """See `KVCacheMethod.layer`."""
         return (RevivalLayer if index in self.shares(among) else PrunedLayer)(self, index, among)
 
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
-        """See `Memory.prepare`."""
+        """See `KVCacheMethod.prepare`."""
         link(cache)
         pack(model, cache)
 
     def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """See `Slots.observed_queries`."""
+        """See `Policy.observed_queries`."""
         return 1 if isinstance(layer, RevivalLayer) and not layer.record_past else 0
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
-        """See `Slots.observe`: what the last token looks at; ``-inf`` where it may not look."""
+        """See `Policy.observe`: what the last token looks at; ``-inf`` where it may not look."""
         weight_BS = seen.weight_BGRTS[:, :, :, -1].mean((1, 2))
         cast(RevivalLayer, layer).score_BS = weight_BS.masked_fill(
             seen.score_BGRTS[:, 0, 0, -1] == -math.inf, -math.inf

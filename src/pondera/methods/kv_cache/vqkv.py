@@ -45,30 +45,33 @@ log = logging.getLogger(__name__)
 class VQKV(SinkWindowCache):
     """Keeps the first tokens and the latest exactly, and of those between a few small integers each.
 
-    A key or value is the sum of one row of each of L codebooks; the rows' numbers are what is kept. The codebooks are fitted
-    offline to keys and values of ordinary text (`fit`); the model's weights stay as they are.
+    A key or value is the sum of one row of each of L codebooks; the rows' numbers are what is kept. The codebooks are
+    fitted offline to keys and values of ordinary text (`fit`); the model's weights stay as they are.
 
-    Source: VQKV, arXiv 2603.16435: RSimVQ, three regions, keys in two branches, 82.8 % fewer bytes at 2.75 bits per value.
-    Cost: `fit` takes minutes on a CPU for models of some million parameters. A step costs L additions per past token, head
-    and query for scores and as many for values, instead of D multiplications; coding a token L searches among K rows. The
-    tables take ``2 L K C`` bytes for keys and for values of each layer, once per model (`table_bytes`).
+    Source: VQKV, arXiv 2603.16435: RSimVQ, three regions, keys in two branches, 82.8 % fewer bytes at 2.75 bits per
+    value.
+    Cost: `fit` takes minutes on a CPU for models of some million parameters. A step costs L additions per past token,
+    head and query for scores and as many for values, instead of D multiplications; coding a token L searches among K
+    rows. The tables take ``2 L K C`` bytes for keys and for values of each layer, once per model (`table_bytes`).
     When not to use it: for texts hardly longer than window and sinks; where the text is far from what it was fitted to.
     Resolved: the paper's code was not to be had. Vectors are single KV heads, whose layer shares its codebooks, or with
-    ``width="layer"`` all KV heads of a layer together. Stages are fitted one after another, each to what those before it
-    left, scaled to unit root mean square; the scale is folded into the tables, which are float16. Branches get stages in
-    proportion to their dimensions. `sinks` tokens of each calibration text are left out, as they are never coded.
+    ``width="layer"`` all KV heads of a layer together. Stages are fitted one after another, each to what those before
+    it left, scaled to unit root mean square; the scale is folded into the tables, which are float16. Branches get
+    stages in proportion to their dimensions. `sinks` tokens of each calibration text are left out, as they are never
+    coded.
 
-    Bits become stages in this way: a head's key and value together get ``floor(2 * bits * D / b)`` stages, b being 8 for up
-    to 256 codes and 16 above, of which the value has half, rounded down. So the rate is never above what was asked for; it
-    is below where b does not divide (`rate` says what it is): at D = 16 with 2.75 bits there are 11 stages, 6 of the key.
+    Bits become stages in this way: a head's key and value together get ``floor(2 * bits * D / b)`` stages, b being 8
+    for up to 256 codes and 16 above, of which the value has half, rounded down. So the rate is never above what was
+    asked for; it is below where b does not divide (`rate` says what it is): at D = 16 with 2.75 bits there are 11
+    stages, 6 of the key.
 
     Args:
         bits: per cached number, exact rows and tables not counted.
         window: the latest tokens, exact; see `SinkWindowCache`.
         sinks: the first tokens, exact.
         codes: K.
-        branches: 2: the dimensions of keys that turn fast with position and those that turn slowly have codebooks of their
-            own; 1: they have not.
+        branches: 2: the dimensions of keys that turn fast with position and those that turn slowly have codebooks of
+            their own; 1: they have not.
         cut: rotation pairs that count as fast; none: half of them.
         key_stage: keys are coded as they are kept, ``"post_rope"``; or turned back to position 0, ``"pre_rope"``, for
             which every decoding turns them again and scores cannot be summed up from codes.
@@ -215,11 +218,11 @@ class VQKV(SinkWindowCache):
 
     @property
     def fitted(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See `Memory.fitted`."""
+        """See `KVCacheMethod.fitted`."""
         return not self.is_fitted.is_meta and bool(self.is_fitted)
 
     def bind(self, config: PreTrainedConfig) -> None:
-        """See `Memory.attach`: empty codebooks, of the shapes that this model needs."""
+        """See `KVCacheMethod.bind`: empty codebooks, of the shapes that this model needs."""
         dims, keys, values = self.layout(config)
         self.fingerprint = _fingerprint(config)
         D, J = head_dim(config), self._joined(config)
@@ -232,7 +235,7 @@ class VQKV(SinkWindowCache):
             self.register_buffer("frequency_P", torch.zeros(len(rotation_pairs(config))))
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """See `Memory.check`: refuses codebooks of another model."""
+        """See `KVCacheMethod.check`: refuses codebooks of another model."""
         mine, theirs = self.fingerprint, _fingerprint(config)
         if mine != theirs:
             raise UserError(

@@ -18,9 +18,9 @@ class SlotBudget:
     """Slots per layer and KV head.
 
     Args:
-        amount: tokens (a whole number), a share of the tokens seen (0 < share <= 1, with a point), or bytes of a sequence
-            over all compressed layers (``"64MiB"``); a list has one for each compressed layer, and a list of lists one for
-            each KV head of each.
+        amount: tokens (a whole number), a share of the tokens seen (0 < share <= 1, with a point), or bytes of a
+            sequence over all compressed layers (``"64MiB"``); a list has one for each compressed layer, and a list of
+            lists one for each KV head of each.
         least: what must fit in any case: sinks and recent tokens.
 
     Example:

@@ -1,12 +1,13 @@
 """Sums by code: what attention needs of rows that are kept as codes, without putting them together again.
 
-A coded row is a sum of one row of each of C tables, so a query's product with it is a sum of C numbers that are looked up
-among its products with the tables (`look_up`); and coded rows, weighed and added, are the rows of the tables, each times the
-sum of the weights of the tokens that have its code (`sum_by_code`). What is left per token and query is C additions in place of D
-multiplications. The products with the tables cost as much as attention to as many tokens as there are rows in them.
+A coded row is a sum of one row of each of C tables, so a query's product with it is a sum of C numbers that are looked
+up among its products with the tables (`look_up`); and coded rows, weighed and added, are the rows of the tables, each
+times the sum of the weights of the tokens that have its code (`sum_by_code`). What is left per token and query is C
+additions in place of D multiplications. The products with the tables cost as much as attention to as many tokens as
+there are rows in them.
 
-Shapes: B batch, G KV heads, N queries of a KV head (its query heads and new tokens together), S tokens, C codes of a token,
-K rows of a table, k = C K rows of all tables; M groups of L = 4 queries, that a kernel takes together.
+Shapes: B batch, G KV heads, N queries of a KV head (its query heads and new tokens together), S tokens, C codes of a
+token, K rows of a table, k = C K rows of all tables; M groups of L = 4 queries, that a kernel takes together.
 """
 
 from __future__ import annotations

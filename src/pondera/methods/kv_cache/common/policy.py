@@ -89,7 +89,8 @@ class BudgetedPolicy(Policy):
 
     Args:
         budget: slots per layer and KV head: tokens (512), a share of the tokens seen (0.25), or bytes of a sequence
-            ("64MiB"); a list for one per layer, of lists for one per head. Shares are rounded down, then to what is protected.
+            ("64MiB"); a list for one per layer, of lists for one per head. Shares are rounded down, then to what is
+            protected.
         sinks: first tokens that are never forgotten.
         recent: latest tokens that are never forgotten; a share of the budget if below 1.
         least: the smallest budget that makes sense.
@@ -136,7 +137,7 @@ class BudgetedPolicy(Policy):
         return torch.tensor(found, device=table.keys_BGSD.device)
 
     def evict(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
-        """See `Policy.forget`."""
+        """See `Policy.evict`."""
         if self.prefill_only and not layer.at_prompt:
             return False
         limit_BG = self.slots(layer, table, heads)

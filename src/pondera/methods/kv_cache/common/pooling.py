@@ -29,7 +29,7 @@ def pooled(score: Tensor, position_BGS: Tensor, kernel: int, pool: str) -> Tenso
 
     Args:
         score: ``[B, G, S]`` or ``[B, G, R, S]``, 0 or more; 0 where a slot holds nothing.
-        position_BGS: where in the text; see `SlotTable`.
+        position_BGS: where in the text; see `KVStore`.
         kernel: slots that are pooled, an odd number.
         pool: ``"max"`` or ``"mean"``.
 

@@ -1,8 +1,8 @@
 """Calls of which only some tokens go on: a layer of a cache chooses them, and the layers behind it see no others.
 
-A layer of a cache can do that by itself: it takes in, attends with and shows to the memory the tokens that go on, and gives
-zeros for the rest, which nobody looks at. `leaving_out.py` keeps decoder layers from running the rest at all; what the
-layers of the cache do is the same.
+A layer of a cache can do that by itself: it takes in, attends with and shows to the memory the tokens that go on, and
+gives zeros for the rest, which nobody looks at. `leaving_out.py` keeps decoder layers from running the rest at all;
+what the layers of the cache do is the same.
 
 Shapes: B batch, H query heads, G KV heads, T new tokens, k those that go on, K tokens seen and new, D width.
 """
@@ -30,13 +30,14 @@ class Selector:
     """The tokens that go on in one call, in the order of the text.
 
     Args:
-        position_Bk: their numbers. Rows with fewer than k begin with `slot_table.EMPTY`, so that all end with the last tokens.
+        position_Bk: their numbers. Rows with fewer than k begin with `kv_store.EMPTY`, so that all end with the last
+            tokens.
         begin: tokens seen before the call.
         tokens: T, of the call.
         padding_B: how many of them are padding.
         packed: decoder layers run those that go on, and no others.
-        present_BK: of all tokens seen, those that may be looked at; none: all that a layer holds. Where there is one, tokens
-            of earlier calls may be among those that go on.
+        present_BK: of all tokens seen, those that may be looked at; none: all that a layer holds. Where there is one,
+            tokens of earlier calls may be among those that go on.
     """
 
     position_Bk: Tensor
@@ -147,7 +148,7 @@ class PrunedCall(AttentionCall):
 
 
 class SelectorLayer(KVStoreLayer):
-    """The layer that chooses which tokens go on; a memory may have it do so in `Slots.settle`.
+    """The layer that chooses which tokens go on; a memory may have it do so in `Policy.evict_layer`.
 
     Attributes:
         choice: those of the call that is running; none: all.
@@ -162,7 +163,7 @@ class SelectorLayer(KVStoreLayer):
     rotary: tuple[Tensor, ...] = ()
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `MemoryLayer.attend`."""
+        """See `KVLayer.attend`."""
         self.choice, self.new_BT = None, call.position_BT
         out_BTHD = super().attend(call)
         self.new_BT = None
@@ -180,7 +181,7 @@ class SelectorLayer(KVStoreLayer):
         return self.choice.rows(h_BTD, 1)
 
     def clear(self) -> None:
-        """See `MemoryLayer.clear`."""
+        """See `KVLayer.clear`."""
         super().clear()
         self.choice = self.new_BT = None
         self.rotary = ()
@@ -201,14 +202,14 @@ class PrunedLayer(KVStoreLayer):
         return None if self.chooser is None else self.chooser.choice
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """See `MemoryLayer.update`: all tokens of the call have been seen, whichever come here."""
+        """See `KVLayer.update`: all tokens of the call have been seen, whichever come here."""
         found = super().update(key_states, value_states, *args, **kwargs)
         if self.chooser is not None:
             self.seen = self.chooser.seen
         return found
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `MemoryLayer.attend`; tokens that do not go on look at nothing, and get zeros."""
+        """See `KVLayer.attend`; tokens that do not go on look at nothing, and get zeros."""
         choice = self.led
         if choice is None:
             return super().attend(call)

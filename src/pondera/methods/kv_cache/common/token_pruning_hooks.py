@@ -64,7 +64,8 @@ class _Hook:
 class _LeaveOut(_Hook):
     """Before a layer: the states and rotary rows of the tokens that go on, in place of all of the call's.
 
-    The mask stays as it is: it is read by the layer of the cache, which knows of the choice. Positions are in the rotary rows.
+    The mask stays as it is: it is read by the layer of the cache, which knows of the choice. Positions are in the
+    rotary rows.
     """
 
     def __call__(

@@ -1,7 +1,8 @@
 """Tokens that stopped at a layer and may be taken up again: their hidden states wait where they stopped.
 
-In every call a layer may choose anew which tokens go on. A token that goes on, but has not been through the layers behind,
-is run through them now, from the hidden state with which it stopped; so each token is run through each layer once at most.
+In every call a layer may choose anew which tokens go on. A token that goes on, but has not been through the layers
+behind, is run through them now, from the hidden state with which it stopped; so each token is run through each layer
+once at most.
 
 Shapes: B batch, n tokens that the decoder layer ran, m those and the ones that wait, k of them that go on, j that stop,
 S slots, K tokens seen, D width of the hidden states, r of rotary rows.
@@ -55,8 +56,8 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
     While tokens may be drafts, the choice of the last call before stands, and all drafts go on.
 
     Attributes:
-        stopped: none, or a table of the tokens that wait; in the place of keys their hidden states, in that of values their
-            rotary rows.
+        stopped: none, or a table of the tokens that wait; in the place of keys their hidden states, in that of values
+            their rotary rows.
         score_BS: while it takes a call in: how its memory ranks the slots.
     """
 
@@ -77,7 +78,7 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
         return position.new_empty(len(position), 0)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `MemoryLayer.attend`."""
+        """See `KVLayer.attend`."""
         came = self.led or Selector.all_of(call)
         out_BTHD = super().attend(call)
         position_BS = self.tables[0].position[:, 0]
@@ -145,17 +146,17 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
         return h_BkD
 
     def nbytes(self) -> int:
-        """See `MemoryLayer.nbytes`."""
+        """See `KVLayer.nbytes`."""
         return super().nbytes() + sum(table.nbytes() for table in self.stopped)
 
     def select(self, rows: Tensor) -> None:
-        """See `MemoryLayer.select`."""
+        """See `KVLayer.select`."""
         super().select(rows)
         for table in self.stopped:
             table.select(rows)
 
     def clear(self) -> None:
-        """See `MemoryLayer.clear`."""
+        """See `KVLayer.clear`."""
         super().clear()
         self.stopped = []
 

@@ -17,9 +17,9 @@ BITS = (1, 2, 4, 8)
 class UniformQuantizer(Codec):
     """Every number is rounded to one of ``2 ** bits`` levels from the least to the greatest of its group.
 
-    Codes are packed along the head's width, ``codes`` ``[B, G, S, D * bits / 8]``, uint8, the first number in the lowest
-    bits. Beside them stand ``least`` and ``step`` in float16: of a channel over `group` tokens, ``[B, G, S / g, D]``, or of a
-    token over `group` channels, ``[B, G, S, D / g]``.
+    Codes are packed along the head's width, ``codes`` ``[B, G, S, D * bits / 8]``, uint8, the first number in the
+    lowest bits. Beside them stand ``least`` and ``step`` in float16: of a channel over `group` tokens, ``[B, G, S / g,
+    D]``, or of a token over `group` channels, ``[B, G, S, D / g]``.
 
     Args:
         bits: 1, 2, 4 or 8.

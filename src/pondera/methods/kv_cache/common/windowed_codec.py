@@ -26,17 +26,18 @@ from pondera.methods.kv_cache.base import KVCacheMethod
 class SinkWindowCache(KVCacheMethod):
     """A memory that keeps the first tokens and the latest exactly, and codes of those between them.
 
-    Attention of a call sees the new tokens exactly; after it, what no longer belongs to the latest is coded, and its exact
-    rows are freed. Tokens are coded in batches of `flush_size`, counted from the first token of their text, so what is coded
-    when depends on nothing but how long a text is: not on padding, on other texts, or on how it was fed in.
+    Attention of a call sees the new tokens exactly; after it, what no longer belongs to the latest is coded, and its
+    exact rows are freed. Tokens are coded in batches of `flush_size`, counted from the first token of their text, so
+    what is coded when depends on nothing but how long a text is: not on padding, on other texts, or on how it was fed
+    in.
 
     What was coded stays coded: where tokens are taken back, codes are cut off, and the exact window is shorter until it
     has filled up again. With ``cache.activate_past_recording()`` nothing is coded before `crop` says which tokens stay,
     and nothing of those that go leaves a trace.
 
-    Padding before a text takes no room. Padding within a text or behind it is never looked at, but takes room as a token.
-    As keys are coded after rotary embedding, a padded row equals the row alone where it has the same position ids; that is
-    what `generate` gives, while a plain call without ``position_ids`` counts padding.
+    Padding before a text takes no room. Padding within a text or behind it is never looked at, but takes room as a
+    token. As keys are coded after rotary embedding, a padded row equals the row alone where it has the same position
+    ids; that is what `generate` gives, while a plain call without ``position_ids`` counts padding.
 
     Args:
         window: the latest tokens, exact; up to ``window + flush_size - 1`` of them.

@@ -41,17 +41,17 @@ class PolicyWrapper(Policy):
         return self.policy.by_head
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """See `Memory.check`."""
+        """See `KVCacheMethod.check`."""
         self.policy.check(config, layers)
 
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
-        """See `Memory.layer`: the policy's, which asks the wrapper."""
+        """See `KVCacheMethod.layer`: the policy's, which asks the wrapper."""
         layer = self.policy.layer(config, index, among)
         layer.method = self
         return layer
 
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
-        """See `Memory.prepare`."""
+        """See `KVCacheMethod.prepare`."""
         self.policy.prepare(model, cache)
 
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
@@ -67,5 +67,5 @@ class PolicyWrapper(Policy):
         self.policy.observe(layer, table, seen)
 
     def evict_layer(self, layer: KVStoreLayer) -> bool:
-        """See `Policy.settle`."""
+        """See `Policy.evict_layer`."""
         return self.policy.evict_layer(layer)
