@@ -58,8 +58,8 @@ class AdaKV(PolicyWrapper):
         policy = SnapKV() if policy is None else policy
         if not isinstance(policy, EvictionPolicy) or policy.by_head:
             raise UserError(
-                f"AdaKV({type(policy).__name__}(...)): give a policy that ranks tokens within one budget for all heads, "
-                "e.g. AdaKV(SnapKV(512))"
+                f"AdaKV({type(policy).__name__}(...)): give a policy that ranks tokens within one budget for all "
+                "heads, e.g. AdaKV(SnapKV(512))"
             )
         if not 0 <= safeguard <= 1:
             raise UserError(

@@ -58,8 +58,8 @@ class DapQ(PolicyWrapper):
         policy = SnapKV() if policy is None else policy
         if not isinstance(policy, Policy) or not policy.prefill_only:
             raise UserError(
-                f"DapQ({type(policy).__name__}(...)): give a policy with an observation window at the end of the prompt, "
-                "e.g. DapQ(SnapKV(512))"
+                f"DapQ({type(policy).__name__}(...)): give a policy with an observation window at the end of the "
+                "prompt, e.g. DapQ(SnapKV(512))"
             )
         super().__init__(policy)
         self.ahead = policy.observation_window if ahead is None else ahead

@@ -90,8 +90,9 @@ class FastKV(PolicyWrapper):
             or (isinstance(tsp, int) and tsp < least)
         ):
             raise UserError(
-                f"tsp={tsp!r}: give the tokens that continue as a number ({max(2048, least)}; at least {least}, for the "
-                f"window and sinks of the policy, or {MIN_TOKENS}) or as a share of the prompt (0.2; above 0, at most 1)"
+                f"tsp={tsp!r}: give the tokens that continue as a number ({max(2048, least)}; at least {least}, for "
+                f"the window and sinks of the policy, or {MIN_TOKENS}) or as a share of the prompt (0.2; above 0, at "
+                "most 1)"
             )
         if tsp_layer is not None and (isinstance(tsp_layer, bool) or not isinstance(tsp_layer, int) or tsp_layer < 0):
             raise UserError(

@@ -26,7 +26,7 @@ from pondera.methods.kv_cache.common.token_revival import ProgressivePruning, Re
 
 
 class LazyLLM(ProgressivePruning):
-    """After some layers, only the tokens that the last token attends to most continue; later steps can revive the others.
+    """After some layers, only the tokens that the last token attends to most continue; others may be revived later.
 
     Each call (prefill and every decode step) starts with all tokens at the first layer. A pruning layer ranks the
     tokens by the last token's attention, averaged over heads, and a share of them continues. The layer stores the
@@ -91,7 +91,7 @@ class LazyLLM(ProgressivePruning):
             raise UserError(
                 f"LazyLLM: {config.model_type} cannot revive pruned tokens; supported are "
                 f"{listed(lambda each: each.modules and each.modules.layers_skip_tokens)}. "
-                "TokenSelect also keeps all tokens, and supports this model"
+                "TokenSelect also keeps all tokens, and does not prune"
             )
         if len(layers) < depth:
             raise UserError(
