@@ -50,7 +50,7 @@ class A2SF(EvictionPolicy):
     ) -> None:
         super().__init__(budget, sinks, recent)
         if not 0 <= alpha <= 1:
-            raise UserError(f"alpha={alpha}: give the factor that past attention decays by per query, from 0 to 1")
+            raise UserError(f"alpha={alpha}: give the decay factor of attention per query, from 0 to 1")
         self.alpha = alpha
 
     @property

@@ -65,7 +65,7 @@ class KVCache(Cache):
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def nbytes(self) -> int:
-        """Bytes of the storage of all layers, including spare capacity."""
+        """Bytes of the storage of all layers, including unused capacity."""
         from pondera.cost.measure import live_cache_bytes
 
         return live_cache_bytes(self)

@@ -59,7 +59,7 @@ class FastKV(PolicyWrapper):
 
     paper: ClassVar[str] = "FastKV, arXiv 2502.01068"
     prunes_hidden_states = True
-    cost: ClassVar[str] = "the policy's KV slots; later layers compute a part of the prompt's tokens"
+    cost: ClassVar[str] = "the policy's KV slots; later layers compute a part of the prompt"
     examples: ClassVar[dict[str, str]] = {
         "exact": "FastKV(SnapKV(64, window=4), tsp=64)",
         "tight": "FastKV(SnapKV(6, window=3, kernel=3, pool='mean'), tsp=0.8, tsp_layer=0)",

@@ -15,7 +15,7 @@ from pondera.methods.kv_cache.common.policy import ALL, EvictionPolicy
 class H2O(EvictionPolicy):
     """Keeps the latest tokens and the tokens with the highest attention, accumulated over all queries so far.
 
-    Source: Zhang et al., H2O: heavy-hitter oracle, arXiv 2306.14048.
+    Source: Zhang et al., H2O, arXiv 2306.14048.
     Cost: a second product of queries and keys in prefill, as fused kernels return no attention weights; one float per
     KV slot.
     When not to use it: for long outputs, where early attention need not predict the tokens that matter late.

@@ -91,7 +91,7 @@ class LazyLLM(ProgressivePruning):
             raise UserError(
                 f"LazyLLM: {config.model_type} cannot revive pruned tokens; supported are "
                 f"{listed(lambda each: each.modules and each.modules.layers_skip_tokens)}. "
-                "TokenSelect also keeps all tokens, and does not prune"
+                "TokenSelect also keeps all tokens, and works without revival"
             )
         if len(layers) < depth:
             raise UserError(

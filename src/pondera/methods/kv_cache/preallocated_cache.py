@@ -11,7 +11,7 @@ class PreallocatedCache(Policy):
     """Keeps all tokens in storage that it allocates ahead, so that no step copies the whole cache.
 
     Cost: the cache of transformers concatenates old and new keys and values in every step, which copies all of them;
-    this method writes new ones after the old ones. An eighth of the storage is spare. When decoding on a CPU in
+    this method writes new ones after the old ones. An eighth of the storage is unused. When decoding on a CPU in
     float32, query heads that share a KV head run one after another while its keys and values are in the core's cache;
     the results are bit-identical to those of torch (`pondera.cache.stock_attention`).
     When not to use it: for compiled decoding; transformers has a static cache for that.
@@ -26,7 +26,7 @@ class PreallocatedCache(Policy):
     """
 
     paper: ClassVar[str] = "no paper; the stock cache without its copies"
-    cost: ClassVar[str] = "one KV slot per token, an eighth spare"
+    cost: ClassVar[str] = "one KV slot per token, and an eighth more in reserve"
     examples: ClassVar[dict[str, str]] = {"exact": "PreallocatedCache()"}
     saves: ClassVar[str] = "nothing"
 

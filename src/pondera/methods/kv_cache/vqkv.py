@@ -274,7 +274,7 @@ class VQKV(SinkWindowCache):
             samples: token ids, ``[B, T]`` each, without padding; `fit` reads only as many as it needs.
 
         Raises:
-            UserError: there is too little text, the layout of keys is not supported, or the rotary frequencies change
+            UserError: there are too few tokens, the layout of keys is not supported, or the rotary frequencies change
                 with the length of the sequence (only for ``key_stage="pre_rope"``).
         """
         config = model.config.get_text_config(decoder=True)

@@ -104,7 +104,7 @@ class SinkWindowLayer(KVLayer):
         self.method, self.coders = method, (keys, values)
         if odd := [codec.unit for codec in self.coders if method.flush_size % codec.unit]:
             raise UserError(
-                f"flush_size={method.flush_size}: its codec encodes {odd[0]} tokens at once; give a multiple of {odd[0]}"
+                f"flush_size={method.flush_size}: its codec encodes {odd[0]} tokens at once; give a multiple of it"
             )
         self.clear()
 
@@ -372,7 +372,7 @@ class SinkWindowLayer(KVLayer):
         return sum(tensor.untyped_storage().nbytes() for tensor in (*exact, *codes))
 
     def code_bytes(self) -> int:
-        """Bytes of the codes in use, without spare capacity and exact tokens."""
+        """Bytes of the codes in use, without unused capacity and exact tokens."""
         return sum(codes.live_bytes(codec) for codes, codec in zip(self.codes, self.coders, strict=True))
 
 
