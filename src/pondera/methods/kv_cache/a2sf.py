@@ -15,7 +15,7 @@ from pondera.methods.kv_cache.common.policy import ALL, EvictionPolicy
 
 
 class A2SF(EvictionPolicy):
-    """H2O with a forgetting factor: each new query multiplies the attention accumulated before by `alpha`.
+    """H2O with exponential forgetting: each new query multiplies the accumulated attention by the factor `alpha`.
 
     More queries have seen the early tokens, so a plain sum favors them; the factor reduces this bias.
 

@@ -21,10 +21,11 @@ from pondera.methods.kv_cache.snap_kv import SnapKV
 
 
 class AdaKV(PolicyWrapper):
-    """Wraps an eviction policy: the KV heads of a layer share one budget and keep their highest scores overall.
+    """Adaptive budget allocation among KV heads, for any eviction policy.
 
-    A head with concentrated attention leaves KV slots to a head with dispersed attention. Each head keeps at least the
-    share `safeguard` of the uniform budget. Each KV head has its own storage, so eviction frees memory.
+    The KV heads of a layer share one budget, and the highest scores of all heads together keep their slots. A head with
+    concentrated attention leaves KV slots to a head with dispersed attention. Each head keeps at least the share
+    `safeguard` of the uniform budget. Each KV head has its own storage, so eviction frees memory.
 
     Source: Feng et al., Ada-KV, arXiv 2407.11550.
     Cost: as the policy's, and a sort over all heads. Attention runs head by head. As long as nothing is evicted, every

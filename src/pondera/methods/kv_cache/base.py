@@ -284,7 +284,7 @@ def compressible(config: PreTrainedConfig) -> list[int]:
     if not chosen:
         raise UserError(
             f"{config.model_type}: all its layers are {' or '.join(others)}, and Pondera compresses only full "
-            "attention; use the model with its stock cache"
+            "attention; there is nothing to compress, use the model with its stock cache"
         )
     if others:
         log.info("compressing %d of %d layers, not %s", len(chosen), len(kinds), " and ".join(others))

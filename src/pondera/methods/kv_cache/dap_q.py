@@ -25,7 +25,7 @@ from pondera.models.rotary import rotary_frequencies, rotate
 
 
 class DapQ(PolicyWrapper):
-    """Wraps `SnapKV`: rotates the queries of the observation window to the positions after the prompt.
+    """SnapKV with the queries of the observation window rotated to decoding positions, those after the prompt.
 
     The attention of a query depends more on its position than on its content. Queries at the positions of the answer
     therefore predict the attention of the answer better.

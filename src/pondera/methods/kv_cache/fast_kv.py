@@ -24,12 +24,13 @@ from pondera.methods.kv_cache.snap_kv import SnapKV
 
 
 class FastKV(PolicyWrapper):
-    """Wraps `SnapKV`: after one layer, prefill continues only with the prompt tokens that this layer attends to most.
+    """Token-selective propagation: after one layer, prefill continues only with the most attended prompt tokens.
 
-    The method has two independent budgets: the KV slots per layer (that of the policy), and the prompt tokens that
-    later layers compute (`tsp`). Up to the selecting layer, prefill runs the whole prompt. This layer sums the
-    attention weights of the policy's observation window over all heads; the highest-scoring tokens and the window
-    continue, with their positions, and later layers see no other tokens. Then every layer evicts as the policy does.
+    The method wraps `SnapKV` and has two independent budgets: the KV slots per layer (that of the policy), and the
+    prompt tokens that later layers compute (`tsp`). Up to the selecting layer, prefill runs the whole prompt. This
+    layer sums the attention weights of the policy's observation window over all heads; the highest-scoring tokens and
+    the window continue, with their positions, and later layers see no other tokens. Then every layer evicts as the
+    policy does.
 
     Source: Jo et al., FastKV, arXiv 2502.01068.
     Cost: in prefill, later layers run `tsp` tokens instead of all; decoding costs as much as with the policy. This

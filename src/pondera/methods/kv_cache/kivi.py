@@ -18,10 +18,11 @@ KEYS = ("channel", "token")
 
 
 class KIVI(SinkWindowCache):
-    """Keeps the latest tokens exactly and quantizes all other keys and values to a few bits per number.
+    """Uniform quantization of the KV cache to a few bits, keys per channel and values per token.
 
-    A few channels of keys are large in every token. Therefore keys share minimum and step within a channel, over
-    neighboring tokens; values share them within a token, over neighboring channels. The method needs no calibration.
+    The latest tokens stay exact. A few channels of keys are large in every token. Therefore keys share minimum and step
+    within a channel, over neighboring tokens; values share them within a token, over neighboring channels. The method
+    needs no calibration.
 
     Source: Liu et al., KIVI, arXiv 2402.02750: asymmetric, 2 bits, groups of 32.
     Cost: the bits, and two float16 numbers per group: ``bits + 32 / group`` bits per number (`rate`), 3 for 2 bits in

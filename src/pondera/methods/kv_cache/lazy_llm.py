@@ -26,7 +26,7 @@ from pondera.methods.kv_cache.common.token_revival import ProgressivePruning, Re
 
 
 class LazyLLM(ProgressivePruning):
-    """After some layers, only the tokens that the last token attends to most continue; others may be revived later.
+    """Progressive token pruning in prefill and decoding; an auxiliary cache allows later steps to revive tokens.
 
     Each call (prefill and every decode step) starts with all tokens at the first layer. A pruning layer ranks the
     tokens by the last token's attention, averaged over heads, and a share of them continues. The layer stores the

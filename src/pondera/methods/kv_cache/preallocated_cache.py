@@ -8,7 +8,7 @@ from pondera.methods.kv_cache.common.policy import Policy
 
 
 class PreallocatedCache(Policy):
-    """Keeps all tokens in storage that it allocates ahead, so that no step copies the whole cache.
+    """The complete KV cache in preallocated storage, so that no step copies it.
 
     Cost: the cache of transformers concatenates old and new keys and values in every step, which copies all of them;
     this method writes new ones after the old ones. An eighth of the storage is unused. When decoding on a CPU in

@@ -13,7 +13,9 @@ from pondera.methods.kv_cache.common.policy import EvictionPolicy
 
 
 class RandomEviction(EvictionPolicy):
-    """Keeps the first tokens, the latest and a random selection of the others; a policy must beat this control.
+    """Random eviction within a budget, the control for all policies that score tokens.
+
+    It keeps the first tokens, the latest and a pseudo-random selection of the others.
 
     Source: none, a control.
     Cost: no attention weights.

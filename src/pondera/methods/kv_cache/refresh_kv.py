@@ -22,10 +22,12 @@ from pondera.methods.kv_cache.common.pooling import check_pool, pooled
 
 
 class RefreshKV(Policy):
-    """Keeps all tokens; attends to the highest-scoring ones of the last full attention step and to all later tokens.
+    """Sparse attention to a subset of the KV cache, refreshed by occasional full attention.
 
-    Every `stride` steps each layer compares its query with that of the last full attention step. If the query has
-    drifted, the step attends to all tokens and its weights select a new subset; otherwise the layer keeps its subset.
+    The method keeps all tokens. A step attends to the highest-scoring tokens of the last full attention step and to all
+    later ones. Every `stride` steps each layer compares its query with that of the last full attention step. If the
+    query has drifted, the step attends to all tokens and its weights select a new subset; otherwise the layer keeps its
+    subset.
 
     Source: Xu et al., RefreshKV (formerly Recycled Attention), arXiv 2411.05787.
     Cost: all KV slots stay, with one float each. A step copies `part` of them and attends to the copy; a full step

@@ -15,7 +15,7 @@ from pondera.methods.kv_cache.common.pooling import check_pool, pooled
 
 
 class SnapKV(EvictionPolicy):
-    """At the end of prefill, keeps the prompt tokens that the observation window attends to most; evicts nothing later.
+    """Prompt compression at the end of prefill, by the attention of an observation window; later steps evict nothing.
 
     The last `window` queries of the prompt are the observation window. The method sums their attention weights per
     token and pools the sums over neighboring tokens, so that words stay complete. It keeps the highest-scoring tokens

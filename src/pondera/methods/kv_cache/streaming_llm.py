@@ -12,7 +12,7 @@ from pondera.methods.kv_cache.common.policy import EvictionPolicy
 
 
 class StreamingLLM(EvictionPolicy):
-    """Keeps the first tokens, which serve as attention sinks, and the latest tokens; evicts all others.
+    """Attention sinks and a window of the latest tokens; the policy evicts all others.
 
     Source: Xiao et al., arXiv 2309.17453, but with the positions of the sequence (the paper uses positions in the
     cache).

@@ -20,10 +20,11 @@ from pondera.methods.kv_cache.common.policy import Policy
 
 
 class TokenSelect(Policy):
-    """Keeps all tokens; attends to the first ones, the latest ones and those that the heads of a layer vote for.
+    """Sparse attention to the first tokens, the latest ones and those that all heads of a layer vote for.
 
-    Each query head distributes one vote over the remaining tokens by a softmax of its attention scores. All heads
-    attend to the tokens with the most votes. As long as the query stays similar, the layer reuses its last selection.
+    The method keeps all tokens. Each query head distributes one vote over the remaining tokens by a softmax of its
+    attention scores. All heads attend to the tokens with the most votes. As long as the query stays similar, the layer
+    reuses its last selection.
 
     Source: Wu et al., TokenSelect, arXiv 2411.02886.
     Cost: all KV slots stay. A selection computes the product of one query per head with all keys; attention then reads

@@ -18,11 +18,12 @@ from pondera.methods.kv_cache.common.policy import ALL, BudgetedPolicy, evict_lo
 
 
 class TreeKV(BudgetedPolicy):
-    """When the cache is full, each new token evicts one of a pair of neighbors; the next token takes the next pair.
+    """Smooth eviction as in a tree: pairs of neighboring tokens compete, and the pair cycles through the cache.
 
-    The policy evicts the slot of the pair with the lower mean attention. The pair moves through the cache from old to
-    new and restarts at its end, so each sweep thins out the result of the previous one: old regions become sparser,
-    like levels of a tree, but none disappears as a whole.
+    When the cache is full, each new token evicts one of a pair of neighbors. The policy evicts the slot of the pair
+    with the lower mean attention. The pair moves through the cache from old to new and restarts at its end, so each
+    sweep thins out the result of the previous one: old regions become sparser, like levels of a tree, but none
+    disappears as a whole.
 
     Source: He et al., TreeKV: smooth key-value cache compression with tree structures, arXiv 2501.04987.
     Cost: a second product of queries and keys in prefill, as `H2O`; one float per KV slot. A prompt longer than the

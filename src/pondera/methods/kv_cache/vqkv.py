@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 class VQKV(SinkWindowCache):
-    """Keeps the first and the latest tokens exactly, and a few small integers for each token between them.
+    """Residual vector quantization of the KV cache, except for the first and the latest tokens.
 
     A key or value is the sum of one codebook vector from each of L codebooks; the cache keeps only their indices. `fit`
     calibrates the codebooks offline on keys and values of ordinary text; the weights of the model do not change.
