@@ -92,8 +92,8 @@ class TokenSelect(Policy):
                 self._remember(layer, table, query_BGRD, choice_BS, many_B & ~again_B)
         wanted_BGS = table.real & (always_BGS | choice_BS[:, None])
         most = int(wanted_BGS.sum(-1).amax())
-        found_BGk, slot_BGk = wanted_BGS.to(torch.uint8).topk(most, dim=-1)
-        return torch.where(found_BGk > 0, slot_BGk, -1)
+        wanted_BGk, slot_BGk = wanted_BGS.to(torch.uint8).topk(most, dim=-1)
+        return torch.where(wanted_BGk > 0, slot_BGk, -1)
 
     def _alike(self, layer: KVStoreLayer, query_BGRD: Tensor) -> Tensor:
         """``[B]``: whether the query is similar to that of the last selection."""

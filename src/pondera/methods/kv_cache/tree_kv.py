@@ -75,11 +75,11 @@ class TreeKV(BudgetedPolicy):
         # Slots in the order of the sequence, empty slots last.
         order_BGS = position_BGS.masked_fill(~real_BGS, torch.iinfo(position_BGS.dtype).max).argsort(dim=-1)
         count_BG, pair_BG = real_BGS.sum(-1), self._pair(layer)[:, heads]
-        held_BGC, pair_BG = compete(order_BGS, mean_BGS, count_BG, limit_BG, pair_BG, self.sinks, int(self.recent))
+        kept_BGC, pair_BG = compete(order_BGS, mean_BGS, count_BG, limit_BG, pair_BG, self.sinks, int(self.recent))
         layer.state["pair"][:, heads] = pair_BG
-        rank_C = torch.arange(held_BGC.shape[2], device=held_BGC.device)
+        rank_C = torch.arange(kept_BGC.shape[2], device=kept_BGC.device)
         stays_BGC = rank_C < limit_BG.minimum(count_BG)[..., None]
-        stays_BGS = torch.zeros_like(mean_BGS).scatter(2, held_BGC, stays_BGC.to(mean_BGS.dtype))
+        stays_BGS = torch.zeros_like(mean_BGS).scatter(2, kept_BGC, stays_BGC.to(mean_BGS.dtype))
         evict_lowest(table, stays_BGS.masked_fill(~real_BGS, -torch.inf), over_BG)
 
     def _pair(self, layer: KVStoreLayer) -> Tensor:
@@ -108,18 +108,18 @@ def compete(
         the next pair.
     """
     steps_BG = (count_BG - limit_BG).clamp(min=0)
-    held_BGC = order_BGS[..., : int(limit_BG.minimum(count_BG).amax()) + 1]
-    rank_C = torch.arange(held_BGC.shape[2], device=held_BGC.device)
+    kept_BGC = order_BGS[..., : int(limit_BG.minimum(count_BG).amax()) + 1]
+    rank_C = torch.arange(kept_BGC.shape[2], device=kept_BGC.device)
     at_BG1, limit_BG1 = pair_BG[..., None], limit_BG[..., None]
     for step in range(int(steps_BG.amax())):
         due_BG1 = (step < steps_BG)[..., None]
         new_BG1 = order_BGS.gather(2, (limit_BG1 + step).clamp(max=order_BGS.shape[2] - 1))
-        held_BGC = torch.where(due_BG1 & (rank_C == limit_BG1), new_BG1, held_BGC)
-        pair_BG2 = held_BGC.gather(2, torch.cat([at_BG1, at_BG1 + 1], dim=2).clamp(max=len(rank_C) - 1))
+        kept_BGC = torch.where(due_BG1 & (rank_C == limit_BG1), new_BG1, kept_BGC)
+        pair_BG2 = kept_BGC.gather(2, torch.cat([at_BG1, at_BG1 + 1], dim=2).clamp(max=len(rank_C) - 1))
         older_BG1, newer_BG1 = mean_BGS.gather(2, pair_BG2).split(1, dim=2)
         lost_BG1 = at_BG1 + (older_BG1 > newer_BG1)
-        closed_BGC = held_BGC.gather(2, (rank_C + (rank_C >= lost_BG1)).clamp(max=len(rank_C) - 1))
-        held_BGC = torch.where(due_BG1, closed_BGC, held_BGC)
+        closed_BGC = kept_BGC.gather(2, (rank_C + (rank_C >= lost_BG1)).clamp(max=len(rank_C) - 1))
+        kept_BGC = torch.where(due_BG1, closed_BGC, kept_BGC)
         next_BG1 = torch.where(at_BG1 + 1 >= limit_BG1 - recent, sinks, at_BG1 + 1)
         at_BG1 = torch.where(due_BG1, next_BG1, at_BG1)
-    return held_BGC, at_BG1[..., 0]
+    return kept_BGC, at_BG1[..., 0]

@@ -66,12 +66,12 @@ class SlotBudget:
             return
         if len(self.amount) != layers:
             raise UserError(
-                f"budget: the list has length {len(self.amount)}, but {layers} layers are compressed; give one per layer"
+                f"budget: the list has length {len(self.amount)}, but {layers} layers are compressed; give {layers}"
             )
         for part in self.amount:
             if isinstance(part, (list, tuple)) and len(part) != heads:
                 raise UserError(
-                    f"budget: {part} has length {len(part)}, but layers have {heads} KV heads; give one per head"
+                    f"budget: {part} has length {len(part)}, but layers have {heads} KV heads; give {heads}"
                 )
 
     def slots(self, layer: int, heads: list[int], tokens: int, slot_bytes: int, layers: int) -> list[int]:

@@ -279,17 +279,17 @@ class SinkWindowLayer(KVLayer):
     ) -> list[CacheSection]:
         """All sections of the cache, without those that are empty in every row."""
         end, sinks, rows = call.start + call.tokens, self.method.sinks, range(self.batch())
-        held = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
+        valid = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
         sections: list[CacheSection] = []
         if sinks:
-            sections.append(DenseSection(list(self.pads), held, self.sink_keys, self.sink_values))
+            sections.append(DenseSection(list(self.pads), valid, self.sink_keys, self.sink_values))
         if any(self.coded):
-            firsts, held = [pads + sinks for pads in self.pads], [(0, coded) for coded in self.coded]
-            coded = CodedSection(firsts, held, self, self._position(0, max(self.coded)))
+            firsts, valid = [pads + sinks for pads in self.pads], [(0, coded) for coded in self.coded]
+            coded = CodedSection(firsts, valid, self, self._position(0, max(self.coded)))
             sections.append(coded if queries <= min(c.queries for c in self.coders) else coded.dense())
         for first, keys, values in pieces:
-            held = [(max(0, self._exact_after(row) - first), keys.shape[2]) for row in rows]
-            sections.append(DenseSection([first] * len(rows), held, keys, values))
+            valid = [(max(0, self._exact_after(row) - first), keys.shape[2]) for row in rows]
+            sections.append(DenseSection([first] * len(rows), valid, keys, values))
         return sections
 
     def restored(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -310,9 +310,9 @@ class SinkWindowLayer(KVLayer):
 
     def release(self, prompt: bool) -> None:
         """See `KVLayer.release`."""
-        held = self.hold
+        on_hold = self.hold
         super().release(prompt)
-        if held and self.batch() and not self.record_past:
+        if on_hold and self.batch() and not self.record_past:
             self._settle()
 
     def keep_columns(self, keep_C: Tensor) -> None:
