@@ -28,13 +28,13 @@ class AdaKV(PolicyWrapper):
     `safeguard` of the uniform budget. Each KV head has its own storage, so eviction frees memory.
 
     Source: Feng et al., Ada-KV, arXiv 2407.11550.
-    Cost: as the policy's, and a sort over all heads. Attention runs head by head. As long as nothing is evicted, every
-    call concatenates the keys and values of the heads.
+    Cost: as the policy's, and a sort over all heads. Attention runs head by head. Before the first
+    eviction, every call concatenates the keys and values of the heads.
     When not to use it: on models with one or two KV heads; around policies whose scores cannot be compared across heads
     (`StreamingLLM`, `RandomEviction`): they gain nothing.
-    Resolved: as in the authors' code, heads are KV heads, and the safeguard is allocated first; among equal scores the
-    newer token wins. A policy that evicts in decoding allocates the budget again for each token. The storage of a batch
-    is as wide as its widest batch row.
+    Resolved: as in the authors' code, heads are KV heads, and the method allocates the safeguard first; among equal
+    scores the newer token wins. A policy that evicts in decoding allocates the budget again for each token. The storage
+    of a batch is as wide as its widest batch row.
 
     Args:
         policy: an eviction policy, whose budget is the uniform budget of each head; default: ``SnapKV()``.

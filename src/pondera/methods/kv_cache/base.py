@@ -121,7 +121,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
         return False
 
     def bind(self, config: PreTrainedConfig) -> None:  # noqa: B027 (optional: for those that have weights)
-        """Creates tensors that depend on the model, such as empty codebooks, for a checkpoint to be loaded.
+        """Creates tensors that depend on the model, such as empty codebooks, so that a checkpoint can fill them.
 
         Args:
             config: text config of the model.

@@ -32,9 +32,9 @@ class TokenSelect(Policy):
     for long contexts.
     When not to use it: to save memory.
     Resolved: a call of several tokens votes with the mean of its queries and always attends to its own tokens, so
-    prefill in one call is dense; use chunked prefill for long prompts. Scores are scaled as in the model (the authors'
-    kernel does not scale them), query heads belong to consecutive KV heads as in the model, and queries keep their
-    positions. The layer reuses a selection if the cosine of its concatenated queries is at least `reuse`; it then
+    prefill in one call is dense; use chunked prefill for long prompts. The method scales scores as the model does (the
+    authors' kernel does not scale them), query heads belong to consecutive KV heads as in the model, and queries keep
+    their positions. The layer reuses a selection if the cosine of its concatenated queries is at least `reuse`; it then
     ignores tokens that became candidates since that selection. While tokens may be rolled back, every call selects
     again.
 

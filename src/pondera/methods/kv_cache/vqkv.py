@@ -157,7 +157,8 @@ class VQKV(SinkWindowCache):
         """The dimensions of each key branch and its number of stages, and the number of stages of values.
 
         Raises:
-            UserError: the bits do not suffice for one stage per codebook, or keys cannot be divided into branches.
+            UserError: the bits do not suffice for one stage per codebook, or the keys have no rotation pairs for two
+                branches.
         """
         D, joined = head_dim(config), self._joined(config)
         total = int(2 * self.bits * D * joined / self.index_bits)

@@ -38,7 +38,7 @@ class Policy(KVCacheMethod):
     sparse_attention: bool = False
     """Whether queries attend to a selection of slots."""
     exact: bool = True
-    """As long as no token is evicted, attention uses the stock kernel, so that results are bit-identical."""
+    """Before the first eviction, attention uses the stock kernel, so that results are bit-identical."""
     prefill_only: bool = False
     """Observes and evicts only at the end of prefill; generated tokens stay in addition to the budget."""
 
@@ -92,8 +92,8 @@ class BudgetedPolicy(Policy):
 
     Args:
         budget: KV slots per layer and KV head: a number of tokens (512), a share of the tokens seen (0.25), or bytes of
-            a sequence ("64MiB"); a list has one per layer, a list of lists one per head. Shares are rounded down, but
-            not below the number of protected tokens.
+            a sequence ("64MiB"); a list has one per layer, a list of lists one per head. The policy rounds shares down,
+            but not below the number of protected tokens.
         sinks: number of first tokens that are never evicted.
         recent: number of latest tokens that are never evicted; a float is a share of the budget.
         least: the smallest useful budget.

@@ -17,9 +17,9 @@ BITS = (1, 2, 4, 8)
 class UniformQuantizer(Codec):
     """Rounds every number to one of ``2 ** bits`` levels between the minimum and the maximum of its group.
 
-    Codes are packed along the head width: ``codes``, ``[B, G, S, D * bits / 8]``, uint8, the first number in the lowest
-    bits. ``least`` and ``step`` are float16: per channel over `group` tokens, ``[B, G, S / g, D]``, or per token over
-    `group` channels, ``[B, G, S, D / g]``.
+    The codec packs codes along the head width: ``codes``, ``[B, G, S, D * bits / 8]``, uint8, the first number in the
+    lowest bits. ``least`` and ``step`` are float16: per channel over `group` tokens, ``[B, G, S / g, D]``, or per token
+    over `group` channels, ``[B, G, S, D / g]``.
 
     Args:
         bits: 1, 2, 4 or 8.

@@ -35,8 +35,8 @@ class SinkWindowCache(KVCacheMethod):
     After ``cache.activate_past_recording()`` the layer encodes nothing until `crop` determines which tokens stay, so
     rejected tokens leave no trace.
 
-    Left padding takes no memory. Padding within or after a sequence is masked, but takes a KV slot. The codec encodes
-    keys after rotary embedding, so a padded row equals the same sequence alone only with the same position ids;
+    Left padding takes no memory. The mask hides padding within or after a sequence, but it takes a KV slot. The codec
+    encodes keys after rotary embedding, so a padded row equals the same sequence alone only with the same position ids;
     `generate` passes such ids, while a plain call without ``position_ids`` counts padding.
 
     Args:
@@ -46,7 +46,7 @@ class SinkWindowCache(KVCacheMethod):
     """
 
     exact: bool = True
-    """As long as no token is encoded, attention uses the stock kernel, so that results are bit-identical."""
+    """Before a layer encodes its first token, attention uses the stock kernel, so that results are bit-identical."""
 
     def __init__(self, window: int, sinks: int, flush_size: int) -> None:
         super().__init__()
@@ -94,7 +94,7 @@ class SinkWindowLayer(KVLayer):
         begins: position id of the first token of each row.
         coded: number of encoded tokens of each row.
         codes: of keys and of values, in the order of the encoded tokens.
-        ring: exact keys and values of the latest tokens; of all tokens as long as none is encoded.
+        ring: exact keys and values of the latest tokens; of all tokens before the first encoding.
     """
 
     holds: ClassVar[tuple[str, ...]] = ("pads", "begins", "coded", "codes", "sink_keys", "sink_values", "ring")
