@@ -86,7 +86,6 @@ ALLOWED: dict[str, int] = {
     "src/pondera/evaluation": 26,
     "src/pondera/methods/chunk": 17,
     "src/pondera/methods/head": 3,
-    "src/pondera/methods/kv_cache": 103,
     "src/pondera/methods/memory": 58,
     "src/pondera/methods/probe": 6,
     "src/pondera/methods/quantize": 32,

@@ -65,7 +65,7 @@ def test_models_and_policies_that_do_not_fit_are_refused_in_words():
     lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
     with pytest.raises(UserError, match="gpt2: DapQ moves queries by rotary positions"):
         DapQ(SnapKV(8, window=4)).cache(lm)
-    with pytest.raises(UserError, match="observation_window the end of the prompt"):
+    with pytest.raises(UserError, match="an observation window at the end of the prompt"):
         DapQ(H2O(8))
 
 

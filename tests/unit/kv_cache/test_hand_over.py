@@ -130,7 +130,7 @@ def test_what_cannot_be_right_is_refused_by_name(kind: str, method: KVCacheMetho
 
 
 def test_codes_are_refused_where_rows_are_not_what_the_configuration_says():
-    with pytest.raises(UserError, match="reach attention"):
+    with pytest.raises(UserError, match="its attention gets"):
         KIVI().cache(model("deepseek_v3"))
 
 

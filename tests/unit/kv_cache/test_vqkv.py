@@ -386,7 +386,7 @@ def test_codebooks_of_another_model_are_refused(tmp_path):
     with pytest.raises(UserError, match="no such file"):
         VQKV.load(tmp_path)
     (tmp_path / "kv_cache.safetensors").write_bytes(b"something else")
-    with pytest.raises(UserError, match="no codebooks of VQKV"):
+    with pytest.raises(UserError, match="not a VQKV codebook file"):
         VQKV.load(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""How much of the past is remembered: one file per method, `base.py` is the seam."""
+"""The seam `kv_cache`: KV cache compression without training, one file per method; `base.py` defines the interface."""
 
 from pondera.core.lazy_names import lazy_names
 

@@ -1,4 +1,4 @@
-"""A2SF: attention received, of which older looks count less."""
+"""A2SF: accumulated attention with exponential forgetting."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from pondera.methods.kv_cache.common.policy import ALL, EvictionPolicy
 
 
 class A2SF(EvictionPolicy):
-    """H2O with a forgetting factor: with every query, the attention received before counts `alpha` times as much.
+    """H2O with exponential forgetting: each new query multiplies the accumulated attention by the factor `alpha`.
 
-    Early tokens have been seen by more queries, so a plain sum favours them; forgetting evens that out.
+    More queries have seen the early tokens, so a plain sum favors them; the factor reduces this bias.
 
     Source: Jo and Shin, A2SF: accumulative attention scoring with forgetting factor, arXiv 2407.20485.
-    Cost: as `H2O`: a second product of queries and keys in the prompt, one float per slot.
-    When not to use it: where what was looked at once, long ago, will be asked for again.
-    Resolved: ``alpha=1`` is `H2O` and ``alpha=0`` the latest row of weights alone. Weights are summed over the query heads of
-    a KV head, and sinks and recent tokens are as there.
+    Cost: as `H2O`: a second product of queries and keys in prefill, one float per KV slot.
+    When not to use it: if later queries need tokens that received attention only once, long ago.
+    Resolved: ``alpha=1`` is `H2O`; ``alpha=0`` uses only the attention weights of the latest query. The method sums
+    weights over the query heads of a KV head, and treats sinks and recent tokens as `H2O` does.
 
     Args:
-        budget: slots per layer and KV head; see `EvictionPolicy`.
-        alpha: what a look counts one query later, from 0 to 1. The paper tunes it by hand.
-        recent: the latest tokens, as a share of the budget or a number.
-        sinks: first tokens that are never forgotten; the paper has none.
+        budget: KV slots per layer and KV head; see `EvictionPolicy`.
+        alpha: factor per later query, from 0 to 1. The paper tunes it by hand.
+        recent: number of latest tokens that are never evicted, or their share of the budget.
+        sinks: number of first tokens that are never evicted; the paper has none.
 
     Example:
         >>> A2SF(budget=256, alpha=0.1).alpha
@@ -37,7 +37,7 @@ class A2SF(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "A2SF, arXiv 2407.20485"
-    cost: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    cost: ClassVar[str] = "budget KV slots and one float each; a second product of queries and keys in prefill"
     examples: ClassVar[dict[str, str]] = {"exact": "A2SF(64)", "tight": "A2SF(8, alpha=0.5)"}
     observation_window: int = ALL
 
@@ -50,16 +50,16 @@ class A2SF(EvictionPolicy):
     ) -> None:
         super().__init__(budget, sinks, recent)
         if not 0 <= alpha <= 1:
-            raise UserError(f"alpha={alpha}: give what a look counts one query later, from 0 to 1")
+            raise UserError(f"alpha={alpha}: give the decay factor of attention per query, from 0 to 1")
         self.alpha = alpha
 
     @property
     def note_defaults(self) -> dict[str, float]:
-        """See `Slots.note_defaults`: attention received so far."""
+        """See `Policy.note_defaults`: attention received so far."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
-        """See `Slots.observe`: the recursion of the paper, a block of queries at a time."""
+        """See `Policy.observe`: the recursion of the paper, applied to a block of queries at a time."""
         queries = len(seen.number_T)
         age_T = torch.arange(queries - 1, -1, -1, device=seen.number_T.device, dtype=seen.weight_BGRTS.dtype)
         new_BGS = (seen.weight_BGRTS * self.alpha ** age_T[:, None]).sum((2, 3))

@@ -1,4 +1,4 @@
-"""AdaKV: the heads of a layer share its budget by need.
+"""AdaKV: adaptive budget allocation among the KV heads of a layer.
 
 Shapes: B batch, G KV heads, S slots.
 """
@@ -21,22 +21,24 @@ from pondera.methods.kv_cache.snap_kv import SnapKV
 
 
 class AdaKV(PolicyWrapper):
-    """Around an eviction policy: the slots of a layer go where its highest scores are, whichever KV head that is.
+    """Adaptive budget allocation among KV heads, for any eviction policy.
 
-    A head that looks at a few tokens only gives slots to one that looks at many. Each keeps at least a share `safeguard` of its
-    even part; every KV head has storage of its own size, so what is forgotten is freed.
+    The KV heads of a layer share one budget, and the highest scores of all heads together keep their slots. A head with
+    concentrated attention leaves KV slots to a head with dispersed attention. Each head keeps at least the share
+    `safeguard` of the uniform budget. Each KV head has its own storage, so eviction frees memory.
 
     Source: Feng et al., Ada-KV, arXiv 2407.11550.
-    Cost: as the policy's, and a sort over all heads. Attention is computed head by head; while nothing has been forgotten yet,
-    the heads' keys and values are joined for it in every call.
-    When not to use it: on models with one or two KV heads; around policies whose priorities mean nothing across heads
-    (`StreamingLLM`, `RandomEviction`), which gain nothing.
-    Resolved: as in the authors' code heads are KV heads, and the safeguard is kept first; of equal scores the newer token wins.
-    A policy that forgets in decoding shares anew with each token. Storage of a batch is as wide as its widest row.
+    Cost: as the policy's, and a sort over all heads. Attention runs head by head. Before the first
+    eviction, every call concatenates the keys and values of the heads.
+    When not to use it: on models with one or two KV heads; around policies whose scores cannot be compared across heads
+    (`StreamingLLM`, `RandomEviction`): they gain nothing.
+    Resolved: as in the authors' code, heads are KV heads, and the method allocates the safeguard first; among equal
+    scores the newer token wins. A policy that evicts in decoding allocates the budget again for each token. The storage
+    of a batch is as wide as its widest batch row.
 
     Args:
-        policy: an eviction policy, whose budget is the even part of each head; none: ``SnapKV()``.
-        safeguard: share of the even part that no head falls below, from 0 to 1; 1 is the policy alone.
+        policy: an eviction policy, whose budget is the uniform budget of each head; default: ``SnapKV()``.
+        safeguard: minimum share of the uniform budget that each head keeps, from 0 to 1; 1 is the policy alone.
 
     Example:
         >>> AdaKV(SnapKV(512), safeguard=0.2).by_head
@@ -44,7 +46,7 @@ class AdaKV(PolicyWrapper):
     """
 
     paper: ClassVar[str] = "Ada-KV, arXiv 2407.11550"
-    cost: ClassVar[str] = "the policy's rows, shared among heads; attention head by head"
+    cost: ClassVar[str] = "the policy's KV slots, shared among heads; attention head by head"
     examples: ClassVar[dict[str, str]] = {
         "exact": "AdaKV(SnapKV(64, window=4))",
         "tight": "AdaKV(SnapKV(8, window=3, kernel=3), safeguard=0.3)",
@@ -57,21 +59,23 @@ class AdaKV(PolicyWrapper):
         policy = SnapKV() if policy is None else policy
         if not isinstance(policy, EvictionPolicy) or policy.by_head:
             raise UserError(
-                f"AdaKV({type(policy).__name__}(...)): give a policy that ranks tokens within one budget for all heads, "
-                "e.g. AdaKV(SnapKV(512))"
+                f"AdaKV({type(policy).__name__}(...)): give a policy that ranks tokens within one budget for all "
+                "heads, e.g. AdaKV(SnapKV(512))"
             )
         if not 0 <= safeguard <= 1:
-            raise UserError(f"safeguard={safeguard}: give the share of its even part that each head keeps, from 0 to 1")
+            raise UserError(
+                f"safeguard={safeguard}: give the minimum share of the uniform budget per head, from 0 to 1"
+            )
         super().__init__(policy)
         self.safeguard = safeguard
 
     @property
     def by_head(self) -> bool:
-        """See `Slots.by_head`."""
+        """See `Policy.by_head`."""
         return True
 
     def evict_layer(self, layer: KVStoreLayer) -> bool:
-        """See `Slots.settle`."""
+        """See `Policy.evict_layer`."""
         if self.policy.prefill_only and not layer.at_prompt:
             return False
         tables, heads = layer.tables, layer.heads(slice(None))
@@ -96,20 +100,20 @@ class AdaKV(PolicyWrapper):
 def shares(
     protected_score_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor, even_BG: Tensor, safeguard: float
 ) -> Tensor:
-    """``[B, G]``: how many slots each head may keep, as many as are to be kept together.
+    """``[B, G]``: the number of KV slots that each head keeps; their sum is the budget of all heads together.
 
     Args:
-        protected_score_BGS: of each slot; ``-inf`` where there is none.
-        position_BGS: of each in the text.
-        count_BG: slots that there are.
-        even_BG: slots of each head if all had the same.
-        safeguard: share of those that no head falls below.
+        protected_score_BGS: score of each slot; ``-inf`` for empty slots.
+        position_BGS: position of each slot in the sequence.
+        count_BG: number of slots with a token.
+        even_BG: uniform budget of each head.
+        safeguard: minimum share of the uniform budget that each head keeps.
     """
     B, G, S = protected_score_BGS.shape
     slot_BGf, kept_BGf = highest(protected_score_BGS, position_BGS, (even_BG * safeguard).long().minimum(count_BG))
     floor_BGS = torch.zeros_like(protected_score_BGS).scatter(2, slot_BGf, kept_BGf.to(protected_score_BGS.dtype)) > 0
-    worth_B1N = protected_score_BGS.masked_fill(floor_BGS, torch.inf).reshape(B, 1, G * S)
+    score_B1N = protected_score_BGS.masked_fill(floor_BGS, torch.inf).reshape(B, 1, G * S)
     total_B1 = even_BG.sum(-1, keepdim=True).minimum(count_BG.sum(-1, keepdim=True))
-    slot_B1k, kept_B1k = highest(worth_B1N, position_BGS.reshape(B, 1, G * S), total_B1)
+    slot_B1k, kept_B1k = highest(score_B1N, position_BGS.reshape(B, 1, G * S), total_B1)
     head_Bk = slot_B1k[:, 0].div(S, rounding_mode="floor")
     return torch.zeros_like(count_BG).scatter_add(1, head_Bk, kept_B1k[:, 0].to(count_BG.dtype))

@@ -1,4 +1,4 @@
-"""The seam `memory/`: how much of the past is kept, and in what form.
+"""The seam `kv_cache`: methods that decide which keys and values a model keeps, and in which form.
 
 Shapes: B batch, T tokens.
 """
@@ -27,23 +27,23 @@ from pondera.core.spec_repr import SpecRepr
 log = logging.getLogger(__name__)
 
 _OF_CACHES = frozenset(("get_seq_length", "get_mask_sizes", "is_compileable", "max_cache_len", "is_sliding", "layers"))
-"""What is asked of a cache, and never of a method."""
+"""Attributes that callers look up on a cache, and never on a method."""
 
 
 class NoCache(UserError, AttributeError):
-    """A method was given where a cache of it is wanted; for whoever only looks, an attribute that is not there."""
+    """Raised if a method is passed where its cache is expected; `hasattr` treats it as a missing attribute."""
 
 
 class KVCache(Cache):
-    """A cache of memories: an ordinary transformers cache, for `generate` and for plain calls of any model.
+    """The cache of a KV cache method: a transformers cache, for `generate` and for plain calls of any model.
 
     Args:
-        layers: one per decoder layer; those that are no `KVLayer` are transformers' own.
-        method: what made it.
-        owner: the model that it is for.
+        layers: one per decoder layer; layers that are not a `KVLayer` are those of transformers.
+        method: the method that created the cache.
+        owner: the model of the cache.
 
     Attributes:
-        kept: the layers that the memory has made.
+        kept: the layers that the method created.
     """
 
     def __init__(self, layers: list, method: KVCacheMethod, owner: Owner) -> None:
@@ -54,68 +54,74 @@ class KVCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """See transformers; refuses to go on from a forward that ended halfway."""
+        """See transformers; refuses to continue after a forward that ended in an error."""
         first, last = self.kept[0], self.kept[-1]
         layer: Any = self.layers[layer_idx]
         if layer is first and (first.seen != last.seen or first.pending or last.pending):
             raise UserError(
-                "this cache holds half of a call that ended in an error: its layers have seen different numbers of tokens; "
-                "begin with a new cache, or call cache.reset() first"
+                "this cache contains half of a call that ended in an error: its layers have seen different numbers of "
+                "tokens; create a new cache, or call cache.reset() first"
             )
         return layer.update(key_states, value_states, *args, **kwargs)
 
     def nbytes(self) -> int:
-        """Bytes of the storage of all layers, spare room included."""
+        """Bytes of the storage of all layers, including unused capacity."""
         from pondera.cost.measure import live_cache_bytes
 
         return live_cache_bytes(self)
 
     def save(self, path: str | Path) -> Path:
-        """Writes all that is kept into a safetensors file, to be read on from later; `KVCacheMethod.load_cache` reads it.
+        """Writes the cache into a safetensors file; `KVCacheMethod.load_cache` reads it.
 
         Raises:
-            UserError: some tokens are drafts still.
+            UserError: some tokens may still be rolled back.
         """
         return save(self.layers, repr(self.method), path)
 
 
 class KVCacheMethod(SpecRepr, nn.Module, ABC):
-    """Decides what a model keeps of the tokens that it has read.
+    """Decides which keys and values of earlier tokens a model keeps, and in which form.
 
-    A memory works on any causal LM of transformers without touching its weights::
+    A KV cache method works on any causal LM of transformers and does not change its weights::
 
         method = StreamingLLM(budget=1024)
         model.generate(**prompt, past_key_values=method.cache(model))
 
-    and in a run or a config as ``kv_cache: StreamingLLM(budget=1024)``. It must give what the stock cache gives, bit for
-    bit, while nothing has to be forgotten; what it computes padded or in a batch must equal what it computes alone. The
-    contract tests check every file of this folder.
+    and in a run or a config as ``kv_cache: StreamingLLM(budget=1024)``. Its results must be bit-identical to those of
+    the stock cache as long as it need not evict anything, and must not depend on padding or batch. The contract tests
+    check every file of this folder.
 
-    Class attributes `paper` and `cost` say where it is from and what it costs in plain words (``pondera methods`` prints
+    The class attributes `paper` and `cost` state its source and its cost in plain words (``pondera methods`` prints
     them).
     """
 
     paper: ClassVar[str]
     cost: ClassVar[str]
     examples: ClassVar[dict[str, str]] = {}
-    """Spec strings by name, for the contract tests. ``"exact"``: nothing is evicted in 64 tokens; ``"tight"``: at most 8 of 12
-    tokens are kept (a form named ``"-share"``: half of them). Further forms are pairs such as ``"exact-heads"``, ``"tight-heads"``."""
+    """Spec strings by name, for the contract tests.
+
+    ``"exact"``: evicts nothing within 64 tokens; ``"tight"``: keeps at most 8 of 12 tokens (a name with ``"-share"``:
+    half of them). Further names come in pairs, such as ``"exact-heads"`` and ``"tight-heads"``.
+    """
 
     saves: ClassVar[str] = "bytes"
-    """What it makes less of: the ``"bytes"`` that are kept; or it keeps everything, and makes less of ``"reading"`` it in
-    attention, or of ``"compute"`` in all of a layer; or of ``"nothing"``."""
+    """What the method reduces.
+
+    ``"bytes"``: the size of the cache. For methods that keep all tokens: ``"reading"`` in attention, ``"compute"`` in
+    whole layers, or ``"nothing"``.
+    """
     prunes_hidden_states: ClassVar[bool] = False
-    """It drops tokens from the hidden states between layers."""
+    """Whether it drops tokens from the hidden states between layers."""
     fitted: bool = True
-    """False where `fit` has to come first."""
+    """False if the method needs `fit` first."""
 
     @property
     def needs_rows_of_config(self) -> bool:
-        """Its layers are made for as many KV heads, as wide, as the model's configuration says."""
+        """Whether its layers require the number and width of KV heads that the model's configuration states."""
         return False
 
     def bind(self, config: PreTrainedConfig) -> None:  # noqa: B027 (optional: for those that have weights)
-        """Creates what depends on the model, such as empty codebooks, so that a checkpoint can be loaded into it.
+        """Creates tensors that depend on the model, such as empty codebooks, so that a checkpoint can fill them.
 
         Args:
             config: text config of the model.
@@ -123,56 +129,55 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
 
     @abstractmethod
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVLayer:
-        """An empty layer.
+        """Returns an empty cache layer.
 
         Args:
             config: text config of the model.
             index: of the layer among the compressed ones.
-            among: how many are compressed.
+            among: number of compressed layers.
         """
 
     def fit(self, model: PreTrainedModel, samples: Iterable[Tensor]) -> Self:
-        """Learns what it needs to know of a model, from text; nothing, for most.
+        """Calibrates the method on text; most methods need no calibration.
 
         Args:
-            model: whose past is to be kept.
+            model: the model whose KV cache the method compresses.
             samples: token ids, ``[B, T]`` each.
         """
         return self
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:  # noqa: B027 (optional)
-        """Refuses a model that it does not fit.
+        """Raises if the method does not support a model.
 
         Args:
             config: text config of the model.
-            layers: numbers of the layers to be compressed.
+            layers: indices of the layers to compress.
         """
 
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:  # noqa: B027 (optional)
-        """Is shown the model and the layers of a new cache together, before anything is read.
+        """Called with the model and all layers of a new cache, before the first forward.
 
         Args:
-            model: that the cache is for.
-            cache: empty.
+            model: the model of the cache.
+            cache: the empty cache.
         """
 
     def cache(self, model: PreTrainedModel) -> KVCache:
-        """An empty cache for this model, whose attention modules look for it from now on.
+        """An empty cache for this model; from now on the attention modules of the model check for such caches.
 
-        The first time, a few tokens are read and held against the stock cache. With any other cache the model behaves as it
-        did before.
+        The first call runs a self-check: it compares a few tokens with the stock cache. With any other cache the
+        behavior of the model does not change.
 
         Args:
             model: any causal LM of transformers.
 
         Raises:
-            UserError: nothing in this model can be compressed, `fit` has to come first, or caches of Pondera cannot be right
-                for it.
+            UserError: the model has no layer to compress, the method needs `fit` first, or the self-check fails.
         """
         if not self.fitted:
             raise UserError(
-                f"{type(self).__name__} has not been fitted to a model yet: method.fit(model, samples), or from the command "
-                "line: pondera compress MODEL --kv-cache ... --calibrate TEXT"
+                f"{type(self).__name__} has not been fitted to a model yet: method.fit(model, samples), or on the "
+                "command line: pondera compress MODEL --kv-cache ... --calibrate TEXT"
             )
         config = model.config.get_text_config(decoder=True)
         stock = DynamicCache(config=config).layers or [None] * config.num_hidden_layers
@@ -184,12 +189,13 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
         ]
         owner, verdict = hand_over(model, type(self).__name__, chosen)
         if verdict is not None and self.needs_rows_of_config:
-            said = (kv_heads(config), head_dim(config), head_dim(config))
-            if other := next((rows for rows in verdict.rows if rows != said), None):
+            stated = (kv_heads(config), head_dim(config), head_dim(config))
+            if other := next((rows for rows in verdict.rows if rows != stated), None):
                 raise UserError(
-                    f"{type(self).__name__}: {name(model)} is not supported: its configuration says {said[0]} KV heads of "
-                    f"width {said[1]}, and {other[0]} with keys of {other[1]} and values of {other[2]} reach attention; use "
-                    "PreallocatedCache() or an eviction method with one budget for all heads, such as H2O(256)"
+                    f"{type(self).__name__}: {name(model)} is not supported: its configuration states {stated[0]} KV "
+                    f"heads of width {stated[1]}, but its attention gets {other[0]} KV heads with keys of width "
+                    f"{other[1]} and values of width {other[2]}; use PreallocatedCache() or an eviction method "
+                    "with one budget for all heads, such as H2O(256)"
                 )
         cache = KVCache(layers, self, owner)
         self.prepare(model, cache)
@@ -197,18 +203,16 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
 
     def __getattr__(self, name: str) -> Any:
         if name in _OF_CACHES:
-            raise NoCache(
-                f"past_key_values: {self!r} is a method, and what is wanted is a cache of it; pass {self!r}.cache(model)"
-            )
+            raise NoCache(f"past_key_values: {self!r} is a method, not a cache; pass {self!r}.cache(model)")
         return super().__getattr__(name)
 
     def slot_cache(self, model: PreTrainedModel, windowed: list[bool], slots_per_token: int) -> CompressedSlotCache:
-        """An empty cache for a method that runs several passes per token on this model, in layers of this method.
+        """An empty cache for a think method that runs several passes per token, in layers of this KV cache method.
 
         Args:
             model: any causal LM of transformers.
-            windowed: which decoder layers have a sliding window; their slots are all kept, and masked.
-            slots_per_token: the most slots that a token can have.
+            windowed: which decoder layers have a sliding window; the cache keeps and masks all their KV slots.
+            slots_per_token: maximum number of KV slots per token.
 
         Raises:
             UserError: see `cache`; or this method drops tokens between layers.
@@ -227,11 +231,11 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
         return CompressedSlotCache(make, cache_of, windowed, window, slots_per_token)
 
     def token_cache(self, model: PreTrainedModel, slots_per_token: int) -> TokenCache:
-        """An empty cache for a method whose slots of a token are consecutive, in layers of this method.
+        """An empty cache for a think method with consecutive KV slots per token, in layers of this KV cache method.
 
         Args:
             model: any causal LM of transformers.
-            slots_per_token: slots that each token leaves in every layer.
+            slots_per_token: KV slots of each token in every layer.
 
         Raises:
             UserError: see `slot_cache`.
@@ -242,26 +246,26 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
         return TokenCache(view.layers, slots_per_token, view)
 
     def check_passes(self) -> None:
-        """Refuses to keep several slots per token where that cannot be right.
+        """Raises if the method does not support several KV slots per token.
 
         Raises:
-            UserError: why.
+            UserError: the reason.
         """
         if self.prunes_hidden_states:
             raise UserError(
-                f"{type(self).__name__} drops tokens from the hidden states between layers, and a method that thinks feeds the "
-                "final state of every token back; use a method that works on the cache alone, such as SnapKV(1024)"
+                f"{type(self).__name__} drops tokens from the hidden states between layers, and a think method feeds "
+                "the final state of every token back; use a method that changes only the cache, such as SnapKV(1024)"
             )
 
     def load_cache(self, model: PreTrainedModel, path: str | Path) -> KVCache:
-        """A cache that `KVCache.save` has written, on the model's device; `generate` goes on as if it had never left.
+        """Reads a cache that `KVCache.save` has written, onto the device of the model; `generate` continues from it.
 
         Args:
-            model: the one that it was read with.
+            model: the model that filled the cache.
             path: the file.
 
         Raises:
-            UserError: no such file, or another memory's or model's.
+            UserError: there is no such file, or it belongs to another method or model.
         """
         cache = self.cache(model)
         load(cache.layers, repr(self), path)
@@ -269,7 +273,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
 
 
 def compressible(config: PreTrainedConfig) -> list[int]:
-    """Numbers of the layers whose past grows without end; windows and recurrent states stay as they are.
+    """Indices of the layers with full attention; layers with sliding windows or recurrent states stay as they are.
 
     Raises:
         UserError: there is none.
@@ -279,9 +283,9 @@ def compressible(config: PreTrainedConfig) -> list[int]:
     others = sorted(set(kinds) - {FULL})
     if not chosen:
         raise UserError(
-            f"{config.model_type}: all its layers are {' or '.join(others)}, and Pondera compresses full attention; there is "
-            "nothing to compress, use the model as it is, with its stock cache"
+            f"{config.model_type}: all its layers are {' or '.join(others)}, and Pondera compresses only full "
+            "attention; there is nothing to compress, use the model with its stock cache"
         )
     if others:
-        log.info("%d of %d layers are compressed; %s stay as they are", len(chosen), len(kinds), " and ".join(others))
+        log.info("compressing %d of %d layers, not %s", len(chosen), len(kinds), " and ".join(others))
     return chosen

@@ -1,4 +1,4 @@
-"""DapQ: the prompt is deferred by queries that stand where the answer will.
+"""DapQ: scores prompt tokens with queries rotated to decoding positions.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, D head width, F frequencies.
 """
@@ -25,22 +25,22 @@ from pondera.models.rotary import rotary_frequencies, rotate
 
 
 class DapQ(PolicyWrapper):
-    """Around `SnapKV`: the queries of its window are turned to the positions that come after the prompt.
+    """SnapKV with the queries of the observation window rotated to decoding positions, those after the prompt.
 
-    What a query looks at depends more on where it stands than on what it says; so queries that stand where the answer will
-    stand are the better guess of what the answer will look at.
+    The attention of a query depends more on its position than on its content. Queries at the positions of the answer
+    therefore predict the attention of the answer better.
 
     Source: DapQ, arXiv 2603.11564.
-    Cost: as the policy's; the window's products are taken twice.
-    When not to use it: on models without rotary positions, or where the policy alone does.
-    Resolved: the paper appends pseudo tokens and runs them through the model. Here the window's own queries are rotated on to
-    the positions after the prompt, which takes no further pass: a variant of ours. A query that was moved sees the whole
-    prompt. What the window holds is kept as in `SnapKV`.
+    Cost: as the policy's; the method computes the products of the observation window twice.
+    When not to use it: on models without rotary positions, or if the policy alone suffices.
+    Resolved: the paper appends pseudo tokens and runs them through the model. This variant instead rotates the queries
+    of the window to the positions after the prompt, which needs no further pass. A rotated query attends to the whole
+    prompt. The method keeps the tokens of the window, as `SnapKV` does.
 
     Args:
-        policy: `SnapKV`, or another policy that observation_window the end of a prompt; none: ``SnapKV()``.
-        ahead: positions by which queries are moved; none: as many as the window has, so that they stand on the first
-            positions of the answer; 0: the policy alone.
+        policy: `SnapKV`, or another policy with an observation window at the end of the prompt; default: ``SnapKV()``.
+        ahead: number of positions by which queries move; default: `None`, the length of the window, so that they are at
+            the first positions of the answer; 0: the policy alone.
 
     Example:
         >>> DapQ(SnapKV(512, window=32)).ahead
@@ -48,7 +48,7 @@ class DapQ(PolicyWrapper):
     """
 
     paper: ClassVar[str] = "DapQ, arXiv 2603.11564"
-    cost: ClassVar[str] = "the policy's; a few more rows of scores at the end of the prompt"
+    cost: ClassVar[str] = "the policy's; attention scores of a few more queries at the end of the prompt"
     examples: ClassVar[dict[str, str]] = {
         "exact": "DapQ(SnapKV(64, window=4))",
         "tight": "DapQ(SnapKV(8, window=3, kernel=3))",
@@ -58,7 +58,8 @@ class DapQ(PolicyWrapper):
         policy = SnapKV() if policy is None else policy
         if not isinstance(policy, Policy) or not policy.prefill_only:
             raise UserError(
-                f"DapQ({type(policy).__name__}(...)): give a policy that observation_window the end of the prompt, e.g. DapQ(SnapKV(512))"
+                f"DapQ({type(policy).__name__}(...)): give a policy with an observation window at the end of the "
+                "prompt, e.g. DapQ(SnapKV(512))"
             )
         super().__init__(policy)
         self.ahead = policy.observation_window if ahead is None else ahead
@@ -74,9 +75,7 @@ class DapQ(PolicyWrapper):
         if self.frequency_F is not None and not (
             frequency_F is not None and torch.equal(frequency_F, self.frequency_F)
         ):
-            raise UserError(
-                "this DapQ has made caches for a model with other rotary positions; build one for each model"
-            )
+            raise UserError("this DapQ already serves a model with other rotary positions; create one DapQ per model")
         self.frequency_F, self.interleaved = frequency_F, family(config).interleaved
         super().prepare(model, cache)
 
@@ -92,16 +91,16 @@ class DapQ(PolicyWrapper):
 
 
 def _frequencies(model: PreTrainedModel) -> Tensor:
-    """``[F]``: angle per position of each pair of coordinates, in the layers that attend to everything.
+    """``[F]``: angle per position of each pair of coordinates, in the layers with full attention.
 
     Raises:
-        UserError: an architecture whose rotary positions are not known, or that change with the length of the text.
+        UserError: the rotary positions of the architecture are unknown, or they change with the length of the sequence.
     """
     config = model.config.get_text_config(decoder=True)
     modules = family(config).modules
     if modules is None or modules.rotary is None:
         raise UserError(
-            f"{config.model_type}: DapQ moves queries by rotary positions, and is known to work on "
+            f"{config.model_type}: DapQ moves queries by rotary positions, and supports "
             f"{listed(lambda each: each.modules and each.modules.rotary)}; use SnapKV"
         )
     return rotary_frequencies(model, "use SnapKV")

@@ -1,6 +1,6 @@
-"""FastKV: from one layer on, a prompt's tokens that nobody looks at are not even read.
+"""FastKV: from layer `tsp_layer` on, prefill propagates only the most attended tokens.
 
-Shapes: B batch, G KV heads, T new tokens, S slots, k tokens that go on.
+Shapes: B batch, G KV heads, T new tokens, S slots, k kept tokens.
 """
 
 from __future__ import annotations
@@ -24,32 +24,34 @@ from pondera.methods.kv_cache.snap_kv import SnapKV
 
 
 class FastKV(PolicyWrapper):
-    """Around `SnapKV`: behind one layer, only the tokens of the prompt that it looks at most go on.
+    """Token-selective propagation: after one layer, prefill continues only with the most attended prompt tokens.
 
-    Two budgets are apart: how many rows of the cache each layer keeps, which is the policy's, and how many tokens of the
-    prompt the later layers work on. Up to the layer that chooses, the whole prompt goes through. There the weights that the
-    policy's window gave are added up over all heads, and the tokens with the largest go on beside the window, with their
-    positions; for all later layers there is nothing else. Every layer then cuts what it has seen, as the policy does.
+    The method wraps `SnapKV` and has two independent budgets: the KV slots per layer (that of the policy), and the
+    prompt tokens that later layers compute (`tsp`). Up to the selecting layer, prefill runs the whole prompt. This
+    layer sums the attention weights of the policy's observation window over all heads; the highest-scoring tokens and
+    the window continue, with their positions, and later layers see no other tokens. Then every layer evicts as the
+    policy does.
 
     Source: Jo et al., FastKV, arXiv 2502.01068.
-    Cost: in the prompt, later layers run `tsp` tokens instead of all; decoding is as the policy's. That holds for the
-    architectures of `pondera.arch.families` whose layers are given their cache by name (not GPT-2), where every later
-    layer is compressed; in other models later layers are spared the attention of the other tokens, and nothing else.
-    When not to use it: where the logits or hidden states of a prompt's tokens are wanted: those of the window count, and of
-    tokens that did not go on they mean nothing, or are not there. For prompts in pieces of up to 8 tokens, which go on whole.
-    Beside sliding layers, which still see everything.
-    Resolved: as in the authors' code `tsp` counts the window, and the later layers keep as many rows as the others, so shares
-    are of the whole prompt; what went on is all there is to keep. Their code lets everything go on where a prompt is within
-    the policy's budget; here the budgets are independent. Sinks of the policy go on. A prompt in pieces is chosen from in each
-    piece, by this piece's tokens; what earlier pieces left in a layer stays visible. While tokens may be drafts all go on,
-    and only the policy forgets: a draft that is taken back must not have had a say.
+    Cost: in prefill, later layers run `tsp` tokens instead of all; decoding costs as much as with the policy. This
+    requires an architecture of `pondera.arch.families` whose layers receive their cache by name (not GPT-2), with all
+    later layers compressed; in other models later layers only save the attention of the other tokens.
+    When not to use it: if you need logits or hidden states of prompt tokens before the window: for pruned tokens they
+    are zeros or missing. For chunked prefill with up to 8 tokens per chunk, which prunes nothing. On models with
+    sliding-window layers: those still see all tokens.
+    Resolved: as in the authors' code, `tsp` includes the window, and later layers have the same budget as the others,
+    so shares are shares of the whole prompt; later layers can only keep tokens that reached them. The authors' code
+    prunes nothing if a prompt fits the policy's budget; here the budgets are independent. The sinks of the policy are
+    never pruned. In chunked prefill each chunk selects among its own tokens; KV slots of earlier chunks stay visible.
+    While tokens may be rolled back, the method prunes no tokens, and only the policy evicts: draft tokens must not
+    influence the selection.
 
     Args:
-        policy: `SnapKV`, or a wrapper around it; none: as in the authors' code, a tenth of the prompt, a window of 8, and the
-            mean of 7 neighbours.
-        tsp: tokens that go on, a number or a share of the prompt, the window counted.
-        tsp_layer: the layer that chooses, counted from 0 among those that are compressed; none: the middle one, of 32 layers
-            the sixteenth, as in the paper. At the last layer it is the policy alone.
+        policy: `SnapKV`, or a wrapper around it; default: `None`, as in the authors' code a budget of a tenth of the
+            prompt, a window of 8, and mean pooling over 7 tokens.
+        tsp: number of tokens that continue, including the window, or their share of the prompt.
+        tsp_layer: index of the selecting layer among the compressed ones; default: `None`, the middle one, as in the
+            paper (of 32 layers the sixteenth). The last layer prunes nothing: the policy alone.
 
     Example:
         >>> FastKV(SnapKV(512, window=8, pool="mean"), tsp=2048, tsp_layer=15).observation_window
@@ -58,7 +60,7 @@ class FastKV(PolicyWrapper):
 
     paper: ClassVar[str] = "FastKV, arXiv 2502.01068"
     prunes_hidden_states = True
-    cost: ClassVar[str] = "the policy's rows; later layers read a part of the prompt's tokens"
+    cost: ClassVar[str] = "the policy's KV slots; later layers compute a part of the prompt"
     examples: ClassVar[dict[str, str]] = {
         "exact": "FastKV(SnapKV(64, window=4), tsp=64)",
         "tight": "FastKV(SnapKV(6, window=3, kernel=3, pool='mean'), tsp=0.8, tsp_layer=0)",
@@ -66,7 +68,7 @@ class FastKV(PolicyWrapper):
         "tight-adaptive": "FastKV(AdaKV(SnapKV(6, window=3, kernel=3), safeguard=0.3), tsp=8)",
     }
     packed: bool = True
-    """Decoder layers leave out what does not go on; false: they run it, and only the layers of the cache leave it out."""
+    """Whether decoder layers skip pruned tokens; if false, they run them and only cache layers drop them."""
 
     def __init__(
         self, policy: KVCacheMethod | None = None, tsp: int | float = 0.2, tsp_layer: int | None = None
@@ -77,7 +79,8 @@ class FastKV(PolicyWrapper):
             innermost = innermost.policy
         if not isinstance(policy, Policy) or not isinstance(innermost, SnapKV):
             raise UserError(
-                f"FastKV({type(policy).__name__}(...)): give SnapKV or a wrapper around it, e.g. FastKV(SnapKV(512, window=8))"
+                f"FastKV({type(policy).__name__}(...)): give SnapKV or a wrapper around it, "
+                "e.g. FastKV(SnapKV(512, window=8))"
             )
         super().__init__(policy)
         least = max(MIN_TOKENS, innermost.observation_window + innermost.sinks)
@@ -88,12 +91,13 @@ class FastKV(PolicyWrapper):
             or (isinstance(tsp, int) and tsp < least)
         ):
             raise UserError(
-                f"tsp={tsp!r}: give the tokens that go on as a number ({max(2048, least)}; at least {least}, for "
-                f"the policy's window and sinks, or {MIN_TOKENS}) or as a share of the prompt (0.2; above 0 and at most 1)"
+                f"tsp={tsp!r}: give the tokens that continue as a number ({max(2048, least)}; at least {least}, for "
+                f"the window and sinks of the policy, or {MIN_TOKENS}) or as a share of the prompt (0.2; above 0, at "
+                "most 1)"
             )
         if tsp_layer is not None and (isinstance(tsp_layer, bool) or not isinstance(tsp_layer, int) or tsp_layer < 0):
             raise UserError(
-                f"tsp_layer={tsp_layer!r}: give the number of a layer, 0 or more, or none for the middle one"
+                f"tsp_layer={tsp_layer!r}: give the index of a layer, 0 or more, or None for the middle one"
             )
         self.innermost, self.tsp_layer = innermost, tsp_layer
         self.tsp = SlotBudget(tsp, least)
@@ -103,8 +107,8 @@ class FastKV(PolicyWrapper):
         super().check(config, layers)
         if self.tsp_layer is not None and self.tsp_layer >= len(layers):
             raise UserError(
-                f"tsp_layer={self.tsp_layer}: {len(layers)} layers of this model are compressed; give a number from 0 to "
-                f"{len(layers) - 1}, or leave it out for the middle one"
+                f"tsp_layer={self.tsp_layer}: {len(layers)} layers of this model are compressed; give a number from 0 "
+                f"to {len(layers) - 1}, or omit tsp_layer for the middle one"
             )
 
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
@@ -122,17 +126,17 @@ class FastKV(PolicyWrapper):
             pack(model, cache)
 
     def evict_layer(self, layer: KVStoreLayer) -> bool:
-        """See `Policy.settle`: before the policy forgets, the tokens that go on are chosen by what it has noted."""
+        """See `Policy.evict_layer`: selects the tokens that continue before the policy evicts."""
         if isinstance(layer, SelectorLayer) and layer.new_BT is not None and layer.at_prompt:
             layer.choice = self.choose(layer, layer.new_BT)
         return super().evict_layer(layer)
 
     def choose(self, layer: SelectorLayer, new_BT: Tensor) -> Selector | None:
-        """The tokens of a call that go on; none: all of them.
+        """Selects the tokens of a call that continue; `None`: all of them.
 
         Args:
-            layer: that chooses.
-            new_BT: positions of the call's tokens; negative where they are padding.
+            layer: the selecting layer.
+            new_BT: positions of the call's tokens; negative for padding.
         """
         real_BT, T = new_BT >= 0, new_BT.shape[1]
         tokens = real_BT.sum(-1).tolist()

@@ -1,4 +1,4 @@
-"""H2O: the tokens that were looked at most."""
+"""H2O: heavy hitters, the tokens with the highest accumulated attention."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from pondera.methods.kv_cache.common.policy import ALL, EvictionPolicy
 
 
 class H2O(EvictionPolicy):
-    """Keeps the latest tokens and those that all queries so far have paid most attention to.
+    """Keeps the latest tokens and the tokens with the highest attention, accumulated over all queries so far.
 
-    Source: Zhang et al., H2O: heavy-hitter oracle, arXiv 2306.14048.
-    Cost: a second product of queries and keys in the prompt, as fused kernels tell no weights; one float per slot.
-    When not to use it: long outputs, where what was looked at early need not be what is needed late.
-    Resolved: the paper knows no grouped heads; weights are summed over the query heads of a KV head. Sums are never decayed,
-    so early tokens, which more queries have seen, are favoured. Positions stay those of the text.
+    Source: Zhang et al., H2O, arXiv 2306.14048.
+    Cost: a second product of queries and keys in prefill, as fused kernels return no attention weights; one float per
+    KV slot.
+    When not to use it: for long outputs, where early attention need not predict the tokens that matter late.
+    Resolved: the paper has no grouped-query attention; the method sums weights over the query heads of a KV head. Sums
+    never decay, which favors early tokens: more queries have seen them. Tokens keep their positions in the sequence.
 
     Args:
-        budget: slots per layer and KV head; see `EvictionPolicy`.
-        recent: the latest tokens, as a share of the budget or a number.
-        sinks: first tokens that are never forgotten; the paper has none.
+        budget: KV slots per layer and KV head; see `EvictionPolicy`.
+        recent: number of latest tokens that are never evicted, or their share of the budget.
+        sinks: number of first tokens that are never evicted; the paper has none.
     """
 
     paper: ClassVar[str] = "H2O, arXiv 2306.14048"
-    cost: ClassVar[str] = "budget rows and one float each; a second product of queries and keys in the prompt"
+    cost: ClassVar[str] = "budget KV slots and one float each; a second product of queries and keys in prefill"
     examples: ClassVar[dict[str, str]] = {
         "exact": "H2O(64)",
         "tight": "H2O(8)",
@@ -44,11 +45,11 @@ class H2O(EvictionPolicy):
 
     @property
     def note_defaults(self) -> dict[str, float]:
-        """See `Slots.note_defaults`: attention received so far."""
+        """See `Policy.note_defaults`: attention received so far."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
-        """See `Slots.observe`."""
+        """See `Policy.observe`."""
         table.note("received").add_(seen.weight_BGRTS.sum((2, 3)))
 
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:

@@ -1,4 +1,4 @@
-"""Keyformer: attention received, scored with noise and a temperature."""
+"""Keyformer: accumulated attention with Gumbel noise and a temperature."""
 
 from __future__ import annotations
 
@@ -16,28 +16,29 @@ from pondera.methods.kv_cache.common.policy import ALL, EvictionPolicy
 
 
 class Keyformer(EvictionPolicy):
-    """H2O whose score is softmax((logits + Gumbel noise) / temperature), with a temperature that grows in decoding.
+    """H2O with the score softmax((logits + Gumbel noise) / temperature); the temperature rises during decoding.
 
-    Forgetting tokens lifts the weights of those that stay; noise and temperature are to keep a few early favourites from
-    being all that is kept. Attention itself is not touched.
+    Eviction raises the attention weights of the remaining tokens. Noise and temperature counteract this, so that the
+    cache does not keep only a few early favorites. Attention itself does not change.
 
     Source: Adnan et al., Keyformer, arXiv 2403.09054, section 3.3, and the authors' code.
-    Cost: a second product of queries and keys in the prompt as `H2O`, and a number by chance for each of its elements; one
-    float per slot.
-    When not to use it: where `H2O` does; the noise is drawn for every product.
-    Resolved: the noise follows from (seed, layer, query head, token numbers of query and key), so padding, batch and pieces of
-    a prompt change nothing. The temperature is that of the prompt plus `tau_step` for each token that was generated. Scores
-    are kept per text of a batch; the authors' code adds them up over the batch. Shares are of the prompt, as in the paper,
-    so the budget does not grow with the output. Weights are summed over the query heads of a KV head.
+    Cost: a second product of queries and keys in prefill, as `H2O`, and a pseudo-random number for each of its
+    elements; one float per KV slot.
+    When not to use it: if `H2O` suffices; the method draws noise for every product.
+    Resolved: the noise is a function of (seed, layer, query head, token numbers of query and key), so results do not
+    depend on padding, batch or chunked prefill. The temperature is that of the prompt plus `tau_step` per generated
+    token. Each sequence of a batch has its own scores; the authors' code sums them over the batch. As in the paper,
+    shares are shares of the prompt, so the budget does not grow with the output. The method sums weights over the query
+    heads of a KV head.
 
     Args:
-        budget: slots per layer and KV head; see `EvictionPolicy`.
-        recent: the latest tokens, as a share of the budget or a number.
-        tau: temperature in the prompt.
-        tau_step: what each generated token adds to it.
-        noise: scale of the Gumbel noise; 0: none.
-        seed: of the noise.
-        sinks: first tokens that are never forgotten; the paper has none.
+        budget: KV slots per layer and KV head; see `EvictionPolicy`.
+        recent: number of latest tokens that are never evicted, or their share of the budget.
+        tau: temperature in prefill.
+        tau_step: increase of the temperature per generated token.
+        noise: scale of the Gumbel noise; 0 disables it.
+        seed: seed of the noise.
+        sinks: number of first tokens that are never evicted; the paper has none.
 
     Example:
         >>> Keyformer(budget=0.6).tau
@@ -45,7 +46,7 @@ class Keyformer(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "Keyformer, arXiv 2403.09054"
-    cost: ClassVar[str] = "budget rows and one float each; a second, noisy product of queries and keys in the prompt"
+    cost: ClassVar[str] = "budget KV slots and one float each; a second, noisy product of queries and keys in prefill"
     examples: ClassVar[dict[str, str]] = {"exact": "Keyformer(64)", "tight": "Keyformer(8, tau_step=0.1)"}
     observation_window: int = ALL
     budget_from_prompt: ClassVar[bool] = True
@@ -62,16 +63,16 @@ class Keyformer(EvictionPolicy):
     ) -> None:
         super().__init__(budget, sinks, recent)
         if tau <= 0 or tau_step < 0:
-            raise UserError(f"tau={tau}, tau_step={tau_step}: a temperature is above 0 and does not fall")
+            raise UserError(f"tau={tau}, tau_step={tau_step}: give tau above 0, and tau_step 0 or more")
         self.tau, self.tau_step, self.noise, self.seed = tau, tau_step, noise, seed
 
     @property
     def note_defaults(self) -> dict[str, float]:
-        """See `Slots.note_defaults`: score received so far."""
+        """See `Policy.note_defaults`: accumulated score."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
-        """See `Slots.observe`."""
+        """See `Policy.observe`."""
         generated_T = (seen.number_T - (layer.prompt - 1)).clamp(min=0)
         tau_T1 = (self.tau + self.tau_step * generated_T).to(seen.score_BGRTS.dtype)[:, None]
         score_BGRTS = seen.score_BGRTS
@@ -86,7 +87,7 @@ class Keyformer(EvictionPolicy):
         R, G = seen.score_BGRTS.shape[2], key_BGS.shape[1]
         first = next(part.start or 0 for part, one in layer.parts() if one is table)
         head_GR = (first + torch.arange(G, device=key_BGS.device))[:, None] * R + torch.arange(R, device=key_BGS.device)
-        # One number for head, query and key: no two products of a text of less than 2^24 tokens share one.
+        # A unique number per head, query and key, for sequences shorter than 2^24 tokens.
         at_BGRT = head_GR[:, :, None] * 2**48 + query_BT[:, None, None] * 2**24
         uniform = stateless_uniform(at_BGRT[..., None] + key_BGS[:, :, None, None], layer.index, self.seed)
         return -(-uniform.clamp(min=2.0**-52).log()).log()

@@ -1,4 +1,4 @@
-"""KIVI: keys rounded by channel, values rounded by token.
+"""KIVI: uniform quantization, keys per channel and values per token.
 
 Shapes: D head width.
 """
@@ -18,25 +18,26 @@ KEYS = ("channel", "token")
 
 
 class KIVI(SinkWindowCache):
-    """Keeps the latest tokens exactly, and of the others every number in a few bits, packed.
+    """Uniform quantization of the KV cache to a few bits, keys per channel and values per token.
 
-    A few channels of keys are large in every token, so keys share a least number and a step with the same channel of
-    neighbouring tokens; values share theirs with neighbouring channels of the same token. Nothing has to be fitted.
+    The latest tokens stay exact. A few channels of keys are large in every token. Therefore keys share minimum and step
+    within a channel, over neighboring tokens; values share them within a token, over neighboring channels. The method
+    needs no calibration.
 
     Source: Liu et al., KIVI, arXiv 2402.02750: asymmetric, 2 bits, groups of 32.
-    Cost: bits and two float16 per group, so ``bits + 32 / group`` bits per number (`rate`): 3 for 2 bits in groups of 32. A
-    step decodes all of the past; there is no arithmetic on codes here.
-    When not to use it: at 2 bits per number in all, which leaves 1 for the codes; `VQKV` is made for that.
-    Resolved: the paper rounds keys when a window of exact ones has filled up, and values one by one; here both are rounded
-    `group` tokens at a time, so the exact window holds `window` to ``window + group - 1`` tokens. It keeps no first tokens
-    exactly, and nor does this unless `sinks` says so. Steps and least numbers are float16.
+    Cost: the bits, and two float16 numbers per group: ``bits + 32 / group`` bits per number (`rate`), 3 for 2 bits in
+    groups of 32. A decode step dequantizes all earlier tokens; there is no arithmetic on codes.
+    When not to use it: for 2 bits per number in total, which leave 1 bit for the codes; use `VQKV` there.
+    Resolved: the paper quantizes keys when a window of exact ones is full, and values one by one; here the method
+    quantizes both `group` tokens at a time, so the exact window has `window` to ``window + group - 1`` tokens. Like the
+    paper, it keeps no sinks by default. Steps and minima are float16.
 
     Args:
         bits: 1, 2, 4 or 8 per number.
-        group: numbers that share a step; of a head that is narrower, its width for values.
-        window: the latest tokens, exact; see `SinkWindowCache`.
-        sinks: the first tokens, exact.
-        keys: ``"channel"``; or ``"token"``, rounded as values are (a control).
+        group: number of values that share a step; for values at most the head width.
+        window: number of latest tokens that stay exact; see `SinkWindowCache`.
+        sinks: number of first tokens that stay exact.
+        keys: ``"channel"``, or ``"token"`` to quantize keys in the way of values (a control).
 
     Example:
         >>> from transformers import LlamaConfig
@@ -46,7 +47,9 @@ class KIVI(SinkWindowCache):
     """
 
     paper: ClassVar[str] = "KIVI, arXiv 2402.02750"
-    cost: ClassVar[str] = "bits + 32 / group per number, window beside; all of the past is decoded in every step"
+    cost: ClassVar[str] = (
+        "bits + 32 / group per number, plus the exact window; each step dequantizes all earlier tokens"
+    )
     examples: ClassVar[dict[str, str]] = {"exact": "KIVI()", "tight": "KIVI(2, group=4, window=4, sinks=1)"}
 
     def __init__(
@@ -55,18 +58,18 @@ class KIVI(SinkWindowCache):
         if bits not in BITS:
             raise UserError(f"bits={bits!r}: give {', '.join(map(str, BITS))}")
         if isinstance(group, bool) or not isinstance(group, int) or group < 1:
-            raise UserError(f"group={group!r}: give how many numbers share a step, 1 or more; 32 is the paper's")
+            raise UserError(f"group={group!r}: give how many numbers share a step, 1 or more; the paper uses 32")
         if keys not in KEYS:
             raise unknown("keys", keys, KEYS)
         super().__init__(window, sinks, flush_size=group)
         self.bits, self.group, self.keys = bits, group, keys
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """See `Memory.check`."""
+        """See `KVCacheMethod.check`."""
         width = head_dim(config)
         check_bits(self.bits, width)
         if width % min(self.group, width):
-            raise UserError(f"group={self.group}: it does not divide heads of width {width}; give a divisor")
+            raise UserError(f"group={self.group}: it does not divide heads of width {width}; give a divisor of {width}")
 
     def coders(self, config: PreTrainedConfig, index: int) -> tuple[Codec, Codec]:
         """See `SinkWindowCache.coders`."""
@@ -74,7 +77,7 @@ class KIVI(SinkWindowCache):
         return UniformQuantizer(self.bits, self.group, by_channel=True) if self.keys == "channel" else values, values
 
     def token_bytes(self, config: PreTrainedConfig) -> float:
-        """Bytes of one coded token in one layer; steps that tokens share are shared out."""
+        """Bytes of one quantized token in one layer, with its part of the steps that tokens share."""
         return self.rate(config) * 2 * kv_heads(config) * head_dim(config) / 8
 
     def rate(self, config: PreTrainedConfig) -> float:

@@ -1,4 +1,4 @@
-"""LazyLLM: in every call deeper layers run the tokens that matter to it, and the others wait where they stopped.
+"""LazyLLM: progressive token pruning per step; pruned hidden states stay in an auxiliary cache and can be revived.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots.
 """
@@ -26,32 +26,33 @@ from pondera.methods.kv_cache.common.token_revival import ProgressivePruning, Re
 
 
 class LazyLLM(ProgressivePruning):
-    """Behind some layers, only the tokens go on that the last token looks at most; others may be taken up again later.
+    """Progressive token pruning in prefill and decoding; an auxiliary cache allows later steps to revive tokens.
 
-    In each call, of the prompt and of every step, all tokens are there at the first layer. At a layer that prunes, they are
-    ranked by the last token's attention, the mean over heads, and a share goes on. A token that goes on without ever having
-    been through the next layers is run through them now, from the hidden state with which it stopped; a token that does not go
-    on leaves its state behind. So what is pruned may differ from call to call, and each token is run through each layer once
-    at most.
+    Each call (prefill and every decode step) starts with all tokens at the first layer. A pruning layer ranks the
+    tokens by the last token's attention, averaged over heads, and a share of them continues. The layer stores the
+    hidden state of a pruned token in its auxiliary cache. If a later call selects a token that later layers have not
+    computed yet, they compute it from this hidden state. So each call can prune other tokens, and each layer computes
+    each token at most once.
 
     Source: Fu et al., LazyLLM, arXiv 2407.14057, whose code is not public.
-    Cost: layers behind those that prune run a part of the prompt, and later what is taken up. The cache holds a hidden state
-    and its rotary rows for each token that has stopped, beside the keys and values of what was run: it saves compute. In a
-    batch every text runs as many rows as the one that takes up most.
-    When not to use it: to save memory. Where logits of a prompt's tokens are wanted: of those that stop there are none. On
-    models with windows, recurrent states, or of architectures other than those of `pondera.arch.families` with
-    rotary positions: they are refused, as nothing could be taken up again.
-    Resolved: the paper gives neither the layers nor the percentiles; the defaults are ours. A share is of the tokens that have
-    come as far as the layer, rounded down, of equals the newer. Up to 8 new tokens of a call go on in any case, of longer calls
-    the last one. Queries look at what goes on in this call, and at nothing else that a layer holds from earlier ones.
-    Keys and values of a token are those of the call in which it was first run, and are not computed anew. While tokens may be
-    drafts, they all go on, and of the others those that went on in the call before: a draft that is taken back must not have
-    had a say.
+    Cost: layers after the pruning layers run a part of the prompt, and revived tokens later. The cache keeps a hidden
+    state and its rotary embedding for each pruned token, in addition to keys and values: the method saves compute. In a
+    batch every sequence runs as many tokens as the one that revives most.
+    When not to use it: to save memory. If you need logits of prompt tokens: pruned tokens have none. On models with
+    sliding windows, recurrent states or architectures outside of `pondera.arch.families` with rotary positions: the
+    method refuses them, as it could not revive tokens there.
+    Resolved: the paper gives neither the layers nor the percentiles; the defaults are ours. A share refers to the
+    tokens that have reached the layer, rounded down; among equal scores the newer token continues. A call of up to 8
+    new tokens prunes none of them; a longer call always keeps its last token. Queries attend only to tokens that
+    continue in the same call, not to other slots of earlier calls. A token keeps the keys and values of the call that
+    computed it first. While tokens may be rolled back, all of them continue, and of the earlier tokens those of the
+    previous call: draft tokens must not influence the selection.
 
     Args:
-        keep_ratio: share of the tokens that goes on at each layer that prunes, of those that have come so far; a list has one for
-            each. 1 is the stock model.
-        layers: those that prune, by their numbers from 0; none: at a quarter, half, and three quarters of the depth.
+        keep_ratio: share of the tokens that continue at each pruning layer, of those that reached it; a list has one
+            per pruning layer. 1 is the stock model.
+        layers: indices of the pruning layers, from 0; default: `None`, after a quarter, half, and three quarters of the
+            depth.
 
     Example:
         >>> LazyLLM(keep_ratio=[0.8, 0.5], layers=[10, 20]).keep_ratio
@@ -61,7 +62,7 @@ class LazyLLM(ProgressivePruning):
     paper: ClassVar[str] = "LazyLLM, arXiv 2407.14057"
     prunes_hidden_states = True
     cost: ClassVar[str] = (
-        "deeper layers run a part of the tokens; a hidden state for each that stopped, beside the rows of what was run"
+        "deeper layers run a part of the tokens; a hidden state per pruned token, in addition to keys and values"
     )
     examples: ClassVar[dict[str, str]] = {"exact": "LazyLLM(1.0)", "tight": "LazyLLM([0.7, 0.5], layers=[0, 1])"}
     saves: ClassVar[str] = "compute"
@@ -71,7 +72,7 @@ class LazyLLM(ProgressivePruning):
         for share in keep_ratio if isinstance(keep_ratio, list) else [keep_ratio]:
             if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
                 raise UserError(
-                    f"keep_ratio={keep_ratio!r}: give the share that goes on, above 0 and at most 1, e.g. 0.6"
+                    f"keep_ratio={keep_ratio!r}: give the share of tokens to keep, above 0 and at most 1, e.g. 0.6"
                 )
         if layers is not None and (
             not isinstance(layers, list)
@@ -79,42 +80,42 @@ class LazyLLM(ProgressivePruning):
             or not all(type(number) is int and number >= 0 for number in layers)
             or sorted(set(layers)) != layers
         ):
-            raise UserError(f"layers={layers!r}: give the numbers of layers from 0, in rising order, e.g. [8, 16, 24]")
+            raise UserError(f"layers={layers!r}: give layer indices from 0, in rising order, e.g. [8, 16, 24]")
         self.keep_ratio, self.layers = keep_ratio, layers
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """See `Memory.check`."""
+        """See `KVCacheMethod.check`."""
         depth = config.num_hidden_layers
         parts = modules(config)
         if parts is None or not parts.layers_skip_tokens:
             raise UserError(
-                f"LazyLLM: layers of {config.model_type} cannot be given tokens again that stopped; those that can are "
+                f"LazyLLM: {config.model_type} cannot revive pruned tokens; supported are "
                 f"{listed(lambda each: each.modules and each.modules.layers_skip_tokens)}. "
-                "TokenSelect keeps everything too, and needs no such layers"
+                "TokenSelect also keeps all tokens, and works without revival"
             )
         if len(layers) < depth:
             raise UserError(
-                f"LazyLLM: {depth - len(layers)} of the {depth} layers of this {config.model_type} have windows or recurrent "
-                "states, in which a token cannot be taken up again; use TokenSelect, which keeps everything too"
+                f"LazyLLM: {depth - len(layers)} of the {depth} layers of this {config.model_type} have windows or "
+                "recurrent states, which cannot revive a token; use TokenSelect, which also keeps all tokens"
             )
         shares, numbers = self.shares(depth), self.at(depth)
         if isinstance(self.keep_ratio, list) and len(self.keep_ratio) != len(numbers):
             raise UserError(
-                f"keep_ratio={self.keep_ratio}: {len(numbers)} layers prune, {numbers}; give a share for each"
+                f"keep_ratio={self.keep_ratio}: {len(numbers)} layers prune, {numbers}; give one share per layer"
             )
         if shares and max(shares) > depth - 2:
             raise UserError(
-                f"layers={self.layers}: give numbers from 0 to {depth - 2}; behind the last of {depth} is none"
+                f"layers={self.layers}: give numbers from 0 to {depth - 2}; no layer follows the last of {depth}"
             )
 
     def at(self, depth: int) -> list[int]:
-        """The layers that prune, of so many."""
+        """Indices of the pruning layers, for a model with `depth` layers."""
         if self.layers is not None:
             return self.layers
         return sorted({max(0, depth * part // 4 - 1) for part in (1, 2, 3) if depth > 1})
 
     def shares(self, depth: int) -> dict[int, float]:
-        """What goes on at each of them."""
+        """The share of tokens that continue, by pruning layer."""
         numbers = self.at(depth)
         return dict(
             zip(
@@ -125,20 +126,20 @@ class LazyLLM(ProgressivePruning):
         )
 
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
-        """See `Memory.layer`."""
+        """See `KVCacheMethod.layer`."""
         return (RevivalLayer if index in self.shares(among) else PrunedLayer)(self, index, among)
 
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
-        """See `Memory.prepare`."""
+        """See `KVCacheMethod.prepare`."""
         link(cache)
         pack(model, cache)
 
     def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """See `Slots.observed_queries`."""
+        """See `Policy.observed_queries`."""
         return 1 if isinstance(layer, RevivalLayer) and not layer.record_past else 0
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
-        """See `Slots.observe`: what the last token looks at; ``-inf`` where it may not look."""
+        """See `Policy.observe`: the attention of the last token; ``-inf`` for masked slots."""
         weight_BS = seen.weight_BGRTS[:, :, :, -1].mean((1, 2))
         cast(RevivalLayer, layer).score_BS = weight_BS.masked_fill(
             seen.score_BGRTS[:, 0, 0, -1] == -math.inf, -math.inf

@@ -1,4 +1,4 @@
-"""Full: nothing is forgotten."""
+"""PreallocatedCache: the complete KV cache in preallocated storage."""
 
 from __future__ import annotations
 
@@ -8,24 +8,25 @@ from pondera.methods.kv_cache.common.policy import Policy
 
 
 class PreallocatedCache(Policy):
-    """Keeps everything, in storage that is allocated ahead, so that no step copies the past.
+    """The complete KV cache in preallocated storage, so that no step copies it.
 
-    Cost: transformers' own cache joins old and new rows in every step, which copies all of them; here a new row is
-    written behind the others. An eighth of the storage is spare. While decoding on a CPU in float32, query heads that share
-    a KV head take turns while its rows are in the core's cache, and bits stay torch's (`parts.stock_attention`).
-    When not to use it: compiled decoding, for which transformers has a static cache.
+    Cost: the cache of transformers concatenates old and new keys and values in every step, which copies all of them;
+    this method writes new ones after the old ones. An eighth of the storage is unused. When decoding on a CPU in
+    float32, query heads that share a KV head run one after another while its keys and values are in the core's cache;
+    the results are bit-identical to those of torch (`pondera.cache.stock_attention`).
+    When not to use it: for compiled decoding; transformers has a static cache for that.
 
     Args:
-        exact: the same as with the stock cache, to the last bit; false: by a kernel that rounds differently, which is
-            somewhat faster with one text and more so with several.
+        exact: whether results are bit-identical to those of the stock cache; if false, a kernel that rounds differently
+            runs, which is somewhat faster for one sequence and more so for several.
 
     Example:
         >>> PreallocatedCache().exact
         True
     """
 
-    paper: ClassVar[str] = "none: the stock cache, without its copies"
-    cost: ClassVar[str] = "one row per token, an eighth spare"
+    paper: ClassVar[str] = "no paper; the stock cache without its copies"
+    cost: ClassVar[str] = "one KV slot per token, and an eighth more in reserve"
     examples: ClassVar[dict[str, str]] = {"exact": "PreallocatedCache()"}
     saves: ClassVar[str] = "nothing"
 

@@ -1,4 +1,4 @@
-"""RandomEviction: the control of every policy that says which tokens matter."""
+"""RandomEviction: the control for all policies that score tokens."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ from pondera.methods.kv_cache.common.policy import EvictionPolicy
 
 
 class RandomEviction(EvictionPolicy):
-    """Keeps the first tokens, the latest, and of the others some by chance; a rule is worth what it gains over this.
+    """Random eviction within a budget, the control for all policies that score tokens.
+
+    It keeps the first tokens, the latest and a pseudo-random selection of the others.
 
     Source: none, a control.
-    Cost: no attention weights are looked at.
-    When not to use it: to remember.
-    Resolved: chance follows from (seed, layer, place in the text), the same for all heads of a layer, so padding, batch and
-    pieces of a prompt change nothing; a token that is kept now was kept before.
+    Cost: no attention weights.
+    When not to use it: in applications; it is a baseline.
+    Resolved: scores are a function of (seed, layer, position in the sequence) and equal for all heads of a layer.
+    Results therefore do not depend on padding, batch or chunked prefill, and an evicted token never has to return.
 
     Args:
-        budget: slots per layer and KV head; see `Budgeted`.
-        recent: the latest tokens, as a share of the budget or a number.
-        sinks: first tokens that are never forgotten.
-        seed: of chance.
+        budget: KV slots per layer and KV head; see `BudgetedPolicy`.
+        recent: number of latest tokens that are never evicted, or their share of the budget.
+        sinks: number of first tokens that are never evicted.
+        seed: seed of the scores.
 
     Example:
         >>> RandomEviction(budget=256).sinks
         0
     """
 
-    paper: ClassVar[str] = "none: a control"
-    cost: ClassVar[str] = "budget rows per layer and head; no scores"
+    paper: ClassVar[str] = "no paper; a control"
+    cost: ClassVar[str] = "budget KV slots per layer and head; no attention weights"
     examples: ClassVar[dict[str, str]] = {"exact": "RandomEviction(64)", "tight": "RandomEviction(8, sinks=1)"}
 
     def __init__(

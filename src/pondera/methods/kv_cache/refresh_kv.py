@@ -1,4 +1,4 @@
-"""RefreshKV: attention to a part of the past, which a look at all of it renews now and then.
+"""RefreshKV: attention to a subset of the KV cache, refreshed by occasional full attention.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, k chosen slots, D head width.
 """
@@ -22,26 +22,29 @@ from pondera.methods.kv_cache.common.pooling import check_pool, pooled
 
 
 class RefreshKV(Policy):
-    """Keeps everything; attends to the tokens that the last full look found best and those that came since.
+    """Sparse attention to a subset of the KV cache, refreshed by occasional full attention.
 
-    Every `stride` steps each layer compares its query with that of its last full look. Where it has drifted, the step looks at
-    all tokens, and the part is chosen anew from the weights; otherwise the layer goes on with its part.
+    The method keeps all tokens. A step attends to the highest-scoring tokens of the last full attention step and to all
+    later ones. Every `stride` steps each layer compares its query with that of the last full attention step. If the
+    query has drifted, the step attends to all tokens and its weights select a new subset; otherwise the layer keeps its
+    subset.
 
     Source: Xu et al., RefreshKV (formerly Recycled Attention), arXiv 2411.05787.
-    Cost: all rows stay, and one float per slot. A step attends to `part` rows, which are copied out; a full look attends to
-    all, and takes the product of its query and the keys a second time.
+    Cost: all KV slots stay, with one float each. A step copies `part` of them and attends to the copy; a full step
+    attends to all, and computes the product of its query and the keys a second time.
     When not to use it: to save memory.
-    Resolved: the part is the slots with the highest pooled weights of the last full look, and tokens that came since rank above
-    all; that is the same as to drop the lowest for each token that comes. Weights are pooled along the text for each query
-    head; the largest of the heads of a KV head counts. The share is of the prompt. Every text of a batch has its own steps.
-    Calls of several tokens look at everything; of these only a prompt chooses the part, drafts do not.
+    Resolved: the subset is the slots with the highest pooled weights of the last full step, and later tokens rank above
+    all; this equals dropping the lowest slot for each new token. The method pools weights along the sequence for each
+    query head, and takes the maximum over the query heads of a KV head. A share is a share of the prompt. Each sequence
+    of a batch has its own refresh steps. Calls of several tokens attend to everything; only the prompt selects a
+    subset, not draft tokens.
 
     Args:
-        part: rows attended to, per layer and KV head: a number, or a share of the prompt.
-        stride: steps between comparisons.
-        similarity: cosine of the queries below which a full look is due; above 1: always. The authors take 0.85 for Llama 3.1
-            8B and 0.95 for Qwen2 7B.
-        kernel: neighbours that are pooled, an odd number.
+        part: size of the subset per layer and KV head, as a number of tokens or a share of the prompt.
+        stride: number of steps between comparisons.
+        similarity: cosine of the queries below which a full step follows; above 1: always. The authors use 0.85 for
+            Llama 3.1 8B and 0.95 for Qwen2 7B.
+        kernel: pooling width in tokens, an odd number.
 
     Example:
         >>> RefreshKV(part=4096).stride
@@ -49,7 +52,7 @@ class RefreshKV(Policy):
     """
 
     paper: ClassVar[str] = "RefreshKV, arXiv 2411.05787"
-    cost: ClassVar[str] = "one row per token and a float; attention over part of them in most steps"
+    cost: ClassVar[str] = "one KV slot and a float per token; most steps attend to a part of them"
     examples: ClassVar[dict[str, str]] = {"exact": "RefreshKV(64)", "tight": "RefreshKV(5, stride=2, kernel=3)"}
     saves: ClassVar[str] = "reading"
     sparse_attention: bool = True
@@ -64,7 +67,7 @@ class RefreshKV(Policy):
 
     @property
     def note_defaults(self) -> dict[str, float]:
-        """See `Policy.note_defaults`: a new token ranks above all until the next full look."""
+        """See `Policy.note_defaults`: a new token ranks above all others until the next full step."""
         return {"rank": torch.inf}
 
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
@@ -88,7 +91,7 @@ class RefreshKV(Policy):
         return int(self._looks(layer, query_BGRTD, call.start + 1).any())
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
-        """See `Policy.observe`: the weights of a full look choose the part."""
+        """See `Policy.observe`: the weights of a full step select the subset."""
         tokens = int(seen.number_T[-1]) + 1
         looks_B = self._looks(layer, seen.query_BGRTD, tokens) & seen.real_BT[:, -1]
         rank_BGS = pooled(seen.weight_BGRTS[:, :, :, -1], table.position, self.kernel, "max").amax(2)
@@ -100,7 +103,7 @@ class RefreshKV(Policy):
         layer.state["looked"] = torch.where(looks_B, tokens, layer.state.get("looked", never_B))
 
     def _looks(self, layer: KVStoreLayer, query_BGRTD: Tensor, tokens: int) -> Tensor:
-        """``[B]``: which texts look at everything in the step that is the last of so many tokens."""
+        """``[B]``: which sequences attend to everything in the step that ends after `tokens` tokens."""
         if "looked" not in layer.state or tokens == layer.prompt:
             return torch.ones(len(query_BGRTD), dtype=torch.bool, device=query_BGRTD.device)
         looked_B = layer.state["looked"]
@@ -109,5 +112,5 @@ class RefreshKV(Policy):
 
 
 def _mean_query(query_BGRTD: Tensor) -> Tensor:
-    """``[B, D]``: the last query, over heads."""
+    """``[B, D]``: the last query, averaged over heads."""
     return query_BGRTD[:, :, :, -1].flatten(1, 2).mean(1)

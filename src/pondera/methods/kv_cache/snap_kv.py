@@ -1,4 +1,4 @@
-"""SnapKV: what the last queries of the prompt looked at."""
+"""SnapKV: prompt compression by the attention of an observation window."""
 
 from __future__ import annotations
 
@@ -15,25 +15,27 @@ from pondera.methods.kv_cache.common.pooling import check_pool, pooled
 
 
 class SnapKV(EvictionPolicy):
-    """At the end of the prompt keeps what its last queries looked at, and their neighbours; then forgets nothing more.
+    """Prompt compression at the end of prefill, by the attention of an observation window; later steps evict nothing.
 
-    The last `window` queries of the prompt are an observation window: the weights that they give are added up, pooled over
-    neighbours in the text, so that words are kept whole, and the tokens with the largest are kept beside the window itself.
+    The last `window` queries of the prompt are the observation window. The method sums their attention weights per
+    token and pools the sums over neighboring tokens, so that words stay complete. It keeps the highest-scoring tokens
+    and the window.
 
     Source: Li et al., SnapKV, arXiv 2404.14469.
-    Cost: one product of `window` queries and the keys at the end of the prompt; one float per slot. Decoding costs no scores,
-    but every generated token is kept: the budget is the prompt's.
-    When not to use it: long outputs after short prompts; prompts whose end does not tell what will be asked.
-    Resolved: the paper knows no grouped heads; weights are summed over the query heads of a KV head, and pooled then. What is
-    in the window lends nothing to its neighbours, as in the authors' code. A prompt that comes in pieces is observed and
-    cut at the end of each, so the kept set depends on the pieces; a later prompt of the same conversation is one more piece.
+    Cost: one product of `window` queries and the keys at the end of prefill; one float per KV slot. Decoding computes
+    no scores, but keeps every generated token: the budget applies to the prompt.
+    When not to use it: for long outputs after short prompts; for prompts whose end does not indicate the question.
+    Resolved: the paper has no grouped-query attention; the method sums weights over the query heads of a KV head, then
+    pools. As in the authors' code, tokens of the window add nothing to their neighbors. In chunked prefill the method
+    observes and evicts at the end of each chunk, so the kept tokens depend on the chunks; a later prompt of the same
+    conversation counts as one more chunk.
 
     Args:
-        budget: slots of the prompt per layer and KV head; see `EvictionPolicy`.
-        window: queries that are observed, and tokens that are kept in any case.
-        kernel: neighbours that are pooled, an odd number.
+        budget: KV slots of the prompt per layer and KV head; see `EvictionPolicy`.
+        window: number of observed queries; their tokens are never evicted.
+        kernel: pooling width in tokens, an odd number.
         pool: ``"max"`` or ``"mean"``.
-        sinks: first tokens that are never forgotten; the paper has none.
+        sinks: number of first tokens that are never evicted; the paper has none.
 
     Example:
         >>> SnapKV(budget=512, window=16).observation_window
@@ -42,7 +44,7 @@ class SnapKV(EvictionPolicy):
 
     paper: ClassVar[str] = "SnapKV, arXiv 2404.14469"
     cost: ClassVar[str] = (
-        "budget rows of the prompt and all that is generated; a few rows of scores at the end of the prompt"
+        "budget KV slots of the prompt and all generated tokens; scores of a few queries at the end of prefill"
     )
     examples: ClassVar[dict[str, str]] = {"exact": "SnapKV(64, window=4)", "tight": "SnapKV(8, window=3, kernel=3)"}
     prefill_only: bool = True
@@ -63,11 +65,11 @@ class SnapKV(EvictionPolicy):
 
     @property
     def note_defaults(self) -> dict[str, float]:
-        """See `Slots.note_defaults`: attention received from the window."""
+        """See `Policy.note_defaults`: attention received from the observation window."""
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
-        """See `Slots.observe`."""
+        """See `Policy.observe`."""
         received = table.note("received")
         if seen.begins:
             received.zero_()

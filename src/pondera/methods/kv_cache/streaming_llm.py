@@ -1,4 +1,4 @@
-"""StreamingLLM: the first tokens and the latest."""
+"""StreamingLLM: attention sinks and a window of the latest tokens."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from pondera.methods.kv_cache.common.policy import EvictionPolicy
 
 
 class StreamingLLM(EvictionPolicy):
-    """Keeps the first tokens, which attention leans on whatever they say, and the latest; forgets what is between.
+    """Attention sinks and a window of the latest tokens; the policy evicts all others.
 
-    Source: Xiao et al., arXiv 2309.17453, with positions as they were in the text (theirs count places in the cache).
-    Cost: no attention weights are looked at; a step costs what attention over the budget costs.
-    When not to use it: where something in the middle of the text will be asked for.
+    Source: Xiao et al., arXiv 2309.17453, but with the positions of the sequence (the paper uses positions in the
+    cache).
+    Cost: no attention weights; a step costs attention over the budget.
+    When not to use it: if later tokens need information from the middle of the sequence.
 
     Args:
-        budget: slots per layer and KV head; see `EvictionPolicy`.
-        sinks: first tokens that are never forgotten.
+        budget: KV slots per layer and KV head; see `EvictionPolicy`.
+        sinks: number of first tokens that are never evicted.
 
     Example:
         >>> StreamingLLM(budget=1024).sinks
@@ -28,12 +29,12 @@ class StreamingLLM(EvictionPolicy):
     """
 
     paper: ClassVar[str] = "StreamingLLM, arXiv 2309.17453"
-    cost: ClassVar[str] = "budget rows per layer and head; no scores"
+    cost: ClassVar[str] = "budget KV slots per layer and head; no attention weights"
     examples: ClassVar[dict[str, str]] = {"exact": "StreamingLLM(64)", "tight": "StreamingLLM(8, sinks=2)"}
 
     def __init__(self, budget: int | float | str | list = 1024, sinks: int = 4) -> None:
         super().__init__(budget, sinks, recent=1)
 
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
-        """See `EvictionPolicy.score`: the newer, the more."""
+        """See `EvictionPolicy.score`: the position, so newer tokens score higher."""
         return table.position.float()

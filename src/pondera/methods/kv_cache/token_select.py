@@ -1,4 +1,4 @@
-"""TokenSelect: all heads vote on which tokens to attend to.
+"""TokenSelect: sparse attention to the tokens that all heads of a layer vote for.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, k chosen slots, D head width.
 """
@@ -20,26 +20,29 @@ from pondera.methods.kv_cache.common.policy import Policy
 
 
 class TokenSelect(Policy):
-    """Keeps everything, and attends to the first tokens, the latest, and those that the heads of a layer vote for.
+    """Sparse attention to the first tokens, the latest ones and those that all heads of a layer vote for.
 
-    Each query head spreads one vote over the tokens between, by softmax of the products; the tokens with most votes are
-    attended to by all heads. While the query stays alike, the last choice is used again.
+    The method keeps all tokens. Each query head distributes one vote over the remaining tokens by a softmax of its
+    attention scores. All heads attend to the tokens with the most votes. As long as the query stays similar, the layer
+    reuses its last selection.
 
     Source: Wu et al., TokenSelect, arXiv 2411.02886.
-    Cost: all rows stay. A choice takes the product of one query per head with all keys; attention then takes
-    ``sinks + chosen + recent`` rows. The rows chosen are copied out, so on CPUs a step is cheaper only for long contexts.
+    Cost: all KV slots stay. A selection computes the product of one query per head with all keys; attention then reads
+    ``sinks + chosen + recent`` slots. The method copies the selected keys and values, so on CPUs a step is cheaper only
+    for long contexts.
     When not to use it: to save memory.
-    Resolved: a call of several tokens votes with the mean of its queries, and always sees its own tokens, so a prompt in one
-    call is not thinned at all; give a long one in pieces. Products are scaled as in the model (the authors' kernel does not
-    scale them), query heads belong to consecutive KV heads as in the model, and queries are not rotated to another place. A
-    choice is used again where the cosine of all heads' queries taken together is at least `reuse`; tokens that came up for
-    choice since then are not attended to. While tokens may be drafts, every call chooses anew.
+    Resolved: a call of several tokens votes with the mean of its queries and always attends to its own tokens, so
+    prefill in one call is dense; use chunked prefill for long prompts. The method scales scores as the model does (the
+    authors' kernel does not scale them), query heads belong to consecutive KV heads as in the model, and queries keep
+    their positions. The layer reuses a selection if the cosine of its concatenated queries is at least `reuse`; it then
+    ignores tokens that became candidates since that selection. While tokens may be rolled back, every call selects
+    again.
 
     Args:
-        chosen: tokens that are voted for.
-        sinks: first tokens that are always attended to.
-        recent: latest tokens that are, beside those of the call.
-        reuse: cosine from which the last choice is used again; above 1: never.
+        chosen: number of selected tokens.
+        sinks: number of first tokens that are always attended to.
+        recent: number of latest tokens before the call that are always attended to.
+        reuse: cosine from which the layer reuses its last selection; above 1: never.
 
     Example:
         >>> TokenSelect(chosen=1024).recent
@@ -47,7 +50,7 @@ class TokenSelect(Policy):
     """
 
     paper: ClassVar[str] = "TokenSelect, arXiv 2411.02886"
-    cost: ClassVar[str] = "one row per token; attention over sinks + chosen + recent of them"
+    cost: ClassVar[str] = "one KV slot per token; attention over sinks + chosen + recent of them"
     examples: ClassVar[dict[str, str]] = {
         "exact": "TokenSelect(64, sinks=1, recent=2)",
         "tight": "TokenSelect(3, sinks=1, recent=2, reuse=0.5)",
@@ -59,13 +62,13 @@ class TokenSelect(Policy):
         super().__init__()
         if chosen < 1 or sinks < 0 or recent < 0:
             raise UserError(
-                f"chosen={chosen}, sinks={sinks}, recent={recent}: give 1 token or more to choose, and 0 or more of the others"
+                f"chosen={chosen}, sinks={sinks}, recent={recent}: give chosen 1 or more, sinks and recent 0 or more"
             )
         self.chosen, self.sinks, self.recent, self.reuse = chosen, sinks, recent, reuse
 
     @property
     def note_defaults(self) -> dict[str, float]:
-        """See `Policy.note_defaults`: 1 where the last choice fell."""
+        """See `Policy.note_defaults`: 1 for the slots of the last selection."""
         return {"chosen": 0.0}
 
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
@@ -89,11 +92,11 @@ class TokenSelect(Policy):
                 self._remember(layer, table, query_BGRD, choice_BS, many_B & ~again_B)
         wanted_BGS = table.real & (always_BGS | choice_BS[:, None])
         most = int(wanted_BGS.sum(-1).amax())
-        found_BGk, slot_BGk = wanted_BGS.to(torch.uint8).topk(most, dim=-1)
-        return torch.where(found_BGk > 0, slot_BGk, -1)
+        wanted_BGk, slot_BGk = wanted_BGS.to(torch.uint8).topk(most, dim=-1)
+        return torch.where(wanted_BGk > 0, slot_BGk, -1)
 
     def _alike(self, layer: KVStoreLayer, query_BGRD: Tensor) -> Tensor:
-        """``[B]``: the query is like that of the last choice."""
+        """``[B]``: whether the query is similar to that of the last selection."""
         if "query" not in layer.state:
             layer.state["query"] = torch.zeros_like(query_BGRD)
         last_BGRD = layer.state["query"]
@@ -103,21 +106,21 @@ class TokenSelect(Policy):
     def _remember(
         self, layer: KVStoreLayer, table: KVStore, query_BGRD: Tensor, choice_BS: Tensor, rows_B: Tensor
     ) -> None:
-        """Keeps a choice, and the query that it was made for, in these rows."""
+        """Stores a selection and its query, for these batch rows."""
         layer.state["query"] = torch.where(rows_B[:, None, None, None], query_BGRD, layer.state["query"])
         note_BGS = table.note("chosen")
         note_BGS.copy_(torch.where(rows_B[:, None, None], choice_BS[:, None].to(note_BGS.dtype), note_BGS))
 
 
 def vote(query_BGRD: Tensor, keys_BGSD: Tensor, free_BGS: Tensor, scaling: float) -> Tensor:
-    """``[B, S]``: the votes of all query heads, one each, over the slots that are free to be chosen."""
+    """``[B, S]``: the sum of the votes of all query heads over the selectable slots; each head has one vote."""
     score_BGR1S = scores(query_BGRD[:, :, :, None], keys_BGSD, free_BGS[:, :, None], scaling)
-    # In a row without free slots the softmax is NaN, and nothing is chosen.
+    # In a batch row without selectable slots the softmax is NaN, and the caller selects nothing.
     return score_BGR1S.softmax(-1, dtype=torch.promote_types(score_BGR1S.dtype, torch.float32)).sum((1, 2, 3))
 
 
 def _mean_query(query_BGRTD: Tensor, call: AttentionCall) -> Tensor:
-    """``[B, G, R, D]``: over the queries that are no padding."""
+    """``[B, G, R, D]``: the mean of all queries except padding."""
     real_BT = (call.position_BT >= 0).to(query_BGRTD.dtype)
     share_BT = real_BT / real_BT.sum(-1, keepdim=True).clamp(min=1)
     return (query_BGRTD * share_BT[:, None, None, :, None]).sum(3)

@@ -1,6 +1,6 @@
-"""VQKV: the middle of the past as codes of residual codebooks, fitted once to a frozen model.
+"""VQKV: KV cache compression by residual vector quantization, with codebooks calibrated once per model.
 
-Shapes: G KV heads, D head width, J KV heads that are one vector, N vectors, C width of a codebook, K codes, L stages.
+Shapes: G KV heads, D head width, J KV heads in one vector, N vectors, C width of a codebook, K codes, L stages.
 """
 
 from __future__ import annotations
@@ -36,60 +36,65 @@ KEY_STAGES = ("post_rope", "pre_rope")
 WIDTHS = ("head", "layer")
 FITTINGS = ("simvq", "kmeans")
 VECTORS_PER_CODE = 16
-"""Calibration vectors for each code of a codebook, at least."""
+"""Minimum number of calibration vectors per code."""
 FILE = "kv_cache.safetensors"
 
 log = logging.getLogger(__name__)
 
 
 class VQKV(SinkWindowCache):
-    """Keeps the first tokens and the latest exactly, and of those between a few small integers each.
+    """Residual vector quantization of the KV cache, except for the first and the latest tokens.
 
-    A key or value is the sum of one row of each of L codebooks; the rows' numbers are what is kept. The codebooks are fitted
-    offline to keys and values of ordinary text (`fit`); the model's weights stay as they are.
+    A key or value is the sum of one codebook vector from each of L codebooks; the cache keeps only their indices. `fit`
+    calibrates the codebooks offline on keys and values of ordinary text; the weights of the model do not change.
 
-    Source: VQKV, arXiv 2603.16435: RSimVQ, three regions, keys in two branches, 82.8 % fewer bytes at 2.75 bits per value.
-    Cost: `fit` takes minutes on a CPU for models of some million parameters. A step costs L additions per past token, head
-    and query for scores and as many for values, instead of D multiplications; coding a token L searches among K rows. The
-    tables take ``2 L K C`` bytes for keys and for values of each layer, once per model (`table_bytes`).
-    When not to use it: for texts hardly longer than window and sinks; where the text is far from what it was fitted to.
-    Resolved: the paper's code was not to be had. Vectors are single KV heads, whose layer shares its codebooks, or with
-    ``width="layer"`` all KV heads of a layer together. Stages are fitted one after another, each to what those before it
-    left, scaled to unit root mean square; the scale is folded into the tables, which are float16. Branches get stages in
-    proportion to their dimensions. `sinks` tokens of each calibration text are left out, as they are never coded.
+    Source: VQKV, arXiv 2603.16435: RSimVQ, three sections, keys in two branches, 82.8 % fewer bytes at 2.75 bits per
+    value.
+    Cost: `fit` takes minutes on a CPU for models of some million parameters. Per cached token, head and query, a step
+    needs L additions for scores and L for values, instead of D multiplications each; encoding a token needs L searches
+    among K vectors. The codebooks take ``2 L K C`` bytes for keys and for values of each layer, once per model
+    (`table_bytes`).
+    When not to use it: for sequences hardly longer than window and sinks; for text that differs much from the
+    calibration text.
+    Resolved: the paper's code was not available. Vectors are single KV heads, and a layer's heads share codebooks; with
+    ``width="layer"`` one vector joins all KV heads of a layer. `fit` calibrates the stages one after another, each on
+    the residual of the ones before, scaled to a root mean square of 1; it folds the scale into the codebooks, which are
+    float16. Each branch gets stages in proportion to its dimensions. `fit` omits the first `sinks` tokens of each
+    calibration sample, as the cache never encodes them.
 
-    Bits become stages in this way: a head's key and value together get ``floor(2 * bits * D / b)`` stages, b being 8 for up
-    to 256 codes and 16 above, of which the value has half, rounded down. So the rate is never above what was asked for; it
-    is below where b does not divide (`rate` says what it is): at D = 16 with 2.75 bits there are 11 stages, 6 of the key.
+    Bits determine the stages: a head's key and value together get ``floor(2 * bits * D / b)`` stages, with b = 8 for up
+    to 256 codes and b = 16 above; the value has half of them, rounded down. So the rate is never above the requested
+    bits; it is below if b does not divide (`rate` returns it): at D = 16 with 2.75 bits there are 11 stages, 6 for the
+    key.
 
     Args:
-        bits: per cached number, exact rows and tables not counted.
-        window: the latest tokens, exact; see `SinkWindowCache`.
-        sinks: the first tokens, exact.
+        bits: per cached number, without exact tokens and codebooks.
+        window: number of latest tokens that stay exact; see `SinkWindowCache`.
+        sinks: number of first tokens that stay exact.
         codes: K.
-        branches: 2: the dimensions of keys that turn fast with position and those that turn slowly have codebooks of their
-            own; 1: they have not.
-        cut: rotation pairs that count as fast; none: half of them.
-        key_stage: keys are coded as they are kept, ``"post_rope"``; or turned back to position 0, ``"pre_rope"``, for
-            which every decoding turns them again and scores cannot be summed up from codes.
-        width: ``"head"`` or ``"layer"``: what is one vector.
-        fitting: ``"simvq"`` by gradient, or ``"kmeans"``.
-        quantizer: description of a stage that learns, with `codes` codes; none: ``SimVQ(codes, init="match")``.
-        flush_size: tokens coded at a time; see `SinkWindowCache`.
-        steps: of fitting, per stage.
-        vectors: calibration vectors per codebook, at most; none: 65,536, or as many as K codes need.
-        seed: of fitting.
+        branches: 2: separate codebooks for key dimensions with high and low rotary frequencies; 1: the same for all.
+        cut: number of rotation pairs with high frequency; default: `None`, half of them.
+        key_stage: ``"post_rope"``: encodes keys after rotary embedding; ``"pre_rope"``: before, so that every decoding
+            applies the rotary embedding again, and scores cannot come from look-up tables.
+        width: ``"head"`` or ``"layer"``: the extent of one vector.
+        fitting: ``"simvq"``, by gradient descent, or ``"kmeans"``.
+        quantizer: quantizer of a trained stage, with `codes` codes; default: `None`, ``SimVQ(codes, init="match")``.
+        flush_size: number of tokens that the cache encodes at a time; see `SinkWindowCache`.
+        steps: number of training steps per stage.
+        vectors: maximum number of calibration vectors per codebook; default: `None`, 65,536, or more if K codes need
+            more.
+        seed: seed of the calibration.
 
     Example:
         >>> from transformers import LlamaConfig
         >>> config = LlamaConfig(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8)
         >>> method = VQKV(bits=2.75)
-        >>> method.token_bytes(config), 1 - method.rate(config) / 16  # of a layer, for one token; and what is saved
+        >>> method.token_bytes(config), 1 - method.rate(config) / 16  # per layer and token; the saved share
         (704, 0.828125)
     """
 
     paper: ClassVar[str] = "VQKV, arXiv 2603.16435"
-    cost: ClassVar[str] = "bits / 16 of the past's bytes, window and tables beside; codebooks are fitted once"
+    cost: ClassVar[str] = "bits / 16 of the cache's bytes, plus exact window and codebooks; one calibration per model"
     examples: ClassVar[dict[str, str]] = {
         "exact": "VQKV(2, codes=4, vectors=64, fitting='kmeans', branches=1)",
         "tight": "VQKV(2, window=5, sinks=1, flush_size=2, codes=4, vectors=64, fitting='kmeans', branches=1)",
@@ -116,7 +121,7 @@ class VQKV(SinkWindowCache):
     ) -> None:
         super().__init__(window, sinks, flush_size)
         if isinstance(bits, bool) or not 0 < bits <= 16:
-            raise UserError(f"bits={bits!r}: give bits per cached number, above 0 and at most 16; 2.75 is the paper's")
+            raise UserError(f"bits={bits!r}: give bits per cached number, above 0 and at most 16; the paper uses 2.75")
         if isinstance(codes, bool) or not isinstance(codes, int) or not 2 <= codes <= TWO_BYTES:
             raise UserError(f"codes={codes!r}: give 2 to {TWO_BYTES}; up to {ONE_BYTE} are stored in one byte each")
         if branches not in (1, 2):
@@ -131,12 +136,12 @@ class VQKV(SinkWindowCache):
         vectors = max(65536, VECTORS_PER_CODE * codes) if vectors is None else vectors
         if steps < 1 or vectors < VECTORS_PER_CODE * codes:
             raise UserError(
-                f"steps={steps}, vectors={vectors}: give 1 step or more, and at least {VECTORS_PER_CODE} vectors for each of "
-                f"{codes} codes, {VECTORS_PER_CODE * codes}"
+                f"steps={steps}, vectors={vectors}: give 1 step or more, and at least {VECTORS_PER_CODE} vectors "
+                f"per code, {VECTORS_PER_CODE * codes} for {codes} codes"
             )
         if quantizer is not None and (getattr(quantizer, "codes", None) != codes or quantizer.dim):
             raise UserError(
-                f"quantizer={quantizer!r}: give the description of a codebook with {codes} codes, such as "
+                f"quantizer={quantizer!r}: give a quantizer with {codes} codes, such as "
                 f"SimVQ({codes}, hidden=64); the number of stages comes from bits"
             )
         self.bits, self.codes, self.branches, self.cut = bits, codes, branches, cut
@@ -144,15 +149,16 @@ class VQKV(SinkWindowCache):
         self.steps, self.vectors, self.seed = steps, vectors, seed
         self.register_buffer("is_fitted", torch.tensor(False))
         self.fingerprint: dict[str, Any] | None = None
-        self._made: dict[int, tuple[Any, tuple[Codec, Codec]]] = {}
+        self._codecs: dict[int, tuple[Any, tuple[Codec, Codec]]] = {}
 
-    # What it takes
+    # Sizes
 
     def layout(self, config: PreTrainedConfig) -> tuple[list[list[int]], list[int], int]:
-        """The dimensions of each branch of keys and its stages, and the stages of values.
+        """The dimensions of each key branch and its number of stages, and the number of stages of values.
 
         Raises:
-            UserError: so few bits that there is a codebook without a stage, or keys that cannot be divided.
+            UserError: the bits do not suffice for one stage per codebook, or the keys have no rotation pairs for two
+                branches.
         """
         D, joined = head_dim(config), self._joined(config)
         total = int(2 * self.bits * D * joined / self.index_bits)
@@ -161,11 +167,11 @@ class VQKV(SinkWindowCache):
         if values < 1 or keys < self.branches:
             least = (2 * self.branches - (self.branches > 1)) * self.index_bits / (2 * D * joined)
             raise UserError(
-                f"bits={self.bits}: with heads of width {D} and {self.index_bits} bits per code that is fewer than one stage "
-                f"of each codebook; give at least {least:g}" + (", or branches=1" if self.branches > 1 else "")
+                f"bits={self.bits}: with heads of width {D} and {self.index_bits} bits per code, that is less than one "
+                f"stage per codebook; give at least {least:g}" + (", or branches=1" if self.branches > 1 else "")
             )
         if self.key_stage == "pre_rope":
-            rotation_pairs(config)  # refuses models that do not turn keys
+            rotation_pairs(config)  # raises for models without rotary embedding
         if self.branches == 1:
             return [list(range(D))], [keys], values
         pairs = rotation_pairs(config)
@@ -175,14 +181,14 @@ class VQKV(SinkWindowCache):
 
     @property
     def index_bits(self) -> int:
-        """Bits of a code as it is stored."""
+        """Bits of a stored code."""
         return 8 if self.codes <= ONE_BYTE else 16
 
     def _joined(self, config: PreTrainedConfig) -> int:
         return kv_heads(config) if self.width == "layer" else 1
 
     def token_bytes(self, config: PreTrainedConfig) -> int:
-        """Bytes of one coded token in one layer."""
+        """Bytes of one encoded token in one layer."""
         _, keys, values = self.layout(config)
         return (sum(keys) + values) * self.index_bits // 8 * kv_heads(config) // self._joined(config)
 
@@ -191,12 +197,12 @@ class VQKV(SinkWindowCache):
         return 8 * self.token_bytes(config) / (2 * kv_heads(config) * head_dim(config))
 
     def saving(self, config: PreTrainedConfig, tokens: int | None = None, number_bytes: int = 2) -> float:
-        """The share of the cache's bytes that is saved, tables not counted.
+        """The share of the cache's bytes that the method saves, without codebooks.
 
         Args:
             config: text config of the model.
-            tokens: of a text, window and sinks included; none: in the limit of long texts.
-            number_bytes: of an exact number.
+            tokens: length of a sequence, including window and sinks; default: `None`, the limit of long sequences.
+            number_bytes: bytes of an exact number.
         """
         exact = 2 * number_bytes * kv_heads(config) * head_dim(config)
         if tokens is None:
@@ -205,7 +211,7 @@ class VQKV(SinkWindowCache):
         return 1 - ((tokens - coded) * exact + coded * self.token_bytes(config)) / (tokens * exact)
 
     def table_bytes(self, config: PreTrainedConfig) -> int:
-        """Bytes of all codebooks, once per model: 2 L K C of each."""
+        """Bytes of all codebooks, once per model: 2 L K C each."""
         dims, keys, values = self.layout(config)
         J = self._joined(config)
         widths = sum(len(each) * J * stages for each, stages in zip(dims, keys, strict=True))
@@ -215,11 +221,11 @@ class VQKV(SinkWindowCache):
 
     @property
     def fitted(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """See `Memory.fitted`."""
+        """See `KVCacheMethod.fitted`."""
         return not self.is_fitted.is_meta and bool(self.is_fitted)
 
     def bind(self, config: PreTrainedConfig) -> None:
-        """See `Memory.attach`: empty codebooks, of the shapes that this model needs."""
+        """See `KVCacheMethod.bind`: creates empty codebooks with the shapes for this model."""
         dims, keys, values = self.layout(config)
         self.fingerprint = _fingerprint(config)
         D, J = head_dim(config), self._joined(config)
@@ -232,7 +238,7 @@ class VQKV(SinkWindowCache):
             self.register_buffer("frequency_P", torch.zeros(len(rotation_pairs(config))))
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """See `Memory.check`: refuses codebooks of another model."""
+        """See `KVCacheMethod.check`: refuses codebooks of another model."""
         mine, theirs = self.fingerprint, _fingerprint(config)
         if mine != theirs:
             raise UserError(
@@ -246,11 +252,11 @@ class VQKV(SinkWindowCache):
         keys = [self.get_buffer(f"keys_{index}_{branch}") for branch in range(len(dims))]
         values = self.get_buffer(f"values_{index}")
         state = [(table.data_ptr(), table._version) for table in (*keys, values)]
-        known, made = self._made.get(index, (None, None))
-        if made is None or known != state:
-            made = self._coders(config, dims, keys, values)
-            self._made[index] = (state, made)
-        return made
+        known, codecs = self._codecs.get(index, (None, None))
+        if codecs is None or known != state:
+            codecs = self._coders(config, dims, keys, values)
+            self._codecs[index] = (state, codecs)
+        return codecs
 
     def _coders(
         self, config: PreTrainedConfig, dims: list[list[int]], keys: list[Tensor], values: Tensor
@@ -262,15 +268,15 @@ class VQKV(SinkWindowCache):
         return of_keys, Codebooks([values], [torch.arange(head_dim(config), device=device)], G, J)
 
     def fit(self, model: PreTrainedModel, samples: Iterable[Tensor]) -> Self:
-        """Fits the codebooks to what a model keeps of text.
+        """Calibrates the codebooks on keys and values of a model.
 
         Args:
             model: frozen; any causal LM of transformers.
-            samples: token ids, ``[B, T]`` each, without padding; read until there are enough.
+            samples: token ids, ``[B, T]`` each, without padding; `fit` reads only as many as it needs.
 
         Raises:
-            UserError: too little text, a model whose keys are laid out in a way that this does not know, or rotary
-                frequencies that change with the length of the text (only for ``key_stage="pre_rope"``).
+            UserError: there are too few tokens, the layout of keys is not supported, or the rotary frequencies change
+                with the length of the sequence (only for ``key_stage="pre_rope"``).
         """
         config = model.config.get_text_config(decoder=True)
         layers, J = compressible(config), self._joined(config)
@@ -281,13 +287,13 @@ class VQKV(SinkWindowCache):
         least = -(-VECTORS_PER_CODE * self.codes // per_token)
         if len(position_N) < least:
             raise UserError(
-                f"calibration text too short: codebooks of {self.codes} codes need {least} tokens after the first {self.sinks} "
-                f"of each sample, and there are {len(position_N)}; give {least - len(position_N)} more"
+                f"calibration text too short: codebooks of {self.codes} codes need {least} tokens without the first "
+                f"{self.sinks} of each sample, and got {len(position_N)}; give {least - len(position_N)} more"
             )
         if keys[0].shape[-1] != head_dim(config) or values[0].shape[-1] != head_dim(config):
             raise UserError(
-                f"{config.model_type}: keys of width {keys[0].shape[-1]} and values of width {values[0].shape[-1]} where "
-                f"heads have {head_dim(config)}; VQKV does not know this layout"
+                f"{config.model_type}: keys of width {keys[0].shape[-1]} and values of width {values[0].shape[-1]}, "
+                f"but heads of width {head_dim(config)}; VQKV does not support this layout"
             )
         if self.key_stage == "pre_rope":
             frequency_P = self.get_buffer("frequency_P")
@@ -297,12 +303,12 @@ class VQKV(SinkWindowCache):
         for index in range(len(layers)):
             self._fit_layer(config, index, keys[index], values[index])
             error = self._errors(config, index, keys[index], values[index])
-            log.info("VQKV: layer %d of %d fitted; error of keys %.3f, of values %.3f", index + 1, len(layers), *error)
+            log.info("VQKV: calibrated layer %d of %d; error of keys %.3f, values %.3f", index + 1, len(layers), *error)
         self.is_fitted.fill_(True)
         return self
 
     def _fit_layer(self, config: PreTrainedConfig, index: int, keys_GND: Tensor, values_GND: Tensor) -> None:
-        """Fills a layer's tables."""
+        """Fills the codebooks of a layer."""
         if self.fitting == "kmeans":
             stage = clustered(self.codes)
         else:
@@ -316,44 +322,44 @@ class VQKV(SinkWindowCache):
             self.get_buffer(name).copy_(residual_tables(x_NC, stages, stage, seed))
 
     def _errors(self, config: PreTrainedConfig, index: int, keys_GND: Tensor, values_GND: Tensor) -> list[float]:
-        """The share of keys' and of values' squares that is left, of some of the vectors that codebooks were fitted to."""
+        """Relative squared error of keys and of values, on a part of the calibration vectors."""
         coders = self.coders(config, index)
         keys = coders[0].of if isinstance(coders[0], RotaryCodebooks) else coders[0]
-        found = []
-        for coder, x_GND in ((keys, keys_GND), (coders[1], values_GND)):
+        errors = []
+        for codec, x_GND in ((keys, keys_GND), (coders[1], values_GND)):
             some_BGSD = x_GND[None, :, :4096]
-            rest = coder.decode(coder.encode(some_BGSD, None), None) - some_BGSD
-            found.append(float(rest.square().sum() / some_BGSD.square().sum()))
-        return found
+            rest = codec.decode(codec.encode(some_BGSD, None), None) - some_BGSD
+            errors.append(float(rest.square().sum() / some_BGSD.square().sum()))
+        return errors
 
     def at(self, bits: float, config: PreTrainedConfig) -> VQKV:
-        """The same codebooks without their last stages: what `fit` would have found with these bits.
+        """The same codebooks without their last stages, equal to the result of `fit` with these bits.
 
         Args:
-            bits: at most what these were fitted with.
+            bits: at most those of the calibration.
             config: text config of the model.
 
         Raises:
-            UserError: more bits than there are stages for, or nothing was fitted yet.
+            UserError: the codebooks have too few stages, or are not calibrated yet.
         """
         if not self.fitted or bits > self.bits:
-            raise UserError(f"at({bits}): give at most the {self.bits} bits of codebooks that have been fitted")
+            raise UserError(f"at({bits}): give at most the {self.bits} bits of the calibrated codebooks")
         self.check(config, [])
-        told = spec.parse(repr(self))
-        made = spec.build(replace(told, args=(), kwargs=told.kwargs | {"bits": bits}), "kv_cache")
-        made.bind(config)
+        own = spec.parse(repr(self))
+        method = spec.build(replace(own, args=(), kwargs=own.kwargs | {"bits": bits}), "kv_cache")
+        method.bind(config)
         for name, table in self.named_buffers():
-            wanted = made.get_buffer(name)
-            made.register_buffer(name, table[: len(wanted)].clone() if wanted.ndim else table.clone())
-        return made
+            like = method.get_buffer(name)
+            method.register_buffer(name, table[: len(like)].clone() if like.ndim else table.clone())
+        return method
 
     # On disk
 
     def save(self, folder: str | Path) -> Path:
-        """Writes the codebooks into a folder, such as that of the model, as ``memory.safetensors``.
+        """Writes the codebooks into a folder, such as that of the model, as ``kv_cache.safetensors``.
 
         Raises:
-            UserError: there are none yet.
+            UserError: there are no codebooks yet.
         """
         from safetensors.torch import save
 
@@ -361,42 +367,42 @@ class VQKV(SinkWindowCache):
             raise UserError("this VQKV has no codebooks to save yet: method.fit(model, samples)")
         path = Path(folder) / FILE
         path.parent.mkdir(parents=True, exist_ok=True)
-        told = {"method": repr(self), "fingerprint": json.dumps(self.fingerprint)}
-        write_atomic(path, save({name: table.contiguous() for name, table in self.state_dict().items()}, told))
+        metadata = {"method": repr(self), "fingerprint": json.dumps(self.fingerprint)}
+        write_atomic(path, save({name: table.contiguous() for name, table in self.state_dict().items()}, metadata))
         return path
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
-        """Reads what `save` wrote: a fitted memory.
+        """Reads a calibrated method that `save` has written.
 
         Raises:
-            UserError: there is nothing in this folder, or something else.
+            UserError: the folder has no such file, or the file is invalid.
         """
         from safetensors import SafetensorError, safe_open
 
         path = Path(folder) / FILE
         try:
             with safe_open(path, "pt") as file:
-                told = file.metadata() or {}
+                metadata = file.metadata() or {}
                 tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            described, fingerprint = told["method"], json.loads(told["fingerprint"])
+            described, fingerprint = metadata["method"], json.loads(metadata["fingerprint"])
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write it with method.save({str(folder)!r})") from None
         except (SafetensorError, KeyError, ValueError) as error:
-            raise UserError(f"{path}: these are no codebooks of VQKV ({error})") from None
-        made = spec.build(described, "kv_cache")
-        if not isinstance(made, cls):
-            raise UserError(f"{path}: holds {described}, not a {cls.__name__}")
+            raise UserError(f"{path}: not a VQKV codebook file ({error})") from None
+        method = spec.build(described, "kv_cache")
+        if not isinstance(method, cls):
+            raise UserError(f"{path}: contains {described}, not a {cls.__name__}")
         for name, table in tables.items():
             if name.split("_")[0] not in ("keys", "values", "frequency", "is"):
                 raise UserError(f"{path}: {name!r} is not a tensor of VQKV")
-            made.register_buffer(name, table)
-        made.fingerprint = fingerprint
-        return made
+            method.register_buffer(name, table)
+        method.fingerprint = fingerprint
+        return method
 
 
 def _fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
-    """What codebooks of a model do not fit any other than."""
+    """The properties of a model that its codebooks depend on."""
     return {
         "model_type": config.model_type,
         "layers": len(compressible(config)),

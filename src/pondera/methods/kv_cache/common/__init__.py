@@ -1,1 +1,1 @@
-"""What memories share: the layer that attention meets, the table of slots, budgets, attention over what is kept."""
+"""Shared parts of KV cache methods: eviction policies, budgets, codecs, windowed codec caches and token pruning."""

@@ -1,4 +1,4 @@
-"""How many tokens may be kept: as a number, a share, or bytes; for all layers and heads or for each."""
+"""Budgets of KV slots: a number of tokens, a share or bytes; for all layers and heads or for each."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _BYTES = re.compile(r"\s*([0-9.]+)\s*(" + "|".join(UNITS) + r")\s*")
 
 @dataclass(frozen=True)
 class SlotBudget:
-    """Slots per layer and KV head.
+    """KV slots per layer and KV head.
 
     Args:
-        amount: tokens (a whole number), a share of the tokens seen (0 < share <= 1, with a point), or bytes of a sequence
-            over all compressed layers (``"64MiB"``); a list has one for each compressed layer, and a list of lists one for
-            each KV head of each.
-        least: what must fit in any case: sinks and recent tokens.
+        amount: a number of tokens (an integer), a share of the tokens seen (a float, 0 < share <= 1), or bytes of a
+            sequence over all compressed layers (``"64MiB"``); a list has one amount per compressed layer, and a list of
+            lists one per KV head of each layer.
+        least: minimum number of slots, for sinks and recent tokens.
 
     Example:
         >>> [SlotBudget(amount).slots(0, [0, 1], 1000, 512, 4)[0] for amount in (128, 0.25, "1MiB")]
@@ -46,44 +46,46 @@ class SlotBudget:
             raise UserError(f"budget={amount!r}: a share is above 0 and at most 1; {asked}")
         elif isinstance(amount, int) and amount < self.least:
             raise UserError(
-                f"budget={amount}: {self.least} slots are protected as sinks and recent tokens; give at least {self.least}, "
-                "or protect fewer"
+                f"budget={amount}: sinks and recent tokens alone need {self.least} slots; give at least "
+                f"{self.least}, or fewer sinks and recent tokens"
             )
 
     @property
     def by_head(self) -> bool:
-        """Heads of a layer may have budgets of their own."""
+        """Whether the heads of a layer have budgets of their own."""
         return isinstance(self.amount, (list, tuple)) and any(isinstance(part, (list, tuple)) for part in self.amount)
 
     def check(self, layers: int, heads: int) -> None:
-        """Refuses lists of the wrong length.
+        """Raises if a list has the wrong length.
 
         Args:
-            layers: compressed layers of the model.
-            heads: KV heads of each.
+            layers: number of compressed layers of the model.
+            heads: number of KV heads of each.
         """
         if not isinstance(self.amount, (list, tuple)):
             return
         if len(self.amount) != layers:
             raise UserError(
-                f"budget: {len(self.amount)} layers are given, and {layers} are compressed; give one for each"
+                f"budget: the list has length {len(self.amount)}, but {layers} layers are compressed; give {layers}"
             )
         for part in self.amount:
             if isinstance(part, (list, tuple)) and len(part) != heads:
-                raise UserError(f"budget: {part} has {len(part)} heads, and the layers have {heads}; give one for each")
+                raise UserError(
+                    f"budget: {part} has length {len(part)}, but layers have {heads} KV heads; give {heads}"
+                )
 
     def slots(self, layer: int, heads: list[int], tokens: int, slot_bytes: int, layers: int) -> list[int]:
-        """The slots of these heads of a layer.
+        """The KV slots of these heads of a layer.
 
         Args:
-            layer: among the compressed ones.
+            layer: index among the compressed layers.
             heads: KV heads.
-            tokens: real tokens that were seen, for shares.
-            slot_bytes: of one slot of one head.
-            layers: compressed layers.
+            tokens: number of tokens seen, without padding; shares refer to it.
+            slot_bytes: bytes of one KV slot of one head.
+            layers: number of compressed layers.
         """
         of_layer = self.amount[layer] if isinstance(self.amount, (list, tuple)) else self.amount
-        if isinstance(of_layer, int):  # asked for every token and layer
+        if isinstance(of_layer, int):  # the common case, which runs per token and layer
             return [max(self.least, of_layer)] * len(heads)
         each = [of_layer[head] if isinstance(of_layer, (list, tuple)) else of_layer for head in heads]
         return [max(self.least, self._slots(amount, tokens, slot_bytes * len(heads) * layers)) for amount in each]

@@ -1,4 +1,4 @@
-"""Codebooks from the keys and values that a frozen model makes of text.
+"""Calibration of codebooks on the keys and values of a frozen model.
 
 Shapes: B batch, T tokens of a sample, G KV heads, D head width, N vectors, C width of a codebook, K codes, L stages.
 """
@@ -20,27 +20,27 @@ from pondera.methods.quantize.common.kmeans import kmeans
 from pondera.methods.quantize.common.nearest import nearest
 
 Stage = Callable[[Tensor, torch.Generator], Tensor]
-"""A table ``[K, C]`` for vectors ``[N, C]`` of unit root mean square."""
+"""Fits a codebook ``[K, C]`` to vectors ``[N, C]`` with a root mean square of 1."""
 
 BATCH = 4096
-"""Vectors of a step."""
+"""Number of vectors per training step."""
 
 
 @torch.no_grad()
 def collect(
     model: PreTrainedModel, samples: Iterable[Tensor], layers: list[int], skip: int, most: int
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
-    """Keys after rotary embedding and values of some layers, as a plain cache holds them.
+    """Collects keys (after rotary embedding) and values of some layers, as in a KV cache.
 
     Args:
-        model: frozen; its weights and mode stay as they are.
+        model: frozen; its weights and mode do not change.
         samples: token ids, ``[B, T]`` each, without padding.
-        layers: numbers of the layers.
-        skip: first tokens of each sample to leave out.
-        most: tokens; no further samples are read once there are as many.
+        layers: indices of the layers.
+        skip: number of first tokens of each sample to omit.
+        most: maximum number of tokens; the function reads no more samples than necessary.
 
     Returns:
-        For each layer keys, and values, ``[G, N, D]`` in float32; and the positions, ``[N]``.
+        Keys and values of each layer, ``[G, N, D]`` in float32, and the positions, ``[N]``.
     """
     keys: list[list[Tensor]] = [[] for _ in layers]
     values: list[list[Tensor]] = [[] for _ in layers]
@@ -68,7 +68,7 @@ def collect(
 
 @dataclass
 class _Slots:
-    """The slots of one sequence.
+    """The KV slots of one sequence.
 
     Args:
         rows: keys and values of each layer, ``[G, S, D]`` each.
@@ -80,16 +80,15 @@ class _Slots:
 
 
 def _slots(model: Any, ids_BT: Tensor, layers: list[int]) -> Iterator[_Slots]:
-    """What a model puts into its cache for some sequences: one slot per token, or those of all passes where it thinks."""
+    """Runs a model on some sequences and yields their KV slots: one per token, or one per pass of a think method."""
     thinks = getattr(model, "method", None) is not None
     cache: Any = _exact_cache(model) if thinks else DynamicCache(config=model.config.get_text_config(decoder=True))
     model(input_ids=ids_BT, past_key_values=cache, logits_to_keep=1)
     for number in layers:
-        held = cache.layers[number] if number < len(cache.layers) else None
-        if not thinks and getattr(held, "keys", None) is None:
+        layer = cache.layers[number] if number < len(cache.layers) else None
+        if not thinks and getattr(layer, "keys", None) is None:
             raise UserError(
-                f"{type(model).__name__}: its layer {number} puts no keys into the stock cache, so there is nothing to fit "
-                "codes to"
+                f"{type(model).__name__}: its layer {number} adds no keys to the stock cache; calibration needs them"
             )
     for row in range(len(ids_BT)):
         if isinstance(cache, CompressedSlotCache):
@@ -98,15 +97,15 @@ def _slots(model: Any, ids_BT: Tensor, layers: list[int]) -> Iterator[_Slots]:
             rows = [(table.keys[0], table.values[0]) for table in tables]
             position_S = cache.columns[row].position_C
         else:
-            held = [cache.layers[number].tables[0] if thinks else cache.layers[number] for number in layers]
-            rows = [(each.keys[row], each.values[row]) for each in held]
+            stores = [cache.layers[number].tables[0] if thinks else cache.layers[number] for number in layers]
+            rows = [(each.keys[row], each.values[row]) for each in stores]
             slots = cache.slots_per_token if thinks else 1
             position_S = torch.arange(rows[0][0].shape[1], device=ids_BT.device).div(slots, rounding_mode="floor")
         yield _Slots(rows, position_S)
 
 
 def _exact_cache(model: Any) -> Any:
-    """An empty cache of a model with a method, in which every slot is kept."""
+    """An empty cache that keeps every KV slot, for a model with a think method."""
     from pondera.methods.kv_cache.preallocated_cache import PreallocatedCache
 
     before, model.kv_cache = model.kv_cache, PreallocatedCache()
@@ -117,15 +116,15 @@ def _exact_cache(model: Any) -> Any:
 
 
 def residual_tables(x_NC: Tensor, stages: int, stage: Stage, seed: int) -> Tensor:
-    """``[L, K, C]``: one codebook after another, each for what those before it left.
+    """``[L, K, C]``: residual codebooks, each fitted to the error of the ones before.
 
-    Tables are in float16 from the start, so that later stages also mend what the rounding of earlier ones left.
+    The codebooks are float16 from the start, so that later stages also correct rounding errors of earlier ones.
 
     Args:
         x_NC: vectors.
         stages: L.
-        stage: makes one of them.
-        seed: of what is drawn.
+        stage: fits one codebook.
+        seed: seed of the random choices.
     """
     generator = torch.Generator().manual_seed(seed)
     tables, rest_NC = [], x_NC
@@ -138,11 +137,13 @@ def residual_tables(x_NC: Tensor, stages: int, stage: Stage, seed: int) -> Tenso
 
 
 def learned(description: Quantizer, steps: int, rate: float = 3e-3) -> Stage:
-    """Stages that learn by Adam; the rate rises over a tenth of the steps and then falls to 0.
+    """A stage that trains a codebook with Adam.
+
+    The learning rate warms up for a tenth of the steps and then decays to 0.
 
     Args:
-        description: of one codebook, such as ``SimVQ(256, init="match")``.
-        steps: of `BATCH` vectors.
+        description: quantizer with one codebook, such as ``SimVQ(256, init="match")``.
+        steps: number of steps with `BATCH` vectors each.
         rate: the highest learning rate.
     """
 
@@ -154,13 +155,13 @@ def learned(description: Quantizer, steps: int, rate: float = 3e-3) -> Stage:
             for step in range(steps):
                 drawn = torch.randint(len(x_NC), (min(BATCH, len(x_NC)),), generator=generator)
                 book.begin_step(step, 0)
-                found = book(x_NC[drawn.to(x_NC.device)])
+                output = book(x_NC[drawn.to(x_NC.device)])
                 if optimizer is None:
                     continue
                 rise = max(1, steps // 10)
                 optimizer.param_groups[0]["lr"] = rate * min((step + 1) / rise, (steps - step) / (steps - rise + 1))
                 optimizer.zero_grad()
-                found.loss.backward()
+                output.loss.backward()
                 optimizer.step()
         table = book.fold().table()
         assert table is not None
@@ -170,11 +171,11 @@ def learned(description: Quantizer, steps: int, rate: float = 3e-3) -> Stage:
 
 
 def clustered(codes: int, most: int = 2**15) -> Stage:
-    """Stages by k-means.
+    """A stage that fits a codebook by k-means.
 
     Args:
         codes: K.
-        most: vectors that centres are sought for; more are drawn from.
+        most: maximum number of vectors for k-means; of more vectors it takes a random sample.
     """
 
     def stage(x_NC: Tensor, generator: torch.Generator) -> Tensor:

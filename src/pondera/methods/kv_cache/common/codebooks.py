@@ -1,6 +1,6 @@
-"""Rows as codes of codebooks whose rows are summed, and attention that never puts the rows together again.
+"""Residual codebooks: vectors as sums of codebook vectors, and attention on codes without decoding.
 
-Shapes: B batch, G KV heads, H heads of codes (G, or 1 where all KV heads are coded as one vector), J = G / H, S tokens,
+Shapes: B batch, G KV heads, H heads of codes (G, or 1 if one vector joins all KV heads), J = G / H, S tokens,
 D head width, N queries of a KV head, L stages, K codes of a stage, C dimensions of a branch within a head, M = H * S.
 """
 
@@ -15,32 +15,32 @@ from pondera.methods.kv_cache.common.lut_attention import look_up, sum_by_code
 from pondera.models.rotary import rotate_by_position
 
 ONE_BYTE, TWO_BYTES = 2**8, 2**15
-"""How many codes fit into a byte, and into two of a signed number."""
+"""Number of codes that fit into uint8, and into int16."""
 
 
 class Codebooks(Codec):
     """Residual codebooks of one layer, for its keys or its values.
 
-    A row is the sum of one row of each stage's table. Dimensions may be divided into branches with stages of their own,
-    such as those that turn fast with position and those that turn slowly. Codes are one plain tensor ``codes``,
-    ``[B, H, S, L]`` with the stages of all branches in turn, uint8 for up to 256 codes and int16 for up to 32,768; so a
-    token of a head takes exactly L or 2 L bytes.
+    A vector is the sum of one codebook vector per stage. Branches split the dimensions of a head and have stages of
+    their own, for example for high and low rotary frequencies. Codes are one tensor ``codes``, ``[B, H, S, L]`` with
+    the stages of all branches in order, uint8 for up to 256 codes and int16 for up to 32,768; so a token of a head
+    takes exactly L or 2 L bytes.
 
     Args:
-        tables: of each branch, ``[stages, K, J * C]``.
-        dims: of each branch, the dimensions of a head that it codes.
+        tables: codebooks of each branch, ``[stages, K, J * C]``.
+        dims: dimensions of a head that each branch codes.
         heads: G.
-        joined: J: how many KV heads are one vector.
+        joined: J, the number of KV heads in one vector.
 
     Example:
         >>> table = torch.tensor([[[0.0, 0.0], [4.0, 0.0]], [[0.0, 0.0], [0.0, 1.0]]])  # two stages of two codes
-        >>> coder = Codebooks([table], [torch.arange(2)], heads=1)
-        >>> parts = coder.encode(torch.tensor([[[[3.9, 1.1]]]]), None)
-        >>> parts["codes"].tolist(), coder.decode(parts, None).tolist()
+        >>> codec = Codebooks([table], [torch.arange(2)], heads=1)
+        >>> parts = codec.encode(torch.tensor([[[[3.9, 1.1]]]]), None)
+        >>> parts["codes"].tolist(), codec.decode(parts, None).tolist()
         ([[[[1, 1]]]], [[[[4.0, 1.0]]]])
     """
 
-    queries = 16  # measured: from about here on a matrix product with the decoded rows takes less
+    queries = 16  # measured: for more queries, a matrix product with decoded vectors is faster
 
     def __init__(self, tables: list[Tensor], dims: list[Tensor], heads: int, joined: int = 1) -> None:
         self.dims, self.heads, self.joined = dims, heads, joined
@@ -51,7 +51,7 @@ class Codebooks(Codec):
 
     @property
     def stages(self) -> int:
-        """L."""
+        """L, summed over branches."""
         return sum(len(table) for table in self.tables)
 
     def entry(self, name: str) -> int:
@@ -59,8 +59,8 @@ class Codebooks(Codec):
         return 1
 
     def encode(self, x_BGSD: Tensor, position_BS: Tensor | None = None) -> Parts:
-        """See `Codec.encode`: in each stage the nearest row to what the stages before it left."""
-        found = []
+        """See `Codec.encode`: each stage codes the residual of the stages before by its nearest codebook vector."""
+        codes = []
         for table_LKC, half_LK, dims_C in zip(self.tables, self.halves, self.dims, strict=True):
             x_BHSC = self._joint(x_BGSD[..., dims_C]).to(table_LKC.dtype)
             rest_MC = x_BHSC.flatten(0, 2)
@@ -68,8 +68,8 @@ class Codebooks(Codec):
             for stage, (table_KC, half_K) in enumerate(zip(table_LKC, half_LK, strict=True)):
                 codes_LM[stage] = torch.addmm(half_K, rest_MC, table_KC.T, beta=-1).argmax(-1)
                 rest_MC = rest_MC - table_KC[codes_LM[stage]]
-            found.append(codes_LM.T.view(*x_BHSC.shape[:3], -1))
-        return {"codes": torch.cat(found, -1).to(self.dtype)}
+            codes.append(codes_LM.T.view(*x_BHSC.shape[:3], -1))
+        return {"codes": torch.cat(codes, -1).to(self.dtype)}
 
     def decode(self, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
         """See `Codec.decode`."""
@@ -84,7 +84,7 @@ class Codebooks(Codec):
         return x_BGSD
 
     def dot(self, query_BGND: Tensor, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
-        """See `Codec.dot`: a table of products of each query with each code, of which every token sums its own."""
+        """See `Codec.dot`: sums, per token, the looked-up products of each query with the token's codebook vectors."""
         N, codes_BHSL = query_BGND.shape[2], parts["codes"]
         H = codes_BHSL.shape[1]
         score_BGNS = None
@@ -98,7 +98,7 @@ class Codebooks(Codec):
         return score_BGNS
 
     def mix(self, weight_BGNS: Tensor, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
-        """See `Codec.mix`: the weight that each code gets in all, and one product of these sums with the tables."""
+        """See `Codec.mix`: sums the weights per code, and multiplies these sums with the codebooks."""
         B, G, N, _ = weight_BGNS.shape
         codes_BHSL = parts["codes"]
         D = sum(len(dims) for dims in self.dims)
@@ -119,15 +119,15 @@ class Codebooks(Codec):
         return x_BGSC.unflatten(1, (-1, self.joined)).transpose(2, 3).flatten(3)
 
     def _apart(self, x_BHSJC: Tensor) -> Tensor:
-        """The way back."""
+        """``[B, H, S, J * C]`` -> ``[B, G, S, C]``."""
         return x_BHSJC.unflatten(3, (self.joined, -1)).transpose(2, 3).flatten(1, 2)
 
 
 class RotaryCodebooks(Codec):
-    """Another coder's codes of keys as they were before rotary embedding; decoded keys are turned again.
+    """Codes of keys before rotary embedding, by another codec; decoding applies the rotary embedding again.
 
     Args:
-        of: the other coder.
+        of: the other codec.
         frequency_P: radians per position.
         interleaved: see `rotate`.
     """
@@ -156,6 +156,6 @@ class RotaryCodebooks(Codec):
 
 
 def _index(codes_ML: Tensor, size: int) -> Tensor:
-    """Rows of the stages' tables, one behind the other."""
+    """Row indices into the concatenated codebooks of all stages."""
     stage_L = torch.arange(codes_ML.shape[-1], dtype=torch.int32, device=codes_ML.device)
     return codes_ML.to(torch.int32) + stage_L * size

@@ -1,12 +1,12 @@
-"""Sums by code: what attention needs of rows that are kept as codes, without putting them together again.
+"""Look-up-table attention: attention on codes of keys and values, without decoding them.
 
-A coded row is a sum of one row of each of C tables, so a query's product with it is a sum of C numbers that are looked up
-among its products with the tables (`look_up`); and coded rows, weighed and added, are the rows of the tables, each times the
-sum of the weights of the tokens that have its code (`sum_by_code`). What is left per token and query is C additions in place of D
-multiplications. The products with the tables cost as much as attention to as many tokens as there are rows in them.
+A coded key is a sum of one row of each of C tables, so its product with a query is a sum of C numbers from the products
+of the query with all table rows (`look_up`). A weighted sum of coded values is the sum of all table rows, each
+multiplied by the total weight of the tokens with its code (`sum_by_code`). A token and query then cost C additions
+instead of D multiplications. The products with the tables cost as much as attention to one token per table row.
 
-Shapes: B batch, G KV heads, N queries of a KV head (its query heads and new tokens together), S tokens, C codes of a token,
-K rows of a table, k = C K rows of all tables; M groups of L = 4 queries, that a kernel takes together.
+Shapes: B batch, G KV heads, N queries of a KV head (its query heads and new tokens together), S tokens, C codes of a
+token, K rows of a table, k = C K rows of all tables; M groups of L = 4 queries, which a kernel computes together.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch.nn import functional
 from pondera.kernels.build import library
 
 LANES = 4
-"""Queries that the kernel takes together."""
+"""Number of queries that the kernel computes together."""
 SCRATCH = 2**22
-"""Codes at a time, as indices of four bytes, where there is no kernel."""
+"""Maximum number of codes per step without a kernel; each needs an index of four bytes."""
 
 
 class _Codes(ctypes.Structure):
-    """As in ``codes.c``; its last two fields are its own."""
+    """The struct of ``codes.c``; the kernel sets its last two fields."""
 
     _fields_ = (
         ("codes", ctypes.c_void_p),
@@ -40,11 +40,11 @@ class _Codes(ctypes.Structure):
 
 
 def look_up(table_BGkN: Tensor, codes_BGSC: Tensor) -> Tensor:
-    """The sum over each token's codes of what stands in the tables.
+    """Sums the table entries of each token's codes.
 
     Args:
-        table_BGkN: the C tables of K rows behind one another.
-        codes_BGSC: integers below K; the kernel takes uint8, also within larger storage.
+        table_BGkN: the C tables of K rows, concatenated.
+        codes_BGSC: integers below K; the kernel takes uint8, also as a view of larger storage.
 
     Returns:
         ``[B, G, N, S]``.
@@ -57,29 +57,29 @@ def look_up(table_BGkN: Tensor, codes_BGSC: Tensor) -> Tensor:
     B, G, rows, N = table_BGkN.shape
     S, C = codes_BGSC.shape[2:]
     score_BGNS = table_BGkN.new_empty(B, G, N, S)
-    # An expanded batch is written out, as the kernel wants a table for every row.
+    # Copies an expanded batch, because the kernel needs one table per batch row.
     table_BGkML = functional.pad(table_BGkN, (0, -N % LANES)).unflatten(3, (-1, LANES))
     if _natively("lookup", table_BGkML.transpose(2, 3).contiguous(), codes_BGSC, score_BGNS):
         return score_BGNS
     first_C = torch.arange(C, dtype=torch.int32, device=codes_BGSC.device) * (rows // C)
-    found = [
+    scores = [
         functional.embedding_bag(codes_SC.to(torch.int32) + first_C, table_kN, mode="sum")
         for table_kN, codes in zip(table_BGkN.flatten(0, 1), codes_BGSC.flatten(0, 1), strict=True)
         for codes_SC in codes.split(max(1, SCRATCH // C))
     ]
-    return torch.cat(found).view(B, G, S, N).mT
+    return torch.cat(scores).view(B, G, S, N).mT
 
 
 def sum_by_code(weight_BGNS: Tensor, codes_BGSC: Tensor, codes: int) -> Tensor:
-    """The sum of the weights of the tokens that have each code.
+    """Sums, per code, the weights of the tokens with this code.
 
     Args:
-        weight_BGNS: of tokens, for each query.
+        weight_BGNS: weights of the tokens, for each query.
         codes_BGSC: see `look_up`.
         codes: K.
 
     Returns:
-        ``[B, G, C K, N]``, as the tables of `look_up`.
+        ``[B, G, C K, N]``, in the layout of the tables of `look_up`.
 
     Example:
         >>> codes = torch.tensor([[[[0, 1], [1, 1]]]], dtype=torch.uint8)
@@ -98,7 +98,7 @@ def sum_by_code(weight_BGNS: Tensor, codes_BGSC: Tensor, codes: int) -> Tensor:
 
 
 def _natively(what: str, table_BGMkL: Tensor, codes_BGSC: Tensor, number_BGNS: Tensor) -> bool:
-    """Lets the kernel fill in the scores, or the tallies; false where there is none for such tensors."""
+    """Runs the kernel, which writes the scores or the sums; False if it does not support these tensors."""
     floats = (table_BGMkL, number_BGNS)
     if (
         torch.compiler.is_compiling()
@@ -112,13 +112,13 @@ def _natively(what: str, table_BGMkL: Tensor, codes_BGSC: Tensor, number_BGNS: T
     if kernel is None:
         return False
     (B, G, N, S), C = number_BGNS.shape, codes_BGSC.shape[3]
-    told = _Codes(
+    arguments = _Codes(
         codes_BGSC.data_ptr(),
         *codes_BGSC.stride()[:3],
         *(B, G, N, S, C, table_BGMkL.shape[3] // C, torch.get_num_threads()),
         table_BGMkL.data_ptr(),
         number_BGNS.data_ptr(),
     )
-    if getattr(kernel, what)(ctypes.byref(told)):
+    if getattr(kernel, what)(ctypes.byref(arguments)):
         raise MemoryError(f"codes of {S} tokens")
     return True

@@ -1,4 +1,4 @@
-"""Memories whose past is a table of slots: which slots a query attends to, and which are forgotten.
+"""Policies over KV slots: to which slots a query attends, and which slots to evict.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, k chosen slots, D head width.
 """
@@ -22,36 +22,39 @@ from pondera.methods.kv_cache.base import KVCacheMethod
 from pondera.methods.kv_cache.common.budget import SlotBudget
 
 ALL = 2**62
-"""Every query of a call."""
+"""Observes every query of a call."""
 FEW = 8
-"""Up to so many slots are forgotten one by one, leaving holes for the next tokens; more are forgotten by moving the rest."""
+"""Up to this number of slots, eviction leaves holes for new tokens; above, it moves the remaining slots together."""
 
 
 class Policy(KVCacheMethod):
-    """A memory whose layers keep slots. Called in each layer and forward in this order: `select_kv`, `observe`, `evict`."""
+    """A KV cache method with a table of KV slots per layer.
+
+    In each layer and forward, the layer calls `select_kv`, `observe` and `evict` in this order.
+    """
 
     observation_window: int = 0
-    """How many of the last queries of a call it wants to see; `ALL` of them; 0: none, which is fastest."""
+    """Number of last queries of a call whose attention it observes; `ALL`: all; 0 (fastest): no query."""
     sparse_attention: bool = False
-    """Attends to a choice of slots."""
+    """Whether queries attend to a selection of slots."""
     exact: bool = True
-    """While all tokens are there, attention is by the stock kernel, so that nothing differs in the last bit."""
+    """Before the first eviction, attention uses the stock kernel, so that results are bit-identical."""
     prefill_only: bool = False
-    """Watches and forgets at the end of a prompt only; what is generated comes on top."""
+    """Observes and evicts only at the end of prefill; generated tokens stay in addition to the budget."""
 
     @property
     def note_defaults(self) -> dict[str, float]:
-        """What it notes about each slot, by name, and what a new slot starts with."""
+        """The names of its per-slot notes, and their values for a new slot."""
         return {}
 
     @property
     def by_head(self) -> bool:
-        """KV heads of a layer keep different numbers of slots."""
+        """Whether the KV heads of a layer keep different numbers of slots."""
         return False
 
     @property
     def needs_rows_of_config(self) -> bool:
-        """See `KVCacheMethod.needs_rows_of_config`: lists of budgets are."""
+        """See `KVCacheMethod.needs_rows_of_config`: lists of budgets do."""
         return self.by_head
 
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
@@ -59,46 +62,47 @@ class Policy(KVCacheMethod):
         return KVStoreLayer(self, index, among)
 
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
-        """``[B, G, k]``: the slots that these queries attend to; none: all. The new tokens are in the table already.
+        """``[B, G, k]``: the slots that these queries attend to, new tokens included; `None`: all.
 
-        A row that attends to fewer than k slots has -1 for the others.
+        A row that attends to fewer than k slots is padded with -1.
         """
         return None
 
     def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """How many of the last queries of this call it wants to see; asked after `select`."""
+        """Number of last queries of this call to observe; the layer calls it after `select_kv`."""
         return self.observation_window
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:  # noqa: B027 (optional)
-        """Is shown what queries looked at, and may change the table's notes and the layer's state, but not its slots."""
+        """Receives the attention of the observed queries; may change notes and the layer's state, but not the slots."""
 
     def evict(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
-        """Empties slots, none by default; tells whether any was that could be missed when tokens are taken back."""
+        """Evicts slots, by default none; returns True if eviction makes earlier rollback impossible."""
         return False
 
     def evict_layer(self, layer: KVStoreLayer) -> bool:
-        """Has every table of a layer forget; tells whether any did."""
-        forgot = False
+        """Evicts from every table of a layer; returns True if any table evicted slots."""
+        evicted = False
         for part, table in layer.parts():
-            forgot |= self.evict(layer, table, layer.heads(part))
-        return forgot
+            evicted |= self.evict(layer, table, layer.heads(part))
+        return evicted
 
 
 class BudgetedPolicy(Policy):
-    """Keeps the first tokens, the latest, and as many of the others as a budget allows; `evict_over_budget` decides which.
+    """Keeps the first tokens, the latest and a budget of others; `evict_over_budget` selects them.
 
     Args:
-        budget: slots per layer and KV head: tokens (512), a share of the tokens seen (0.25), or bytes of a sequence
-            ("64MiB"); a list for one per layer, of lists for one per head. Shares are rounded down, then to what is protected.
-        sinks: first tokens that are never forgotten.
-        recent: latest tokens that are never forgotten; a share of the budget if below 1.
-        least: the smallest budget that makes sense.
+        budget: KV slots per layer and KV head: a number of tokens (512), a share of the tokens seen (0.25), or bytes of
+            a sequence ("64MiB"); a list has one per layer, a list of lists one per head. The policy rounds shares down,
+            but not below the number of protected tokens.
+        sinks: number of first tokens that are never evicted.
+        recent: number of latest tokens that are never evicted; a float is a share of the budget.
+        least: the smallest useful budget.
     """
 
     slack: ClassVar[int] = 1
-    """Slots by which the budget may be overrun before anything is forgotten."""
+    """Eviction starts once a head exceeds the budget by this number of slots."""
     budget_from_prompt: ClassVar[bool] = False
-    """Shares are of the prompt, so that the budget does not grow with what is generated."""
+    """Shares refer to the prompt, so that the budget does not grow with generated tokens."""
 
     def __init__(
         self, budget: SlotBudget | int | float | str | list, sinks: int, recent: int | float, least: int = 1
@@ -128,15 +132,15 @@ class BudgetedPolicy(Policy):
         return self.observation_window if not self.prefill_only or layer.at_prompt else 0
 
     def slots(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> Tensor:
-        """``[B, g]``: the slots that these heads may have now."""
+        """``[B, g]``: the current budget of these heads in slots."""
         row_bytes = table.keys_BGSD.element_size() * (table.keys_BGSD.shape[-1] + table.values_BGSD.shape[-1])
-        found = []
+        limits = []
         for tokens in layer.real_tokens(self.budget_from_prompt):
-            found.append(self.budget.slots(layer.index, heads, tokens, row_bytes, layer.among))
-        return torch.tensor(found, device=table.keys_BGSD.device)
+            limits.append(self.budget.slots(layer.index, heads, tokens, row_bytes, layer.among))
+        return torch.tensor(limits, device=table.keys_BGSD.device)
 
     def evict(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
-        """See `Policy.forget`."""
+        """See `Policy.evict`."""
         if self.prefill_only and not layer.at_prompt:
             return False
         limit_BG = self.slots(layer, table, heads)
@@ -150,7 +154,7 @@ class BudgetedPolicy(Policy):
     def evict_over_budget(
         self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor
     ) -> None:
-        """Forgets, until no head has more slots than its limit; `over_BG` are too many, or negative."""
+        """Evicts until no head has more slots than its limit; `over_BG` is the excess, or negative."""
 
     def protected(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor) -> Tensor:
         """``[B, G, S]``: sinks and recent tokens."""
@@ -164,15 +168,15 @@ class BudgetedPolicy(Policy):
 
 
 class EvictionPolicy(BudgetedPolicy):
-    """Keeps the first tokens, the latest, and of the others those with the highest score, within a budget.
+    """Keeps the first tokens, the latest and, within a budget, the others with the highest score.
 
-    Most papers need one function more: `score`, and `observe` where it comes from attention. Of slots with the same
-    score the older is forgotten.
+    Most papers only need `score`, and `observe` if the score is based on attention. Among slots with equal scores the
+    policy evicts the older.
     """
 
     @abstractmethod
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
-        """``[B, G, S]``: how much each slot is protected_score keeping."""
+        """``[B, G, S]``: the score of each slot; the policy evicts the lowest."""
 
     def evict_over_budget(
         self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor
@@ -181,18 +185,18 @@ class EvictionPolicy(BudgetedPolicy):
         evict_lowest(table, self.protected_score(layer, table, limit_BG), over_BG)
 
     def protected_score(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor) -> Tensor:
-        """``[B, G, S]``: `score`; ``inf`` for what is protected, ``-inf`` for what is not there."""
+        """``[B, G, S]``: `score`, but ``inf`` for protected slots and ``-inf`` for empty ones."""
         score_BGS = self.score(layer, table).masked_fill(self.protected(layer, table, limit_BG), torch.inf)
         return score_BGS.masked_fill(~table.real, -torch.inf)
 
 
 def evict_lowest(table: KVStore, score_BGS: Tensor, over_BG: Tensor) -> None:
-    """Forgets the slots of the lowest score; of equals the older.
+    """Evicts the slots with the lowest scores; among equal scores the older.
 
     Args:
-        table: of slots.
-        score_BGS: of each; ``-inf`` of those that hold nothing.
-        over_BG: how many each head has to forget; none where it is negative.
+        table: the KV slots.
+        score_BGS: score of each slot; ``-inf`` for empty slots.
+        over_BG: number of slots that each head must evict; a negative number evicts nothing.
     """
     fewest, most = torch.stack(torch.aminmax(over_BG)).tolist()
     if fewest == most <= FEW and not table.whole:
@@ -203,19 +207,19 @@ def evict_lowest(table: KVStore, score_BGS: Tensor, over_BG: Tensor) -> None:
 
 
 def _lowest(score_BGS: Tensor, position_BGS: Tensor) -> Tensor:
-    """``[B, G, 1]``: the slot of the lowest score; of several the oldest."""
+    """``[B, G, 1]``: the slot with the lowest score; among equal scores the oldest."""
     lowest_BG1 = score_BGS.amin(-1, keepdim=True)
     newest = torch.iinfo(position_BGS.dtype).max
     return torch.where(score_BGS == lowest_BG1, position_BGS, newest).argmin(-1, keepdim=True)
 
 
 def highest(score_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor) -> tuple[Tensor, Tensor]:
-    """The slots of the highest priorities in the order of the text, and which of them are within each row's count."""
+    """The slots with the highest scores in the order of the sequence, and which of them are within each row's count."""
     newest_BGS = position_BGS.argsort(dim=-1, descending=True)
     order_BGS = score_BGS.gather(2, newest_BGS).argsort(dim=-1, descending=True, stable=True)
     chosen_BGk = newest_BGS.gather(2, order_BGS)[..., : int(count_BG.max())]
     kept_BGk = torch.arange(chosen_BGk.shape[2], device=chosen_BGk.device) < count_BG[..., None]
-    # In the order of the text; those that only fill up go last.
+    # In the order of the sequence; slots beyond the count come last.
     at_BGk = position_BGS.gather(2, chosen_BGk).masked_fill(~kept_BGk, torch.iinfo(position_BGS.dtype).max)
     order_BGk = at_BGk.argsort(dim=-1)
     return chosen_BGk.gather(2, order_BGk), kept_BGk.gather(2, order_BGk)

@@ -1,6 +1,6 @@
-"""Scores of slots smoothed over their neighbours in the text.
+"""Pooling of scores over neighboring slots of a sequence.
 
-Shapes: B batch, G KV heads, S slots, k width of the pool.
+Shapes: B batch, G KV heads, S slots, k pooling width.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ POOLS = ("max", "mean")
 
 
 def check_pool(kernel: int, pool: str) -> None:
-    """Refuses a pool that there is not."""
+    """Raises if the pooling method is unknown or the pooling width is not an odd number."""
     if pool not in POOLS:
         raise unknown("pool", pool, POOLS)
     if isinstance(kernel, bool) or not isinstance(kernel, int) or kernel < 1 or kernel % 2 == 0:
@@ -23,23 +23,24 @@ def check_pool(kernel: int, pool: str) -> None:
 
 
 def pooled(score: Tensor, position_BGS: Tensor, kernel: int, pool: str) -> Tensor:
-    """Each slot's score and those of its neighbours in the text, as their largest or their mean.
+    """The maximum or mean of the scores of each slot and its neighbors in the sequence.
 
-    Neighbours are those that are kept, whatever was forgotten between them. Beyond both ends scores count as 0.
+    Neighbors are the nearest slots in the cache, even if the cache has evicted tokens between them. Scores beyond both
+    ends are 0.
 
     Args:
-        score: ``[B, G, S]`` or ``[B, G, R, S]``, 0 or more; 0 where a slot holds nothing.
-        position_BGS: where in the text; see `SlotTable`.
-        kernel: slots that are pooled, an odd number.
+        score: ``[B, G, S]`` or ``[B, G, R, S]``, 0 or more; 0 for empty slots.
+        position_BGS: position of each slot in the sequence; see `KVStore`.
+        kernel: pooling width in slots, an odd number.
         pool: ``"max"`` or ``"mean"``.
 
     Example:
         >>> score = torch.tensor([[[0.0, 3.0, 0.0, 0.0]]])
-        >>> pooled(score, torch.tensor([[[2, 0, 3, 1]]]), 3, "max")  # 3.0 stands first in the text, before the last
+        >>> pooled(score, torch.tensor([[[2, 0, 3, 1]]]), 3, "max")  # 3.0 has position 0; its neighbor is the last slot
         tensor([[[0., 3., 0., 3.]]])
     """
     order_BGS = position_BGS.argsort(dim=-1)
     order = order_BGS if score.ndim == 3 else order_BGS[:, :, None].expand(score.shape)
-    text = F.pad(score.gather(-1, order), (kernel // 2, kernel // 2)).unfold(-1, kernel, 1)
-    found = text.amax(-1) if pool == "max" else text.mean(-1)
-    return torch.zeros_like(score).scatter(-1, order, found)
+    windows = F.pad(score.gather(-1, order), (kernel // 2, kernel // 2)).unfold(-1, kernel, 1)
+    result = windows.amax(-1) if pool == "max" else windows.mean(-1)
+    return torch.zeros_like(score).scatter(-1, order, result)

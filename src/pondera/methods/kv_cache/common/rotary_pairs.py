@@ -1,4 +1,4 @@
-"""Which dimensions of a key turn with its position, and how fast.
+"""Pairs of key dimensions that rotary embedding rotates together, and their order by frequency.
 
 Shapes: P rotation pairs of a head, D head width.
 """
@@ -15,13 +15,13 @@ from pondera.core.hf import PreTrainedConfig
 
 
 def rotation_pairs(config: PreTrainedConfig) -> list[tuple[int, int]]:
-    """The dimensions of each rotation pair, the fastest first; those that do not turn are in none.
+    """The dimensions of each rotation pair, highest frequency first; dimensions without rotation are in no pair.
 
     Args:
         config: text config of the model.
 
     Raises:
-        UserError: its keys do not turn, or only a part of them that is laid out in a way of its own.
+        UserError: the model has no rotary embedding, or an unsupported layout of it.
 
     Example:
         >>> from transformers import LlamaConfig
@@ -31,7 +31,7 @@ def rotation_pairs(config: PreTrainedConfig) -> list[tuple[int, int]]:
     width, turning = head_dim(config), _turning(config)
     latent = getattr(config, "kv_lora_rank", None)
     if not turning or latent:
-        why = "keeps keys of latent attention" if latent else "has no rotary positions"
+        why = "uses multi-head latent attention" if latent else "has no rotary positions"
         raise UserError(
             f'{config.model_type} {why}, so its keys have no rotation pairs; use branches=1 and key_stage="post_rope"'
         )
@@ -42,28 +42,28 @@ def rotation_pairs(config: PreTrainedConfig) -> list[tuple[int, int]]:
 
 
 def _turning(config: PreTrainedConfig) -> float:
-    """The share of a head's dimensions that turn; 0 where positions are not rotary."""
-    told: Any = getattr(config, "rope_parameters", None)
-    if isinstance(told, Mapping) and "full_attention" in told:
-        told = told["full_attention"]
-    if getattr(config, "rotary_dim", None):  # GPT-J and its like
+    """The share of a head's dimensions with rotary embedding; 0 for models without."""
+    rope: Any = getattr(config, "rope_parameters", None)
+    if isinstance(rope, Mapping) and "full_attention" in rope:
+        rope = rope["full_attention"]
+    if getattr(config, "rotary_dim", None):  # GPT-J and similar models
         return config.rotary_dim / head_dim(config)
-    if not isinstance(told, Mapping) or not told:
+    if not isinstance(rope, Mapping) or not rope:
         return 0.0
-    share = told.get("partial_rotary_factor")
+    share = rope.get("partial_rotary_factor")
     return float(share if share is not None else getattr(config, "partial_rotary_factor", None) or 1.0)
 
 
 def branches(pairs: list[tuple[int, int]], width: int, cut: int) -> list[list[int]]:
-    """Dimensions of a head by how fast they turn: the first pairs, then all others.
+    """Splits the dimensions of a head by frequency: the first pairs, then all other dimensions.
 
     Args:
         pairs: see `rotation_pairs`.
         width: D.
-        cut: pairs in the first branch.
+        cut: number of pairs in the first branch.
 
     Raises:
-        UserError: one of the branches would be empty.
+        UserError: one of the branches is empty.
 
     Example:
         >>> branches([(0, 4), (1, 5), (2, 6), (3, 7)], 8, cut=2)
@@ -74,7 +74,7 @@ def branches(pairs: list[tuple[int, int]], width: int, cut: int) -> list[list[in
     if not fast or not slow:
         most = len(pairs) - (2 * len(pairs) == width)
         raise UserError(
-            f"cut={cut}: a head has {len(pairs)} rotation pairs in {width} dimensions, and each branch needs some; "
+            f"cut={cut}: a head has {len(pairs)} rotation pairs in {width} dimensions, and each branch needs one; "
             + (f"give 1 to {most}, or use branches=1" if most else "use branches=1")
         )
     return [fast, slow]

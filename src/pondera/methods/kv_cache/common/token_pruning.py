@@ -1,10 +1,10 @@
-"""Calls of which only some tokens go on: a layer of a cache chooses them, and the layers behind it see no others.
+"""Token pruning: a cache layer selects the tokens of a call that continue, and later layers see only those.
 
-A layer of a cache can do that by itself: it takes in, attends with and shows to the memory the tokens that go on, and gives
-zeros for the rest, which nobody looks at. `leaving_out.py` keeps decoder layers from running the rest at all; what the
-layers of the cache do is the same.
+A cache layer can do so alone: it stores, attends with and shows the policy only the tokens that continue, and returns
+zeros for the others. The hooks of `token_pruning_hooks.py` also keep decoder layers from computing the others; the
+cache layers work in the same way.
 
-Shapes: B batch, H query heads, G KV heads, T new tokens, k those that go on, K tokens seen and new, D width.
+Shapes: B batch, H query heads, G KV heads, T new tokens, k tokens that continue, K tokens seen and new, D width.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ from pondera.core.errors import UserError
 from pondera.core.hf import Cache
 
 MIN_TOKENS = 8
-"""Tokens of a call that always go on: less would spare nothing, and a text is scored in pieces of so many."""
+"""Minimum tokens kept per call: fewer saves nothing, and evaluation feeds 8 tokens at a time."""
 
 
 @dataclass(frozen=True)
 class Selector:
-    """The tokens that go on in one call, in the order of the text.
+    """The tokens that continue in one call, in the order of the sequence.
 
     Args:
-        position_Bk: their numbers. Rows with fewer than k begin with `slot_table.EMPTY`, so that all end with the last tokens.
-        begin: tokens seen before the call.
+        position_Bk: their token numbers. Rows with fewer than k tokens begin with `kv_store.EMPTY`, so that all rows
+            end with their last tokens.
+        begin: number of tokens seen before the call.
         tokens: T, of the call.
-        padding_B: how many of them are padding.
-        packed: decoder layers run those that go on, and no others.
-        present_BK: of all tokens seen, those that may be looked at; none: all that a layer holds. Where there is one, tokens
-            of earlier calls may be among those that go on.
+        padding_B: number of padding tokens in the call.
+        packed: whether decoder layers compute only the tokens that continue.
+        present_BK: which of all tokens seen are visible; `None`: all slots of a layer. With a tensor, tokens of earlier
+            calls may also continue.
     """
 
     position_Bk: Tensor
@@ -48,23 +49,23 @@ class Selector:
 
     @classmethod
     def all_of(cls, call: AttentionCall) -> Selector:
-        """Every token of a call that is no padding."""
+        """All tokens of a call except padding."""
         position_BT = call.position_BT
         padding_BT = position_BT < 0
         return cls(position_BT.masked_fill(padding_BT, EMPTY), call.start, call.tokens, padding_BT.sum(-1), packed=True)
 
     def rows(self, given: Tensor, dim: int) -> Tensor:
-        """What belongs to the tokens that go on.
+        """Gathers the entries of the tokens that continue.
 
         Args:
-            given: with one row per token of the call.
-            dim: of the tokens; the first is the batch, or 1.
+            given: a tensor with one entry per token of the call.
+            dim: dimension of the tokens; the first dimension is the batch, or 1.
         """
         wide = given.expand(len(self.position_Bk), *given.shape[1:])
         return wide.gather(dim, self._index(wide, dim))
 
     def mask(self, given_B1TK: Tensor | None) -> Tensor | None:
-        """``[B, 1, k, K]``: what they may look at; none: all that came before, as far as a layer holds it.
+        """``[B, 1, k, K]``: the tokens that they may attend to; `None`: all earlier tokens in the slots of a layer.
 
         Args:
             given_B1TK: the mask of the call.
@@ -72,19 +73,19 @@ class Selector:
         if self.present_BK is None:
             return None if given_B1TK is None else self.rows(given_B1TK, 2)
         if self.begin == 0 and given_B1TK is None:
-            return None  # the layers hold what is present, and nothing else
+            return None  # the layers contain only visible tokens
         column_K = torch.arange(self.present_BK.shape[1], device=self.position_Bk.device)
         return ((column_K <= self.position_Bk[..., None]) & self.present_BK[:, None])[:, None]
 
     def put_back(self, rows_Bk: Tensor) -> Tensor:
-        """``[B, T, ...]``: their rows at their places in the call, and zeros at all others."""
+        """``[B, T, ...]``: scatters the entries to their tokens of the call; zeros for all other tokens."""
         nothing_Bk = (self.position_Bk < self.begin).view(*self.position_Bk.shape, *[1] * (rows_Bk.ndim - 2))
         rows_Bk = rows_Bk.masked_fill(nothing_Bk.to(rows_Bk.device), 0)
         rows_BT = rows_Bk.new_zeros(len(rows_Bk), self.tokens, *rows_Bk.shape[2:])
         return rows_BT.scatter_add(1, self._index(rows_Bk, 1), rows_Bk)
 
     def _index(self, like: Tensor, dim: int) -> Tensor:
-        """The places of the tokens in the call, as `gather` and `scatter_add` want them."""
+        """The indices of the tokens within the call, in the shape for `gather` and `scatter_add`."""
         place_Bk = (self.position_Bk - self.begin).clamp(min=0)
         shape = [len(place_Bk), *[1] * (like.ndim - 1)]
         shape[dim] = place_Bk.shape[1]
@@ -95,17 +96,17 @@ class Selector:
 
 @dataclass(frozen=True)
 class PrunedCall(AttentionCall):
-    """A call without the tokens that do not go on. `start` is such that the last query has its own number.
+    """A call with only the tokens that continue. `start` is such that the last query has its own token number.
 
     Args:
-        choice: those that do.
+        choice: the tokens that continue.
     """
 
     choice: Selector = field(kw_only=True)
 
     @classmethod
     def of(cls, call: AttentionCall, choice: Selector) -> PrunedCall:
-        """What goes on of a call, whose queries, keys and values are of those tokens only where they are packed."""
+        """Prunes a call; with packed tokens, its queries, keys and values already contain only those that continue."""
         query, key, value = (
             rows if choice.packed else choice.rows(rows, 2)
             for rows in (call.query_BHTD, call.key_BGTD, call.value_BGTD)
@@ -125,7 +126,7 @@ class PrunedCall(AttentionCall):
 
     @property
     def in_order(self) -> bool:
-        """See `AttentionCall`: the first of a text are one by themselves, unless a mask speaks of those between them."""
+        """See `AttentionCall`: true in the first call, unless it has a mask."""
         return self.choice.begin == 0 and self.mask_B1TK is None
 
     @property
@@ -135,11 +136,11 @@ class PrunedCall(AttentionCall):
 
     @property
     def padding_B(self) -> Tensor | int:
-        """See `AttentionCall`: padding does not go on, and is counted all the same."""
+        """See `AttentionCall`: padding does not continue, but counts."""
         return self.choice.padding_B.to(self.query_BHTD.device)
 
     def mask(self, part: slice) -> Tensor | None:
-        """See `AttentionCall`: always written out, as these queries do not stand side by side."""
+        """See `AttentionCall`: always a tensor, as these queries are not consecutive."""
         if self.mask_B1TK is not None:
             return super().mask(part)
         column_K = torch.arange(self.start + self.tokens, device=self.query_BHTD.device)
@@ -147,13 +148,13 @@ class PrunedCall(AttentionCall):
 
 
 class SelectorLayer(KVStoreLayer):
-    """The layer that chooses which tokens go on; a memory may have it do so in `Slots.settle`.
+    """A layer that selects the tokens that continue; a policy may do so in `Policy.evict_layer`.
 
     Attributes:
-        choice: those of the call that is running; none: all.
-        new_BT: while it takes a call in: the positions of the call's tokens.
-        packs: the decoder layers behind it leave the other tokens out.
-        rotary: while decoder layers behind it run: what they turn the queries and keys of those that go on by.
+        choice: the tokens that continue in the running call; `None`: all.
+        new_BT: positions of the call's tokens, while the layer processes the call.
+        packs: whether later decoder layers skip the other tokens.
+        rotary: rotary embedding of the tokens that continue, while later decoder layers run.
     """
 
     choice: Selector | None = None
@@ -162,58 +163,58 @@ class SelectorLayer(KVStoreLayer):
     rotary: tuple[Tensor, ...] = ()
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `MemoryLayer.attend`."""
+        """See `KVLayer.attend`."""
         self.choice, self.new_BT = None, call.position_BT
         out_BTHD = super().attend(call)
         self.new_BT = None
         return out_BTHD
 
     def lead(self, h_BTD: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
-        """Hidden states of the tokens that go on, between the decoder layer of this one and the next.
+        """Prunes the hidden states between this decoder layer and the next.
 
         Args:
-            h_BTD: what the decoder layer gave.
-            rotary: of the call's tokens, ``[B or 1, T, r]`` each.
+            h_BTD: output of the decoder layer.
+            rotary: rotary embedding of the call's tokens, ``[B or 1, T, r]`` each.
         """
         assert self.choice is not None
         self.rotary = tuple(self.choice.rows(part_BTr, 1) for part_BTr in rotary)
         return self.choice.rows(h_BTD, 1)
 
     def clear(self) -> None:
-        """See `MemoryLayer.clear`."""
+        """See `KVLayer.clear`."""
         super().clear()
         self.choice = self.new_BT = None
         self.rotary = ()
 
 
 class PrunedLayer(KVStoreLayer):
-    """A layer behind one that chooses: it takes in what went on, as if there were nothing else.
+    """A layer after a selecting layer: it stores only the tokens that continue.
 
     Attributes:
-        chooser: the layer of the same cache that chooses; none: nothing before this layer does.
+        chooser: the selecting layer of the same cache; `None`: no earlier layer selects.
     """
 
     chooser: SelectorLayer | None = None
 
     @property
     def led(self) -> Selector | None:
-        """Which tokens of the call that is running come here; none: all."""
+        """The tokens of the running call that reach this layer; `None`: all."""
         return None if self.chooser is None else self.chooser.choice
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """See `MemoryLayer.update`: all tokens of the call have been seen, whichever come here."""
-        found = super().update(key_states, value_states, *args, **kwargs)
+        """See `KVLayer.update`: counts all tokens of the call as seen, including pruned ones."""
+        output = super().update(key_states, value_states, *args, **kwargs)
         if self.chooser is not None:
             self.seen = self.chooser.seen
-        return found
+        return output
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `MemoryLayer.attend`; tokens that do not go on look at nothing, and get zeros."""
+        """See `KVLayer.attend`; pruned tokens attend to nothing, and get zeros."""
         choice = self.led
         if choice is None:
             return super().attend(call)
         if choice.packed and call.tokens != choice.position_Bk.shape[1]:
-            raise UserError("this cache was made for another model; make one for this model: memory.cache(model)")
+            raise UserError("this cache belongs to another model; create one for this model: method.cache(model)")
         self.prompt = self.seen
         out_BkHD = super().attend(PrunedCall.of(call, choice))
         if not self.record_past:
@@ -224,7 +225,7 @@ class PrunedLayer(KVStoreLayer):
 
 
 def link(cache: Cache) -> None:
-    """Shows the layers of a cache that stand behind one that chooses which one that is: of several the nearest."""
+    """Gives each layer after a selecting layer a reference to the nearest one before it."""
     chooser = None
     for layer in cache.layers:
         if isinstance(layer, PrunedLayer):

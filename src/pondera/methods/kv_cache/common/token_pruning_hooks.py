@@ -1,9 +1,10 @@
-"""Decoder layers that run the tokens that go on, and no others: hooks on a model.
+"""Forward hooks that drop pruned tokens from the hidden states of later layers.
 
-A cache sees keys and values only. What goes on is chosen by its layers (`passing.py`); hooks before the decoder layers
-behind them take the hidden states of the other tokens away, and one after the last puts zeros in their place.
+A cache only receives keys and values, and its layers (`token_pruning.py`) select the tokens that continue. Hooks before
+the later decoder layers remove the hidden states of the other tokens; a hook after the last layer inserts zeros for
+them.
 
-Shapes: B batch, T tokens of a call, k those that go on, D width.
+Shapes: B batch, T tokens of a call, k tokens that continue, D width.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from pondera.methods.kv_cache.common.token_pruning import PrunedLayer, SelectorL
 
 
 def pack(model: PreTrainedModel, cache: Cache) -> None:
-    """Has the decoder layers behind those that choose run the tokens that go on, and no others, if all of them can.
+    """Makes the decoder layers after the selecting layers skip pruned tokens, if all of them support it.
 
-    The hooks are set once for a model, and do nothing for calls with other caches.
+    The function sets the hooks once per model; they do nothing in calls with other caches.
     """
     parts = modules(model.config.get_text_config(decoder=True))
     choosers = [layer for layer in cache.layers if isinstance(layer, SelectorLayer)]
@@ -43,18 +44,18 @@ def pack(model: PreTrainedModel, cache: Cache) -> None:
 
 @dataclass(frozen=True)
 class _Hook:
-    """On a decoder layer.
+    """A hook on a decoder layer.
 
     Args:
-        number: of the layer.
-        cache_argument: what the layer calls its cache.
+        number: index of the layer.
+        cache_argument: name of the layer's cache argument.
     """
 
     number: int
     cache_argument: str
 
     def chooser(self, kwargs: dict[str, Any]) -> SelectorLayer | None:
-        """The layer that chose what goes on in this call, where that is for the decoder layer to see to."""
+        """The selecting layer of this call, if the decoder layer must skip pruned tokens."""
         cache = kwargs.get(self.cache_argument)
         layer = cache.layers[self.number] if isinstance(cache, Cache) and self.number < len(cache.layers) else None
         chooser = layer.chooser if isinstance(layer, PrunedLayer) else None
@@ -62,9 +63,10 @@ class _Hook:
 
 
 class _LeaveOut(_Hook):
-    """Before a layer: the states and rotary rows of the tokens that go on, in place of all of the call's.
+    """Before a layer: replaces hidden states and rotary embedding by those of the tokens that continue.
 
-    The mask stays as it is: it is read by the layer of the cache, which knows of the choice. Positions are in the rotary rows.
+    The mask stays unchanged: the cache layer reads it and knows the selection. The rotary embedding contains the
+    positions.
     """
 
     def __call__(
@@ -80,7 +82,7 @@ class _LeaveOut(_Hook):
 
 
 class _PutBack(_Hook):
-    """After the last layer: states of the call's tokens again, those left out as zeros."""
+    """After the last layer: restores the hidden states of all tokens of the call, zeros for pruned ones."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out_BkD: Tensor) -> Tensor:
         chooser = self.chooser(kwargs)

@@ -1,10 +1,10 @@
-"""Tokens that stopped at a layer and may be taken up again: their hidden states wait where they stopped.
+"""Token revival: an auxiliary cache keeps the hidden states of pruned tokens, and a later call can revive them.
 
-In every call a layer may choose anew which tokens go on. A token that goes on, but has not been through the layers behind,
-is run through them now, from the hidden state with which it stopped; so each token is run through each layer once at most.
+In every call a layer may select other tokens. If a selected token has not been through the later layers yet, they
+compute it now, from the hidden state in the auxiliary cache; so each layer computes each token at most once.
 
-Shapes: B batch, n tokens that the decoder layer ran, m those and the ones that wait, k of them that go on, j that stop,
-S slots, K tokens seen, D width of the hidden states, r of rotary rows.
+Shapes: B batch, n tokens that the decoder layer computed, m those and the ones in the auxiliary cache, k of them that
+continue, j newly pruned tokens, S slots, K tokens seen, D width of the hidden states, r of the rotary embedding.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from pondera.methods.kv_cache.common.token_pruning import PrunedLayer, Selector,
 
 
 class ProgressivePruning(Policy):
-    """A memory whose layers choose in each call which tokens go on."""
+    """A policy whose layers select in each call the tokens that continue."""
 
     @abstractmethod
     def choose(self, layer: RevivalLayer, came: Selector) -> Tensor | None:
-        """``[B, S]``: which slots of the layer's table hold tokens that go on; none: all that the layer holds, as ever.
+        """``[B, S]``: which slots of the layer's table belong to tokens that continue; `None`: all slots of the layer.
 
         Args:
-            layer: that chooses; it holds all that came.
-            came: the tokens that this call ran up to here.
+            layer: the selecting layer, whose table contains all tokens of `came`.
+            came: the tokens of this call that reach the layer.
         """
 
 
 @dataclass(frozen=True, kw_only=True)
 class RevivingSelector(Selector):
-    """A choice of which tokens of earlier calls may be a part.
+    """A selection that may include tokens of earlier calls.
 
     Args:
-        source_Bk: where their states are: among those of `came`, and behind them those that wait.
-        came: what the call ran up to here.
+        source_Bk: indices of their hidden states: first those of `came`, then those of the auxiliary cache.
+        came: the tokens of this call that reached the layer.
     """
 
     source_Bk: Tensor
@@ -50,14 +50,14 @@ class RevivingSelector(Selector):
 
 
 class RevivalLayer(PrunedLayer, SelectorLayer):
-    """A layer that chooses, in every call, and keeps the hidden states of the tokens that stop behind it.
+    """A layer that selects in every call, and keeps the hidden states of pruned tokens in an auxiliary cache.
 
-    While tokens may be drafts, the choice of the last call before stands, and all drafts go on.
+    While tokens may be rolled back, the previous selection remains valid, and all draft tokens continue.
 
     Attributes:
-        stopped: none, or a table of the tokens that wait; in the place of keys their hidden states, in that of values their
-            rotary rows.
-        score_BS: while it takes a call in: how its memory ranks the slots.
+        stopped: empty, or a table of the pruned tokens, with their hidden states as keys and their rotary embedding as
+            values.
+        score_BS: score of each slot, while the layer processes a call.
     """
 
     score_BS: Tensor | None = None
@@ -70,14 +70,14 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
 
     @property
     def waiting(self) -> Tensor:
-        """``[B, s]``: the tokens that have stopped here; negative where there is none."""
+        """``[B, s]``: the tokens in the auxiliary cache; negative for empty entries."""
         if self.stopped:
             return self.stopped[0].position[:, 0]
         position = self.tables[0].position
         return position.new_empty(len(position), 0)
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `MemoryLayer.attend`."""
+        """See `KVLayer.attend`."""
         came = self.led or Selector.all_of(call)
         out_BTHD = super().attend(call)
         position_BS = self.tables[0].position[:, 0]
@@ -97,7 +97,7 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
         return out_BTHD
 
     def _as_before(self, position_BS: Tensor) -> Tensor | None:
-        """The slots that went on in the last call before drafts, and the drafts."""
+        """The slots that continued in the last call before the draft tokens, and the draft tokens."""
         before_BK = self.state.get("goes_on")
         if before_BK is None and self.led is None:
             return None
@@ -106,7 +106,7 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
             on_BS = _among(position_BS, self.led.present_BK)
         if before_BK is None:
             return on_BS
-        # Whatever came behind that call is a draft, or was one.
+        # All tokens after that call are draft tokens, or were.
         wide_BK = before_BK.new_ones(len(before_BK), self.seen)
         wide_BK[:, : before_BK.shape[1]] = before_BK
         return on_BS & _among(position_BS, wide_BK)
@@ -114,14 +114,14 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
     def _taken_up(self, came: Selector, present_BK: Tensor) -> RevivingSelector:
         position_Bm = torch.cat([came.position_Bk.long(), self.waiting.long()], dim=1)
         position_Bm = position_Bm.masked_fill(~_among(position_Bm, present_BK), EMPTY)
-        # A batch whose rows are all padding still runs a row.
+        # A batch of only padding still runs one token.
         source_Bk = _last(position_Bm, least=1)
         position_Bk = position_Bm.gather(1, source_Bk)
         call = (came.begin, came.tokens, came.padding_B)
         return RevivingSelector(position_Bk, *call, packed=True, present_BK=present_BK, source_Bk=source_Bk, came=came)
 
     def lead(self, h_BTD: Tensor, rotary: tuple[Tensor, ...]) -> Tensor:
-        """See `SelectorLayer.lead`: joins those that are taken up, and keeps the states of those that stop."""
+        """See `SelectorLayer.lead`: adds the revived tokens, and stores the states of newly pruned ones."""
         choice = cast(RevivingSelector, self.choice)
         if self.led is not None and self.chooser is not None:
             rotary = self.chooser.rotary
@@ -145,29 +145,29 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
         return h_BkD
 
     def nbytes(self) -> int:
-        """See `MemoryLayer.nbytes`."""
+        """See `KVLayer.nbytes`."""
         return super().nbytes() + sum(table.nbytes() for table in self.stopped)
 
     def select(self, rows: Tensor) -> None:
-        """See `MemoryLayer.select`."""
+        """See `KVLayer.select`."""
         super().select(rows)
         for table in self.stopped:
             table.select(rows)
 
     def clear(self) -> None:
-        """See `MemoryLayer.clear`."""
+        """See `KVLayer.clear`."""
         super().clear()
         self.stopped = []
 
 
 def _among(position_BS: Tensor, present_BK: Tensor | None) -> Tensor:
-    """``[B, S]``: which tokens are there, and present."""
+    """``[B, S]``: which tokens exist and are visible."""
     real_BS = position_BS >= 0
     return real_BS if present_BK is None else real_BS & present_BK.gather(1, position_BS.clamp(min=0).long())
 
 
 def _last(position_Bm: Tensor, least: int = 0) -> Tensor:
-    """``[B, k]``: the places of all tokens that are there, in their order, behind places of none in rows that have fewer."""
+    """``[B, k]``: the indices of all existing tokens in order, after indices of empty entries in shorter rows."""
     most = max(least, int((position_Bm >= 0).sum(-1).max()))
     return position_Bm.argsort(dim=-1)[:, position_Bm.shape[1] - most :]
 

@@ -1,4 +1,4 @@
-"""Rows as small integers between a least number and a step, which a few numbers share.
+"""Uniform quantization to a few bits, with minimum and step per group of numbers.
 
 Shapes: B batch, G KV heads, S tokens, D head width, g numbers that share a step, b bits of a number.
 """
@@ -15,21 +15,21 @@ BITS = (1, 2, 4, 8)
 
 
 class UniformQuantizer(Codec):
-    """Every number is rounded to one of ``2 ** bits`` levels from the least to the greatest of its group.
+    """Rounds every number to one of ``2 ** bits`` levels between the minimum and the maximum of its group.
 
-    Codes are packed along the head's width, ``codes`` ``[B, G, S, D * bits / 8]``, uint8, the first number in the lowest
-    bits. Beside them stand ``least`` and ``step`` in float16: of a channel over `group` tokens, ``[B, G, S / g, D]``, or of a
-    token over `group` channels, ``[B, G, S, D / g]``.
+    The codec packs codes along the head width: ``codes``, ``[B, G, S, D * bits / 8]``, uint8, the first number in the
+    lowest bits. ``least`` and ``step`` are float16: per channel over `group` tokens, ``[B, G, S / g, D]``, or per token
+    over `group` channels, ``[B, G, S, D / g]``.
 
     Args:
         bits: 1, 2, 4 or 8.
         group: g.
-        by_channel: a group is one channel of consecutive tokens; otherwise consecutive channels of one token.
+        by_channel: whether a group is one channel of consecutive tokens, or consecutive channels of one token.
 
     Example:
-        >>> coder = UniformQuantizer(bits=2, group=4, by_channel=False)
-        >>> parts = coder.encode(torch.tensor([[[[0.0, 1.0, 2.2, 3.0]]]]), None)
-        >>> parts["codes"].tolist(), coder.decode(parts, None).tolist()
+        >>> codec = UniformQuantizer(bits=2, group=4, by_channel=False)
+        >>> parts = codec.encode(torch.tensor([[[[0.0, 1.0, 2.2, 3.0]]]]), None)
+        >>> parts["codes"].tolist(), codec.decode(parts, None).tolist()
         ([[[[228]]]], [[[[0.0, 1.0, 2.0, 3.0]]]])
     """
 
@@ -46,7 +46,7 @@ class UniformQuantizer(Codec):
         x = self._in_groups(x_BGSD.to(torch.promote_types(x_BGSD.dtype, torch.float32)))
         axis = 3 if self.by_channel else 4
         least, most = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
-        # Rounded as they are stored, so that codes fit what they will be decoded by.
+        # Rounded to float16 first, because decoding uses the stored minimum and step.
         least, step = least.half(), ((most - least) / (2**self.bits - 1)).half()
         levels = ((x - least) / step.float().clamp(min=1e-7)).round().clamp(0, 2**self.bits - 1)
         codes = self._packed(levels.to(torch.uint8).view(x_BGSD.shape))
@@ -80,7 +80,7 @@ class UniformQuantizer(Codec):
 
 
 def check_bits(bits: int, width: int) -> None:
-    """Refuses numbers of bits that are not packed here, and heads that do not fill whole bytes.
+    """Raises if the codes of a head do not fill whole bytes.
 
     Args:
         bits: of a number.
@@ -88,5 +88,5 @@ def check_bits(bits: int, width: int) -> None:
     """
     if width * bits % 8:
         raise UserError(
-            f"bits={bits}: a head of width {width} does not fill whole bytes; give more bits, 8 fit any head"
+            f"bits={bits}: a head of width {width} does not fill whole bytes; give more bits, 8 fits any head"
         )

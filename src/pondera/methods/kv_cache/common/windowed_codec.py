@@ -1,4 +1,4 @@
-"""A past in three regions: the first tokens exactly, the latest exactly, and what is between them as codes.
+"""KV cache with exact sinks, an exact recent window, and codes of all tokens between them.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T new tokens, t queries of a block, N = R * t, S tokens of a
 segment, K tokens seen and new, D head width.
@@ -24,28 +24,29 @@ from pondera.methods.kv_cache.base import KVCacheMethod
 
 
 class SinkWindowCache(KVCacheMethod):
-    """A memory that keeps the first tokens and the latest exactly, and codes of those between them.
+    """A KV cache method that keeps the first and the latest tokens exactly, and codes of all tokens between them.
 
-    Attention of a call sees the new tokens exactly; after it, what no longer belongs to the latest is coded, and its exact
-    rows are freed. Tokens are coded in batches of `flush_size`, counted from the first token of their text, so what is coded
-    when depends on nothing but how long a text is: not on padding, on other texts, or on how it was fed in.
+    A call attends to its new tokens exactly; then the layer encodes the tokens that left the recent window, and frees
+    their exact keys and values. It encodes tokens in groups of `flush_size`, counted from the first token of their
+    sequence, so the result depends only on the length of the sequence: not on padding, other batch rows or chunked
+    prefill.
 
-    What was coded stays coded: where tokens are taken back, codes are cut off, and the exact window is shorter until it
-    has filled up again. With ``cache.activate_past_recording()`` nothing is coded before `crop` says which tokens stay,
-    and nothing of those that go leaves a trace.
+    Encoded tokens stay encoded: a rollback truncates codes, and the exact window is shorter until new tokens fill it.
+    After ``cache.activate_past_recording()`` the layer encodes nothing until `crop` determines which tokens stay, so
+    rejected tokens leave no trace.
 
-    Padding before a text takes no room. Padding within a text or behind it is never looked at, but takes room as a token.
-    As keys are coded after rotary embedding, a padded row equals the row alone where it has the same position ids; that is
-    what `generate` gives, while a plain call without ``position_ids`` counts padding.
+    Left padding takes no memory. The mask hides padding within or after a sequence, but it takes a KV slot. The codec
+    encodes keys after rotary embedding, so a padded row equals the same sequence alone only with the same position ids;
+    `generate` passes such ids, while a plain call without ``position_ids`` counts padding.
 
     Args:
-        window: the latest tokens, exact; up to ``window + flush_size - 1`` of them.
-        sinks: the first tokens of a text, exact.
-        flush_size: tokens that are coded at a time.
+        window: number of latest tokens that stay exact; up to ``window + flush_size - 1`` of them do.
+        sinks: number of first tokens of a sequence that stay exact.
+        flush_size: number of tokens that the layer encodes at a time.
     """
 
     exact: bool = True
-    """While nothing is coded, attention is by the stock kernel, so that nothing differs in the last bit."""
+    """Before a layer encodes its first token, attention uses the stock kernel, so that results are bit-identical."""
 
     def __init__(self, window: int, sinks: int, flush_size: int) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class SinkWindowCache(KVCacheMethod):
 
     @abstractmethod
     def coders(self, config: PreTrainedConfig, index: int) -> tuple[Codec, Codec]:
-        """The coders of a layer's keys and values.
+        """The codecs of a layer's keys and values.
 
         Args:
             config: text config of the model.
@@ -65,7 +66,7 @@ class SinkWindowCache(KVCacheMethod):
 
     @abstractmethod
     def rate(self, config: PreTrainedConfig) -> float:
-        """Bits per cached number that really are kept of coded tokens, whatever was asked for.
+        """Actual bits per cached number of encoded tokens, which can be lower than the requested bits.
 
         Args:
             config: text config of the model.
@@ -73,7 +74,7 @@ class SinkWindowCache(KVCacheMethod):
 
     @property
     def needs_rows_of_config(self) -> bool:
-        """See `KVCacheMethod.needs_rows_of_config`: coders are."""
+        """See `KVCacheMethod.needs_rows_of_config`: codecs do."""
         return True
 
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> SinkWindowLayer:
@@ -82,18 +83,18 @@ class SinkWindowCache(KVCacheMethod):
 
 
 class SinkWindowLayer(KVLayer):
-    """One layer's past in three regions; what it does is told at `SinkWindowCache`.
+    """One cache layer with sinks, codes and an exact window; see `SinkWindowCache`.
 
     Args:
-        method: says how long the regions are.
-        keys, values: the coders.
+        method: sets the sizes of the sections.
+        keys, values: the codecs.
 
     Attributes:
-        pads: padding before each row's text.
-        begins: the position id of each row's first token.
-        coded: how many tokens of each row are codes.
-        codes: of keys and of values, by number of the token among the coded ones.
-        ring: the exact rows of the latest tokens, and of all that were seen while nothing is coded.
+        pads: number of padding tokens before the sequence of each batch row.
+        begins: position id of the first token of each row.
+        coded: number of encoded tokens of each row.
+        codes: of keys and of values, in the order of the encoded tokens.
+        ring: exact keys and values of the latest tokens; of all tokens before the first encoding.
     """
 
     holds: ClassVar[tuple[str, ...]] = ("pads", "begins", "coded", "codes", "sink_keys", "sink_values", "ring")
@@ -101,9 +102,9 @@ class SinkWindowLayer(KVLayer):
     def __init__(self, method: SinkWindowCache, keys: Codec, values: Codec) -> None:
         super().__init__()
         self.method, self.coders = method, (keys, values)
-        if odd := [coder.unit for coder in self.coders if method.flush_size % coder.unit]:
+        if odd := [codec.unit for codec in self.coders if method.flush_size % codec.unit]:
             raise UserError(
-                f"flush_size={method.flush_size}: tokens are coded {odd[0]} together; give a multiple of {odd[0]}"
+                f"flush_size={method.flush_size}: its codec encodes {odd[0]} tokens at once; give a multiple of it"
             )
         self.clear()
 
@@ -120,10 +121,10 @@ class SinkWindowLayer(KVLayer):
         """See `KVLayer.batch`."""
         return len(self.pads)
 
-    # What a call does
+    # Attention and encoding
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `KVLayer.attend`. Attends first to all that is there, the new tokens exactly, and codes then."""
+        """See `KVLayer.attend`. Attends to all sections, new tokens exactly; then encodes."""
         if not self.batch():
             self._begin(call)
         self._start_texts(call)
@@ -144,9 +145,9 @@ class SinkWindowLayer(KVLayer):
         return out_BTHD
 
     def _begin(self, call: AttentionCall) -> None:
-        """Makes room for a batch."""
+        """Allocates storage for a batch."""
         B = len(call.key_BGTD)
-        # A text begins where its padding ends; until then, that is where the call before this one ended.
+        # A sequence starts after its padding; until its first token, the value is the end of the last call.
         self.pads, self.begins, self.coded = [call.start] * B, [call.start] * B, [0] * B
         self.sink_keys, self.sink_values = (
             rows.new_zeros(B, rows.shape[1], self.method.sinks, rows.shape[-1])
@@ -155,28 +156,28 @@ class SinkWindowLayer(KVLayer):
         self.ring = RingBuffer(call.key_BGTD[:, :, :0], call.value_BGTD[:, :, :0])
 
     def _start_texts(self, call: AttentionCall) -> None:
-        """Notes where texts begin whose first token is among the new ones."""
+        """Sets where the sequences start whose first token is in this call."""
         waiting = [row for row, pads in enumerate(self.pads) if pads == call.start]
         if not waiting:
             return
         real_BT = (call.position_BT >= 0).cpu()
         ids = call.further.get("position_ids")
         for row in waiting:
-            found = real_BT[row].nonzero()
-            first = int(found[0]) if len(found) else call.tokens
+            real = real_BT[row].nonzero()
+            first = int(real[0]) if len(real) else call.tokens
             self.pads[row] = self.begins[row] = call.start + first
             if first == call.tokens:
                 continue
             if ids is not None:
                 self.begins[row] = int(ids.expand(len(self.pads), -1)[row, first])
-            elif any(coder.needs_position for coder in self.coders):
+            elif any(codec.needs_position for codec in self.coders):
                 raise UserError(
-                    f"{type(self.method).__name__}: this model does not tell its attention layers where tokens stand, which "
-                    'key_stage="pre_rope" needs; use key_stage="post_rope"'
+                    f"{type(self.method).__name__}: this model does not pass position ids to its attention layers, but "
+                    'key_stage="pre_rope" needs them; use key_stage="post_rope"'
                 )
 
     def _keep_sinks(self, call: AttentionCall) -> None:
-        """Keeps those of the new tokens that are a text's first."""
+        """Stores the new tokens that are sinks."""
         self._keep_sinks_of(call.start, call.key_BGTD, call.value_BGTD)
 
     def _keep_sinks_of(self, begin: int, key_BGTD: Tensor, value_BGTD: Tensor) -> None:
@@ -189,15 +190,15 @@ class SinkWindowLayer(KVLayer):
                 self.sink_values[row, :, place] = value_BGTD[row, :, new]
 
     def _exact_after(self, row: int) -> int:
-        """The number of the first token of a row that is neither sink nor coded."""
+        """The number of the first token of a row that is neither a sink nor encoded."""
         return self.pads[row] + self.method.sinks + self.coded[row]
 
     def _exact_from(self) -> int:
-        """The first of all rows."""
+        """The minimum of `_exact_after` over all rows."""
         return min(self.ring.end, *map(self._exact_after, range(self.batch())))
 
     def _settle(self) -> None:
-        """Codes what does not belong to the latest tokens any more, and frees its rows."""
+        """Encodes the tokens that left the recent window, and frees their keys and values."""
         every, window, room = self.method.flush_size, self.method.window, self._room
         over = [self.ring.end - self._exact_after(row) - window for row in range(self.batch())]
         due = [max(0, tokens) // every * every for tokens in over]
@@ -207,16 +208,16 @@ class SinkWindowLayer(KVLayer):
             self.coded = [coded + tokens for coded, tokens in zip(self.coded, due, strict=True)]
         self.ring.drop(self._exact_from() if any(self.coded) else self.ring.end - room + 1)
         if self.ring.borrowed or self.ring.room > room:
-            # Rooms for short texts grow with them.
+            # The storage of short sequences grows with them.
             self.ring.resize(room if any(self.coded) else min(room, len(self.ring) + max(16, len(self.ring) // 8)))
 
     @property
     def _room(self) -> int:
-        """Exact tokens that there can be at most, and the one that comes."""
+        """Maximum number of exact tokens, including the next one."""
         return self.method.sinks + self.method.window + self.method.flush_size
 
     def _alike(self, due: list[int]) -> Iterator[tuple[slice, int, int]]:
-        """Rows to be coded, in one go where all do the same; with the first token's number, and how many."""
+        """Batch slices to encode, all rows at once if they agree, with first token number and token count."""
         plans = [(self._exact_after(row), tokens) for row, tokens in enumerate(due)]
         if len({(*plan, coded) for plan, coded in zip(plans, self.coded, strict=True)}) == 1:
             yield slice(None), *plans[0]
@@ -229,12 +230,12 @@ class SinkWindowLayer(KVLayer):
         first = row.start or 0
         rows = self.ring.read(start, start + tokens, row)
         position_BS = self._position(self.coded[first], tokens)[row]
-        for coder, codes, x_BGSD in zip(self.coders, self.codes, rows, strict=True):
-            parts = coder.encode(x_BGSD, position_BS)
-            codes.write(coder, parts, row, self.coded[first], tokens, self.batch())
+        for codec, codes, x_BGSD in zip(self.coders, self.codes, rows, strict=True):
+            parts = codec.encode(x_BGSD, position_BS)
+            codes.write(codec, parts, row, self.coded[first], tokens, self.batch())
 
     def _position(self, start: int, tokens: int) -> Tensor:
-        """``[B, S]``: position ids of coded tokens."""
+        """``[B, S]``: position ids of encoded tokens."""
         start += self.method.sinks
         if self.positions is not None:
             return self.positions[None, start : start + tokens]
@@ -242,10 +243,10 @@ class SinkWindowLayer(KVLayer):
         number_S = torch.arange(start, start + tokens, device=first_B.device)
         return first_B[:, None] + number_S.div(self.slots_per_token, rounding_mode="floor")
 
-    # Attention over the regions
+    # Attention over the sections
 
     def _by_segments(self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]]) -> Tensor:
-        """Softmax attention over all regions together."""
+        """Softmax attention over all sections together."""
         G = call.key_BGTD.shape[1]
         query_BGRTD = grouped(call.query_BHTD, G) * call.scaling
         B, _, R, T, _ = query_BGRTD.shape
@@ -263,7 +264,7 @@ class SinkWindowLayer(KVLayer):
                 bias_BS = call.key_bias_BK.expand(B, -1).gather(1, number_BS).to(score_BGNS.dtype)
                 score_BGNS = score_BGNS + bias_BS[:, None, None]
             if allowed is not None:
-                # A query of padding sees anything: a softmax over nothing would be NaN.
+                # Queries of padding may attend to anything: a softmax over no column is NaN.
                 allowed = allowed | ~allowed.any(-1, keepdim=True)
                 score_BGRtS = score_BGNS.unflatten(2, (R, -1))
                 score_BGNS = score_BGRtS.masked_fill(~allowed[:, None, None], -torch.inf).flatten(2, 3)
@@ -276,24 +277,27 @@ class SinkWindowLayer(KVLayer):
     def _segments(
         self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]], queries: int
     ) -> list[CacheSection]:
-        """What is kept, as segments without what is in none of the rows."""
+        """All sections of the cache, without those that are empty in every row."""
         end, sinks, rows = call.start + call.tokens, self.method.sinks, range(self.batch())
-        held = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
-        found: list[CacheSection] = []
+        valid = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
+        sections: list[CacheSection] = []
         if sinks:
-            found.append(DenseSection(list(self.pads), held, self.sink_keys, self.sink_values))
+            sections.append(DenseSection(list(self.pads), valid, self.sink_keys, self.sink_values))
         if any(self.coded):
-            firsts, held = [pads + sinks for pads in self.pads], [(0, coded) for coded in self.coded]
-            coded = CodedSection(firsts, held, self, self._position(0, max(self.coded)))
-            found.append(coded if queries <= min(c.queries for c in self.coders) else coded.dense())
+            firsts, valid = [pads + sinks for pads in self.pads], [(0, coded) for coded in self.coded]
+            coded = CodedSection(firsts, valid, self, self._position(0, max(self.coded)))
+            sections.append(coded if queries <= min(c.queries for c in self.coders) else coded.dense())
         for first, keys, values in pieces:
-            held = [(max(0, self._exact_after(row) - first), keys.shape[2]) for row in rows]
-            found.append(DenseSection([first] * len(rows), held, keys, values))
-        return found
+            valid = [(max(0, self._exact_after(row) - first), keys.shape[2]) for row in rows]
+            sections.append(DenseSection([first] * len(rows), valid, keys, values))
+        return sections
 
     def restored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All that is kept, decoded, in no particular order: keys and values ``[B, G, S, D]``, and their token numbers
-        ``[B, S]``, negative where a row holds nothing."""
+        """Decodes the whole cache, in no particular order.
+
+        Returns:
+            Keys and values ``[B, G, S, D]``, and their token numbers ``[B, S]``, negative for empty entries.
+        """
         pieces = list(self.ring.pieces(self._exact_from(), self.ring.end))
         none_BG0D = self.ring.keys[:, :, :0]
         call = AttentionCall(torch.nn.Module(), none_BG0D, none_BG0D, none_BG0D, None, 1.0, self.seen)
@@ -302,24 +306,24 @@ class SinkWindowLayer(KVLayer):
         numbers = [torch.where(part.within(keys.device), part.number(keys.device), -1) for part in dense]
         return keys, values, torch.cat(numbers, 1)
 
-    # What caches do
+    # Cache operations
 
     def release(self, prompt: bool) -> None:
         """See `KVLayer.release`."""
-        held = self.hold
+        on_hold = self.hold
         super().release(prompt)
-        if held and self.batch() and not self.record_past:
+        if on_hold and self.batch() and not self.record_past:
             self._settle()
 
     def keep_columns(self, keep_C: Tensor) -> None:
-        """See `KVLayer.keep_columns`; the slots that go must be exact still, unless all that follow them go, too."""
+        """See `KVLayer.keep_columns`; slots to remove must still be exact, unless all later slots go, too."""
         gone = (~keep_C).nonzero()
         first = int(gone[0]) if len(gone) else self.seen
         stays = keep_C[first:].nonzero()[:, 0]
         if len(stays) and first < self._exact_from():
             raise UserError(
-                f"crop: {len(gone)} of the latest {self.seen - first} slots are to be taken back, and some of them were coded "
-                "already; call cache.activate_past_recording() before tokens that may be drafts"
+                f"crop: {len(gone)} of the latest {self.seen - first} slots cannot be rolled back, because some are "
+                "encoded; call cache.activate_past_recording() before tokens that may be rolled back"
             )
         rows = [each.index_select(2, stays) for each in self.ring.read(max(first, self.ring.first), self.ring.end)]
         self.hold = True
@@ -332,14 +336,14 @@ class SinkWindowLayer(KVLayer):
         self._settle()
 
     def rollback(self, tokens: int) -> None:
-        """See `KVLayer.rollback`; what was coded stays coded, and the exact window may be shorter for a while."""
+        """See `KVLayer.rollback`; encoded tokens stay encoded, so the exact window may be shorter for some steps."""
         coded = [min(c, max(0, tokens - p - self.method.sinks)) for c, p in zip(self.coded, self.pads, strict=True)]
-        unit = max(coder.unit for coder in self.coders)
+        unit = max(codec.unit for codec in self.coders)
         if any(now != before and now % unit for now, before in zip(coded, self.coded, strict=True)):
             raise UserError(
-                f"crop: the last {self.seen - tokens} of {self.seen} tokens are to be taken back, and some of those that "
-                f"stay were coded together with them, {unit} at a time; call cache.activate_past_recording() before tokens "
-                "that may be drafts"
+                f"crop: the last {self.seen - tokens} of {self.seen} tokens cannot be rolled back, because tokens "
+                f"that stay were coded together with them, {unit} at a time; call cache.activate_past_recording() "
+                "before tokens that may be rolled back"
             )
         self.coded, self.seen = coded, tokens
         self.pads = [min(pads, tokens) for pads in self.pads]
@@ -362,23 +366,23 @@ class SinkWindowLayer(KVLayer):
             codes.crop(max(self.coded))
 
     def nbytes(self) -> int:
-        """See `KVLayer.nbytes`; codebooks belong to the memory, and are not counted here."""
+        """See `KVLayer.nbytes`; codebooks belong to the method and do not count."""
         exact = [self.sink_keys, self.sink_values, self.ring.keys, self.ring.values]
         codes = [part for codes in self.codes for part in codes.parts.values()]
         return sum(tensor.untyped_storage().nbytes() for tensor in (*exact, *codes))
 
     def code_bytes(self) -> int:
-        """Bytes of the codes in use, without spare room and without what is exact."""
-        return sum(codes.live_bytes(coder) for codes, coder in zip(self.codes, self.coders, strict=True))
+        """Bytes of the codes in use, without unused capacity and exact tokens."""
+        return sum(codes.live_bytes(codec) for codes, codec in zip(self.codes, self.coders, strict=True))
 
 
 @dataclass
 class CacheSection:
-    """Consecutive tokens of every row.
+    """Consecutive tokens of every batch row.
 
     Args:
-        first: the number of the first of them, of each row.
-        held: which columns count, of each row: from, to before.
+        first: number of the first token, of each row.
+        held: range of valid columns (start, stop), of each row.
     """
 
     first: list[int]
@@ -394,21 +398,21 @@ class CacheSection:
         raise NotImplementedError
 
     def mix(self, weight_BGNS: Tensor) -> Tensor:
-        """``[B, G, N, D]``: values, weighed and summed."""
+        """``[B, G, N, D]``: weighted sums of the values."""
         raise NotImplementedError
 
     def number(self, device: torch.device) -> Tensor:
-        """``[B, S]``: numbers of tokens."""
+        """``[B, S]``: token numbers."""
         return torch.tensor(self.first, device=device)[:, None] + torch.arange(self.tokens, device=device)
 
     def within(self, device: torch.device) -> Tensor:
-        """``[B, S]``: which columns count."""
+        """``[B, S]``: which columns are valid."""
         column_S = torch.arange(self.tokens, device=device)
         low_B1, high_B1 = torch.tensor(self.held, device=device)[..., None].unbind(1)
         return (column_S >= low_B1) & (column_S < high_B1)
 
     def allowed(self, call: AttentionCall, part: slice) -> Tensor | None:
-        """``[B, t or 1, S]``: which columns some of a call's queries may look at; none: all."""
+        """``[B, t or 1, S]``: the columns that these queries of a call may attend to; `None`: all."""
         device = call.query_BHTD.device
         if call.mask_B1TK is None and call.tokens == 1:
             whole = all(held == (0, self.tokens) for held in self.held)
@@ -426,7 +430,7 @@ class CacheSection:
 
 @dataclass
 class DenseSection(CacheSection):
-    """Tokens whose rows are there, ``[B, G, S, D]``."""
+    """Tokens with exact keys and values, ``[B, G, S, D]``."""
 
     keys: Tensor
     values: Tensor
@@ -447,11 +451,11 @@ class DenseSection(CacheSection):
 
 @dataclass
 class CodedSection(CacheSection):
-    """Tokens that are codes of a layer.
+    """Encoded tokens of a layer.
 
     Args:
-        layer: theirs.
-        position_BS: their position ids.
+        layer: the layer.
+        position_BS: position ids of the tokens.
     """
 
     layer: SinkWindowLayer
@@ -463,29 +467,29 @@ class CodedSection(CacheSection):
         return self.position_BS.shape[1]
 
     def _of(self, which: int) -> tuple[Codec, Parts]:
-        """Coder and codes of keys (0) or values (1)."""
-        coder = self.layer.coders[which]
-        return coder, self.layer.codes[which].view(coder)
+        """Codec and codes of keys (0) or values (1)."""
+        codec = self.layer.coders[which]
+        return codec, self.layer.codes[which].view(codec)
 
     def dot(self, query_BGND: Tensor) -> Tensor:
         """See `CacheSection.dot`."""
-        coder, parts = self._of(0)
-        return coder.dot(query_BGND, parts, self.position_BS)
+        codec, parts = self._of(0)
+        return codec.dot(query_BGND, parts, self.position_BS)
 
     def mix(self, weight_BGNS: Tensor) -> Tensor:
         """See `CacheSection.mix`."""
-        coder, parts = self._of(1)
-        return coder.mix(weight_BGNS, parts, self.position_BS)
+        codec, parts = self._of(1)
+        return codec.mix(weight_BGNS, parts, self.position_BS)
 
     def dense(self) -> DenseSection:
-        """The same with its rows decoded once, for many queries."""
+        """The same tokens, decoded once, which is faster for many queries."""
         (keys, key_parts), (values, value_parts) = self._of(0), self._of(1)
         rows = keys.decode(key_parts, self.position_BS), values.decode(value_parts, self.position_BS)
         return DenseSection(self.first, self.held, *rows)
 
 
 def _joined(allowed: list[Tensor | None], segments: list[CacheSection]) -> Tensor | None:
-    """``[B, t or 1, S]`` of all segments together; none: all of them."""
+    """``[B, t or 1, S]`` of all sections together; `None`: all columns."""
     known = [each for each in allowed if each is not None]
     if not known:
         return None

@@ -1,4 +1,4 @@
-"""A memory around another: what it does not do itself, the other does."""
+"""A policy around another policy: by default it delegates every call."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pondera.methods.kv_cache.common.policy import Policy
 
 
 class PolicyWrapper(Policy):
-    """Hands every question on to another memory of slots.
+    """Delegates every call to another policy; subclasses override the calls that they change.
 
     Args:
-        policy: the other.
+        policy: the wrapped policy.
     """
 
     def __init__(self, policy: Policy) -> None:
@@ -41,17 +41,17 @@ class PolicyWrapper(Policy):
         return self.policy.by_head
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
-        """See `Memory.check`."""
+        """See `KVCacheMethod.check`."""
         self.policy.check(config, layers)
 
     def layer(self, config: PreTrainedConfig, index: int, among: int) -> KVStoreLayer:
-        """See `Memory.layer`: the policy's, which asks the wrapper."""
+        """See `KVCacheMethod.layer`: the layer of the wrapped policy, which calls the wrapper."""
         layer = self.policy.layer(config, index, among)
         layer.method = self
         return layer
 
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
-        """See `Memory.prepare`."""
+        """See `KVCacheMethod.prepare`."""
         self.policy.prepare(model, cache)
 
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
@@ -67,5 +67,5 @@ class PolicyWrapper(Policy):
         self.policy.observe(layer, table, seen)
 
     def evict_layer(self, layer: KVStoreLayer) -> bool:
-        """See `Policy.settle`."""
+        """See `Policy.evict_layer`."""
         return self.policy.evict_layer(layer)
