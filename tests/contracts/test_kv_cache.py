@@ -471,15 +471,15 @@ def test_what_is_no_cache_of_this_memory_and_model_is_refused(tmp_path: Path):
     cache = memory.cache(lm)
     feed(lm, cache, ids(1, 12), [12])
     file = cache.save(tmp_path / "read.safetensors")
-    with pytest.raises(UserError, match="holds a cache of H2O"):
+    with pytest.raises(UserError, match="contains a cache of H2O"):
         small("StreamingLLM").load_cache(lm, file)
     with pytest.raises(UserError, match="no such file"):
         memory.load_cache(lm, tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("not a cache")
-    with pytest.raises(UserError, match="no cache that was saved"):
+    with pytest.raises(UserError, match="not a saved cache"):
         memory.load_cache(lm, tmp_path / "text")
     with pytest.raises(UserError, match="another kind of model"):
         memory.load_cache(model("gemma3"), file)
     cache.activate_past_recording()
-    with pytest.raises(UserError, match="holds drafts"):
+    with pytest.raises(UserError, match="contains draft tokens"):
         cache.save(file)
