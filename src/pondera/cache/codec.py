@@ -69,39 +69,39 @@ class Codes:
     room: int = 0
     used: int = 0
 
-    def write(self, coder: Codec, new: Parts, row: slice, start: int, tokens: int, rows: int) -> None:
+    def write(self, codec: Codec, new: Parts, row: slice, start: int, tokens: int, rows: int) -> None:
         """Stores the codes of new tokens.
 
         Args:
-            coder: the codec that computed the codes.
+            codec: the codec that computed the codes.
             new: codes of ``tokens`` tokens for the batch rows of the slice.
             row: the slice of batch rows.
             start: the index of the first new token among the coded tokens.
             tokens: the number of new tokens.
             rows: the number of batch rows.
         """
-        self._reserve(coder, new, start + tokens, rows)
+        self._reserve(codec, new, start + tokens, rows)
         self.used = max(self.used, start + tokens)
         for name, entries in new.items():
-            size = coder.entry(name)
+            size = codec.entry(name)
             self.parts[name][row, :, start // size : (start + tokens) // size] = entries
 
-    def _reserve(self, coder: Codec, like: Parts, tokens: int, rows: int) -> None:
+    def _reserve(self, codec: Codec, like: Parts, tokens: int, rows: int) -> None:
         if tokens <= self.room:
             return
         room = tokens if not self.room else tokens + max(16, tokens // 8)
-        self.room = -(-room // coder.unit) * coder.unit
+        self.room = -(-room // codec.unit) * codec.unit
         for name, entries in like.items():
-            size = coder.entry(name)
+            size = codec.entry(name)
             shape = (rows, entries.shape[1], self.room // size, *entries.shape[3:])
             grown = entries.new_zeros(shape)  # zeros, because some batch rows may be shorter
             if name in self.parts:
                 grown[:, :, : self.used // size] = self.parts[name][:, :, : self.used // size]
             self.parts[name] = grown
 
-    def view(self, coder: Codec) -> Parts:
+    def view(self, codec: Codec) -> Parts:
         """The codes in use."""
-        return {name: part[:, :, : -(-self.used // coder.entry(name))] for name, part in self.parts.items()}
+        return {name: part[:, :, : -(-self.used // codec.entry(name))] for name, part in self.parts.items()}
 
     def crop(self, used: int) -> None:
         """Removes the codes after the first `used` tokens."""
@@ -111,6 +111,6 @@ class Codes:
         """Keeps these batch rows, in this order."""
         self.parts = {name: part[rows.to(part.device)] for name, part in self.parts.items()}
 
-    def live_bytes(self, coder: Codec) -> int:
+    def live_bytes(self, codec: Codec) -> int:
         """Bytes of the codes in use, without unused storage."""
-        return sum(part.numel() * part.element_size() for part in self.view(coder).values())
+        return sum(part.numel() * part.element_size() for part in self.view(codec).values())

@@ -40,7 +40,9 @@ def save(layers: list[Any], method: str, path: str | Path) -> Path:
     from safetensors.torch import save as to_bytes
 
     if any(layer.record_past for layer in layers if isinstance(layer, KVLayer)):
-        raise UserError("a cache that contains draft tokens is not saved: call crop(0) to keep them, or crop(-n) to roll back the last n")
+        raise UserError(
+            "a cache that contains draft tokens is not saved: crop(0) keeps them, crop(-n) rolls back the last n"
+        )
     tensors: dict[str, Tensor] = {}
     held = [
         {name: _plain(getattr(layer, name), tensors) for name in _names(layer) if hasattr(layer, name)}
@@ -77,10 +79,12 @@ def load(layers: list[Any], method: str, path: str | Path) -> None:
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: not a saved cache ({error}); write one with cache.save") from None
     if described != method:
-        raise UserError(f"{path}: contains a cache of {described}, and this is a cache of {method}; use the method of the file")
+        raise UserError(
+            f"{path}: contains a cache of {described}, and this is a cache of {method}; use the method of the file"
+        )
     names = [[name for name in _names(layer) if name in held] for layer, held in zip(layers, found, strict=False)]
     if len(found) != len(layers) or any(list(held) != own for held, own in zip(found, names, strict=True)):
-        raise UserError(f"{path}: contains {len(found)} layers of another kind of model; load it for the model that it was saved with")
+        raise UserError(f"{path}: contains {len(found)} layers of another kind of model; load it for the same model")
     for layer, held in zip(layers, found, strict=True):
         for name, value in held.items():
             setattr(layer, name, value)

@@ -2,8 +2,8 @@
 
 transformers passes new keys and values to a cache layer, and queries, keys and a mask to an attention function; neither
 gets all of them. The `update` of a `KVLayer` therefore returns the new keys and values unchanged, and the layer serves the
-attention call that follows (`pondera.cache.attention`), which has all of them. If no attention call follows, an error is
-raised by the hooks of `pondera.cache.attention`.
+attention call that follows (`pondera.cache.attention`), which has all of them. If no attention call follows, the hooks of
+`pondera.cache.attention` raise an error.
 
 Shapes: B batch, H query heads, G KV heads, R = H / G, T new tokens, K tokens seen and new, D head width.
 """
