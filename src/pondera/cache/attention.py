@@ -200,13 +200,13 @@ def route(model: nn.Module) -> list[nn.Module]:
     Returns:
         The routed modules, in their order; an empty list if the model's attention does not use the interface.
     """
-    found = [module for module in model.modules() if _uses_interface(type(module)) and hasattr(module, "config")]
-    for module in found:
+    modules = [module for module in model.modules() if _uses_interface(type(module)) and hasattr(module, "config")]
+    for module in modules:
         if not isinstance(module.config, View):
             module.config = View(module.config)  # type: ignore[arg-type]
             module.register_forward_pre_hook(_Before(), with_kwargs=True)
             module.register_forward_hook(_after, always_call=True)
-    return found
+    return modules
 
 
 def unroute(model: nn.Module) -> None:
@@ -261,11 +261,11 @@ def _uses_interface(kind: type[nn.Module]) -> bool:
 @functools.cache
 def _lookups(kind: type[nn.Module]) -> tuple[Any, ...]:
     """The functions of a class that look up an attention function, those of the class itself first."""
-    found = []
+    lookups = []
     for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         functions = [inspect.unwrap(value) for value in vars(each).values() if inspect.isfunction(value)]
-        found += [function for function in functions if _REGISTRY in _names(function.__code__)]
-    return tuple(found)
+        lookups += [function for function in functions if _REGISTRY in _names(function.__code__)]
+    return tuple(lookups)
 
 
 @functools.cache

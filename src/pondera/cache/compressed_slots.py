@@ -256,14 +256,14 @@ class CompressedSlotCache(TokenCache):
         window: int | None,
         slots_per_token: int,
     ) -> None:
-        made: list[list[KVLayer]] = []
+        created: list[list[KVLayer]] = []
         taken = [0] * len(windowed)
 
         def layer(index: int) -> KVLayer:
-            if taken[index] == len(made):
-                made.append(make())
+            if taken[index] == len(created):
+                created.append(make())
             taken[index] += 1
-            return made[taken[index] - 1][index]
+            return created[taken[index] - 1][index]
 
         layers = [SequencesLayer(lambda index=index: layer(index), narrow) for index, narrow in enumerate(windowed)]
         super().__init__(layers, slots_per_token, view(layers))
@@ -330,21 +330,21 @@ class CompressedSlotCache(TokenCache):
 
     def _pass(self, columns: list[Columns], places: list[Tensor], attend: Attend) -> Pass:
         masks, windows = [], []
-        for held, place in zip(columns, places, strict=True):
-            mask_sC = held.visible(len(place), attend) if len(place) else torch.zeros(0, 0, dtype=torch.bool)
+        for known, place in zip(columns, places, strict=True):
+            mask_sC = known.visible(len(place), attend) if len(place) else torch.zeros(0, 0, dtype=torch.bool)
             masks.append(mask_sC[None, None])
             if self.window is not None and len(place):
-                near_sC = held.position_C[-len(place) :, None] - held.position_C < self.window
+                near_sC = known.position_C[-len(place) :, None] - known.position_C < self.window
                 mask_sC = mask_sC & near_sC
             windows.append(mask_sC[None, None])
-        biased = any(bool(held.log_weight_C.any()) for held in columns)
+        biased = any(bool(known.log_weight_C.any()) for known in columns)
         return Pass(places, masks, windows, columns, biased)
 
     def _check(self) -> None:
         """Raises if an earlier call ended before all layers stored its slots."""
         if self._open and all(layer.now is None for layer in self._layers):
             self._open = False
-        widths = [len(held.token_C) for held in self.columns]
+        widths = [len(known.token_C) for known in self.columns]
         if any(layer.rows and [row.seen for row in layer.rows] != widths for layer in self._layers):
             raise UserError(
                 "this cache contains half of a call that ended in an error: its layers have different numbers of slots; "
@@ -361,18 +361,18 @@ class CompressedSlotCache(TokenCache):
 
     def nbytes(self) -> int:
         """Bytes of the storage of all layers and of `columns`."""
-        noted = sum(value.nbytes for held in self.columns for value in vars(held).values())
+        noted = sum(value.nbytes for known in self.columns for value in vars(known).values())
         return noted + sum(layer.nbytes() for layer in self._layers)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Rolls back the last tokens (a negative number, as in transformers); 0 keeps all recorded tokens, and evicts."""
         kept = self.tokens - abs(tokens_to_remove)
-        keep = [held.token_C < kept for held in self.columns]
+        keep = [known.token_C < kept for known in self.columns]
         for layer in self._layers:
             layer.keep(keep)
-        self.columns = [held.at(keep_C) for held, keep_C in zip(self.columns, keep, strict=True)]
+        self.columns = [known.at(keep_C) for known, keep_C in zip(self.columns, keep, strict=True)]
         for layer in self._layers:
-            layer.seen = sum(len(held.token_C) for held in self.columns)
+            layer.seen = sum(len(known.token_C) for known in self.columns)
         self.evict(abs(tokens_to_remove))
 
     def reset(self) -> None:

@@ -76,10 +76,10 @@ class DepthLayer(CacheLayerMixin):
             _entered(write, old and old[0], below and below[0], key_states),
             _entered(write, old and old[1], below and below[1], value_states),
         )
-        found = [part for part in self.parts[write.reads.start : write.reads.stop] if part is not None]
-        if len(found) == 1:
-            return found[0]
-        keys, values = zip(*found, strict=True)
+        stored = [part for part in self.parts[write.reads.start : write.reads.stop] if part is not None]
+        if len(stored) == 1:
+            return stored[0]
+        keys, values = zip(*stored, strict=True)
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
     def repeat_below(self, depth: int, tokens: int) -> None:
@@ -170,7 +170,7 @@ class DepthSlots:
 
     def joined(self, other: DepthSlots) -> DepthSlots:
         """These columns, followed by those of `other`."""
-        weights = [held.log_weight_BC for held in (self, other) if held.log_weight_BC is not None]
+        weights = [slots.log_weight_BC for slots in (self, other) if slots.log_weight_BC is not None]
         token_BC = torch.cat([self.token_BC, other.token_BC], dim=1)
         return DepthSlots(token_BC, torch.cat(weights, dim=1) if weights else None)
 
@@ -218,13 +218,13 @@ class DepthCache(TokenCache):
 
     def width(self, depth: int) -> int:
         """The number of columns of a depth."""
-        held = self.depths[depth]
-        return 0 if held is None else held.token_BC.shape[1]
+        slots = self.depths[depth]
+        return 0 if slots is None else slots.token_BC.shape[1]
 
     def is_aligned(self, depth: int) -> bool:
         """Whether the slots of all sequences end at the same column."""
-        held = self.depths[depth]
-        return held is None or len(held.next_B) == 1 or bool((held.next_B == self.width(depth)).all())
+        slots = self.depths[depth]
+        return slots is None or len(slots.next_B) == 1 or bool((slots.next_B == self.width(depth)).all())
 
     def append_metadata(self, depth: int, token_BC: Tensor, log_weight_BC: Tensor | None = None) -> None:
         """Adds the metadata of new columns of a depth; callers pass log-weights always or never."""
@@ -245,11 +245,11 @@ class DepthCache(TokenCache):
         more = max(0, int(column_N.max()) + 1 - before)
         weight_BC = None if log_weight_N is None else log_weight_N.new_zeros(rows.batch, more)
         self.append_metadata(depth, token_N.new_full((rows.batch, more), FREE), weight_BC)
-        held = self.depths[depth]
-        assert held is not None
-        token_BC = held.token_BC.index_put((rows.batch_N, column_N), token_N)
-        if held.log_weight_BC is not None and log_weight_N is not None:
-            weight_BC = held.log_weight_BC.index_put((rows.batch_N, column_N), log_weight_N)
+        slots = self.depths[depth]
+        assert slots is not None
+        token_BC = slots.token_BC.index_put((rows.batch_N, column_N), token_N)
+        if slots.log_weight_BC is not None and log_weight_N is not None:
+            weight_BC = slots.log_weight_BC.index_put((rows.batch_N, column_N), log_weight_N)
         self.depths[depth] = DepthSlots(token_BC, weight_BC)
         return column_N
 

@@ -110,7 +110,7 @@ def _install(model: PreTrainedModel, layers: list[int]) -> Owner:
             "model.set_attn_implementation('sdpa') first"
         )
     modules = {module: _argument(module) for module in route(model)}
-    modules = {module: found for module, found in modules.items() if found and hasattr(module, "layer_idx")}
+    modules = {module: argument for module, argument in modules.items() if argument and hasattr(module, "layer_idx")}
     if missing := sorted(set(layers) - {module.layer_idx for module in modules}):
         raise UserError(
             f"attention in its layers {_listed(missing)} does not go through transformers' attention interface, or its "
@@ -119,9 +119,9 @@ def _install(model: PreTrainedModel, layers: list[int]) -> Owner:
     if any(asks_for_sdpa(module) for module in modules):
         raise UserError("its attention asks for the name of its implementation and changes the mask accordingly")
     owner = next((known.owner for module in modules if isinstance(known := finder(module), Finder)), None) or Owner()
-    for module, found in modules.items():
-        assert found is not None
-        set_finder(module, Finder(owner, *found))
+    for module, argument in modules.items():
+        assert argument is not None
+        set_finder(module, Finder(owner, *argument))
     return owner
 
 
@@ -133,8 +133,8 @@ def _argument(module: nn.Module) -> tuple[str, int] | None:
             if (forward := vars(kind).get("forward"))
             else []
         )
-        if found := next((each for each in ARGUMENTS if each in names), None):
-            return found, names.index(found)
+        if argument := next((each for each in ARGUMENTS if each in names), None):
+            return argument, names.index(argument)
     return None
 
 

@@ -44,14 +44,14 @@ def save(layers: list[Any], method: str, path: str | Path) -> Path:
             "a cache that contains draft tokens is not saved: crop(0) keeps them, crop(-n) rolls back the last n"
         )
     tensors: dict[str, Tensor] = {}
-    held = [
+    states = [
         {name: _plain(getattr(layer, name), tensors) for name in _names(layer) if hasattr(layer, name)}
         for layer in layers
     ]
-    told = {"method": method, "layers": json.dumps(held)}
+    metadata = {"method": method, "layers": json.dumps(states)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, to_bytes(tensors, told))
+    write_atomic(path, to_bytes(tensors, metadata))
     return path
 
 
@@ -70,10 +70,12 @@ def load(layers: list[Any], method: str, path: str | Path) -> None:
 
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        described = told["method"]
-        found = [{name: _built(value, tensors) for name, value in one.items()} for one in json.loads(told["layers"])]
+        described = metadata["method"]
+        states = [
+            {name: _built(value, tensors) for name, value in one.items()} for one in json.loads(metadata["layers"])
+        ]
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; write it with cache.save({str(path)!r})") from None
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -82,13 +84,13 @@ def load(layers: list[Any], method: str, path: str | Path) -> None:
         raise UserError(
             f"{path}: contains a cache of {described}, and this is a cache of {method}; use the method of the file"
         )
-    names = [[name for name in _names(layer) if name in held] for layer, held in zip(layers, found, strict=False)]
-    if len(found) != len(layers) or any(list(held) != own for held, own in zip(found, names, strict=True)):
-        raise UserError(f"{path}: contains {len(found)} layers of another kind of model; load it for the same model")
-    for layer, held in zip(layers, found, strict=True):
-        for name, value in held.items():
+    names = [[name for name in _names(layer) if name in state] for layer, state in zip(layers, states, strict=False)]
+    if len(states) != len(layers) or any(list(state) != own for state, own in zip(states, names, strict=True)):
+        raise UserError(f"{path}: contains {len(states)} layers of another kind of model; load it for the same model")
+    for layer, state in zip(layers, states, strict=True):
+        for name, value in state.items():
             setattr(layer, name, value)
-        rows = next((value for value in _tensors(held) if value.is_floating_point()), None)
+        rows = next((value for value in _tensors(state) if value.is_floating_point()), None)
         if rows is not None:
             layer.dtype, layer.device, layer.is_initialized = rows.dtype, rows.device, True
 

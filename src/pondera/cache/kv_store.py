@@ -195,8 +195,8 @@ class KVStore:
 
     def nbytes(self) -> int:
         """Bytes of the storage, including its unused part."""
-        held = [self.keys_BGSD, self.values_BGSD, self.position_BGS, *self.notes.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in held)
+        storage = [self.keys_BGSD, self.values_BGSD, self.position_BGS, *self.notes.values()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in storage)
 
 
 def _as_wide(slot_BGk: Tensor, rows: Tensor) -> Tensor:

@@ -245,9 +245,9 @@ class KVLayer(CacheLayerMixin):
     def clone(self) -> Self:
         """A copy; it shares only the attributes in `shared`, which no call changes."""
         keep = {id(value): value for name in self.shared if (value := getattr(self, name, None)) is not None}
-        twin = copy.copy(self)
-        vars(twin).update(copy.deepcopy(vars(self), keep))
-        return twin
+        copied = copy.copy(self)
+        vars(copied).update(copy.deepcopy(vars(self), keep))
+        return copied
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:

@@ -79,7 +79,7 @@ def attend_natively(
     out_BTHE = query_BGRTD.new_empty(B, T, G * R, E)
     score_BGRTS = query_BGRTD.new_empty(B, G, R, T, S) if with_scores else None
     mask_steps = (0, 0, 0) if mask_B1TK is None else (mask_B1TK.stride(0), mask_B1TK.stride(2), mask_B1TK.stride(3))
-    told = _Attention(
+    arguments = _Attention(
         query_BGRTD.data_ptr(),
         keys_BGSD.data_ptr(),
         values_BGSD.data_ptr(),
@@ -96,7 +96,7 @@ def attend_natively(
         out_BTHE.data_ptr(),
         None if score_BGRTS is None else score_BGRTS.data_ptr(),
     )
-    if kernel.attention(ctypes.byref(told)):
+    if kernel.attention(ctypes.byref(arguments)):
         raise MemoryError(f"attention to {S} slots")
     return Attended(out_BTHE, score_BGRTS)
 

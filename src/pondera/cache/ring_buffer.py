@@ -65,20 +65,20 @@ class RingBuffer:
 
     def read(self, start: int, stop: int, row: slice = slice(None)) -> tuple[Tensor, Tensor]:
         """Keys and values of the tokens from `start` to ``stop - 1``, in order."""
-        found = [(keys[row], values[row]) for _, keys, values in self.pieces(start, stop)]
-        if len(found) == 1:
-            return found[0]
-        if not found:
+        pieces = [(keys[row], values[row]) for _, keys, values in self.pieces(start, stop)]
+        if len(pieces) == 1:
+            return pieces[0]
+        if not pieces:
             return self.keys[row, :, :0], self.values[row, :, :0]
-        keys, values = zip(*found, strict=True)
+        keys, values = zip(*pieces, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
     def resize(self, room: int) -> None:
         """Copies the rows into new storage for `room` tokens."""
         for name, rows in zip(("keys", "values"), self.read(self.first, self.end), strict=True):
-            fresh = rows.new_empty(*rows.shape[:2], room, rows.shape[-1])
-            fresh[:, :, : len(self)] = rows
-            setattr(self, name, fresh)
+            storage = rows.new_empty(*rows.shape[:2], room, rows.shape[-1])
+            storage[:, :, : len(self)] = rows
+            setattr(self, name, storage)
         self.origin, self.borrowed = self.first, False
 
     def drop(self, first: int) -> None:

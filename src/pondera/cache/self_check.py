@@ -130,26 +130,26 @@ def compare_with_stock(model: PreTrainedModel, owner: Owner, layers: list[int]) 
             plain = _stock_cache(model).layers or [None] * (max(layers) + 1)
             cache = WitnessCache([chosen.get(number, layer) for number, layer in enumerate(plain)], owner)
             try:
-                found = _run(model, cache, pads, pieces)
+                actual = _run(model, cache, pads, pieces)
             except UserError:
                 raise
             except Exception as error:
                 raise UserError(
                     f"its attention fails if the cache returns only the new keys and values ({described(error)})"
                 ) from error
-            exact &= _judge(expected, found, witnesses, sum(pieces))
+            exact &= _judge(expected, actual, witnesses, sum(pieces))
             rows = tuple(_shape(witness) for witness in witnesses)
     return Verdict(exact, rows)
 
 
-def _judge(expected: Tensor, found: Tensor, witnesses: list[Witness], tokens: int) -> bool:
+def _judge(expected: Tensor, actual: Tensor, witnesses: list[Witness], tokens: int) -> bool:
     """Whether the logits are bit-identical; raises if a difference exceeds the tolerance."""
     bound = max(1e-5, 8 * torch.finfo(expected.dtype).eps)
     if any(witness.seen != tokens or witness.rows is None for witness in witnesses):
         raise UserError("some of its layers do not put their keys into the cache, or use the keys of another layer")
     if not expected.isfinite().all():
         raise UserError("with the stock cache its logits are not finite")
-    if (apart := difference(found, expected)) > bound:
+    if (apart := difference(actual, expected)) > bound:
         raise UserError(
             f"its keys change between the cache and attention, so past tokens are lost or mixed (logits differ by "
             f"{apart:.1e} of the largest)"
@@ -159,12 +159,12 @@ def _judge(expected: Tensor, found: Tensor, witnesses: list[Witness], tokens: in
             f"its attention is not one softmax over the tokens that its mask allows (outputs differ by {apart:.1e} of the "
             "largest)"
         )
-    return torch.equal(found, expected)
+    return torch.equal(actual, expected)
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
+def difference(actual: Tensor, expected: Tensor) -> float:
     """The largest absolute difference, relative to the largest expected absolute value."""
-    apart = (found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-30)
+    apart = (actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-30)
     return float(apart.nan_to_num(torch.inf))
 
 
@@ -178,12 +178,12 @@ def _run(model: PreTrainedModel, cache: Cache, pads: int, pieces: tuple[int, ...
     )
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :pads] = 0
-    found, seen = [], 0
+    logits, seen = [], 0
     for piece in ids_BT.split(pieces, 1):
         seen += piece.shape[1]
         given = {"attention_mask": mask_BT[:, :seen]} if pads else {}
-        found.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **given).logits)
-    return torch.cat(found, 1)[mask_BT.bool()]
+        logits.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **given).logits)
+    return torch.cat(logits, 1)[mask_BT.bool()]
 
 
 def _stock_cache(model: PreTrainedModel) -> DynamicCache:

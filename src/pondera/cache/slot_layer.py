@@ -154,19 +154,19 @@ class KVStoreLayer(KVLayer):
         """Attention over slots that are not all tokens of the sequence in order."""
         if len(chosen) == 1:
             return self._of_table(call, query_BGRTD, self.tables[0], position_BT, chosen[0])
-        found = [
+        outputs = [
             self._of_table(call, query_BGRTD[:, heads], table, position_BT, slot_BGk)
             for (heads, table), slot_BGk in zip(self.parts(), chosen, strict=True)
         ]
-        return torch.cat(found, dim=2)
+        return torch.cat(outputs, dim=2)
 
     def _of_table(
         self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, position_BT: Tensor, slot_BGk: Tensor | None
     ) -> Tensor:
         if slot_BGk is None and self.method.observed_queries(self, call) >= call.tokens:
             observed = self._observe(call, query_BGRTD, table, position_BT)
-            found = list(map(attend_seen, observed, itertools.repeat(table.values)))
-            return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+            outputs = list(map(attend_seen, observed, itertools.repeat(table.values)))
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         keys, values, position = table.keys, table.values, table.position
         if slot_BGk is not None:
             there_BGk = slot_BGk.clamp(min=0)
@@ -175,15 +175,15 @@ class KVStoreLayer(KVLayer):
         every, softmax = slice(0, call.tokens), call.softmax
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
-        found = None
+        attended = None
         bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, position)
         if softmax is PLAIN and bias is None:
-            found = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
-        if found is None:
+            attended = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
+        if attended is None:
             allowed = slots_allowed(call.written_mask(every), position)
             out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling, softmax, bias)
         else:
-            out_BTHD = found.out_BTHD
+            out_BTHD = attended.out_BTHD
         for _ in self._observe(call, query_BGRTD, table, position_BT):
             pass
         return out_BTHD
@@ -232,12 +232,12 @@ class KVStoreLayer(KVLayer):
         query_BGRTD, number, softmax = query_BGRTD[:, :, :, part], call.start + part.start, call.softmax
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
-        found = None
+        attended = None
         bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, table.position)
         if softmax is PLAIN and bias is None:
             rows = (query_BGRTD, table.keys, table.values, table.position)
-            found = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
-        out_BTHD, score_BGRTS = (None, None) if found is None else found
+            attended = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
+        out_BTHD, score_BGRTS = (None, None) if attended is None else attended
         if score_BGRTS is None:
             allowed = slots_allowed(call.written_mask(part), table.position)
             score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling, softmax, bias)
@@ -254,9 +254,9 @@ class KVStoreLayer(KVLayer):
 
     def release(self, prompt: bool) -> None:
         """See `KVLayer.release`."""
-        held, self._observed = self.hold, []
+        was_held, self._observed = self.hold, []
         super().release(prompt)
-        if not held or not self.batch():
+        if not was_held or not self.batch():
             return
         if prompt:
             self.prompt = self.seen

@@ -72,7 +72,7 @@ def _run(query_BH1D: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, scaling: fl
     # One task per KV head, or more tasks if some threads would otherwise be idle.
     parts = min(R, -(-threads // (B * G)))
     out_B1HD = query_BH1D.new_empty(B, 1, H, D)
-    told = _Stock(
+    arguments = _Stock(
         gemm,
         *(x.data_ptr() for x in (query_BH1D, keys_BGSD, values_BGSD)),
         *(B, G, R, S, D, -(-R // parts), threads),
@@ -82,7 +82,7 @@ def _run(query_BH1D: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, scaling: fl
         scaling,
         out_B1HD.data_ptr(),
     )
-    return None if kernel.stock(ctypes.byref(told)) else out_B1HD
+    return None if kernel.stock(ctypes.byref(arguments)) else out_B1HD
 
 
 def _fits(*tensors: Tensor) -> bool:
@@ -100,9 +100,9 @@ def _fits(*tensors: Tensor) -> bool:
 @functools.cache
 def _gemm() -> int | None:
     """The address of the matrix product that torch's kernel calls, or `None` if torch does not contain it."""
-    found = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    library_file = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
     try:
-        product = ctypes.CDLL(str(found)).sgemm_
+        product = ctypes.CDLL(str(library_file)).sgemm_
     except (OSError, AttributeError):
         return None
     return ctypes.cast(product, ctypes.c_void_p).value
@@ -116,9 +116,9 @@ def _same_bits(width: int, threads: int) -> bool:
         query, rows = (torch.randn(shape, generator=draw) for shape in ((2, 8, 1, width), (2, 2, 2, keys + 3, width)))
         keys_BGSD, values_BGSD = rows[:, :, :, 1 : keys + 1].unbind(0)
         scaling = 3 * width**-0.5
-        found = _run(query, keys_BGSD, values_BGSD, scaling)
+        output = _run(query, keys_BGSD, values_BGSD, scaling)
         stock = F.scaled_dot_product_attention(query, keys_BGSD, values_BGSD, scale=scaling, enable_gqa=True)
-        if found is None or not torch.equal(found, stock.transpose(1, 2)):
+        if output is None or not torch.equal(output, stock.transpose(1, 2)):
             log.info("torch computes attention of shared heads: the native kernel is missing or not bit-identical")
             return False
     return True
