@@ -302,7 +302,7 @@ class TestCache:
         agree(model(x, past_key_values=cache).logits, model(x).logits)
 
 
-class TestPrice:
+class TestCost:
     """The cost model agrees with the measured cost."""
 
     @pytest.mark.parametrize(("method", "backbone"), SOME)
@@ -318,44 +318,48 @@ class TestPrice:
     @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_forward_and_training(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 26)
-        prices = CostModel(model.backbone.config)
+        cost_model = CostModel(model.backbone.config)
         spent = measured_flops(lambda: model(x))
         calls = model.chunk.cost_schedule(26)
-        assert spent == pytest.approx(prices.forward(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02)
+        assert spent == pytest.approx(cost_model.forward(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02)
         model.train()
         with torch.enable_grad():
             spent = measured_flops(lambda: model(x, shift_labels=x).loss.backward())
         calls = model.chunk.cost_schedule(26, training=True)
-        assert spent == pytest.approx(prices.training(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02)
+        assert spent == pytest.approx(
+            cost_model.training(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02
+        )
 
     @pytest.mark.parametrize(("method", "backbone"), PAIRS)
     def test_cache_bytes(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 61)
-        cache, prices = model.new_cache(), CostModel(model.backbone.config)
+        cache, cost_model = model.new_cache(), CostModel(model.backbone.config)
         for piece in x.split(20, dim=1):
             model(piece, past_key_values=cache)
         held = cache.encoded_BWD.untyped_storage().nbytes() + cache.used_BWD.untyped_storage().nbytes()
-        assert live_cache_bytes(cache) == prices.cache_bytes(61)
+        assert live_cache_bytes(cache) == cost_model.cache_bytes(61)
         # Views, such as the newest rows of a sliding window, keep their whole storage alive until the next call.
         rows = live_cache_bytes(cache.concepts)
         assert rows + cache.encoded_BWD.nbytes + cache.used_BWD.nbytes == model.chunk.extra_cache_bytes(61, 4)
         assert held <= cache.encoded_BWD.nbytes + cache.used_BWD.nbytes + 2 * 64 * 4 * 20
-        said = cost_report(model, 61)["kv_bytes_per_token"]
-        assert said == pytest.approx((prices.cache_bytes(61) + model.chunk.extra_cache_bytes(61, 4)) / 61)
+        bytes_per_token = cost_report(model, 61)["kv_bytes_per_token"]
+        assert bytes_per_token == pytest.approx(
+            (cost_model.cache_bytes(61) + model.chunk.extra_cache_bytes(61, 4)) / 61
+        )
 
     @pytest.mark.parametrize(("method", "backbone"), FEW)
     def test_without_effort(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 26)
-        said = cost_report(model, 24, budget=Effort(effort=0))
-        assert said == cost_report(build(None, backbone), 24)
+        report = cost_report(model, 24, budget=Effort(effort=0))
+        assert report == cost_report(build(None, backbone), 24)
         cache = model.new_cache()
         model(x[:, :12], past_key_values=cache, effort=0)
         spent = measured_flops(lambda: model(x[:, :1], past_key_values=cache, effort=0))
-        assert spent == pytest.approx(said["inference_flops_per_token"], rel=0.02)
+        assert spent == pytest.approx(report["inference_flops_per_token"], rel=0.02)
         for piece in (x[:, 13:23], x[:, 23:24]):
             model(piece, past_key_values=cache, effort=0)
         held = live_cache_bytes(cache) + live_cache_bytes(cache.concepts)
-        assert held == pytest.approx(24 * said["kv_bytes_per_token"])
+        assert held == pytest.approx(24 * report["kv_bytes_per_token"])
 
 
 @pytest.mark.parametrize("backbone", sorted(LINEAR))

@@ -79,9 +79,9 @@ def build(method: str, kv_cache: str | None = None, backbone: str = "llama", **m
 
 def own(model: AdaptiveLM) -> AdaptiveLM:
     """The same model with the think or chunk method's own cache, which evicts nothing."""
-    twin = copy.copy(model)
-    twin.__dict__ = {**model.__dict__, "_modules": {**model._modules, "kv_cache": None}}
-    return twin
+    plain = copy.copy(model)
+    plain.__dict__ = {**model.__dict__, "_modules": {**model._modules, "kv_cache": None}}
+    return plain
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +149,7 @@ def test_a_sequence_of_a_padded_batch_gets_what_it_gets_alone(method: str, kv_ca
 
 @pytest.mark.parametrize("kv_cache", TIGHT)
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_fall_and_are_priced(method: str, kv_cache: str):
+def test_bytes_fall_and_so_does_the_cost(method: str, kv_cache: str):
     model = build(method, TIGHT[kv_cache])
     x_BT, caches = ids(1, 90), []
     for each in (model, own(model)):

@@ -91,7 +91,7 @@ LARGE = [pair for pair in LARGE if pair not in REFUSED]
 # Methods that evict no token, but store most of them as codes.
 CODED = [name for name in SMALL if isinstance(small(name), SinkWindowCache)]
 SLOTS = [name for name in SMALL if name not in CODED]
-FORGETTING = [name for name in SMALL if small(name).saves == "bytes"]
+EVICTING = [name for name in SMALL if small(name).saves == "bytes"]
 COMPUTING_LESS = [name for name in SMALL if small(name).saves == "compute"]
 
 
@@ -207,8 +207,8 @@ def test_rows_of_a_batch_do_not_meet(name: str):
         assert kept(cache, row) == kept(alone)
 
 
-@pytest.mark.parametrize("name", FORGETTING)
-def test_what_was_forgotten_is_as_if_it_were_masked(name: str):
+@pytest.mark.parametrize("name", EVICTING)
+def test_evicting_a_token_equals_masking_it(name: str):
     """A full cache with the decoded slots, and a mask over the evicted tokens, gives the same logits."""
     lm, x = model(), ids(1, 13)
     cache = small(name, lm).cache(lm)
@@ -263,7 +263,7 @@ def _masked(lm, cache: KVCache, held: list[list[list[int]]], token: torch.Tensor
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_drafts_that_are_taken_back_leave_no_trace(name: str):
+def test_draft_tokens_that_are_rolled_back_have_no_effect(name: str):
     lm, x = model(), ids(2, 20)
     cache = small(name, lm).cache(lm)
     cache.activate_past_recording()
@@ -301,7 +301,7 @@ def test_beams_and_several_sequences(name: str):
     assert torch.equal(lm.generate(x, **kwargs, past_key_values=large(name, lm).cache(lm)), expected)
 
 
-@pytest.mark.parametrize("name", FORGETTING)
+@pytest.mark.parametrize("name", EVICTING)
 def test_storage_really_falls(name: str):
     lm, x = model(), ids(2, 60)
     full, cache = large("PreallocatedCache").cache(lm), small(name, lm).cache(lm)
@@ -403,7 +403,7 @@ def test_a_cache_left_half_filled_is_refused(name: str):
     lm(x, past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", FORGETTING)
+@pytest.mark.parametrize("name", EVICTING)
 def test_misuse_is_refused_in_words(name: str):
     lm, x = model(), ids(1, 30)
     cache = small(name, lm).cache(lm)

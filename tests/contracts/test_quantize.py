@@ -329,7 +329,7 @@ class TestState:
         same(before, state(quantizer))
 
     @pytest.mark.parametrize("case", CASES)
-    def test_processes_that_are_told_the_same_do_the_same(self, case: str):
+    def test_processes_with_equal_steps_and_vectors_agree(self, case: str):
         a, b = built(case), built(case)
         for step in range(3, 9):
             for one in (a, b):
@@ -474,10 +474,10 @@ class TestDescription:
 BROKEN = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["begin_step", "alone"])
+@pytest.mark.parametrize("stepped", [True, False], ids=["begin_step", "alone"])
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
 @pytest.mark.parametrize("case", CODED)
-def test_a_broken_vector_is_left_out_of_all_statistics(case: str, broken: float, told: bool):
+def test_a_broken_vector_is_left_out_of_all_statistics(case: str, broken: float, stepped: bool):
     """From the first batch on, the state after a batch with such a vector equals the state after a batch without it."""
     x = vectors(2, 40)
     x[0, 3, 2], x[1, 5, 0] = broken, broken
@@ -486,7 +486,7 @@ def test_a_broken_vector_is_left_out_of_all_statistics(case: str, broken: float,
         torch.manual_seed(0)
         quantizer = described(case).build(WIDTH).train()
         for step, batch in enumerate((given, vectors(40, seed=1), vectors(40, seed=2))):
-            if told:
+            if stepped:
                 quantizer.begin_step(step, 7)
             quantizer(batch)
         states.append(state(quantizer))

@@ -268,7 +268,7 @@ class TestGenerate:
             exact(method).generate(ids(1, 3), past_key_values=DynamicCache(), max_new_tokens=2)
 
 
-class TestPrice:
+class TestCost:
     """The cost model agrees with the measured cost."""
 
     @pytest.mark.parametrize(("method", "backbone"), SOME)
@@ -288,14 +288,16 @@ class TestPrice:
     @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_training(self, method: str, backbone: str):
         model, x = exact(method, backbone).train(), ids(1, 16)
-        think, prices = model.think, CostModel(model.backbone.config)
+        think, cost_model = model.think, CostModel(model.backbone.config)
         assert think is not None
         model.begin_step(0, 0)
         with torch.enable_grad():
             outputs = []
             spent = measured_flops(lambda: outputs.append(model(x, shift_labels=x)) or outputs[0].loss.backward())
         calls = think.cost_schedule(16, training=True, shares=shares(outputs[0].passes, think.slots_per_token))
-        assert spent == pytest.approx(prices.training(CostSchedule(tuple(calls), head_rows=16, tokens=16)), rel=0.02)
+        assert spent == pytest.approx(
+            cost_model.training(CostSchedule(tuple(calls), head_rows=16, tokens=16)), rel=0.02
+        )
 
     @pytest.mark.parametrize(("method", "backbone"), PAIRS)
     def test_cache_bytes(self, method: str, backbone: str):

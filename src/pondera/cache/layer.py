@@ -139,7 +139,7 @@ class KVLayer(CacheLayerMixin):
 
     Attributes:
         seen: the number of tokens seen, including padding and evicted tokens.
-        record_past: new tokens may be draft tokens, so nothing is evicted before `crop` rolls some of them back or none.
+        record_past: new tokens may be draft tokens, so nothing is evicted before `crop`.
         hold: further passes of the same tokens follow, so nothing is evicted before `release`.
         positions: position id of each slot; `None` if positions follow from the index of a slot; see `slots_per_token`.
         slots_per_token: the number of consecutive slots with the same position.
