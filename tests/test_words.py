@@ -81,7 +81,6 @@ ALLOWED: dict[str, int] = {
     "docs/results/elastic.md": 1,
     "docs/results/long-context.md": 1,
     "docs/support.md": 3,
-    "src/pondera/cache": 48,
     "src/pondera/comparison": 6,
     "src/pondera/evaluation": 26,
     "src/pondera/methods/chunk": 17,

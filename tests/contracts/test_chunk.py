@@ -1,7 +1,7 @@
-"""The contract of `chunk/`: every method file that the index finds must pass, on every backbone it fits.
+"""The contract tests of the seam `chunk`, for every method in the index and every backbone that it supports.
 
-Cached = uncached, padded = alone, in pieces = whole, no future leak, saved = loaded, generate in all its modes,
-cost = what runs.
+Logits are equal with and without a cache, with and without padding, and in pieces. A token does not depend on later ones.
+A loaded model equals the saved one, `generate` works in all its modes, and the cost model agrees with the measured cost.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from pondera.evaluation.cost_report import cost_report
 FORMS = forms("chunk")
 METHODS = sorted(FORMS)
 MAPPED = [backbone for backbone in BACKBONES if backbone not in LINEAR]
-# A form of a method differs from the others in ways that backbones know nothing of.
+# Further forms of a method do not depend on the backbone, so two backbones are sufficient for them.
 PAIRS = [(method, backbone) for method in METHODS for backbone in (MAPPED if "-" not in method else ["llama", "gpt2"])]
 FEW = [(method, backbone) for method, backbone in PAIRS if backbone in ("llama", "gemma3")]
-# Its calls are the same on all backbones, whose prices are tested by themselves (tests/ground/test_cost.py).
+# The cost schedule of a method is the same on all backbones; tests/unit/cost tests the cost of each backbone.
 SOME = [(method, backbone) for method, backbone in PAIRS if backbone in ("llama", "gemma3", "gpt2", "qwen3_mixed")]
 
 
 @copies
 def build(segment: str | None, backbone: str = "llama", **config) -> AdaptiveLM:
-    """A model whose codebooks have seen a batch, and whose parts all move what comes out."""
+    """A model with initialized codebooks and weights so large that every part changes the logits."""
     torch.manual_seed(0)
     model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), chunk=segment, **config))
     if model.chunk is not None:
@@ -101,7 +101,7 @@ def test_padded_decoding_equals_each_row_alone(method: str, backbone: str):
     rows = [ids(1, n, seed=n)[0] for n in (13, 8, 6, 11)]
     x, mask = left_padded(rows)
     cache, pieces, seen = model.new_cache(), [], 0
-    for size in (6, 1, 1, 1, 3, 1):  # texts complete their chunks at different times
+    for size in (6, 1, 1, 1, 3, 1):  # sequences complete their chunks at different times
         piece, seen = x[:, seen : seen + size], seen + size
         pieces.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
     for row, logits in zip(rows, torch.cat(pieces, 1), strict=True):
@@ -159,7 +159,7 @@ def test_saved_equals_loaded(method: str, backbone: str, tmp_path):
 
     model, x = made(method, backbone), ids(1, 9)
     model.save_pretrained(tmp_path)
-    # A copy, because what lies in a file as it was mapped is aligned otherwise, and on some processors multiplied otherwise.
+    # A copy: memory-mapped weights have another alignment, which changes matrix products on some processors.
     again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
     assert type(again) is AdaptiveLM and again.config.chunk == model.config.chunk
     assert torch.equal(again(x).logits, model(x).logits)
@@ -192,7 +192,7 @@ def test_eager_equals_sdpa(method: str):
 
 @pytest.mark.parametrize("method", METHODS)
 class TestGenerate:
-    """Hugging Face's generate, in the modes people use, against the slow definition."""
+    """Compares the modes of `generate` with full forwards and with each other."""
 
     OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
@@ -241,7 +241,7 @@ class TestGenerate:
 
 @pytest.mark.parametrize("method", METHODS)
 class TestCache:
-    """What `generate` does to a cache between calls leaves it as if the text had always been so."""
+    """After each cache operation of `generate`, logits equal those of the resulting sequence without a cache."""
 
     @pytest.mark.parametrize("count", range(1, 9))
     def test_cropping(self, method: str, count: int):
@@ -289,7 +289,7 @@ class TestCache:
         model, x = made(method), ids(4, 9)
         cache = model.new_cache()
         cache.batch_repeat_interleave(2)
-        model(x[::2, :prompt], past_key_values=cache)  # of some forms too short for a chunk
+        model(x[::2, :prompt], past_key_values=cache)  # for some forms shorter than a chunk
         cache.batch_repeat_interleave(2)
         text = torch.cat([x[[0, 0, 2, 2], :prompt], x[:, prompt:]], dim=1)
         agree(model(text[:, prompt:], past_key_values=cache).logits, model(text).logits[:, prompt:])
@@ -302,8 +302,8 @@ class TestCache:
         agree(model(x, past_key_values=cache).logits, model(x).logits)
 
 
-class TestPrice:
-    """What a method says that it runs is what it runs."""
+class TestCost:
+    """The cost model agrees with the measured cost."""
 
     @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_decoding(self, method: str, backbone: str):
@@ -318,44 +318,48 @@ class TestPrice:
     @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_forward_and_training(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 26)
-        prices = CostModel(model.backbone.config)
+        cost_model = CostModel(model.backbone.config)
         spent = measured_flops(lambda: model(x))
         calls = model.chunk.cost_schedule(26)
-        assert spent == pytest.approx(prices.forward(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02)
+        assert spent == pytest.approx(cost_model.forward(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02)
         model.train()
         with torch.enable_grad():
             spent = measured_flops(lambda: model(x, shift_labels=x).loss.backward())
         calls = model.chunk.cost_schedule(26, training=True)
-        assert spent == pytest.approx(prices.training(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02)
+        assert spent == pytest.approx(
+            cost_model.training(CostSchedule(tuple(calls), head_rows=26, tokens=26)), rel=0.02
+        )
 
     @pytest.mark.parametrize(("method", "backbone"), PAIRS)
     def test_cache_bytes(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 61)
-        cache, prices = model.new_cache(), CostModel(model.backbone.config)
+        cache, cost_model = model.new_cache(), CostModel(model.backbone.config)
         for piece in x.split(20, dim=1):
             model(piece, past_key_values=cache)
         held = cache.encoded_BWD.untyped_storage().nbytes() + cache.used_BWD.untyped_storage().nbytes()
-        assert live_cache_bytes(cache) == prices.cache_bytes(61)
-        # Views keep what they were cut from until the next call, as the newest rows of a sliding window.
+        assert live_cache_bytes(cache) == cost_model.cache_bytes(61)
+        # Views, such as the newest rows of a sliding window, keep their whole storage alive until the next call.
         rows = live_cache_bytes(cache.concepts)
         assert rows + cache.encoded_BWD.nbytes + cache.used_BWD.nbytes == model.chunk.extra_cache_bytes(61, 4)
         assert held <= cache.encoded_BWD.nbytes + cache.used_BWD.nbytes + 2 * 64 * 4 * 20
-        said = cost_report(model, 61)["kv_bytes_per_token"]
-        assert said == pytest.approx((prices.cache_bytes(61) + model.chunk.extra_cache_bytes(61, 4)) / 61)
+        bytes_per_token = cost_report(model, 61)["kv_bytes_per_token"]
+        assert bytes_per_token == pytest.approx(
+            (cost_model.cache_bytes(61) + model.chunk.extra_cache_bytes(61, 4)) / 61
+        )
 
     @pytest.mark.parametrize(("method", "backbone"), FEW)
     def test_without_effort(self, method: str, backbone: str):
         model, x = made(method, backbone), ids(1, 26)
-        said = cost_report(model, 24, budget=Effort(effort=0))
-        assert said == cost_report(build(None, backbone), 24)
+        report = cost_report(model, 24, budget=Effort(effort=0))
+        assert report == cost_report(build(None, backbone), 24)
         cache = model.new_cache()
         model(x[:, :12], past_key_values=cache, effort=0)
         spent = measured_flops(lambda: model(x[:, :1], past_key_values=cache, effort=0))
-        assert spent == pytest.approx(said["inference_flops_per_token"], rel=0.02)
+        assert spent == pytest.approx(report["inference_flops_per_token"], rel=0.02)
         for piece in (x[:, 13:23], x[:, 23:24]):
             model(piece, past_key_values=cache, effort=0)
         held = live_cache_bytes(cache) + live_cache_bytes(cache.concepts)
-        assert held == pytest.approx(24 * said["kv_bytes_per_token"])
+        assert held == pytest.approx(24 * report["kv_bytes_per_token"])
 
 
 @pytest.mark.parametrize("backbone", sorted(LINEAR))
@@ -386,6 +390,8 @@ def test_splitting_a_batch_changes_no_gradient(method: str):
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     whole, split = gradients(1), gradients(4)
-    assert set(whole) == {name for name, _ in model.named_parameters()}  # or processes that share a batch would wait
+    assert set(whole) == {
+        name for name, _ in model.named_parameters()
+    }  # otherwise processes that share a batch would wait
     for name, gradient in whole.items():
         agree(split[name], gradient, atol=1e-9, rtol=1e-9, msg=name)

@@ -1,8 +1,8 @@
-"""The contract of combinations: every thinking or chunk method with every KV-cache method, and with every head.
+"""The contract tests of combinations: every think or chunk method with every KV-cache method, and with a head.
 
-At a budget that nothing exceeds, a compressed cache equals the method's own cache: read in pieces, in a padded batch, after
-rollback and with beams. At a small budget bytes fall, and every sequence gets what it gets alone. Pairs that cannot be
-combined are refused, with the reason.
+At a budget that no sequence exceeds, logits with a compressed cache equal those with the method's own cache: in pieces, in a
+padded batch, after rollback and with beam search. At a small budget the cache has fewer bytes, and a sequence gets the same
+logits in a batch and alone. Pairs that cannot be combined raise an error with the reason.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def build(method: str, kv_cache: str | None = None, backbone: str = "llama", **m
 
 
 def own(model: AdaptiveLM) -> AdaptiveLM:
-    """The same model, whose cache keeps everything as the method keeps it."""
-    twin = copy.copy(model)
-    twin.__dict__ = {**model.__dict__, "_modules": {**model._modules, "kv_cache": None}}
-    return twin
+    """The same model with the think or chunk method's own cache, which evicts nothing."""
+    plain = copy.copy(model)
+    plain.__dict__ = {**model.__dict__, "_modules": {**model._modules, "kv_cache": None}}
+    return plain
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
@@ -149,7 +149,7 @@ def test_a_sequence_of_a_padded_batch_gets_what_it_gets_alone(method: str, kv_ca
 
 @pytest.mark.parametrize("kv_cache", TIGHT)
 @pytest.mark.parametrize("method", METHODS)
-def test_bytes_fall_and_are_priced(method: str, kv_cache: str):
+def test_bytes_fall_and_so_does_the_cost(method: str, kv_cache: str):
     model = build(method, TIGHT[kv_cache])
     x_BT, caches = ids(1, 90), []
     for each in (model, own(model)):

@@ -1,6 +1,7 @@
-"""The contract of `head/`: every method file that the index finds must pass.
+"""The contract tests of the seam `head`, for every method in the index.
 
-Rows of a batch do not meet, the loss is the cross-entropy of the logits, saved = loaded, the repr is the spec.
+Batch rows are independent, the loss is the cross-entropy of the logits, a loaded model equals the saved one, and the repr is
+the spec string.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The contract of `kv_cache/`: every method file that the index finds must pass, on every backbone family.
+"""The contract tests of the seam `kv_cache`, for every method in the index and every backbone family.
 
-A budget that nothing exceeds changes no bit; what was evicted is as if it had been masked; padded = alone; rows of a batch do
-not meet; drafts that are taken back leave no trace; beams; storage really falls.
+With a budget that no sequence exceeds, logits are bit-identical to those of the stock cache. Evicting a token equals masking
+it. Padding and other batch rows change nothing. Draft tokens that are rolled back have no effect. Beam search works. The
+storage becomes smaller.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache, Sink
 FORMS = forms("kv_cache")
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
 SMALL = sorted(name for name, declared in FORMS.items() if "tight" in declared)
-ONE_BY_ONE = [name for name in FORMS if "heads" not in name]  # of any number of layers and heads
+ONE_BY_ONE = [name for name in FORMS if "heads" not in name]  # for any number of layers and heads
 _MODELS: dict[str, torch.nn.Module] = {}
 
 
@@ -38,7 +39,7 @@ def no_grad() -> Iterator[None]:
 
 
 def model(family: str = "llama"):
-    """A transformers model, no Pondera in it; built once, as nothing here changes its weights."""
+    """A plain transformers model; built once, because no test here changes its weights."""
     if family not in _MODELS:
         config = copy.deepcopy(BACKBONES[family])
         if family == "mistral":
@@ -46,7 +47,7 @@ def model(family: str = "llama"):
         torch.manual_seed(0)
         made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
         for parameter in made.parameters():
-            parameter.mul_(1.5)  # random embeddings of std 0.02 hardly move anything; real ones do
+            parameter.mul_(1.5)  # random embeddings of std 0.02 have almost no effect on logits
         _MODELS[family] = made
     return _MODELS[family]
 
@@ -55,7 +56,7 @@ _FITTED: dict[tuple[str, int], KVCacheMethod] = {}
 
 
 def memory(text: str, lm=None) -> KVCacheMethod:
-    """Built anew; or, where it has to be fitted to a model first, fitted once and used again."""
+    """A new method; a method that needs calibration is calibrated once per model and reused."""
     made = spec.build(text, "kv_cache")
     if made.fitted or lm is None:
         return made
@@ -73,7 +74,7 @@ def small(name: str, lm=None) -> KVCacheMethod:
 
 
 def refuses(name: str, family: str) -> bool:
-    """Whether a method does not fit a family. Only those that save compute may refuse one, and only one with windows."""
+    """Whether a method does not support a family; only methods that save compute may refuse, and only sliding windows."""
     if family != "gemma3" or "exact" not in FORMS[name] or memory(FORMS[name]["exact"]).saves != "compute":
         return False
     try:
@@ -87,15 +88,15 @@ def refuses(name: str, family: str) -> bool:
 REFUSED = [(name, "gemma3") for name in ONE_BY_ONE if refuses(name, "gemma3")]
 LARGE = [(name, family) for name in FORMS for family in FAMILIES if name in ONE_BY_ONE or family in ("llama", "qwen3")]
 LARGE = [pair for pair in LARGE if pair not in REFUSED]
-# Which forget no token, but keep most of them as codes.
+# Methods that evict no token, but store most of them as codes.
 CODED = [name for name in SMALL if isinstance(small(name), SinkWindowCache)]
 SLOTS = [name for name in SMALL if name not in CODED]
-FORGETTING = [name for name in SMALL if small(name).saves == "bytes"]
+EVICTING = [name for name in SMALL if small(name).saves == "bytes"]
 COMPUTING_LESS = [name for name in SMALL if small(name).saves == "compute"]
 
 
 def feed(lm, cache, x: torch.Tensor, pieces: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits of all tokens, given piece by piece, with the positions that `generate` gives to padded rows."""
+    """Logits of all tokens, from one call per piece, with the positions of padded rows as in `generate`."""
     found, seen = [], 0
     for piece in x.split(pieces, dim=1):
         begin, seen = seen, seen + piece.shape[1]
@@ -108,7 +109,7 @@ def feed(lm, cache, x: torch.Tensor, pieces: list[int], mask: torch.Tensor | Non
 
 
 def state(cache: KVCache) -> list[torch.Tensor]:
-    """Everything that a cache holds, in the order of the text."""
+    """The state of all layers of a cache, in the order of the tokens."""
     found = []
     for layer in cache.kept:
         if isinstance(layer, SinkWindowLayer):
@@ -129,7 +130,7 @@ def state(cache: KVCache) -> list[torch.Tensor]:
 
 
 def kept(cache: KVCache, row: int = 0) -> list[list[list[int]]]:
-    """The token numbers that each head of each layer keeps exactly of a text, counted from its first token."""
+    """The indices of the tokens that each head of each layer keeps exactly; the first token after padding has index 0."""
     found = []
     for layer in cache.kept:
         if isinstance(layer, SinkWindowLayer):
@@ -206,22 +207,22 @@ def test_rows_of_a_batch_do_not_meet(name: str):
         assert kept(cache, row) == kept(alone)
 
 
-@pytest.mark.parametrize("name", FORGETTING)
-def test_what_was_forgotten_is_as_if_it_were_masked(name: str):
-    """A full cache of what is kept, decoded, whose forgotten tokens are hidden by a mask, says the same."""
+@pytest.mark.parametrize("name", EVICTING)
+def test_evicting_a_token_equals_masking_it(name: str):
+    """A full cache with the decoded slots, and a mask over the evicted tokens, gives the same logits."""
     lm, x = model(), ids(1, 13)
     cache = small(name, lm).cache(lm)
     feed(lm, cache, x[:, :12], [10, 1, 1])
     held = kept(cache) if name not in CODED else [[list(range(12))] * 2] * 3
     assert name not in CODED or max(map(len, kept(cache)[0])) < 12
     token = x[:, 12:]
-    # Slow and obvious: the same keys and values, each head's own tokens, and plain softmax attention.
+    # The reference implementation: the same keys and values, the tokens of each head, and plain softmax attention.
     expected = _masked(lm, cache, held, token)
     torch.testing.assert_close(lm(token, past_key_values=cache).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 def _masked(lm, cache: KVCache, held: list[list[list[int]]], token: torch.Tensor) -> torch.Tensor:
-    """Logits of a token after the slots of a cache, each put back where its token stood, with the others masked."""
+    """Logits of a token with a stock cache that has the kept slots at their tokens' places, and a mask over the others."""
     seen = cache.get_seq_length()
     stock = DynamicCache(config=lm.config)
     allowed = []
@@ -262,7 +263,7 @@ def _masked(lm, cache: KVCache, held: list[list[list[int]]], token: torch.Tensor
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_drafts_that_are_taken_back_leave_no_trace(name: str):
+def test_draft_tokens_that_are_rolled_back_have_no_effect(name: str):
     lm, x = model(), ids(2, 20)
     cache = small(name, lm).cache(lm)
     cache.activate_past_recording()
@@ -275,7 +276,7 @@ def test_drafts_that_are_taken_back_leave_no_trace(name: str):
     cache.crop(-4)
     assert cache.get_seq_length() == 13
     assert all(torch.equal(a, b) for a, b in zip(state(cache), before, strict=True))
-    # And drafts that stay are as if they had come one by one.
+    # Draft tokens that stay equal tokens from single calls.
     feed(lm, cache, x[:, 13:17], [4])
     cache.crop(-2)
     assert cache.get_seq_length() == 15 and all(max(map(max, layer)) == 14 for layer in kept(cache))
@@ -300,25 +301,25 @@ def test_beams_and_several_sequences(name: str):
     assert torch.equal(lm.generate(x, **kwargs, past_key_values=large(name, lm).cache(lm)), expected)
 
 
-@pytest.mark.parametrize("name", FORGETTING)
+@pytest.mark.parametrize("name", EVICTING)
 def test_storage_really_falls(name: str):
     lm, x = model(), ids(2, 60)
     full, cache = large("PreallocatedCache").cache(lm), small(name, lm).cache(lm)
     feed(lm, full, x, [60])
     feed(lm, cache, x, [50] + [1] * 10)
     if "share" not in name:
-        most = 18 if getattr(small(name), "prefill_only", False) else 8  # with the 10 that came after the prompt
+        most = 18 if getattr(small(name), "prefill_only", False) else 8  # including the 10 tokens after the prompt
         assert all(sum(map(len, layer)) <= most * len(layer) for layer in kept(cache))
-        if isinstance(small(name), BudgetedPolicy):  # elsewhere one head may have what another leaves
+        if isinstance(small(name), BudgetedPolicy):  # in other methods heads share a budget
             assert all(len(head) <= most for layer in kept(cache) for head in layer)
-    # A slot also holds its position and notes, and room for 16 more is spare.
+    # A slot also contains its position and notes, and storage for 16 more slots is unused.
     assert cache.nbytes() < (0.75 if "share" in name else 0.5) * full.nbytes()
     assert cache.get_seq_length() == 60
 
 
 @pytest.mark.parametrize("name", COMPUTING_LESS)
 def test_work_really_falls(name: str):
-    """What keeps everything for the sake of compute runs less of a prompt in its layers; all that it holds is counted."""
+    """A method that saves compute runs fewer prompt tokens in its layers, and `nbytes` counts its whole state."""
     lm, x, rows = model(), ids(2, 60), 0
 
     def count(_, args: tuple, __) -> None:
@@ -338,7 +339,7 @@ def test_work_really_falls(name: str):
 
 
 def state_storage(cache: KVCache) -> list[torch.Tensor]:
-    """Every tensor in what the layers say they hold."""
+    """All tensors in the declared state of the layers."""
     return [part for layer in cache.kept for name in layer.holds for part in _tensors(getattr(layer, name))]
 
 
@@ -402,12 +403,12 @@ def test_a_cache_left_half_filled_is_refused(name: str):
     lm(x, past_key_values=cache)
 
 
-@pytest.mark.parametrize("name", FORGETTING)
+@pytest.mark.parametrize("name", EVICTING)
 def test_misuse_is_refused_in_words(name: str):
     lm, x = model(), ids(1, 30)
     cache = small(name, lm).cache(lm)
     lm(x, past_key_values=cache)
-    if name != "VQKV":  # codes of single tokens can be cut off; see tests/memory/test_vqkv.py
+    if name != "VQKV":  # a rollback can remove codes of single tokens; see tests/unit/kv_cache/test_vqkv.py
         with pytest.raises(UserError, match="activate_past_recording"):
             cache.crop(-3 if name != "KIVI" else -6)
     with pytest.raises(UserError, match="negative"):
@@ -471,15 +472,15 @@ def test_what_is_no_cache_of_this_memory_and_model_is_refused(tmp_path: Path):
     cache = memory.cache(lm)
     feed(lm, cache, ids(1, 12), [12])
     file = cache.save(tmp_path / "read.safetensors")
-    with pytest.raises(UserError, match="holds a cache of H2O"):
+    with pytest.raises(UserError, match="contains a cache of H2O"):
         small("StreamingLLM").load_cache(lm, file)
     with pytest.raises(UserError, match="no such file"):
         memory.load_cache(lm, tmp_path / "none.safetensors")
     (tmp_path / "text").write_text("not a cache")
-    with pytest.raises(UserError, match="no cache that was saved"):
+    with pytest.raises(UserError, match="not a saved cache"):
         memory.load_cache(lm, tmp_path / "text")
     with pytest.raises(UserError, match="another kind of model"):
         memory.load_cache(model("gemma3"), file)
     cache.activate_past_recording()
-    with pytest.raises(UserError, match="holds drafts"):
+    with pytest.raises(UserError, match="contains draft tokens"):
         cache.save(file)

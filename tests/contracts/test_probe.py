@@ -1,4 +1,4 @@
-"""The contract of `probe/`: every probe that the index finds tells of a model in plain data, and leaves it as it was."""
+"""The contract tests of probes: every probe in the index returns plain data about a model and does not change the model."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ TEXT = "The quick\x1b[2J brown fox.\n\tIt jumps over naïve 東京 🦊 dogs, la
 
 
 OF_CONCEPTS = {"Collapse", "Concepts"}
-"""Probes that look at models with codebooks; the others look at models that think."""
+"""Probes of models with codebooks; the others are probes of models with a think method."""
 
 
 @pytest.fixture(scope="module")
 def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
-    """A model that thinks, and one with concepts."""
+    """A model with a think method, and one with concepts."""
     folder = tmp_path_factory.mktemp("probe")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PONDERA_METHODS", str(halting_reference.write_method(folder / "methods")))
@@ -34,7 +34,7 @@ def subjects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Loaded]:
 
 @pytest.fixture
 def loaded(subjects: dict[str, Loaded], request: pytest.FixtureRequest) -> Loaded:
-    """What fits the probe of the test."""
+    """The model that the probe of the test supports."""
     return subjects["concept" if request.node.callspec.params.get("name") in OF_CONCEPTS else "halting"]
 
 
@@ -44,14 +44,14 @@ def probe(name: str) -> Probe:
 
 def test_there_are_probes():
     assert PROBES and all(isinstance(probe(name), Probe) for name in PROBES)
-    assert not set(PROBES) & set(spec.index()), "no run is made of probes"
+    assert not set(PROBES) & set(spec.index()), "a probe must not be a method of a run"
 
 
 @pytest.mark.parametrize("name", PROBES)
 def test_what_it_finds_survives_json(name: str, loaded: Loaded):
     found = probe(name).run(loaded.model, loaded.tokenizer, TEXT)
     assert found and json.loads(json.dumps(found, allow_nan=False)) == found
-    assert probe(name).run(loaded.model, loaded.tokenizer, TEXT) == found, "the same is found twice"
+    assert probe(name).run(loaded.model, loaded.tokenizer, TEXT) == found, "a second run must give the same result"
 
 
 @pytest.mark.parametrize("think", sorted(spec.index(("think",))))

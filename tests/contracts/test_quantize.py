@@ -1,6 +1,7 @@
-"""The contract of `quantize/`: every method file that the index finds must pass, in every form that runs differently.
+"""The contract tests of quantizers, for every quantizer in the index and all its forms.
 
-Encoded = quantized, decoded = quantized, masked = left out, folded = learned, saved = loaded, split = whole, packed = codes.
+Encoding and decoding agree with quantizing. Masked vectors have no effect. Folded and loaded quantizers equal the original.
+Splitting a batch changes nothing, and packing codes is invertible.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def described(case: str) -> Quantizer:
 
 @copies
 def built(case: str, seed: int = 0) -> Quantizer:
-    """A quantizer that has seen three steps of training, and is in training mode."""
+    """A quantizer in training mode after three training steps."""
     torch.manual_seed(seed)
     quantizer = described(case).build(WIDTH).train()
     for step in range(3):
@@ -50,7 +51,7 @@ def built(case: str, seed: int = 0) -> Quantizer:
 
 
 def most(quantizer: Quantizer) -> int:
-    """Codes of the largest codebook."""
+    """The number of codes of the largest codebook."""
     return max(quantizer.sizes.flatten().tolist(), default=0)
 
 
@@ -65,7 +66,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor], **tolerance: float) -> None
 
 
 def shown(found: Quantized) -> dict[str, Tensor]:
-    """What two calls must agree on."""
+    """The fields of a result that must agree between two calls."""
     sums = {name: torch.as_tensor(term.sum.detach()) for name, term in found.terms.items()}
     counts = {f"num_{name}": torch.as_tensor(float(term.count)) for name, term in found.terms.items()}
     return {"out": found.out.detach(), "codes": found.codes} | sums | counts
@@ -120,7 +121,7 @@ def test_how_vectors_lie_in_memory_changes_nothing(case: str):
 
 
 class TestMask:
-    """What is masked is as if it were not there."""
+    """Masked vectors have no effect."""
 
     @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
     @pytest.mark.parametrize("case", CASES)
@@ -135,7 +136,7 @@ class TestMask:
         for one in (quantizer, alone):
             one.begin_step(9, 0)
         same(state(quantizer), state(alone))
-        if quantizer.levels:  # it is codes that say what was masked
+        if quantizer.levels:  # statistics leave out vectors with the code ABSENT
             assert found.health == expected.health
 
     @pytest.mark.parametrize("case", CASES)
@@ -166,7 +167,7 @@ class TestMask:
 
 
 class TestLevels:
-    """The first levels alone are a coarser code."""
+    """The codes of the first levels are a coarser code."""
 
     @pytest.mark.parametrize("case", CODED)
     def test_a_prefix(self, case: str):
@@ -197,10 +198,10 @@ class TestLevels:
 
 
 class TestSoftDecode:
-    """Scores in place of codes, where there is a table of them."""
+    """Decoding of scores in place of codes, for quantizers with a table."""
 
     def tabled(self, case: str) -> Quantizer:
-        """A quantizer with a table; without one it refuses scores, and there is nothing else to test."""
+        """A quantizer with a table; for one without, tests that it refuses scores, and skips the rest."""
         quantizer = built(case).eval()
         if quantizer.table() is None:
             name = case.partition("(")[0]
@@ -254,7 +255,7 @@ class TestSoftDecode:
 
 
 class TestFold:
-    """What learned becomes plain tables."""
+    """Folding replaces trained parameters by plain tables."""
 
     @pytest.mark.parametrize("case", CASES)
     def test_it_is_exact_and_learns_nothing(self, case: str):
@@ -297,7 +298,7 @@ def test_packed_codes_take_the_bytes_it_says(case: str):
 
 
 class TestState:
-    """What a checkpoint holds is all there is."""
+    """A checkpoint contains the whole state."""
 
     @pytest.mark.parametrize("case", CASES)
     def test_saved_and_loaded_it_goes_on_alike(self, case: str):
@@ -328,7 +329,7 @@ class TestState:
         same(before, state(quantizer))
 
     @pytest.mark.parametrize("case", CASES)
-    def test_processes_that_are_told_the_same_do_the_same(self, case: str):
+    def test_processes_with_equal_steps_and_vectors_agree(self, case: str):
         a, b = built(case), built(case)
         for step in range(3, 9):
             for one in (a, b):
@@ -346,7 +347,7 @@ def test_splitting_a_batch_changes_nothing(case: str):
     assert torch.equal(torch.cat([part["codes"] for part in parts]), expected["codes"])
     for name in set(expected) - {"out", "codes"}:
         torch.testing.assert_close(torch.stack([part[name] for part in parts]).sum(0), expected[name], msg=name)
-    if case not in RESPAWN:  # which vectors are drawn for dead codes depends on the parts
+    if case not in RESPAWN:  # the vectors that replace dead codes depend on the parts
         for one in (whole, split):
             one.begin_step(201, 0)
         same(state(whole), state(split), atol=1e-5, rtol=1e-5)
@@ -362,7 +363,7 @@ def test_16_bit_vectors(case: str):
 
 
 class TestGradient:
-    """What reaches the input through the output."""
+    """The gradient of the input from the output."""
 
     @pytest.mark.parametrize("case", CASES)
     def test_straight_through_none_or_its_own(self, case: str):
@@ -382,7 +383,7 @@ class TestGradient:
 
     @pytest.mark.parametrize("case", CASES)
     def test_weights_all_get_one_where_the_loss_is_trained(self, case: str):
-        """Processes that average gradients wait for those of every weight."""
+        """Distributed training waits for the gradient of every weight."""
         quantizer = built(case)
         for step in range(3, 7):
             quantizer.begin_step(step, 0)
@@ -393,7 +394,7 @@ class TestGradient:
 
 
 class TestWarmUp:
-    """Until the step that starts it, vectors pass; so they do until codes have been made from some."""
+    """Vectors pass unchanged until the start step, and until data has initialized the codebooks."""
 
     @pytest.mark.parametrize(
         "case",
@@ -429,7 +430,7 @@ class TestWarmUp:
 
 
 class TestDescription:
-    """A quantizer is described first, then built for a width."""
+    """A quantizer is a description until `build` creates it for a width."""
 
     @pytest.mark.parametrize("case", CASES)
     def test_it_reads_as_its_spec(self, case: str):
@@ -468,16 +469,16 @@ class TestDescription:
         assert quantizer.paper and quantizer.cost
 
 
-# Vectors that hold inf or nan
+# Vectors that contain inf or nan
 
 BROKEN = [float("nan"), float("inf"), -float("inf")]
 
 
-@pytest.mark.parametrize("told", [True, False], ids=["begin_step", "alone"])
+@pytest.mark.parametrize("stepped", [True, False], ids=["begin_step", "alone"])
 @pytest.mark.parametrize("broken", BROKEN, ids=str)
 @pytest.mark.parametrize("case", CODED)
-def test_a_broken_vector_is_left_out_of_all_statistics(case: str, broken: float, told: bool):
-    """The state after a batch with such a vector is the state after the same batch without it, from the first batch on."""
+def test_a_broken_vector_is_left_out_of_all_statistics(case: str, broken: float, stepped: bool):
+    """From the first batch on, the state after a batch with such a vector equals the state after a batch without it."""
     x = vectors(2, 40)
     x[0, 3, 2], x[1, 5, 0] = broken, broken
     states = []
@@ -485,7 +486,7 @@ def test_a_broken_vector_is_left_out_of_all_statistics(case: str, broken: float,
         torch.manual_seed(0)
         quantizer = described(case).build(WIDTH).train()
         for step, batch in enumerate((given, vectors(40, seed=1), vectors(40, seed=2))):
-            if told:
+            if stepped:
                 quantizer.begin_step(step, 7)
             quantizer(batch)
         states.append(state(quantizer))

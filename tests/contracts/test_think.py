@@ -1,7 +1,7 @@
-"""The contract of `think/`: every method file that the index finds must pass, on every backbone it fits.
+"""The contract tests of the seam `think`, for every method in the index and every backbone that it supports.
 
-Cached = uncached, padded = alone, chunked = whole, no future leak, saved = loaded, generate in all its modes,
-cost = what runs.
+Logits are equal with and without a cache, with and without padding, and in pieces. A token does not depend on later ones.
+A loaded model equals the saved one, `generate` works in all its modes, and the cost model agrees with the measured cost.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def build(think: str | None, backbone: str = "llama", seed: int = 0, **config) -
     torch.manual_seed(seed)
     model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES[backbone]), think=think, **config)).eval()
     with torch.no_grad():
-        # Random embeddings of std 0.02 hardly move anything; real ones do.
+        # Random embeddings of std 0.02 have almost no effect on logits.
         for parameter in model.backbone.parameters():
             parameter.mul_(1.5)
-        # What routes says the same for every token at first; here tokens are to differ.
+        # An untrained router decides the same for every token; random weights make tokens differ.
         if model.think is not None:
             for parameter in model.think.parameters():
                 parameter.normal_(std=0.3)
@@ -46,7 +46,7 @@ def exact(method: str, backbone: str = "llama") -> AdaptiveLM:
 
 
 def fits(method: str, backbone: str) -> bool:
-    """Whether a method runs on a backbone: it may refuse linear attention if its slots are not in causal order."""
+    """Whether a method supports a backbone; it may refuse linear attention if its slots are not in causal order."""
     text = FORMS[method].get("exact")
     if backbone not in LINEAR or text is None or spec.build(text, "think").interleaved:
         return True
@@ -62,9 +62,10 @@ MISFITS = [(method, backbone) for method in METHODS for backbone in sorted(LINEA
 PAIRS = [(method, backbone) for method in METHODS for backbone in BACKBONES if (method, backbone) not in MISFITS]
 FEW = [(method, backbone) for method in METHODS for backbone in ("llama", "gemma3", "gpt2")]
 TURNS = [(method, OTHERS[turn % len(OTHERS)]) for turn, method in enumerate(METHODS)]
-# What is a product of two parts, or costs most to look at: the methods' calls are the same on all backbones, whose costs
-# are tested by themselves, as are their packed rows. So each method meets the plainest backbone, the one with most
-# peculiarities, the one that shares least with either, the linear layers that it fits, and one more, in turn.
+# Pairs for slow tests and for tests of cost. The cost schedule of a method is the same on all backbones, and other tests
+# cover the cost and the packed rows of each backbone. So each method runs on the simplest backbone (llama), on the one with
+# most special features (gemma3), on the one that differs most from both (gpt2), on supported linear attention, and on one
+# more in turn.
 SOME = [pair for pair in PAIRS if pair in FEW or pair in TURNS or pair[1] in LINEAR]
 
 
@@ -79,7 +80,7 @@ def agree(a: torch.Tensor, b: torch.Tensor, **options) -> None:
 
 
 def shares(passes_BT: torch.Tensor, most: int) -> list[float]:
-    """The share of tokens that took each pass."""
+    """The share of tokens that ran each pass."""
     return [float((passes_BT >= number).double().mean()) for number in range(1, most + 1)]
 
 
@@ -135,7 +136,7 @@ def test_the_future_does_not_leak(method: str, backbone: str):
     changed = x.clone()
     changed[0, 6] = (changed[0, 6] + 1) % VOCAB
     before, after = model(x).logits, model(changed).logits
-    # Packed rows are multiplied in other company when the future decides otherwise, which rounds differently.
+    # If later tokens halt differently, packed rows run in other matrix products, which round differently.
     tolerance = 1e-5 if method in ADAPTIVE else 0
     torch.testing.assert_close(before[:, :6], after[:, :6], atol=tolerance, rtol=tolerance)
     assert not torch.equal(before[:, 6], after[:, 6])
@@ -167,7 +168,7 @@ def test_saved_equals_loaded(method: str, backbone: str, tmp_path):
 
     model, x = exact(method, backbone), ids(1, 7)
     model.save_pretrained(tmp_path)
-    # A copy, because what lies in a file as it was mapped is aligned otherwise, and on some processors multiplied otherwise.
+    # A copy: memory-mapped weights have another alignment, which changes matrix products on some processors.
     again = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path).eval())
     assert type(again) is AdaptiveLM and again.config.think == model.config.think
     assert torch.equal(again(x).logits, model(x).logits)
@@ -186,7 +187,7 @@ def test_shortest_inputs(method: str, backbone: str, length: int):
 def test_bf16_runs_and_agrees_loosely(method: str, backbone: str):
     model, x = exact(method, backbone), ids(2, 8)
     fine, coarse = model(x), model.to(torch.bfloat16)(x)
-    # Rounding may let a token go on or halt that was about to do the other; from there on they compute something else.
+    # Rounding may change whether a token halts; the logits of this token and of later ones then differ.
     alike_BT = (fine.passes == coarse.passes).cumprod(-1).bool()
     assert alike_BT.double().mean() > 0.5
     off_BTV = (fine.logits - coarse.logits.float())[alike_BT]
@@ -204,7 +205,7 @@ def test_eager_equals_sdpa(method: str):
 
 @pytest.mark.parametrize("method", METHODS)
 class TestGenerate:
-    """Hugging Face's generate, in the modes people use, against the slow definition."""
+    """Compares the modes of `generate` with full forwards and with each other."""
 
     def test_greedy_is_argmax_of_full_forwards(self, method: str):
         model, x = exact(method), ids(1, 5)
@@ -267,8 +268,8 @@ class TestGenerate:
             exact(method).generate(ids(1, 3), past_key_values=DynamicCache(), max_new_tokens=2)
 
 
-class TestPrice:
-    """What a method says that it runs is what it runs."""
+class TestCost:
+    """The cost model agrees with the measured cost."""
 
     @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_decoding(self, method: str, backbone: str):
@@ -279,7 +280,7 @@ class TestPrice:
         spent = measured_flops(lambda: [model(x[:, t : t + 1], past_key_values=cache) for t in range(4, 8)])
         measured = shares(cache.passes_BT[:, 4:], think.slots_per_token)
         calls = [call for t in range(4, 8) for call in think.cost_schedule(1, context=t, shares=measured)]
-        # Where tokens differ, the cached ones are priced as the mean of the new ones, which they are not to the digit.
+        # For adaptive methods, the cost schedule assumes for cached tokens the mean passes of new ones: an approximation.
         tolerance = 0.03 if think.adaptive else 0.02
         expected = CostModel(model.backbone.config).forward(CostSchedule(tuple(calls), head_rows=4, tokens=4))
         assert spent == pytest.approx(expected, rel=tolerance)
@@ -287,14 +288,16 @@ class TestPrice:
     @pytest.mark.parametrize(("method", "backbone"), SOME)
     def test_training(self, method: str, backbone: str):
         model, x = exact(method, backbone).train(), ids(1, 16)
-        think, prices = model.think, CostModel(model.backbone.config)
+        think, cost_model = model.think, CostModel(model.backbone.config)
         assert think is not None
         model.begin_step(0, 0)
         with torch.enable_grad():
             outputs = []
             spent = measured_flops(lambda: outputs.append(model(x, shift_labels=x)) or outputs[0].loss.backward())
         calls = think.cost_schedule(16, training=True, shares=shares(outputs[0].passes, think.slots_per_token))
-        assert spent == pytest.approx(prices.training(CostSchedule(tuple(calls), head_rows=16, tokens=16)), rel=0.02)
+        assert spent == pytest.approx(
+            cost_model.training(CostSchedule(tuple(calls), head_rows=16, tokens=16)), rel=0.02
+        )
 
     @pytest.mark.parametrize(("method", "backbone"), PAIRS)
     def test_cache_bytes(self, method: str, backbone: str):
@@ -325,7 +328,7 @@ class TestPrice:
     ("method", "backbone"), [pair for pair in SOME if pair[0] in ADAPTIVE and pair[1] not in LINEAR]
 )
 class TestPacked:
-    """Running only the rows that go on computes what running all of them and masking does."""
+    """Running only the active tokens equals running all of them with a mask."""
 
     def test_tokens_do_differ(self, method: str, backbone: str):
         assert len(exact(method, backbone)(ids(3, 16)).passes.unique()) > 1
@@ -371,7 +374,7 @@ class TestPacked:
 
 @pytest.mark.parametrize("method", METHODS)
 class TestBudget:
-    """One knob for every method."""
+    """The effort and pass limits of every method."""
 
     def test_no_effort_is_one_pass(self, method: str):
         model, x = exact(method), ids(2, 8)

@@ -1,4 +1,4 @@
-"""Tiny configs of every architecture that the tests run on: 2-4 layers, width 64, vocabulary 97."""
+"""Tiny configs of all tested architectures: 3 to 6 layers, width 64, vocabulary 97."""
 
 from __future__ import annotations
 
@@ -58,12 +58,12 @@ LINEAR = {"qwen3_next"}
 
 
 def ids(batch: int, tokens: int, seed: int = 1) -> torch.Tensor:
-    """Random token ids ``[batch, tokens]``, the same every time."""
+    """Random token ids ``[batch, tokens]``, determined by the seed."""
     return torch.randint(VOCAB, (batch, tokens), generator=torch.Generator().manual_seed(seed))
 
 
 def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Texts of several lengths as a batch, padded on the left; tokens and mask, ``[batch, tokens]`` each."""
+    """Pads sequences of different lengths on the left; returns tokens and mask, ``[batch, tokens]`` each."""
     width = max(len(row) for row in rows)
     tokens = torch.stack([torch.cat([row.new_zeros(width - len(row)), row]) for row in rows])
     return tokens, torch.stack([torch.arange(width) >= width - len(row) for row in rows]).long()

@@ -1,4 +1,4 @@
-"""The forms in which methods are tested, as each method's file declares them in its class attribute `examples`."""
+"""The test forms of methods, from the class attribute `examples` of each method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pondera.core import spec
 def forms(seam: str) -> dict[str, dict[str, str]]:
     """Spec strings by case and kind: ``{"H2O": {"exact": ..., "tight": ...}, "H2O-share": {...}}``.
 
-    A case is a method, or a method and the name of a further form. A method of ``PONDERA_METHODS`` is one like any other.
+    A case is a method, or a method and the name of a further form. Methods of ``PONDERA_METHODS`` are included.
     """
     found: dict[str, dict[str, str]] = {}
     for method in spec.index((seam,)).values():
@@ -22,7 +22,7 @@ def forms(seam: str) -> dict[str, dict[str, str]]:
 
 
 def form(declared: dict[str, dict[str, str]], case: str, kind: str) -> str:
-    """The spec string of a case; skips the test where the method declares none of this kind."""
+    """The spec string of a case; skips the test if the method declares no form of this kind."""
     if kind not in declared[case]:
         pytest.skip(f"{case} declares no {kind} form")
     return declared[case][kind]

@@ -1,4 +1,4 @@
-"""Models that are built once and copied for every test: building one takes several times as long as copying it."""
+"""A cache of built models: a test gets a copy, because copying a model is several times faster than building it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ M = TypeVar("M")
 
 
 def copies(build: Callable[P, M]) -> Callable[P, M]:
-    """Builds once for the same arguments, then hands out copies: what a test does to its model reaches no other.
+    """Calls `build` once per arguments and returns copies of the result, so that tests cannot change each other's models.
 
-    The random state is left as building leaves it, so that what a test draws next does not depend on who came first. A test
-    of building itself, or one that changes how models are built, builds its own.
+    Each call sets the random state to the state after building, so that the random numbers of a test do not depend on the
+    order of tests. Tests of building, and tests that change how models are built, must not use this.
     """
     made: dict[str, tuple[Any, torch.Tensor]] = {}
 

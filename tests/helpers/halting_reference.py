@@ -1,4 +1,4 @@
-"""A thinking method whose depth varies and that records all it may: what traces, probes and reports are tested on."""
+"""A think method with a varying number of passes and complete traces, for tests of traces, probes and reports."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pondera.methods.think.common.interleave import interleaved_cache
 
 
 class Halting(Think):
-    """Feeds the state back once, except at every third token, which halts after its first pass."""
+    """Runs two passes per token, except for every third token, which halts after its first pass."""
 
-    paper, cost = "none: for tests", "5/3 passes"
+    paper, cost = "no paper, for tests", "5/3 passes"
 
     def new_cache(self, backbone, kv_cache=None):
         return interleaved_cache(backbone, 1, kv_cache)
@@ -35,7 +35,7 @@ class Halting(Think):
 
 
 def write_method(folder: Path) -> Path:
-    """The folder to name in PONDERA_METHODS."""
+    """Writes the method into a folder; returns the folder, for PONDERA_METHODS."""
     (folder / "think").mkdir(parents=True)
     (folder / "think" / "halting.py").write_text(METHOD)
     return folder

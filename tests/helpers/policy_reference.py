@@ -1,4 +1,4 @@
-"""What the tests of memories share: a small model, the weights that its layers gave, kept sets by plain loops."""
+"""Helpers of tests of KV-cache policies: a small model, its attention weights, and a reference implementation of top-k."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _MODELS: dict[tuple[int, str, float], Any] = {}
 
 
 def model(layers: int = 2, family: str = "llama", larger: float = 2) -> Any:
-    """A model, by default with two KV heads for four query heads, whose weights are large enough to look at something.
+    """A model, by default with two KV heads for four query heads, and weights so large that attention is not uniform.
 
-    Where its family has sliding windows, the second layer has one.
+    If its family has sliding windows, the second layer has one.
     """
     if (layers, family, larger) not in _MODELS:
         config = {**BACKBONES[family], "num_hidden_layers": layers}
@@ -35,7 +35,7 @@ def model(layers: int = 2, family: str = "llama", larger: float = 2) -> Any:
 
 
 class Watch(Policy):
-    """Forgets nothing and notes what it is shown: the weights that a policy sees at the first call of each layer."""
+    """A policy that evicts nothing and stores its first observation of each layer."""
 
     paper = cost = "a test's"
     observation_window = ALL
@@ -49,14 +49,14 @@ class Watch(Policy):
 
 
 def weights(x_BT: torch.Tensor, layers: int = 2) -> list[list[list[list[list[float]]]]]:
-    """By layer, KV head, query head in it, query and key: the weights of one text in one call."""
+    """Attention weights of one sequence in one call, by layer, KV head, query head of the group, query and key."""
     watch, lm = Watch(), model(layers)
     lm(x_BT, past_key_values=watch.cache(lm))
     return [watch.seen[layer].weight_BGRTS[0].tolist() for layer in range(layers)]
 
 
 def run(memory: KVCacheMethod, x_BT: torch.Tensor, pieces: list[int], layers: int = 2) -> KVCache:
-    """Feeds the tokens of a text that these pieces take, piece by piece."""
+    """Runs the first tokens of a sequence with a cache, in pieces of these sizes; returns the cache."""
     lm = model(layers)
     cache = memory.cache(lm)
     for piece in x_BT[:, : sum(pieces)].split(pieces, dim=1):
@@ -65,7 +65,7 @@ def run(memory: KVCacheMethod, x_BT: torch.Tensor, pieces: list[int], layers: in
 
 
 def kept(cache: KVCache) -> list[list[list[int]]]:
-    """By layer and head: the tokens of the first text that are kept."""
+    """The kept tokens of the first batch row, by layer and head."""
     found = []
     for layer in cache.kept:
         assert isinstance(layer, KVStoreLayer)
@@ -75,6 +75,6 @@ def kept(cache: KVCache) -> list[list[list[int]]]:
 
 
 def best(score: list[float], count: int, always: set[int]) -> list[int]:
-    """The tokens of the highest scores beside those that are kept in any case; of equals the newer."""
+    """Reference implementation of top-k: the tokens in `always` and those with the highest scores; newer ones first in ties."""
     others = sorted((t for t in range(len(score)) if t not in always), key=lambda t: (score[t], t), reverse=True)
     return sorted(always | set(others[: count - len(always)]))

@@ -1,4 +1,4 @@
-"""Model folders to load: one tiny tokenizer, and untrained models that have it."""
+"""Writes model folders for tests: untrained models with one tiny tokenizer."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ POSITIONS = 96
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """280 tokens, all bytes among them; an emoji takes several."""
+    """A tokenizer with 280 tokens, including all bytes; an emoji takes several tokens."""
     from pondera.data.tokenizer import train_tokenizer
 
     return train_tokenizer(["The quick brown fox jumps over the lazy dog. " * 8], 280)
 
 
 def save(folder: Path, name: str = "plain") -> Path:
-    """Writes the model of that name, with the tokenizer."""
+    """Writes the model of this name and the tokenizer into a folder; returns the folder."""
     import torch
 
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -41,7 +41,7 @@ def save(folder: Path, name: str = "plain") -> Path:
     chosen = {"chunk": SEGMENTS[name]} if name in SEGMENTS else {"think": THINKS[name]}
     config = AdaptiveConfig(backbone={"model_type": "llama", **sizes, **words}, **chosen)
     model = AdaptiveLM(config)
-    if name in SEGMENTS:  # codebooks begin with the first batch of training
+    if name in SEGMENTS:  # the first training batch initializes the codebooks
         ids = torch.randint(280, (4, 64), generator=torch.Generator().manual_seed(0))
         model.train()(ids, labels=ids)
     model.save_pretrained(folder)
@@ -50,7 +50,7 @@ def save(folder: Path, name: str = "plain") -> Path:
 
 
 def checkpoint(folder: Path, config: dict[str, Any] | None = None, generation: dict[str, Any] | None = None) -> Path:
-    """Writes a model as transformers does, with more fields in its two config files."""
+    """Writes a transformers model without Pondera, with additional fields in its two config files."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 

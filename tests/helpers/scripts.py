@@ -1,4 +1,4 @@
-"""Scripts that are no part of the package, as modules."""
+"""Imports scripts of the repository that are not part of the package."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ ROOT = Path(__file__).parents[2]
 
 
 def load(name: str, folder: str = ".") -> ModuleType:
-    """A module of the repository that is not part of the package.
+    """Imports a module of the repository that is not part of the package.
 
     Args:
-        name: as it is imported, e.g. ``experiments.heads.run``.
-        folder: what names start from; `benchmarks` holds scripts that import each other by their bare names.
+        name: the name of the module, e.g. ``experiments.heads.run``.
+        folder: the folder that names start from; scripts in `benchmarks` import each other by their bare names.
     """
     path = str(ROOT / folder)
     sys.path.insert(0, path)

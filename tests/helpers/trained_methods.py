@@ -1,4 +1,4 @@
-"""Every method that stands between embeddings and head, with the seam it is on."""
+"""All trained methods between the embeddings and the head of a model, with their seams."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny trainings for tests; as a script, some in a process of its own, which can be made to hang, shard or leave gradients."""
+"""Tiny training runs for tests; as a script it trains in a separate process and can hang, shard or save gradients."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TINY = {
 
 
 def write_text(folder: Path) -> Path:
-    """Twenty documents of a hundred invented words."""
+    """Writes twenty documents that use a hundred random words; returns the folder."""
     folder.mkdir()
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 6))) for _ in range(100)]
@@ -43,7 +43,7 @@ def write_text(folder: Path) -> Path:
 
 
 def tiny(text: Path, settings: dict[str, Any] | None = None) -> RunConfig:
-    """Eight steps of four windows, thinking in random rounds; other settings by their dotted names."""
+    """The config of a run of eight steps with four windows each; `settings` replaces values by their dotted names."""
     made: dict[str, Any] = copy.deepcopy(TINY)
     for name, value in {"data.text": str(text), **(settings or {})}.items():
         assign(made, name, value)
@@ -51,13 +51,13 @@ def tiny(text: Path, settings: dict[str, Any] | None = None) -> RunConfig:
 
 
 def write_config(path: Path, config: RunConfig) -> str:
-    """The config as a file."""
+    """Writes the config to a file; returns its path."""
     path.write_text(yaml.safe_dump(config.to_dict()))
     return str(path)
 
 
 class Gappy(Dataset):
-    """Windows with many, few and no labels to ignore."""
+    """Windows with many, few and no ignored labels."""
 
     def __init__(self) -> None:
         draw = torch.Generator().manual_seed(0)
@@ -74,7 +74,7 @@ class Gappy(Dataset):
 
 
 class TwoTerms(AdaptiveLM):
-    """A loss with a second term, which counts what depends on the model itself."""
+    """A model with a second loss term, whose count depends on the output of the model."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         out = super().forward(*args, **kwargs)
@@ -86,7 +86,7 @@ class TwoTerms(AdaptiveLM):
 def gradients(
     folder: Path, micro_batch_size: int | None = None, num_processes: int = 1, kind: type[AdaptiveLM] = AdaptiveLM
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Loss and gradient of the second step on all of `Gappy`; the first teaches the trainer what the loss is made of."""
+    """Loss and gradients of the second step on all of `Gappy`; in the first step, the trainer learns the loss terms."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     backbone = {"model_type": "llama", "vocab_size": 97, **sizes}
@@ -107,7 +107,7 @@ def gradients(
 
 
 def hang_before(step: int) -> None:
-    """Lets the training stand still when `step` steps are done, until it is killed."""
+    """Makes the training hang after `step` steps, until it is killed."""
     original = PonderaTrainer.get_batch_samples
 
     def hang(self: PonderaTrainer, *args: Any) -> Any:
@@ -119,7 +119,7 @@ def hang_before(step: int) -> None:
 
 
 def shard_on_cpu() -> None:
-    """Lets accelerate shard on CPUs: it offers FSDP for accelerators only, though FSDP2 itself runs on gloo as well."""
+    """Makes accelerate shard on CPUs; accelerate offers FSDP only for accelerators, although FSDP2 also runs with gloo."""
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
@@ -135,7 +135,7 @@ def shard_on_cpu() -> None:
 
 
 def note_shards() -> None:
-    """Writes down what the first process holds of each parameter, beside the run."""
+    """Writes the number of parameters in the shards of the first process to a file next to the run folder."""
     from pondera.training.callback import RunCallback
 
     original = RunCallback.on_train_begin
@@ -159,7 +159,7 @@ if __name__ == "__main__":
     parser.add_argument("--shard", action="store_true")
     parser.add_argument("--gradients", type=Path)
     args = parser.parse_args()
-    random.seed(time.time_ns())  # nothing may depend on the global random state
+    random.seed(time.time_ns())  # results must not depend on the global random state
     torch.manual_seed(time.time_ns() % 2**63)
     if args.hang_before is not None:
         hang_before(args.hang_before)

@@ -1,14 +1,14 @@
-"""The one attention function that Pondera registers with transformers, and how a call is handed to it.
+"""The attention function that Pondera registers with transformers, and the hooks that route calls to it.
 
-transformers looks an attention function up by the name in the configuration of the attention module. A routed module has
-a view of its configuration that says Pondera's name while a call of that module is to be served by something else, and
-the model's own name at any other time. The model's configuration itself is never changed, so masks, stock caches and
-`set_attn_implementation` work as before.
+transformers looks up an attention function by the name in the configuration of the attention module. `route` gives each
+attention module a view of its configuration. During a call that a server takes over, the view returns Pondera's name; at
+any other time it returns the model's own name. `route` never changes the model's configuration itself, so masks, stock
+caches and `set_attn_implementation` work as before.
 
-What serves a call is found by a hook before the module: in a keyword that the decoder was given, or by a finder, such as
-one that looks at the cache. It is noted in a context variable, so threads do not meet. A hook behind the module raises
-where the call was never served. torch.compile runs a routed model with breaks in its graph, and not with ``fullgraph=True``,
-as it does not trace context variables.
+A forward pre-hook of the module determines the server of a call: from a keyword argument of the decoder, or by a finder,
+for example one that inspects the cache. The hook stores the server in a context variable, so threads do not interfere. A
+forward hook raises if no server was called. torch.compile cannot trace context variables: it runs a routed model with
+graph breaks, and fails with ``fullgraph=True``.
 
 Shapes: B batch, T tokens, H query heads, G KV heads, K keys, D head width.
 """
@@ -28,11 +28,11 @@ from pondera.core.errors import UserError
 from pondera.core.hf import AttentionInterface, PreTrainedConfig
 
 NAME = "pondera"
-"""What the attention function is called in transformers' registry; no configuration says so outside of a served call."""
+"""The name of the attention function in transformers' registry; a configuration has it only during a served call."""
 KEYWORD = "attend_by"
-"""The keyword of a decoder's forward that says what serves the calls of all its attention modules."""
+"""The keyword argument of a decoder's forward that passes a server for the calls of all its attention modules."""
 SERVED = ("sdpa", "eager")
-"""The attention implementations of a model that can be stood in for: their masks say which keys a query sees."""
+"""The attention implementations that a server can replace: their masks determine which keys a query sees."""
 _REGISTRY, _EAGER, _ASKED = "ALL_ATTENTION_FUNCTIONS", "eager_attention_forward", "_attn_implementation"
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
@@ -52,18 +52,18 @@ class Server(Protocol):
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Attention`; `base` is what the module would have called."""
+        """See `Attention`; `base` is the attention function that the module would have called."""
         ...
 
 
 class Asked:
-    """A server that is given by keyword to a decoder, which may drop keywords that it does not know.
+    """A server that a decoder receives as a keyword argument; a decoder may drop keywords that it does not know.
 
     Args:
         server: serves the calls.
 
     Attributes:
-        asked: whether any attention module has called it.
+        asked: whether any attention module has called the server.
     """
 
     def __init__(self, server: Server) -> None:
@@ -75,26 +75,26 @@ class Asked:
         return self.server(*args, **kwargs)
 
     def check(self, model_type: str) -> None:
-        """Raises where the decoder has run and its attention never called."""
+        """Raises if the decoder has run and its attention has not called the server."""
         if not self.asked:
             raise UserError(
-                f"{model_type}: its attention does not go through transformers' attention interface, or its layers drop the "
-                "keywords of a call, so that packed and weighted calls cannot run"
+                f"{model_type}: its attention does not go through transformers' attention interface, or its layers drop "
+                "keyword arguments, so packed calls and calls with a key bias cannot run"
             )
 
 
 Finder = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Server | None]
-"""Finds what serves a call of a module from its arguments; `None`: the model's own attention function."""
+"""Finds the server of a call from the module and its arguments; returns `None` for the model's own attention function."""
 
 
 class _Running:
-    """A call that is to be served.
+    """A call of an attention module that a server takes over.
 
     Args:
-        server: serves it.
+        server: serves the call.
 
     Attributes:
-        served: whether it did.
+        served: whether the server has been called.
     """
 
     __slots__ = ("served", "server")
@@ -107,10 +107,10 @@ _RUNNING: ContextVar[_Running | None] = ContextVar("pondera_attention", default=
 
 
 class View:
-    """The configuration of an attention module, which names Pondera's attention function while a call is to be served.
+    """A view of an attention module's configuration that returns Pondera's attention function during a served call.
 
     Args:
-        real: the configuration, which is read and never changed.
+        real: the configuration; the view never changes it.
     """
 
     def __init__(self, real: PreTrainedConfig) -> None:
@@ -121,16 +121,16 @@ class View:
         return self.real._attn_implementation if _RUNNING.get() is None else NAME
 
     def __getattr__(self, name: str) -> Any:
-        if name == "real" or name.startswith("__"):  # copying and pickling ask before there is a `real`
+        if name == "real" or name.startswith("__"):  # copying and pickling look up names before `real` is set
             raise AttributeError(name)
         return getattr(self.real, name)
 
 
 class _Before:
-    """The hook before a routed module: finds what serves the call.
+    """The forward pre-hook of a routed module, which finds the server of a call.
 
     Attributes:
-        find: see `Finder`; `None`: only the keyword counts.
+        find: see `Finder`; default: `None`, only the keyword argument counts.
     """
 
     def __init__(self) -> None:
@@ -144,7 +144,7 @@ class _Before:
             server = None if self.find is None else self.find(module, args, kwargs)
             if server is not None:
                 _RUNNING.set(_Running(server))
-            elif _RUNNING.get() is not None:  # never set for nothing, which torch.compile could not trace
+            elif _RUNNING.get() is not None:  # set only if needed: torch.compile cannot trace it
                 _RUNNING.set(None)
             return None
         _RUNNING.set(_Running(server))
@@ -152,34 +152,34 @@ class _Before:
 
 
 def _after(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-    """The hook behind a routed module, also where it raised."""
+    """The forward hook of a routed module; torch also calls it if the module raised."""
     running = _RUNNING.get()
     if running is None:
         return
     _RUNNING.set(None)
     if out is not None and not running.served:
         raise UserError(
-            f"{type(module).__name__}: its attention was to be served by {type(running.server).__name__}, and it never asked "
-            "transformers' attention interface; use the model's stock cache"
+            f"{type(module).__name__}: {type(running.server).__name__} serves its attention, but the module never asked "
+            "transformers' attention interface for a function; use the model's stock cache"
         )
 
 
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls: hands the call to what serves it, with the function that the module would have called."""
+    """The registered attention function: passes the call to its server, with the function that it replaces."""
     running = _RUNNING.get()
     if running is None:
         raise UserError(
-            f"attn_implementation: {NAME!r} is set by Pondera during calls that it serves, and by nobody else; use 'sdpa' or "
-            "'eager'"
+            f"attn_implementation: Pondera sets {NAME!r} during calls that it serves, and a user cannot set it; use 'sdpa' "
+            "or 'eager'"
         )
     running.served = True
     return running.server(base(module), module, query, key, value, attention_mask, **kwargs)
 
 
 def base(module: nn.Module) -> Attention:
-    """The attention function that a routed module calls by itself."""
+    """The attention function that a routed module calls without a server."""
     view: Any = module.config
     registry, eager = _functions(type(module))
     return registry.get_interface(view.real._attn_implementation, eager)
@@ -192,25 +192,25 @@ def implementation(model: nn.Module) -> str | None:
 
 
 def route(model: nn.Module) -> list[nn.Module]:
-    """Has every attention module that uses transformers' interface look out for calls that are to be served.
+    """Adds hooks to every attention module that uses transformers' attention interface, so that servers can take calls over.
 
     Args:
-        model: changed once, however often this is called; a copy of a routed model is routed.
+        model: the function changes it once, also if it is called again; a copy of a routed model is routed.
 
     Returns:
-        The routed modules, in their order; none where the model's attention does not use the interface.
+        The routed modules, in their order; an empty list if the model's attention does not use the interface.
     """
-    found = [module for module in model.modules() if _uses_interface(type(module)) and hasattr(module, "config")]
-    for module in found:
+    modules = [module for module in model.modules() if _uses_interface(type(module)) and hasattr(module, "config")]
+    for module in modules:
         if not isinstance(module.config, View):
             module.config = View(module.config)  # type: ignore[arg-type]
             module.register_forward_pre_hook(_Before(), with_kwargs=True)
             module.register_forward_hook(_after, always_call=True)
-    return found
+    return modules
 
 
 def unroute(model: nn.Module) -> None:
-    """Takes back what `route` did."""
+    """Removes the views and hooks that `route` added."""
     for module in model.modules():
         if isinstance(getattr(module, "config", None), View):
             module.config = module.config.real  # type: ignore[union-attr]
@@ -229,22 +229,22 @@ def is_routed(model: nn.Module) -> bool:
 
 
 def set_finder(module: nn.Module, find: Finder | None) -> None:
-    """Says how a routed module finds what serves its calls."""
+    """Sets the finder of a routed module."""
     before(module).find = find
 
 
 def finder(module: nn.Module) -> Finder | None:
-    """What `set_finder` said."""
+    """The finder that `set_finder` set, or `None`."""
     return before(module).find
 
 
 def before(module: nn.Module) -> _Before:
-    """The hook of a routed module."""
+    """The forward pre-hook of a routed module."""
     return next(hook for hook in module._forward_pre_hooks.values() if isinstance(hook, _Before))
 
 
 def asks_for_sdpa(module: nn.Module) -> bool:
-    """Whether a module itself compares its implementation with ``"sdpa"``, and would do something else."""
+    """Whether a module compares the name of its implementation with ``"sdpa"``, and would run other code for another name."""
     codes = [inspect.unwrap(function).__code__ for function in _lookups(type(module))]
     return any(
         _ASKED in _names(code) and (constant == "sdpa" or (isinstance(constant, tuple) and "sdpa" in constant))
@@ -254,23 +254,23 @@ def asks_for_sdpa(module: nn.Module) -> bool:
 
 
 def _uses_interface(kind: type[nn.Module]) -> bool:
-    """Whether a class of modules, no whole model, looks an attention function up."""
+    """Whether a class of modules (not a whole model) looks up an attention function."""
     return not hasattr(kind, "get_input_embeddings") and bool(_lookups(kind))
 
 
 @functools.cache
 def _lookups(kind: type[nn.Module]) -> tuple[Any, ...]:
-    """The functions of a class, its own first, that look an attention function up."""
-    found = []
+    """The functions of a class that look up an attention function, those of the class itself first."""
+    lookups = []
     for each in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         functions = [inspect.unwrap(value) for value in vars(each).values() if inspect.isfunction(value)]
-        found += [function for function in functions if _REGISTRY in _names(function.__code__)]
-    return tuple(found)
+        lookups += [function for function in functions if _REGISTRY in _names(function.__code__)]
+    return tuple(lookups)
 
 
 @functools.cache
 def _functions(kind: type[nn.Module]) -> tuple[Any, Attention | None]:
-    """The registry that a class of modules looks functions up in, and the one that its file writes out."""
+    """The registry in which a class of modules looks up functions, and the eager function of its file."""
     names = _lookups(kind)[0].__globals__
     return names[_REGISTRY], names.get(_EAGER)
 

@@ -1,4 +1,4 @@
-"""How rows of a cache become codes and back: what a `Regions` memory is given for its keys, and for its values.
+"""Codecs that encode keys or values of a KV cache and decode them, and storage for the codes.
 
 Shapes: B batch, G KV heads, S tokens, D head width, N queries of a KV head (query heads and new tokens together).
 """
@@ -11,16 +11,16 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 Parts = dict[str, Tensor]
-"""What codes are kept as, by name: ``[B, heads, S / tokens of an entry, ...]`` each."""
+"""The tensors that hold codes, by name: ``[B, heads, S / tokens per entry, ...]`` each."""
 
 
 class Codec(ABC):
-    """Codes for rows ``[B, G, S, D]``. It has no state of a text; one serves every cache of its layer.
+    """Encodes keys or values ``[B, G, S, D]``. It stores nothing about a sequence; all caches of a layer share one codec.
 
     Attributes:
-        unit: so many consecutive tokens are coded together, and `encode` is given multiples of them.
-        needs_position: codes depend on where in its text a token stands.
-        queries: up to so many queries `dot` and `mix` are faster than products with what `decode` gives; 0: never.
+        unit: the number of consecutive tokens that are coded together; `encode` takes multiples of it.
+        needs_position: whether codes depend on the position of a token.
+        queries: the number of queries up to which `dot` and `mix` are faster than products with decoded rows; 0: never.
     """
 
     unit: int = 1
@@ -29,20 +29,20 @@ class Codec(ABC):
 
     @abstractmethod
     def entry(self, name: str) -> int:
-        """Tokens that an entry of this tensor is for: 1, or `unit` for what they share."""
+        """Tokens per entry of this tensor: 1, or `unit` for a tensor that the tokens of a unit share."""
 
     @abstractmethod
     def encode(self, x_BGSD: Tensor, position_BS: Tensor | None) -> Parts:
-        """Codes of rows.
+        """Encodes keys or values.
 
         Args:
             x_BGSD: keys after rotary embedding, or values.
-            position_BS: position ids, where `needs_position`.
+            position_BS: position ids if `needs_position`, else `None`.
         """
 
     @abstractmethod
     def decode(self, parts: Parts, position_BS: Tensor | None) -> Tensor:
-        """``[B, G, S, D]``: the rows that codes stand for, in float32 at least."""
+        """Decodes codes to keys or values, ``[B, G, S, D]``, in float32 or wider."""
 
     def dot(self, query_BGND: Tensor, parts: Parts, position_BS: Tensor | None) -> Tensor:
         """``[B, G, N, S]``: products of queries and decoded rows."""
@@ -50,67 +50,67 @@ class Codec(ABC):
         return query_BGND.to(rows_BGSD.dtype) @ rows_BGSD.mT
 
     def mix(self, weight_BGNS: Tensor, parts: Parts, position_BS: Tensor | None) -> Tensor:
-        """``[B, G, N, D]``: decoded rows, weighed and summed."""
+        """``[B, G, N, D]``: weighted sums of decoded rows."""
         rows_BGSD = self.decode(parts, position_BS)
         return weight_BGNS.to(rows_BGSD.dtype) @ rows_BGSD
 
 
 @dataclass
 class Codes:
-    """The codes of one tensor of a layer, in storage that is allocated ahead.
+    """The codes of one layer's keys or values, in preallocated storage.
 
     Args:
-        parts: storage; see `Parts`. Column c of a row is its c-th coded token, whatever padding stands before it.
-        room: tokens that there is room for.
-        used: tokens of the longest row.
+        parts: storage; see `Parts`. Column c of a batch row is its c-th coded token, without its padding.
+        room: the number of tokens for which storage is allocated.
+        used: the number of coded tokens of the longest batch row.
     """
 
     parts: Parts = field(default_factory=dict)
     room: int = 0
     used: int = 0
 
-    def write(self, coder: Codec, new: Parts, row: slice, start: int, tokens: int, rows: int) -> None:
-        """Puts codes of new tokens in their place.
+    def write(self, codec: Codec, new: Parts, row: slice, start: int, tokens: int, rows: int) -> None:
+        """Stores the codes of new tokens.
 
         Args:
-            coder: that made them.
-            new: codes of ``tokens`` tokens for the rows of the slice.
-            row: of the batch.
-            start: the first token's number among the coded ones.
-            tokens: how many.
-            rows: of the batch.
+            codec: the codec that computed the codes.
+            new: codes of ``tokens`` tokens for the batch rows of the slice.
+            row: the slice of batch rows.
+            start: the index of the first new token among the coded tokens.
+            tokens: the number of new tokens.
+            rows: the number of batch rows.
         """
-        self._reserve(coder, new, start + tokens, rows)
+        self._reserve(codec, new, start + tokens, rows)
         self.used = max(self.used, start + tokens)
         for name, entries in new.items():
-            size = coder.entry(name)
+            size = codec.entry(name)
             self.parts[name][row, :, start // size : (start + tokens) // size] = entries
 
-    def _reserve(self, coder: Codec, like: Parts, tokens: int, rows: int) -> None:
+    def _reserve(self, codec: Codec, like: Parts, tokens: int, rows: int) -> None:
         if tokens <= self.room:
             return
         room = tokens if not self.room else tokens + max(16, tokens // 8)
-        self.room = -(-room // coder.unit) * coder.unit
+        self.room = -(-room // codec.unit) * codec.unit
         for name, entries in like.items():
-            size = coder.entry(name)
+            size = codec.entry(name)
             shape = (rows, entries.shape[1], self.room // size, *entries.shape[3:])
-            grown = entries.new_zeros(shape)  # zeros, as rows of a batch may be shorter
+            grown = entries.new_zeros(shape)  # zeros, because some batch rows may be shorter
             if name in self.parts:
                 grown[:, :, : self.used // size] = self.parts[name][:, :, : self.used // size]
             self.parts[name] = grown
 
-    def view(self, coder: Codec) -> Parts:
+    def view(self, codec: Codec) -> Parts:
         """The codes in use."""
-        return {name: part[:, :, : -(-self.used // coder.entry(name))] for name, part in self.parts.items()}
+        return {name: part[:, :, : -(-self.used // codec.entry(name))] for name, part in self.parts.items()}
 
     def crop(self, used: int) -> None:
-        """Forgets what the longest row no longer has."""
+        """Removes the codes after the first `used` tokens."""
         self.used = min(self.used, used)
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order."""
+        """Keeps these batch rows, in this order."""
         self.parts = {name: part[rows.to(part.device)] for name, part in self.parts.items()}
 
-    def live_bytes(self, coder: Codec) -> int:
-        """Bytes of the codes in use, spare room left out."""
-        return sum(part.numel() * part.element_size() for part in self.view(coder).values())
+    def live_bytes(self, codec: Codec) -> int:
+        """Bytes of the codes in use, without unused storage."""
+        return sum(part.numel() * part.element_size() for part in self.view(codec).values())

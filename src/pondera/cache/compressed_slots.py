@@ -1,13 +1,14 @@
-"""Slots of a model that runs several passes per token, kept by a KV-cache method.
+"""A KV cache that combines several passes per token with a KV-cache method.
 
-A method that thinks writes the KV slots of a call pass by pass: first one slot per token, then one per token that goes on.
-`CompressedSlotCache` keeps them in that order, as one sequence of columns, and hands each sequence of the batch to layers of
-its own. Such a layer sees a plain causal sequence without padding, so every KV-cache method works unchanged. Which columns
-a query sees follows from the token and the depth of each column. Columns are evicted or coded at the end of a call, when
-all passes of its tokens have run.
+A think method writes the KV slots of a call pass by pass: first one slot per token, then one per token that is still
+active. `CompressedSlotCache` stores the slots of each sequence in that order; the index of a slot in this order is its
+column. Each sequence of the batch has its own layers of the KV-cache method. Such a layer gets one sequence without padding,
+whose slots it treats as tokens, and a mask, so every KV-cache method works unchanged. The mask follows from the token and
+the depth of each column. A KV-cache method evicts or codes at the end of a call, after all passes of its tokens have run; if
+some tokens may be draft tokens, it waits for `crop`.
 
-Shapes: B batch, T tokens, S queries of a pass, C columns of one sequence, s queries of one sequence, H query heads, G KV
-heads, D head width.
+Shapes: B batch, T tokens, S inputs of a pass, C columns of one sequence, s queries of one sequence, H query heads, G KV
+heads, D head width (of `run`: width of hidden states).
 """
 
 from __future__ import annotations
@@ -27,19 +28,20 @@ from pondera.core.errors import UserError
 from pondera.core.hf import Cache
 
 Attend = Literal["all_shallower", "same_depth", "causal"]
-"""Which columns a query at depth d sees, of tokens up to its own: those of depths 0 to d; of each token the one at depth d, or
-its deepest if it halted before; or all columns written up to its own."""
+"""The columns that a query at depth d sees. "all_shallower": of its own and earlier tokens, the columns of depths 0 to d.
+"same_depth": of its own and earlier tokens, the column at depth d, or the deepest one of a token that halted earlier.
+"causal": its own column and all columns that were written before it."""
 
 
 @dataclass
 class Columns:
-    """What the columns of one sequence hold.
+    """The token, depth, position and key bias of each column of one sequence.
 
     Args:
-        token_C: the number of the token in its sequence, padding counted.
-        depth_C: the pass that wrote the column.
-        position_C: position id of the token.
-        log_weight_C: added to the scores of the column; 0 for most methods.
+        token_C: the index of the token in its batch row, padding counted.
+        depth_C: the index of the pass that wrote the column.
+        position_C: the position id of the token.
+        log_weight_C: key bias, added to the attention scores of the column; 0 for most methods.
     """
 
     token_C: Tensor
@@ -54,16 +56,16 @@ class Columns:
         return cls(empty, empty, empty, torch.zeros(0, device=device))
 
     def joined(self, other: Columns) -> Columns:
-        """With further columns after these."""
+        """These columns, followed by those of `other`."""
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
         return Columns(*(torch.cat(pair) for pair in pairs))
 
     def at(self, keep_C: Tensor) -> Columns:
-        """Some of the columns."""
+        """The columns where `keep_C` is true."""
         return Columns(*(value[keep_C] for value in vars(self).values()))
 
     def visible(self, new: int, attend: Attend) -> Tensor:
-        """``[s, C]``: which columns the queries see that wrote the last `new` columns."""
+        """``[s, C]``: the columns that the queries of the last `new` columns see."""
         depth_s, before_sC = self.depth_C[-new:, None], self.token_C <= self.token_C[-new:, None]
         if attend == "causal":
             order_C = torch.arange(len(self.token_C), device=depth_s.device)
@@ -73,30 +75,30 @@ class Columns:
         return before_sC & (self.depth_C == torch.minimum(self._deepest(), depth_s))
 
     def _deepest(self) -> Tensor:
-        """``[C]``: the deepest pass of each column's token."""
+        """``[C]``: the depth of the deepest column of each column's token."""
         deepest = self.depth_C.new_zeros(int(self.token_C.max()) + 1)
         return deepest.scatter_reduce(0, self.token_C, self.depth_C, "amax")[self.token_C]
 
 
 class ColumnCall(AttentionCall):
-    """A call whose new keys are the next columns of one sequence, of which each query sees some."""
+    """An attention call of one sequence whose new keys are its next columns, with a mask over columns."""
 
     @property
     def in_order(self) -> bool:
-        """The model's own attention knows no such mask."""
+        """False: the mask over columns is not causal in general, so the model's own attention does not serve the call."""
         return False
 
 
 @dataclass
 class Pass:
-    """What a call of the decoder writes and sees.
+    """The new columns and the masks of one call of the decoder; each list has one entry per sequence.
 
     Args:
-        places: of each sequence, which of the S inputs it owns, ``[s]``.
-        masks: of each sequence, which of its columns they see, ``[1, 1, s, C]``, for full attention.
-        windows: the same for layers with sliding windows.
-        columns: of each sequence, the new columns included.
-        biased: some columns have a log-weight.
+        places: ``[s]``, the indices of the inputs of the call that write a column.
+        masks: ``[1, 1, s, C]``, the columns that these inputs see in layers with full attention.
+        windows: as `masks`, in layers with a sliding window.
+        columns: the columns, including the new ones.
+        biased: whether any column has a key bias.
     """
 
     places: list[Tensor]
@@ -107,15 +109,15 @@ class Pass:
 
 
 class SequencesLayer(KVLayer):
-    """One decoder layer's slots: a layer of a KV-cache method for each sequence of the batch.
+    """The KV slots of one decoder layer: one layer of a KV-cache method for each sequence of the batch.
 
     Args:
-        make: an empty layer for one sequence.
-        windowed: attention of this layer has a sliding window, which is over positions.
+        make: returns an empty layer for one sequence.
+        windowed: whether the attention of this layer has a sliding window; it counts positions.
 
     Attributes:
-        rows: the layers.
-        now: the pass that is being run; `CompressedSlotCache` sets it.
+        rows: the layers, one per sequence.
+        now: the current pass; `CompressedSlotCache` sets it.
     """
 
     holds = ("rows",)
@@ -137,12 +139,12 @@ class SequencesLayer(KVLayer):
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """See `KVLayer.__call__`. The mask of the pass is used, not the one that is given."""
+        """See `KVLayer.__call__`. The layers get the mask of the pass; `attention_mask` is ignored."""
         now = self.now
         if not self.pending or now is None:
             raise UserError(
                 f"{type(module).__name__}: calls attention more than once for the keys of a layer, or outside of a pass of "
-                "the method; use the model without a kv_cache method"
+                "the think or chunk method; use the model without a kv_cache method"
             )
         scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
         ids = kwargs.get("position_ids")
@@ -178,11 +180,11 @@ class SequencesLayer(KVLayer):
         return out_BSHD, None
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """Never asked: `__call__` serves calls by sequence."""
+        """Never called: `__call__` serves the call of each sequence."""
         raise NotImplementedError
 
     def begin(self, batch: int, now: Pass) -> None:
-        """Makes room for a batch, and notes the pass that comes."""
+        """Creates the layers of a new batch, and sets the current pass."""
         if not self.rows:
             self.rows = [self.make() for _ in range(batch)]
         for layer in self.rows:
@@ -190,19 +192,19 @@ class SequencesLayer(KVLayer):
         self.now = now
 
     def release(self, prompt: bool) -> None:
-        """See `KVLayer.release`, for each sequence."""
+        """See `KVLayer.release`; applies to each sequence."""
         for layer in self.rows:
             layer.release(prompt)
         self.now = None
 
     def keep(self, keep: list[Tensor]) -> None:
-        """Keeps these columns of each sequence, ``[C]`` booleans."""
+        """Keeps the columns of each sequence where its ``[C]`` booleans are true."""
         for layer, keep_C in zip(self.rows, keep, strict=True):
             if layer.batch():
                 layer.keep_columns(keep_C)
 
     def get_seq_length(self) -> int:
-        """The decoder's own mask is not used, so it is made for the new inputs only."""
+        """0: the decoder's own mask is not used, so it covers the new inputs only."""
         return 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -214,7 +216,7 @@ class SequencesLayer(KVLayer):
         return sum(layer.nbytes() for layer in self.rows)
 
     def rollback(self, tokens: int) -> None:
-        """Never asked: `CompressedSlotCache.crop` says which columns stay."""
+        """Never called: `CompressedSlotCache.crop` determines the columns that stay."""
         raise NotImplementedError
 
     def select(self, rows: Tensor) -> None:
@@ -231,19 +233,19 @@ class SequencesLayer(KVLayer):
 
 
 class CompressedSlotCache(TokenCache):
-    """Tokens to `generate`; columns, which a KV-cache method evicts or codes, to the backbone.
+    """A cache that counts tokens for `generate` and lets a KV-cache method evict or code the KV slots of each sequence.
 
-    A budget counts KV slots: a model with up to three passes per token has up to three slots per token.
+    A budget counts KV slots: a model with up to three passes per token has up to three slots per token and layer.
 
     Args:
-        make: empty layers of the KV-cache method, one per decoder layer; asked for once per sequence.
-        view: makes the cache that the decoder is given of layers.
-        windowed: which decoder layers have a sliding window.
-        window: sliding window of layers that have one, in positions.
-        slots_per_token: the most slots that a token can have.
+        make: returns empty layers of the KV-cache method, one per decoder layer; called once for each new sequence.
+        view: makes the cache for the decoder from a list of layers.
+        windowed: for each decoder layer, whether it has a sliding window.
+        window: the width of the sliding windows in positions, `None` if no layer has one.
+        slots_per_token: the largest number of slots per token.
 
     Attributes:
-        columns: what the columns of each sequence hold.
+        columns: the columns of each sequence.
     """
 
     def __init__(
@@ -254,14 +256,14 @@ class CompressedSlotCache(TokenCache):
         window: int | None,
         slots_per_token: int,
     ) -> None:
-        made: list[list[KVLayer]] = []
+        created: list[list[KVLayer]] = []
         taken = [0] * len(windowed)
 
         def layer(index: int) -> KVLayer:
-            if taken[index] == len(made):
-                made.append(make())
+            if taken[index] == len(created):
+                created.append(make())
             taken[index] += 1
-            return made[taken[index] - 1][index]
+            return created[taken[index] - 1][index]
 
         layers = [SequencesLayer(lambda index=index: layer(index), narrow) for index, narrow in enumerate(windowed)]
         super().__init__(layers, slots_per_token, view(layers))
@@ -284,17 +286,17 @@ class CompressedSlotCache(TokenCache):
         attend: Attend,
         log_weight_BS: Tensor | None = None,
     ) -> Tensor:
-        """One pass of some inputs, ``[B, S, D]``; what is returned for the others means nothing.
+        """Runs one pass of some inputs, and returns their outputs, ``[B, S, D]``; other outputs are undefined.
 
         Args:
             step: the decoder: ``step(x_BSD, cache, None, position_BS)``.
             x_BSD: inputs.
-            wanted_BS: those that run. Others may be computed, and leave no slot.
-            token_BS: their tokens' numbers, padding counted.
+            wanted_BS: the inputs that run. The decoder may also compute others, which write no slot.
+            token_BS: the index of each input's token in its batch row, padding counted.
             position_BS: position ids.
-            depth: of the pass.
-            attend: what they see.
-            log_weight_BS: added to every attention score of the new slots; `None`: nothing.
+            depth: the index of the pass.
+            attend: the columns that the inputs see.
+            log_weight_BS: added to the attention scores of the new slots; default: `None`, nothing is added.
         """
         self._check()
         batch = len(x_BSD)
@@ -328,29 +330,29 @@ class CompressedSlotCache(TokenCache):
 
     def _pass(self, columns: list[Columns], places: list[Tensor], attend: Attend) -> Pass:
         masks, windows = [], []
-        for held, place in zip(columns, places, strict=True):
-            mask_sC = held.visible(len(place), attend) if len(place) else torch.zeros(0, 0, dtype=torch.bool)
+        for known, place in zip(columns, places, strict=True):
+            mask_sC = known.visible(len(place), attend) if len(place) else torch.zeros(0, 0, dtype=torch.bool)
             masks.append(mask_sC[None, None])
             if self.window is not None and len(place):
-                near_sC = held.position_C[-len(place) :, None] - held.position_C < self.window
+                near_sC = known.position_C[-len(place) :, None] - known.position_C < self.window
                 mask_sC = mask_sC & near_sC
             windows.append(mask_sC[None, None])
-        biased = any(bool(held.log_weight_C.any()) for held in columns)
+        biased = any(bool(known.log_weight_C.any()) for known in columns)
         return Pass(places, masks, windows, columns, biased)
 
     def _check(self) -> None:
-        """Refuses to go on from a call that ended halfway."""
+        """Raises if an earlier call ended before all layers stored its slots."""
         if self._open and all(layer.now is None for layer in self._layers):
             self._open = False
-        widths = [len(held.token_C) for held in self.columns]
+        widths = [len(known.token_C) for known in self.columns]
         if any(layer.rows and [row.seen for row in layer.rows] != widths for layer in self._layers):
             raise UserError(
-                "this cache holds half of a call that ended in an error: its layers have seen different numbers of slots; "
-                "begin with a new cache, or call cache.reset() first"
+                "this cache contains half of a call that ended in an error: its layers have different numbers of slots; "
+                "use a new cache, or call cache.reset() first"
             )
 
     def record(self, passes_BT: Tensor) -> None:
-        """See `TokenCache.record`. The call is complete: the method evicts or codes now."""
+        """See `TokenCache.record`. The call is complete, so the KV-cache method evicts or codes."""
         prompt = passes_BT.shape[1] > 1 or self.tokens == 0
         for layer in self._layers:
             layer.release(prompt and not layer.record_past)
@@ -358,37 +360,37 @@ class CompressedSlotCache(TokenCache):
         self._open = False
 
     def nbytes(self) -> int:
-        """Bytes of all layers' storage and of what is noted about the columns."""
-        noted = sum(value.nbytes for held in self.columns for value in vars(held).values())
+        """Bytes of the storage of all layers and of `columns`."""
+        noted = sum(value.nbytes for known in self.columns for value in vars(known).values())
         return noted + sum(layer.nbytes() for layer in self._layers)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens (given as a negative number, as transformers does); 0 settles what was recorded."""
+        """Rolls back the last tokens (a negative number, as in transformers); 0 keeps all recorded tokens, and evicts."""
         kept = self.tokens - abs(tokens_to_remove)
-        keep = [held.token_C < kept for held in self.columns]
+        keep = [known.token_C < kept for known in self.columns]
         for layer in self._layers:
             layer.keep(keep)
-        self.columns = [held.at(keep_C) for held, keep_C in zip(self.columns, keep, strict=True)]
+        self.columns = [known.at(keep_C) for known, keep_C in zip(self.columns, keep, strict=True)]
         for layer in self._layers:
-            layer.seen = sum(len(held.token_C) for held in self.columns)
+            layer.seen = sum(len(known.token_C) for known in self.columns)
         self.evict(abs(tokens_to_remove))
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Resets the cache to its initial state."""
         super().reset()
         self.columns, self._open = [], False
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Rearranges the batch for beam search."""
+        """Reorders the batch rows for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the batch."""
+        """Repeats each batch row."""
         if self.columns:
             self.batch_select_indices(torch.arange(len(self.columns)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows of the batch."""
+        """Keeps these batch rows."""
         for layer in self._layers:
             layer.batch_select_indices(indices)
         self._rows(indices)

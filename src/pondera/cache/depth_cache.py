@@ -1,10 +1,10 @@
-"""A cache whose rows are kept apart by depth, where texts may own different numbers of rows.
+"""A KV cache that stores KV slots separately by depth; sequences may have different numbers of slots.
 
-A **slot** is one KV row: the keys and values that one token left in every layer at one depth (thinking step). Which
-tokens have a slot at a depth is the same in all layers, so it is noted once, beside the layers.
+A **KV slot** is the keys and values of one token in one layer at one depth (pass). The same tokens have a slot at a depth
+in all layers, so the cache stores once, and not per layer, which tokens these are.
 
-Shapes: B batch, T new tokens, S rows of a call in one text, N packed rows, C columns of a depth, K columns of all depths
-read, H heads, d head width.
+Shapes: B batch, T new tokens, S rows of a call in one sequence, N packed rows, C columns of a depth, K columns of all
+depths read, H heads, d head width.
 """
 
 from __future__ import annotations
@@ -24,20 +24,22 @@ from pondera.cache.token_cache import TokenCache
 from pondera.core.hf import Cache, CacheLayerMixin
 
 FREE = -1
-"""Token number of a column that holds nothing."""
+"""Token index of an empty column."""
 
 
 @dataclass
 class DepthWrite:
-    """How the rows of one call enter a cache, and what the call reads.
+    """Where one call writes its keys and values, and the depths that it reads.
 
     Args:
-        depth: where they enter.
-        reads: the depths whose rows attention is given, in this order.
-        rows: packed rows; none: one row for each new token.
-        column_N: the column of each packed row; none: every text has as many, and they follow what is there.
-        width: columns of the depth afterwards.
-        kept_BT: the tokens whose new rows are wanted; others repeat what they left one depth below. None: all.
+        depth: the depth that the call writes.
+        reads: the depths whose slots attention reads, in this order.
+        rows: packed rows; default: `None`, one row for each new token.
+        column_N: the column of each packed row; default: `None`, every sequence has the same number of rows, and they
+            follow the existing columns.
+        width: the number of columns of the depth after the call.
+        kept_BT: the tokens whose new keys and values are stored; the others repeat their slot of the depth below.
+            Default: `None`, all tokens.
     """
 
     depth: int
@@ -49,7 +51,7 @@ class DepthWrite:
 
 
 class DepthLayer(CacheLayerMixin):
-    """One decoder layer's rows by depth. What a call does with them is set by `DepthCache.writing`."""
+    """The KV slots of one decoder layer, by depth; `DepthCache.writing` sets how a call writes and reads them."""
 
     is_sliding = False
     is_croppable = True
@@ -60,12 +62,12 @@ class DepthLayer(CacheLayerMixin):
         self.write = DepthWrite(0, range(1))
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes dtype and device from the first keys."""
+        """Sets dtype and device to those of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Stores the call's rows; returns keys and values of the depths it reads, ``[B, H, K, d]``."""
+        """Stores the new keys and values; returns those of the depths that the call reads, ``[B, H, K, d]``."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         write = self.write
@@ -74,14 +76,14 @@ class DepthLayer(CacheLayerMixin):
             _entered(write, old and old[0], below and below[0], key_states),
             _entered(write, old and old[1], below and below[1], value_states),
         )
-        found = [part for part in self.parts[write.reads.start : write.reads.stop] if part is not None]
-        if len(found) == 1:
-            return found[0]
-        keys, values = zip(*found, strict=True)
+        stored = [part for part in self.parts[write.reads.start : write.reads.stop] if part is not None]
+        if len(stored) == 1:
+            return stored[0]
+        keys, values = zip(*stored, strict=True)
         return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
 
     def repeat_below(self, depth: int, tokens: int) -> None:
-        """Lets the newest tokens show at a depth what they left one depth below."""
+        """Copies the slots of the newest tokens from the depth below to this depth."""
         old, below = self.parts[depth], self.parts[depth - 1]
         assert below is not None
         newest = [state[:, :, -tokens:] for state in below]
@@ -89,7 +91,7 @@ class DepthLayer(CacheLayerMixin):
         self.parts[depth] = cast("tuple[Tensor, Tensor]", tuple(joined))
 
     def get_seq_length(self) -> int:
-        """Rows that the call finds."""
+        """The number of stored slots that the call reads."""
         parts = self.parts[self.write.reads.start : self.write.reads.stop]
         return sum(part[0].shape[-2] for part in parts if part is not None)
 
@@ -98,35 +100,35 @@ class DepthLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """-1: the length is unlimited."""
         return -1
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Resets to the initial state."""
         for depth in range(len(self.parts)):
             self.parts[depth] = None
         self.is_initialized = False
 
     def trim(self, widths: list[int]) -> None:
-        """Keeps so many columns of each depth."""
+        """Keeps the first columns of each depth; `widths` has the number for each depth."""
         for depth, (part, width) in enumerate(zip(self.parts, widths, strict=True)):
             if part is not None:
                 self.parts[depth] = (part[0][:, :, :width], part[1][:, :, :width])
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these texts of the batch, in this order."""
+        """Keeps these batch rows, in this order."""
         for depth, part in enumerate(self.parts):
             if part is not None:
                 chosen = rows.to(part[0].device)
                 self.parts[depth] = (part[0][chosen], part[1][chosen])
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Rearranges the batch for beam search."""
+        """Reorders the batch rows for beam search."""
         self.select(beam_idx)
 
 
 def _entered(write: DepthWrite, old: Tensor | None, below: Tensor | None, new: Tensor) -> Tensor:
-    """The rows of a depth, ``[B, H, C, d]``, after a call."""
+    """The keys or values of a depth, ``[B, H, C, d]``, after a call."""
     if write.rows is None:
         if write.kept_BT is not None and below is not None:
             new = torch.where(write.kept_BT[:, None, :, None], new, below[:, :, -new.shape[-2] :])
@@ -140,7 +142,7 @@ def _entered(write: DepthWrite, old: Tensor | None, below: Tensor | None, new: T
         entering = below[:, :, -write.kept_BT.shape[-1] :]
     else:
         entering = new.new_zeros(rows.batch, new.shape[1], write.width - before, new.shape[-1])
-    # Joining copies, so what an earlier call was given stays as it was, and no larger storage is kept alive.
+    # Concatenation copies, so the tensors of earlier calls do not change, and no larger storage stays alive.
     buffer = torch.cat([entering] if old is None else [old, entering], dim=-2)
     if write.column_N is not None:
         buffer[rows.batch_N, :, write.column_N] = new[0].transpose(0, 1)
@@ -149,12 +151,12 @@ def _entered(write: DepthWrite, old: Tensor | None, below: Tensor | None, new: T
 
 @dataclass
 class DepthSlots:
-    """What the columns of one depth hold.
+    """The token and the key bias of each column of one depth.
 
     Args:
-        token_BC: the number of the token in its text (padding counts), or `FREE`.
-        log_weight_BC: what attention adds to the scores of each row; none: nothing.
-        next_B: the first column of each text behind all its rows.
+        token_BC: the index of the token in its batch row (padding counts), or `FREE`.
+        log_weight_BC: added to the attention scores of each column; default: `None`, nothing is added.
+        next_B: for each batch row, the column after its last slot.
     """
 
     token_BC: Tensor
@@ -162,37 +164,37 @@ class DepthSlots:
     next_B: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        # One column more, so that there is a largest even where there are none.
+        # One additional column, so that the maximum is defined if there is no column.
         order_C = torch.arange(self.token_BC.shape[1] + 1, device=self.token_BC.device)
         self.next_B = torch.where(F.pad(self.token_BC, (1, 0), value=FREE) >= 0, order_C, 0).amax(-1)
 
     def joined(self, other: DepthSlots) -> DepthSlots:
-        """With further columns behind."""
-        weights = [held.log_weight_BC for held in (self, other) if held.log_weight_BC is not None]
+        """These columns, followed by those of `other`."""
+        weights = [slots.log_weight_BC for slots in (self, other) if slots.log_weight_BC is not None]
         token_BC = torch.cat([self.token_BC, other.token_BC], dim=1)
         return DepthSlots(token_BC, torch.cat(weights, dim=1) if weights else None)
 
     def select(self, rows: Tensor) -> DepthSlots:
-        """These texts."""
+        """The columns of these batch rows."""
         rows = rows.to(self.token_BC.device)
         return DepthSlots(self.token_BC[rows], None if self.log_weight_BC is None else self.log_weight_BC[rows])
 
     def before(self, token: int) -> DepthSlots:
-        """The rows of earlier tokens."""
+        """The columns of tokens before this index."""
         token_BC = torch.where(self.token_BC < token, self.token_BC, FREE)
         width = int(DepthSlots(token_BC).next_B.amax()) if token_BC.numel() else 0
         return DepthSlots(token_BC[:, :width], None if self.log_weight_BC is None else self.log_weight_BC[:, :width])
 
 
 class DepthCache(TokenCache):
-    """Tokens to `generate`, slots by depth to the backbone.
+    """A cache that counts tokens for `generate` and gives KV slots by depth to the backbone.
 
     Args:
-        num_layers: of the decoder.
-        depths: the most slots that a token can have.
+        num_layers: the number of decoder layers.
+        depths: the largest number of slots per token.
 
     Attributes:
-        depths: what each depth holds; none where nothing was written yet.
+        depths: the columns of each depth; `None` for a depth without slots.
     """
 
     def __init__(self, num_layers: int, depths: int) -> None:
@@ -205,7 +207,7 @@ class DepthCache(TokenCache):
 
     @contextmanager
     def writing(self, write: DepthWrite) -> Iterator[Cache]:
-        """The slot view of this cache, while a call writes to it so."""
+        """Yields `slots`; calls inside the context write and read as `write` describes."""
         for layer in self._layers:
             layer.write = write
         try:
@@ -215,24 +217,24 @@ class DepthCache(TokenCache):
                 layer.write = DepthWrite(0, range(1))
 
     def width(self, depth: int) -> int:
-        """Columns of a depth."""
-        held = self.depths[depth]
-        return 0 if held is None else held.token_BC.shape[1]
+        """The number of columns of a depth."""
+        slots = self.depths[depth]
+        return 0 if slots is None else slots.token_BC.shape[1]
 
     def is_aligned(self, depth: int) -> bool:
-        """Whether the rows of all texts end at the same column."""
-        held = self.depths[depth]
-        return held is None or len(held.next_B) == 1 or bool((held.next_B == self.width(depth)).all())
+        """Whether the slots of all sequences end at the same column."""
+        slots = self.depths[depth]
+        return slots is None or len(slots.next_B) == 1 or bool((slots.next_B == self.width(depth)).all())
 
     def append_metadata(self, depth: int, token_BC: Tensor, log_weight_BC: Tensor | None = None) -> None:
-        """Says what further columns of a depth hold; log-weights are given always or never."""
+        """Adds the metadata of new columns of a depth; callers pass log-weights always or never."""
         old, new = self.depths[depth], DepthSlots(token_BC, log_weight_BC)
         self.depths[depth] = new if old is None else old.joined(new)
 
     def allocate(
         self, depth: int, rows: PackedRows, token_N: Tensor, log_weight_N: Tensor | None = None
     ) -> Tensor | None:
-        """Notes packed rows behind those that each text has at a depth; returns their columns, as `DepthWrite` takes them."""
+        """Allocates columns of a depth for packed rows, after the slots of each sequence; returns `DepthWrite.column_N`."""
         old, before = self.depths[depth], self.width(depth)
         if rows.even and self.is_aligned(depth):
             weight_BC = None if log_weight_N is None else rows.pad(log_weight_N[None])
@@ -243,21 +245,21 @@ class DepthCache(TokenCache):
         more = max(0, int(column_N.max()) + 1 - before)
         weight_BC = None if log_weight_N is None else log_weight_N.new_zeros(rows.batch, more)
         self.append_metadata(depth, token_N.new_full((rows.batch, more), FREE), weight_BC)
-        held = self.depths[depth]
-        assert held is not None
-        token_BC = held.token_BC.index_put((rows.batch_N, column_N), token_N)
-        if held.log_weight_BC is not None and log_weight_N is not None:
-            weight_BC = held.log_weight_BC.index_put((rows.batch_N, column_N), log_weight_N)
+        slots = self.depths[depth]
+        assert slots is not None
+        token_BC = slots.token_BC.index_put((rows.batch_N, column_N), token_N)
+        if slots.log_weight_BC is not None and log_weight_N is not None:
+            weight_BC = slots.log_weight_BC.index_put((rows.batch_N, column_N), log_weight_N)
         self.depths[depth] = DepthSlots(token_BC, weight_BC)
         return column_N
 
     def repeat_below(self, depth: int, tokens: int) -> None:
-        """Lets the newest tokens show at a depth what they left one depth below."""
+        """Copies the slots of the newest tokens from the depth below to this depth."""
         for layer in self._layers:
             layer.repeat_below(depth, tokens)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens (given as a negative number, as transformers does)."""
+        """Rolls back the last tokens (a negative number, as in transformers)."""
         kept = self.tokens - abs(tokens_to_remove)
         self.depths = [depth and depth.before(kept) for depth in self.depths]
         for layer in self._layers:
@@ -265,24 +267,24 @@ class DepthCache(TokenCache):
         self.evict(abs(tokens_to_remove))
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Resets to the initial state."""
         super().reset()
         self.depths = [None] * len(self.depths)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows of the batch."""
+        """Keeps these batch rows."""
         for layer in self._layers:
             layer.select(indices)
         self._rows(indices)
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Rearranges the batch for beam search."""
+        """Reorders the batch rows for beam search."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the batch."""
+        """Repeats each batch row."""
         first = next((depth.token_BC for depth in self.depths if depth is not None), None)
-        if first is not None:  # else nothing is held, of whatever texts
+        if first is not None:  # else the cache is empty
             self.batch_select_indices(torch.arange(first.shape[0], device=first.device).repeat_interleave(repeats))
 
     def _rows(self, indices: Tensor) -> None:
@@ -299,21 +301,21 @@ def slot_mask(
     by_position: bool,
     log_weight_BK: Tensor | None = None,
 ) -> SlotMask:
-    """Which columns each row of a call sees: those that its method allows, of its document, that hold something.
+    """The mask of a call over columns: the method's mask, limited to columns that are not free and to the same document.
 
     Args:
-        seen_BSK: what the method allows, were there neither documents nor free columns.
-        query_BS: token number of each row; `FREE` where it only fills up its text's share of the call.
-        key_BK: token number of each column, or `FREE`.
-        mask_BT: token mask, as for `Think.forward`, or none.
-        tokens: T, cached and new ones.
-        by_position: the decoder has sliding windows, which are over positions.
-        log_weight_BK: added to every score of a column.
+        seen_BSK: the mask of the method, which ignores documents and free columns.
+        query_BS: token index of each row; `FREE` for a row that only pads its sequence.
+        key_BK: token index of each column, or `FREE`.
+        mask_BT: token mask, as for `Think.forward`, or `None`.
+        tokens: T, the number of cached and new tokens.
+        by_position: whether the decoder has sliding windows, which count positions.
+        log_weight_BK: added to the attention scores of each column; default: `None`, nothing is added.
     """
     allowed_BSK = seen_BSK & (key_BK >= 0)[:, None]
     if mask_BT is not None:
         allowed_BSK = allowed_BSK & (_at(mask_BT, key_BK)[:, None] == _at(mask_BT, query_BS)[..., None])
-    # Rows that only fill up may see anything: a softmax over nothing would be NaN.
+    # A row that only pads may see any column: a softmax over no column would be NaN.
     allowed_BSK = allowed_BSK | (query_BS < 0)[..., None]
     if not by_position:
         return SlotMask(allowed_BSK, query_BS, key_BK, log_weight_BK)

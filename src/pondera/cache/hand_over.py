@@ -1,8 +1,8 @@
-"""How the attention modules of a model find the layer of the cache that they were called with.
+"""Connects the attention modules of a model with the layers of the cache that a call passes.
 
-A finder on each attention module (`pondera.cache.attention`) looks at the cache that the module was given. Of a
-`MemoryCache` it takes the layer with the module's number, which then serves the module's attention call. Of any other
-cache it takes nothing, and the model behaves as if it had never seen Pondera.
+Each attention module gets a finder (`pondera.cache.attention`), which inspects the cache argument of a call. If the cache
+is one of Pondera's (`pondera.methods.kv_cache.base.KVCache`), the layer with the module's index serves the attention call.
+With any other cache, the model runs unchanged.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedModel
 
 ARGUMENTS = ("past_key_values", "layer_past", "cache", "past_key_value")
-"""What attention modules of transformers call their cache."""
+"""The names of the cache argument of attention modules in transformers."""
 
 
 @dataclass(eq=False)
 class Owner:
-    """The model that caches are made for, told apart from every other model, copies included.
+    """The identity of the model object that a cache belongs to; a copy of the model has another owner.
 
     Args:
-        verdicts: what `compare_with_stock` found, by attention implementation, dtype and compressed layers.
+        verdicts: results of `compare_with_stock`, by attention implementation, dtype and compressed layers.
     """
 
     verdicts: dict[tuple[Any, ...], Verdict] = field(default_factory=dict)
@@ -36,12 +36,12 @@ class Owner:
 
 @dataclass(frozen=True, eq=False)
 class Finder:
-    """Finds the layer of the cache that an attention module was called with.
+    """Finds the layer that serves a call of an attention module, from the cache argument of the call.
 
     Args:
-        owner: of the module.
-        argument: what the module calls its cache.
-        place: of that argument where it is given without its name.
+        owner: the owner of the module.
+        argument: the name of the cache argument.
+        place: the index of the cache argument among positional arguments.
     """
 
     owner: Owner
@@ -57,8 +57,8 @@ class Finder:
             return None
         if owner is not self.owner:
             raise UserError(
-                "this cache was made for another model object; make one for this model: method.cache(model), or use one "
-                "model object for all calls with a cache"
+                "this cache was created for another model object; create one for this model: method.cache(model), or use "
+                "one model object for all calls with a cache"
             )
         layer = cache.layers[module.layer_idx]
         if not isinstance(layer, KVLayer):
@@ -68,18 +68,19 @@ class Finder:
 
 
 def hand_over(model: PreTrainedModel, method: str, layers: list[int]) -> tuple[Owner, Verdict | None]:
-    """Has a model's attention find its layers in caches, once, and checks that this is right.
+    """Routes a model's attention to the layers of Pondera's caches, once, and checks that the logits stay correct.
 
     Args:
         model: any causal LM of transformers.
-        method: what asks, for errors.
-        layers: numbers of the layers that are compressed.
+        method: the name of the method, for error messages.
+        layers: indices of the compressed layers.
 
     Returns:
-        Whom caches of this model belong to; and what the check found, `None` where a model without weights cannot be run.
+        The owner of caches of this model, and the result of the self-check: `None` for a model without weights, which
+        cannot run.
 
     Raises:
-        UserError: this model cannot be served, and why.
+        UserError: the model is not supported; the message names the reason.
     """
     known = is_routed(model)
     try:
@@ -97,43 +98,43 @@ def hand_over(model: PreTrainedModel, method: str, layers: list[int]) -> tuple[O
 
 
 def name(model: PreTrainedModel) -> str:
-    """The class of a model and the type of its configuration."""
+    """The class name of a model, with its model type."""
     return f"{type(model).__name__} ({model.config.get_text_config(decoder=True).model_type})"
 
 
 def _install(model: PreTrainedModel, layers: list[int]) -> Owner:
-    """Gives each attention module its finder."""
+    """Sets the finder of each attention module; returns the owner of the model."""
     if (own := implementation(model)) not in SERVED:
         raise UserError(
-            f"its attention is {own!r}, whose masks do not say which tokens a query sees; call "
+            f"its attention implementation is {own!r}, whose masks do not determine which tokens a query sees; call "
             "model.set_attn_implementation('sdpa') first"
         )
     modules = {module: _argument(module) for module in route(model)}
-    modules = {module: found for module, found in modules.items() if found and hasattr(module, "layer_idx")}
+    modules = {module: argument for module, argument in modules.items() if argument and hasattr(module, "layer_idx")}
     if missing := sorted(set(layers) - {module.layer_idx for module in modules}):
         raise UserError(
-            f"attention in its layers {_listed(missing)} does not go through transformers' attention interface, or does not "
-            "say which layer it is"
+            f"attention in its layers {_listed(missing)} does not go through transformers' attention interface, or its "
+            "modules have no layer_idx"
         )
     if any(asks_for_sdpa(module) for module in modules):
-        raise UserError("its attention asks for the name of its implementation and changes the mask by it")
+        raise UserError("its attention asks for the name of its implementation and changes the mask accordingly")
     owner = next((known.owner for module in modules if isinstance(known := finder(module), Finder)), None) or Owner()
-    for module, found in modules.items():
-        assert found is not None
-        set_finder(module, Finder(owner, *found))
+    for module, argument in modules.items():
+        assert argument is not None
+        set_finder(module, Finder(owner, *argument))
     return owner
 
 
 def _argument(module: nn.Module) -> tuple[str, int] | None:
-    """What a module calls its cache, and the place of that argument; of the nearest class that names it."""
+    """The name and the index of the cache argument of a module, from the nearest class whose forward has one."""
     for kind in type(module).__mro__:
         names = (
             list(inspect.signature(inspect.unwrap(forward)).parameters)[1:]
             if (forward := vars(kind).get("forward"))
             else []
         )
-        if found := next((each for each in ARGUMENTS if each in names), None):
-            return found, names.index(found)
+        if argument := next((each for each in ARGUMENTS if each in names), None):
+            return argument, names.index(argument)
     return None
 
 

@@ -1,7 +1,7 @@
-"""A cache on disk: what its layers hold, as safetensors, to be read on from later or elsewhere.
+"""Saves a cache to a safetensors file and loads it, so that a later process can continue the sequences.
 
-What a layer holds is numbers, words, lists, mappings, tensors, and the few classes of `HOLDERS`. Tensors go into the file
-as they are; the rest is JSON in its header, which nothing is ever executed from.
+The state of a layer consists of numbers, strings, lists, mappings, tensors, and objects of the classes in `HOLDERS`. The
+file stores tensors unchanged, and the rest as JSON in its header. Loading never executes code from the file.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pondera.core.run_folder import write_atomic
 
 HOLDERS = {holder.__name__: holder for holder in (KVStore, RingBuffer, Codes)}
 STOCK = ("keys", "values", "cumulative_length")
-"""What layers of transformers hold: those that a memory leaves as they are."""
+"""The state of transformers' own layers, which a KV-cache method does not compress."""
 _TENSOR, _HOLDER, _TUPLE = "tensor", "holder", "tuple"
 
 
@@ -30,61 +30,67 @@ def save(layers: list[Any], method: str, path: str | Path) -> Path:
     """Writes a cache into a file.
 
     Args:
-        layers: of the cache.
-        method: describes what made them.
+        layers: the layers of the cache.
+        method: the spec string of the method that created them.
         path: the file.
 
     Raises:
-        UserError: tokens are being recorded as drafts, and nobody knows yet which of them stay.
+        UserError: the cache may contain draft tokens, which a later `crop` may roll back.
     """
     from safetensors.torch import save as to_bytes
 
     if any(layer.record_past for layer in layers if isinstance(layer, KVLayer)):
-        raise UserError("a cache that holds drafts is not saved: crop(0) keeps them, crop(-n) takes the last n back")
+        raise UserError(
+            "a cache that contains draft tokens is not saved: crop(0) keeps them, crop(-n) rolls back the last n"
+        )
     tensors: dict[str, Tensor] = {}
-    held = [
+    states = [
         {name: _plain(getattr(layer, name), tensors) for name in _names(layer) if hasattr(layer, name)}
         for layer in layers
     ]
-    told = {"method": method, "layers": json.dumps(held)}
+    metadata = {"method": method, "layers": json.dumps(states)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, to_bytes(tensors, told))
+    write_atomic(path, to_bytes(tensors, metadata))
     return path
 
 
 def load(layers: list[Any], method: str, path: str | Path) -> None:
-    """Fills the layers of an empty cache with what `save` wrote.
+    """Loads the state that `save` wrote into the layers of an empty cache.
 
     Args:
-        layers: of the same model.
-        method: describes what made them, as it did when they were saved.
+        layers: the layers of a cache of the same model.
+        method: the spec string of the method; it must equal the saved one.
         path: the file.
 
     Raises:
-        UserError: no such file, or another memory's, or another model's.
+        UserError: the file does not exist, or is of another method or another kind of model.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-        described = told["method"]
-        found = [{name: _built(value, tensors) for name, value in one.items()} for one in json.loads(told["layers"])]
+        described = metadata["method"]
+        states = [
+            {name: _built(value, tensors) for name, value in one.items()} for one in json.loads(metadata["layers"])
+        ]
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; write it with cache.save({str(path)!r})") from None
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: this is no cache that was saved ({error})") from None
+        raise UserError(f"{path}: not a saved cache ({error}); write one with cache.save") from None
     if described != method:
-        raise UserError(f"{path}: holds a cache of {described}, and this is one of {method}; use that method")
-    names = [[name for name in _names(layer) if name in held] for layer, held in zip(layers, found, strict=False)]
-    if len(found) != len(layers) or any(list(held) != own for held, own in zip(found, names, strict=True)):
-        raise UserError(f"{path}: holds {len(found)} layers of another kind of model; load it for the model it is of")
-    for layer, held in zip(layers, found, strict=True):
-        for name, value in held.items():
+        raise UserError(
+            f"{path}: contains a cache of {described}, and this is a cache of {method}; use the method of the file"
+        )
+    names = [[name for name in _names(layer) if name in state] for layer, state in zip(layers, states, strict=False)]
+    if len(states) != len(layers) or any(list(state) != own for state, own in zip(states, names, strict=True)):
+        raise UserError(f"{path}: contains {len(states)} layers of another kind of model; load it for the same model")
+    for layer, state in zip(layers, states, strict=True):
+        for name, value in state.items():
             setattr(layer, name, value)
-        rows = next((value for value in _tensors(held) if value.is_floating_point()), None)
+        rows = next((value for value in _tensors(state) if value.is_floating_point()), None)
         if rows is not None:
             layer.dtype, layer.device, layer.is_initialized = rows.dtype, rows.device, True
 
@@ -94,7 +100,7 @@ def _names(layer: Any) -> tuple[str, ...]:
 
 
 def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The same without tensors, which are put aside under a name."""
+    """Converts a value to JSON types; moves its tensors into `tensors` and refers to them by name."""
     if isinstance(value, Tensor):
         name = str(len(tensors))
         tensors[name] = value.detach().clone().contiguous()
@@ -111,7 +117,7 @@ def _plain(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _built(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """The way back."""
+    """The inverse of `_plain`."""
     if isinstance(value, list):
         return [_built(each, tensors) for each in value]
     if not isinstance(value, dict):
@@ -126,7 +132,7 @@ def _built(value: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def _tensors(value: Any) -> list[Tensor]:
-    """All tensors in what a layer holds."""
+    """All tensors in a value of a layer's state."""
     if isinstance(value, Tensor):
         return [value]
     if type(value).__name__ in HOLDERS:

@@ -1,8 +1,9 @@
-"""Log-weights of keys, inside the dot product: nothing to add to the scores, so fused causal kernels still do the work.
+"""Key bias as an additional coordinate of queries and keys, so that fused causal attention kernels can apply it.
 
-What is added to all scores of a key is one more coordinate of the key, times 1: with the softmax scale a,
-``a [q, 1] . [k, w / a] = a q.k + w``. It is appended after rotation, and zeros follow up to a width that kernels take.
-A mask that carries gradient is refused by every fused kernel, so in training this is what keeps memory linear.
+A bias w of a key is one more coordinate of the key, and the same coordinate of every query is 1: with the softmax scale a,
+``a [q, 1] . [k, w / a] = a q.k + w``. The coordinate follows after the rotary embedding, and zeros pad heads to a width
+that kernels support. Fused kernels accept no mask that requires a gradient; therefore this form keeps the memory of training
+linear in the length of a sequence.
 
 Shapes: B batch, S rows, H heads, G key and value heads, d head width.
 """
@@ -19,11 +20,11 @@ from torch.nn import functional as F
 from pondera.cache.attention import Attention
 
 MULTIPLE = 8
-"""Fused kernels take heads whose width this divides."""
+"""Fused kernels require a head width that is a multiple of this."""
 
 
 def extra_coordinates(head_dim: int) -> int:
-    """How much wider heads become: by one coordinate, and zeros up to the next width that kernels take.
+    """The number of coordinates that a head gains: one for the bias, and zeros up to the next width that kernels support.
 
     Example:
         >>> extra_coordinates(64), extra_coordinates(20)
@@ -34,13 +35,13 @@ def extra_coordinates(head_dim: int) -> int:
 
 @dataclass(frozen=True)
 class LogWeight:
-    """The backbone's own attention, with a number added to all scores of each key; see `pondera.cache.attention.Server`.
+    """The backbone's own attention with a key bias; see `pondera.cache.attention.Server`.
 
-    Source: the FlashAttention form of PonderLM-3, arXiv 2603.02023. Cost: heads wider by `extra_coordinates`, values too,
-    as fused kernels want one width for all three.
+    Source: the FlashAttention form of PonderLM-3, arXiv 2603.02023. Cost: queries, keys and values are wider by
+    `extra_coordinates`, because fused kernels require the same width for all three.
 
     Args:
-        log_weight_BS: what is added.
+        log_weight_BS: the number that is added to the attention scores of each key.
     """
 
     log_weight_BS: Tensor
@@ -56,7 +57,7 @@ class LogWeight:
         scaling: float | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends with queries ``[B, H, S, d]``, keys and values ``[B, G, S, d]``, after rotation."""
+        """Attends with queries ``[B, H, S, d]``, keys and values ``[B, G, S, d]``, after rotary embedding."""
         width, zeros_of = query.shape[-1], value.shape[-1]
         scale = width**-0.5 if scaling is None else scaling
         zeros = extra_coordinates(width) - 1

@@ -1,7 +1,6 @@
-"""The rows that one decoder layer keeps of the past, and where in the text each of them stands.
+"""Storage for the KV slots of one decoder layer: keys, values and the position of each slot's token.
 
-A **slot** is one KV row. Once something has been evicted_until, a slot's place in storage says nothing about its place in the
-text, so that is noted beside it.
+After an eviction, the index of a slot in storage no longer determines its token, so the store has a position for each slot.
 
 Shapes: B batch, G KV heads, S slots, T new tokens, k chosen slots, D head width.
 """
@@ -14,24 +13,24 @@ import torch
 from torch import Tensor
 
 EMPTY = torch.iinfo(torch.int32).min
-"""Position of a slot that holds nothing."""
+"""Position of an empty slot."""
 
 
 @dataclass
 class KVStore:
-    """Keys, values, positions and whatever a memory notes about each slot, for some of the KV heads of a layer.
+    """Keys, values, positions and metadata of KV slots, for some of the KV heads of a layer.
 
-    Storage is allocated ahead, so that a token more costs no copy; a slot that was forgotten is filled by the next token.
-    The order of slots means nothing.
+    Storage is preallocated, so that appending a token needs no copy; later tokens reuse the slots of evicted ones. The order
+    of slots has no meaning.
 
     Args:
-        keys_BGSD, values_BGSD: storage, of which the first `used` slots count.
-        position_BGS: int32. The number of the token in its text, padding counted; ``-1 - number`` where it is padding;
-            `EMPTY` where there is nothing.
-        notes: further numbers per slot, ``[B, G, S]`` each, by name; what a slot starts with is `note_defaults`.
-        fresh: by the names of notes.
-        used: slots in use.
-        whole: slot i holds token i of every row: nothing has been forgotten yet.
+        keys_BGSD, values_BGSD: storage; the first `used` slots are in use.
+        position_BGS: int32. The index of the token in its batch row, padding counted; ``-1 - index`` for a padding token;
+            `EMPTY` for an empty slot.
+        notes: metadata of a policy, such as scores, ``[B, G, S]`` each, by name.
+        note_defaults: the initial value of each note in a new slot, by name.
+        used: the number of slots in use.
+        whole: whether slot i contains token i in every batch row, that is, whether no token has been evicted.
     """
 
     keys_BGSD: Tensor
@@ -44,7 +43,7 @@ class KVStore:
 
     @classmethod
     def like(cls, key_BGTD: Tensor, value_BGTD: Tensor, note_defaults: dict[str, float]) -> KVStore:
-        """An empty table for such keys and values."""
+        """An empty store with the batch size, heads, widths and dtypes of these keys and values."""
         B, G = key_BGTD.shape[:2]
         nothing = key_BGTD.new_empty(B, G, 0)
         return cls(
@@ -57,34 +56,34 @@ class KVStore:
 
     @property
     def keys(self) -> Tensor:
-        """``[B, G, S, D]``: the slots in use."""
+        """``[B, G, S, D]``: the keys of the slots in use."""
         return self.keys_BGSD[:, :, : self.used]
 
     @property
     def values(self) -> Tensor:
-        """``[B, G, S, D]``."""
+        """``[B, G, S, D]``: the values of the slots in use."""
         return self.values_BGSD[:, :, : self.used]
 
     @property
     def position(self) -> Tensor:
-        """``[B, G, S]``."""
+        """``[B, G, S]``: the positions of the slots in use."""
         return self.position_BGS[:, :, : self.used]
 
     def note(self, name: str) -> Tensor:
-        """``[B, G, S]``: a view that can be written to."""
+        """``[B, G, S]``: a note of the slots in use, as a writable view."""
         return self.notes[name][:, :, : self.used]
 
     @property
     def real(self) -> Tensor:
-        """``[B, G, S]``: which slots hold a token that is no padding."""
+        """``[B, G, S]``: true for slots of tokens that are not padding."""
         return self.position_BGS[:, :, : self.used] >= 0
 
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BT: Tensor) -> None:
-        """Takes in new tokens.
+        """Stores the keys and values of new tokens.
 
         Args:
-            key_BGTD, value_BGTD: their rows.
-            position_BT: as `position_BGS`.
+            key_BGTD, value_BGTD: the keys and values.
+            position_BT: positions in the form of `position_BGS`.
         """
         B, G, T = key_BGTD.shape[:3]
         new = {
@@ -108,14 +107,14 @@ class KVStore:
         self.used += T
 
     def _free(self, count: int) -> Tensor | None:
-        """``[B, G, count]``: slots that hold nothing, if every row has as many."""
+        """``[B, G, count]``: indices of empty slots; `None` if some batch row and head has fewer than `count`."""
         if count > self.used:
             return None
-        lowest_BGT, slot_BGT = self.position.topk(count, largest=False)  # no number is below that of an empty slot
+        lowest_BGT, slot_BGT = self.position.topk(count, largest=False)  # EMPTY is the lowest position
         return slot_BGT if bool((lowest_BGT == EMPTY).all()) else None
 
     def reserve(self, slots: int) -> None:
-        """Makes room for so many slots, with an eighth to spare, so that it seldom has to."""
+        """Allocates storage for this number of slots, and an eighth more, so that it is seldom called again."""
         if slots <= self.keys_BGSD.shape[2]:
             return
         room = slots + max(16, slots // 8)
@@ -127,16 +126,16 @@ class KVStore:
         self.notes = {name: _resized(note, self.used, room) for name, note in self.notes.items()}
 
     def evict(self, slot_BGk: Tensor) -> None:
-        """Empties these slots, leaving holes for tokens to come."""
+        """Evicts these slots; later tokens reuse them."""
         self.position.scatter_(2, slot_BGk, EMPTY)
         self.whole = False
 
     def keep(self, slot_BGk: Tensor, kept_BGk: Tensor) -> None:
-        """Moves these slots into storage of just their size, and frees the rest.
+        """Copies these slots into storage of exactly their size, and evicts the others.
 
         Args:
-            slot_BGk: the slots.
-            kept_BGk: false where a row has fewer than k to keep.
+            slot_BGk: indices of the slots.
+            kept_BGk: false for an entry that only pads `slot_BGk`; its slot becomes empty.
         """
         self.keys_BGSD = self.keys.gather(2, _as_wide(slot_BGk, self.keys))
         self.values_BGSD = self.values.gather(2, _as_wide(slot_BGk, self.values))
@@ -145,10 +144,10 @@ class KVStore:
         self.used, self.whole = slot_BGk.shape[2], False
 
     def crop(self, tokens: int) -> None:
-        """Forgets the tokens from this number on."""
+        """Rolls back to the first `tokens` tokens: empties the slots of later ones."""
         position = self.position
         number_BGS = torch.where(position < 0, -1 - position, position)
-        position.masked_fill_(number_BGS >= tokens, EMPTY)  # of an empty slot the number is the largest there is
+        position.masked_fill_(number_BGS >= tokens, EMPTY)  # an empty slot has the largest number
         held_S = (position != EMPTY).flatten(0, 1).any(0)
         last = held_S.nonzero()
         used = int(last[-1]) + 1 if len(last) else 0
@@ -156,11 +155,11 @@ class KVStore:
         self.used = used
 
     def renumber(self, keep_C: Tensor, number_C: Tensor) -> None:
-        """Empties the slots of tokens that go, and gives the others their new numbers.
+        """Empties the slots of removed tokens, and sets the new positions of the others.
 
         Args:
-            keep_C: which tokens stay, of all seen.
-            number_C: the new number of each token, and one entry more.
+            keep_C: for each token seen, whether it stays.
+            number_C: the new index of each token, and one unused entry.
         """
         position, end = self.position, len(keep_C)
         at = torch.where(position >= 0, position, end).long()
@@ -169,14 +168,14 @@ class KVStore:
         self.whole = self.whole and bool(keep_C.all())
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order."""
+        """Keeps these batch rows, in this order."""
         rows = rows.to(self.keys_BGSD.device)
         for name in ("keys_BGSD", "values_BGSD", "position_BGS"):
             setattr(self, name, getattr(self, name)[rows])
         self.notes = {name: note[rows] for name, note in self.notes.items()}
 
     def split_heads(self) -> list[KVStore]:
-        """A table for each head, so that each can have a size of its own."""
+        """One store for each KV head, so that heads can have different numbers of slots."""
 
         def part(rows: Tensor, head: int) -> Tensor:
             return rows[:, head : head + 1].clone()
@@ -195,13 +194,13 @@ class KVStore:
         ]
 
     def nbytes(self) -> int:
-        """Bytes of the storage, spare room included."""
-        held = [self.keys_BGSD, self.values_BGSD, self.position_BGS, *self.notes.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in held)
+        """Bytes of the storage, including its unused part."""
+        storage = [self.keys_BGSD, self.values_BGSD, self.position_BGS, *self.notes.values()]
+        return sum(tensor.untyped_storage().nbytes() for tensor in storage)
 
 
 def _as_wide(slot_BGk: Tensor, rows: Tensor) -> Tensor:
-    """Indices of slots as `gather` and `scatter_` want them for rows of any width."""
+    """Expands indices of slots to the shape of `rows`, for `gather` and `scatter_`."""
     return slot_BGk if rows.ndim == 3 else slot_BGk[..., None].expand(*slot_BGk.shape, rows.shape[-1])
 
 

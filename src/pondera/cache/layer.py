@@ -1,8 +1,9 @@
-"""Where queries, new keys and the past meet: cache layers that do their attention themselves.
+"""Base class of cache layers that compute their own attention.
 
-transformers hands a cache layer new keys and values, and an attention function queries, keys and a mask; neither sees
-all. A `KVLayer` gives back the new keys and values as they are, and serves the attention call that follows
-(`pondera.cache.attention`), which hands it everything. A call that does not follow raises.
+transformers passes new keys and values to a cache layer, and queries, keys and a mask to an attention function; neither
+gets all of them. The `update` of a `KVLayer` therefore returns the new keys and values unchanged, and the layer serves the
+attention call that follows (`pondera.cache.attention`), which has all of them. If no attention call follows, the hooks of
+`pondera.cache.attention` raise an error.
 
 Shapes: B batch, H query heads, G KV heads, R = H / G, T new tokens, K tokens seen and new, D head width.
 """
@@ -25,24 +26,24 @@ from pondera.core.errors import UserError
 from pondera.core.hf import CacheLayerMixin, sdpa_attention
 
 CAP, SINK, BIAS = "softcap", "s_aux", "position_bias"
-"""What transformers calls what an attention function may be given beside queries, keys, values and a mask."""
+"""The names in transformers of further arguments of attention functions: score capping, sink logits, position bias."""
 
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One forward of one attention layer.
+    """The arguments of one attention call of one layer.
 
     Args:
-        module: the attention layer.
-        query_BHTD: after rotary embedding, as keys.
-        key_BGTD, value_BGTD: of the new tokens only.
-        mask_B1TK: true where a query may look, over all tokens seen, forgotten or not; none: causally at all of them.
-        scaling: of the products.
-        start: tokens seen before.
-        further: what else the attention function was given.
+        module: the attention module.
+        query_BHTD: queries of the new tokens, after rotary embedding.
+        key_BGTD, value_BGTD: keys (after rotary embedding) and values of the new tokens.
+        mask_B1TK: true where a query may attend, over all tokens seen, evicted or not. `None`: plain causal attention.
+        scaling: the factor of the dot products.
+        start: the number of tokens seen before this call.
+        further: further keyword arguments of the attention function.
         base: the model's own attention function.
-        given_mask: the mask as `base` takes it.
-        key_bias_BK: added to the scores of each key, seen and new; `None`: nothing.
+        given_mask: the mask in the form that `base` takes.
+        key_bias_BK: added to the attention scores of each key, earlier and new; default: `None`, nothing is added.
     """
 
     module: nn.Module
@@ -59,51 +60,51 @@ class AttentionCall:
 
     @cached_property
     def softmax(self) -> Softmax:
-        """How scores become weights where slots are not the tokens of the text in their order.
+        """The softmax of attention over KV slots, which need not be all tokens of a sequence in order.
 
         Raises:
-            UserError: the model adds a bias by position, which slots do not know.
+            UserError: the model adds a bias by position, which is not supported over KV slots.
         """
         if self.further.get(BIAS) is not None:
             raise UserError(
-                f"{type(self.module).__name__}: adds a bias by position to its attention scores, which a cache that evicts or "
-                "codes does not know; use PreallocatedCache() or the model's stock cache"
+                f"{type(self.module).__name__}: adds a bias by position to its attention scores, which a cache that evicts "
+                "or codes does not support; use PreallocatedCache() or the model's stock cache"
             )
         cap, sink_H = self.further.get(CAP), self.further.get(SINK)
         return PLAIN if cap is None and sink_H is None else Softmax(cap, sink_H)
 
     @cached_property
     def tokens(self) -> int:
-        """T."""
+        """The number of new tokens, T."""
         return self.query_BHTD.shape[2]
 
     @property
     def in_order(self) -> bool:
-        """The new tokens are the next ones of the text, so that over all slots in their order `stock` serves it."""
+        """Whether the new tokens continue the sequence, so that `stock` over all slots in order is correct."""
         return True
 
     @cached_property
     def position_BT(self) -> Tensor:
-        """The number of each new token in its text; ``-1 - number`` where it is padding."""
+        """The index of each new token in its batch row; ``-1 - index`` for padding."""
         B, T, device = len(self.query_BHTD), self.tokens, self.query_BHTD.device
         number_BT = torch.arange(self.start, self.start + T, device=device).expand(B, T)
         if self.mask_B1TK is None:
             return number_BT
-        # A token that does not even see itself is padding.
+        # A token that does not attend to itself is padding.
         real_BT = self.mask_B1TK[:, 0].diagonal(self.start, -2, -1)
         return torch.where(real_BT, number_BT, -1 - number_BT)
 
     @property
     def padding_B(self) -> Tensor | int:
-        """How many of the new tokens are padding."""
+        """The number of padding tokens among the new ones."""
         return 0 if self.mask_B1TK is None else (self.position_BT < 0).sum(-1)
 
     def mask(self, part: slice) -> Tensor | None:
-        """``[B, 1, t, K]``: `mask_B1TK` for some of the queries; none: each of them looks at all up to itself."""
+        """``[B, 1, t, K]``: `mask_B1TK` for some of the queries; `None`: plain causal attention."""
         return None if self.mask_B1TK is None else self.mask_B1TK[:, :, part]
 
     def written_mask(self, part: slice) -> Tensor | None:
-        """The same, written out where the fused kernel would only be told that it is causal."""
+        """As `mask`, but with an explicit causal mask in place of `None` if there is more than one new token."""
         mask_B1tK = self.mask(part)
         if mask_B1tK is not None or self.tokens == 1:
             return mask_B1tK
@@ -112,10 +113,10 @@ class AttentionCall:
         return (column_K[None] <= number_t[:, None])[None, None].expand(len(self.query_BHTD), 1, -1, -1)
 
     def stock(self, keys: Tensor, values: Tensor) -> Tensor:
-        """The model's own attention over all tokens, ``[B, T, H, D]``, or the same bits sooner.
+        """The model's own attention over all tokens, ``[B, T, H, D]``, or a faster kernel with bit-identical results.
 
         Args:
-            keys, values: ``[B, G, K, D]``, in the order of the text.
+            keys, values: ``[B, G, K, D]``, in the order of the sequence.
         """
         further = self.further
         if self.given_mask is None and self.base is sdpa_attention and not further.get("dropout"):
@@ -134,23 +135,23 @@ class AttentionCall:
 
 
 class KVLayer(CacheLayerMixin):
-    """What every memory's layer promises: a length in tokens, whatever is kept, and attention of its own.
+    """Base class of the layers of KV-cache methods: the length counts all tokens seen, and `attend` computes attention.
 
     Attributes:
-        seen: tokens that have been through, padding counted, forgotten or not.
-        record_past: tokens may yet be taken back, so nothing is forgotten before `crop` says which stay.
-        hold: more passes of the same tokens come, so nothing is evicted before `release`.
-        positions: position id of each slot, `None` where slots count on from the first one; see `slots_per_token`.
-        slots_per_token: slots in a row that share a position.
-        expected: the attention module that this layer is for has been called with it.
-        pending: new keys have come, and the attention call that belongs to them has not been served yet.
+        seen: the number of tokens seen, including padding and evicted tokens.
+        record_past: new tokens may be draft tokens, so nothing is evicted before `crop`.
+        hold: further passes of the same tokens follow, so nothing is evicted before `release`.
+        positions: position id of each slot; `None` if positions follow from the index of a slot; see `slots_per_token`.
+        slots_per_token: the number of consecutive slots with the same position.
+        expected: the attention module of this layer has been called with the cache.
+        pending: the layer has new keys whose attention call has not been served yet.
     """
 
     holds: ClassVar[tuple[str, ...]]
-    """The names of the attributes that are all it holds of a text, beside `seen`."""
+    """The names of the attributes that, in addition to `seen`, are the state of the layer."""
 
     shared: ClassVar[tuple[str, ...]] = ("method", "coders")
-    """Attributes that copies share."""
+    """The names of attributes that `clone` does not copy."""
 
     is_sliding = False
     is_croppable = True
@@ -164,16 +165,16 @@ class KVLayer(CacheLayerMixin):
         self.slots_per_token = 1
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes dtype and device from the first keys."""
+        """Sets dtype and device to those of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Gives the new keys and values back; the attention call that follows is served by `__call__`."""
+        """Returns the new keys and values unchanged; `__call__` serves the attention call that follows."""
         if not self.expected:
             raise UserError(
-                "this cache was handed to a model that it was not made for, or to attention that never says which cache it "
-                "reads; make a cache for this model: method.cache(model)"
+                "this cache was passed to a model that it was not created for, or to an attention module without a cache "
+                "argument; create a cache for this model: method.cache(model)"
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -195,11 +196,11 @@ class KVLayer(CacheLayerMixin):
         """Serves the attention call of the new keys; see `pondera.cache.attention.Server`.
 
         Raises:
-            UserError: the call does not belong to new keys, or its mask is not over all tokens seen.
+            UserError: the layer has no new keys for this call, or the mask does not cover all tokens seen.
         """
         if not self.pending:
             raise UserError(
-                f"{type(module).__name__}: calls attention more than once for the keys of a layer, or without putting them "
+                f"{type(module).__name__}: calls attention more than once for the keys of a layer, or does not put them "
                 "into the cache; use the model's stock cache"
             )
         start = self.seen - key.shape[2]
@@ -213,71 +214,71 @@ class KVLayer(CacheLayerMixin):
 
     @abstractmethod
     def attend(self, call: AttentionCall) -> Tensor:
-        """Takes in the new tokens and attends to what is kept; returns ``[B, T, H, D]``."""
+        """Stores the new tokens and attends to the kept slots; returns ``[B, T, H, D]``."""
 
     @abstractmethod
     def nbytes(self) -> int:
-        """Bytes of the storage that it holds."""
+        """Bytes of the layer's storage."""
 
     @abstractmethod
     def rollback(self, tokens: int) -> None:
-        """Forgets the tokens from this number on, and lets go of what was only kept for their sake."""
+        """Rolls back to the first `tokens` tokens, then evicts what was kept only in case of a rollback."""
 
     def keep_columns(self, keep_C: Tensor) -> None:
-        """Forgets the slots where `keep_C` is false, which the newest slots are; the others close up.
+        """Rolls back the slots where `keep_C` is false; they are among the newest, and later slots move up.
 
         Args:
-            keep_C: ``[C]``, of every slot seen. For one sequence without padding.
+            keep_C: ``[C]``, for every slot seen. The layer must contain one sequence without padding.
         """
         raise UserError(
-            f"{type(self).__name__}: cannot take back some of the latest slots; decode without draft tokens"
+            f"{type(self).__name__}: cannot roll back some of the latest slots; decode without draft tokens"
         )
 
     def release(self, prompt: bool) -> None:
-        """All passes of a call have run: evicts or codes what was held back.
+        """Ends a call whose passes have all run: evicts or codes what `hold` deferred.
 
         Args:
-            prompt: the tokens of the call were a prompt.
+            prompt: whether the tokens of the call were a prompt.
         """
         self.hold = False
 
     def clone(self) -> Self:
-        """A copy that shares nothing that is written to."""
+        """A copy; it shares only the attributes in `shared`, which no call changes."""
         keep = {id(value): value for name in self.shared if (value := getattr(self, name, None)) is not None}
-        twin = copy.copy(self)
-        vars(twin).update(copy.deepcopy(vars(self), keep))
-        return twin
+        copied = copy.copy(self)
+        vars(copied).update(copy.deepcopy(vars(self), keep))
+        return copied
 
     @abstractmethod
     def select(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order."""
+        """Keeps these batch rows, in this order."""
 
     @abstractmethod
     def clear(self) -> None:
-        """Forgets everything."""
+        """Deletes all stored tokens."""
 
     @abstractmethod
     def batch(self) -> int:
-        """Rows of the batch; 0 where nothing was seen."""
+        """The number of batch rows; 0 before the first call."""
 
     def get_seq_length(self) -> int:
-        """Tokens seen; what positions, masks and stopping go by."""
+        """The number of tokens seen, which determines positions, masks and stopping."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks are over tokens, forgotten or not; the layer picks the columns of those that it keeps."""
+        """Width and offset of masks, which cover all tokens, evicted or not; the layer selects the columns of kept ones."""
         return self.seen + query_length, 0
 
     def get_max_length(self) -> int:
-        """No limit."""
+        """-1: the length is unlimited."""
         return -1
 
     def activate_past_recording(self) -> None:
-        """Tokens that come may be drafts: nothing is forgotten until `crop` says which of them stay."""
+        """Declares that new tokens may be draft tokens: nothing is evicted until `crop`."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last tokens back (a negative number, as transformers has it); 0 settles what was recorded."""
+        """Rolls back the last tokens (a negative number, as in transformers); 0 keeps all recorded tokens, and evicts."""
         if tokens_to_remove > 0:
             raise UserError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number, or 0")
         kept = self.seen + tokens_to_remove
@@ -288,30 +289,31 @@ class KVLayer(CacheLayerMixin):
         self.seen = kept
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Resets the layer to its initial state."""
         self.clear()
         self.seen = 0
         self.is_initialized = self.record_past = self.expected = self.pending = self.hold = False
         self.positions = None
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Rearranges the batch for beam search."""
+        """Reorders the batch rows for beam search."""
         if self.batch():
             self.select(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows of the batch."""
+        """Keeps these batch rows."""
         if self.batch():
             self.select(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the batch."""
+        """Repeats each batch row."""
         self.batch_select_indices(torch.arange(self.batch()).repeat_interleave(repeats))
 
     def offload(self) -> None:
-        """Refused: what is kept is small, and is needed in every step."""
+        """Not supported: the kept slots are few, and every step needs them."""
         raise UserError(
-            f"{type(self).__name__}: a memory is not offloaded; make its budget smaller, or use DynamicCache(offloading=True)"
+            f"{type(self).__name__}: a KV-cache method is not offloaded; give a smaller budget, or use "
+            "DynamicCache(offloading=True)"
         )
 
     def prefetch(self) -> None:
@@ -320,28 +322,28 @@ class KVLayer(CacheLayerMixin):
 
 
 def as_boolean(module: nn.Module, mask: Tensor, seen: int) -> Tensor:
-    """``[B, 1, T, K]``: true where a query may look, of a mask as the model's own attention takes it.
+    """Converts a mask of the model's own attention to booleans ``[B, 1, T, K]``, true where a query may attend.
 
     Args:
-        module: the attention layer.
-        mask: booleans, or what is added to scores: 0 and very low numbers.
-        seen: K, tokens seen and new.
+        module: the attention module.
+        mask: booleans, or numbers to add to the scores: 0 and very low numbers.
+        seen: K, the number of earlier and new tokens.
 
     Raises:
-        UserError: a mask that says more than that, or is not over all tokens.
+        UserError: the mask contains other numbers, or does not cover all tokens.
     """
     name = type(module).__name__
     if not isinstance(mask, Tensor) or mask.ndim != 4 or mask.shape[1] != 1 or mask.shape[-1] != seen:
         raise UserError(
-            f"attention_mask: {name} gives one that is not [B, 1, tokens, tokens seen]; give the model the ordinary mask of "
-            "ones and zeros, [B, tokens], or none, and load it with attn_implementation='sdpa'"
+            f"attention_mask: the mask of {name} is not [B, 1, tokens, tokens seen]; pass the model a mask of ones and zeros, "
+            "[B, tokens], or no mask, and load it with attn_implementation='sdpa'"
         )
     if mask.dtype == torch.bool:
         return mask
     allowed = mask == 0
     if not mask.is_floating_point() or not bool((allowed | (mask <= torch.finfo(mask.dtype).min / 2)).all()):
         raise UserError(
-            f"attention_mask: {name} adds numbers to its scores by way of the mask, which a cache that evicts or codes does "
-            "not know; use the model's stock cache, and the ordinary mask of ones and zeros, or none"
+            f"attention_mask: the mask of {name} adds numbers to attention scores, which a cache that evicts or codes does "
+            "not support; use the model's stock cache, and a mask of ones and zeros, or no mask"
         )
     return allowed

@@ -1,6 +1,6 @@
-"""Masks over slots and tokens: which rows may attend to which, and the positions of tokens.
+"""Attention masks over KV slots and tokens, and the positions of tokens.
 
-Shapes: B batch, T tokens, S slots (rows of the call), K cached and new rows together.
+Shapes: B batch, T tokens, S queries of a call, K cached and new slots together.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass
 class SlotMask:
-    """Which cached rows each row of a call may attend to, when that is not plain causal order.
+    """An attention mask over KV slots, for calls that are not plain causal attention.
 
     Args:
-        allowed_BSK: bool; batch may be 1.
-        query_positions_BS: token position of each row.
-        key_positions_BK: token position of each cached and new row. Positions let sliding-window layers keep their
-            window in tokens, however many slots a token owns.
-        log_weight_BK: added to every attention score of that row; none: all rows count alike.
+        allowed_BSK: bool, true where a query may attend; the batch size may be 1.
+        query_positions_BS: the position of each query's token.
+        key_positions_BK: the position of each slot's token. With positions, the window of sliding-window layers counts
+            tokens for any number of slots per token.
+        log_weight_BK: key bias, added to the attention scores of each slot; default: `None`, nothing is added.
     """
 
     allowed_BSK: Tensor
@@ -30,12 +30,12 @@ class SlotMask:
 
 
 def token_positions(tokens: int, mask: Tensor | None, seen: int, device: torch.device) -> Tensor:
-    """Positions ``[B or 1, T]`` of the last tokens: counted from the first token of each row's document.
+    """Positions ``[B or 1, T]`` of new tokens, counted from the first token of their document.
 
     Args:
-        tokens: T, new tokens.
-        mask: ``[B, seen + T]`` token mask (0 = padding, else the document's number), or none.
-        seen: tokens before them.
+        tokens: T, the number of new tokens.
+        mask: ``[B, seen + T]`` token mask (0 = padding, else the number of the document), or `None`.
+        seen: the number of earlier tokens.
 
     Example:
         >>> token_positions(6, torch.tensor([[0, 1, 1, 1, 2, 2]]), 0, torch.device("cpu")).tolist()
@@ -51,22 +51,22 @@ def token_positions(tokens: int, mask: Tensor | None, seen: int, device: torch.d
 
 
 def has_documents(mask: Tensor | None) -> bool:
-    """Whether a token or slot mask tells several documents apart."""
+    """Whether a token or slot mask contains more than one document."""
     return mask is not None and mask.dtype != torch.bool and bool((mask > 1).any())
 
 
 def needed(mask: Tensor | None) -> Tensor | None:
-    """A token mask, or none where it says nothing: all are tokens of one document."""
+    """The token mask, or `None` if all tokens belong to one document and none is padding."""
     return None if mask is None or bool((mask == 1).all()) else mask
 
 
 def document_mask(mask_BS: Tensor) -> SlotMask:
-    """Causal order within each document."""
+    """A causal mask within each document."""
     order_1S = torch.arange(mask_BS.shape[1], device=mask_BS.device)[None]
     allowed_BSK = within_documents(mask_BS, mask_BS) & (order_1S[:, :, None] >= order_1S[:, None, :])
     return SlotMask(allowed_BSK, order_1S, order_1S)
 
 
 def within_documents(queries_BS: Tensor, keys_BK: Tensor) -> Tensor:
-    """``[B, S, K]``: same document and no padding. A padding row sees its like: a softmax over nothing would be NaN."""
+    """``[B, S, K]``: true within a document. Padding attends to padding: a softmax over no key would be NaN."""
     return queries_BS[:, :, None] == keys_BK[:, None, :]

@@ -1,7 +1,7 @@
-"""Attention of a few queries to many slots by a native kernel, which reads each key and value once.
+"""Attention of a few queries to many KV slots with a native kernel, which reads each key and value once.
 
-The slow twin is `pondera.cache.slot_attention.attend`. torch's fused attention reads them once for every query head, and
-on a CPU most of its threads have nothing to do where there is one query and few heads.
+The reference implementation is `pondera.cache.slot_attention.attend`. torch's fused attention reads keys and values once
+for every query head; on a CPU, with one query and few heads, most of its threads are idle.
 
 Shapes: B batch, G KV heads, R query heads per KV head, H = G R, T queries, S slots, D head width, K tokens.
 """
@@ -18,11 +18,11 @@ from pondera.kernels.build import library
 from pondera.kernels.call import fit_rows
 
 FEW = 8
-"""Queries of a call up to which memory, and not arithmetic, is what attention waits for."""
+"""Up to this many queries per call, attention is memory-bound."""
 
 
 class Attended(NamedTuple):
-    """``[B, T, H, D]``, and ``[B, G, R, T, S]`` scaled products where they were asked for."""
+    """The output ``[B, T, H, D]``, and the scores ``[B, G, R, T, S]`` if the caller requested them."""
 
     out_BTHD: Tensor
     score_BGRTS: Tensor | None
@@ -37,7 +37,7 @@ _NUMBERS = (
 
 
 class _Attention(ctypes.Structure):
-    """As in ``attention.c``."""
+    """The arguments of the kernel; the same struct is defined in ``attention.c``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _TENSORS),
@@ -58,18 +58,18 @@ def attend_natively(
     scaling: float,
     with_scores: bool = False,
 ) -> Attended | None:
-    """Softmax attention; none where there is no kernel for it.
+    """Softmax attention over KV slots; returns `None` if no kernel supports the arguments.
+
+    A query that may attend to no slot gets zeros.
 
     Args:
-        query_BGRTD: queries by KV head; any strides but in the last dimension, as of keys and values.
-        keys_BGSD, values_BGSD: what is kept, in any order.
-        position_BGS: int32, the token that each slot holds; negative where there is nothing to look at.
-        mask_B1TK: which tokens each query may look at; none: those that do not come after it.
-        start: the token of the first query.
-        scaling: of the products.
-        with_scores: gives them too, ``-inf`` where a query may not look.
-
-    A query that may look nowhere gets zeros.
+        query_BGRTD: queries by KV head; any strides except in the last dimension, also for keys and values.
+        keys_BGSD, values_BGSD: the kept slots, in any order.
+        position_BGS: int32, the index of each slot's token; negative for slots that no query may attend to.
+        mask_B1TK: true where a query may attend; `None`: plain causal attention.
+        start: the index of the first query's token.
+        scaling: the factor of the dot products.
+        with_scores: whether to return the scores as well, ``-inf`` where a query may not attend.
     """
     B, G, R, T, D = query_BGRTD.shape
     kernel = library("attention") if T <= FEW and _fit(query_BGRTD, keys_BGSD, values_BGSD, position_BGS) else None
@@ -79,7 +79,7 @@ def attend_natively(
     out_BTHE = query_BGRTD.new_empty(B, T, G * R, E)
     score_BGRTS = query_BGRTD.new_empty(B, G, R, T, S) if with_scores else None
     mask_steps = (0, 0, 0) if mask_B1TK is None else (mask_B1TK.stride(0), mask_B1TK.stride(2), mask_B1TK.stride(3))
-    told = _Attention(
+    arguments = _Attention(
         query_BGRTD.data_ptr(),
         keys_BGSD.data_ptr(),
         values_BGSD.data_ptr(),
@@ -96,13 +96,13 @@ def attend_natively(
         out_BTHE.data_ptr(),
         None if score_BGRTS is None else score_BGRTS.data_ptr(),
     )
-    if kernel.attention(ctypes.byref(told)):
+    if kernel.attention(ctypes.byref(arguments)):
         raise MemoryError(f"attention to {S} slots")
     return Attended(out_BTHE, score_BGRTS)
 
 
 def _fit(query_BGRTD: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, position_BGS: Tensor) -> bool:
-    """Whether the kernel can read them."""
+    """Whether the kernel supports the dtypes, devices and strides of these tensors."""
     return (
         fit_rows(query_BGRTD, keys_BGSD, values_BGSD)
         and position_BGS.dtype == torch.int32

@@ -1,10 +1,10 @@
-"""Packed calls: only the rows that are wanted run, whatever batch row they belong to.
+"""Packed calls without padding: the selected rows of all sequences run as one long row.
 
-Every matrix product of a packed call sees N rows in one sequence of length N; only attention puts them back beside the
-other rows of their text. That is done by an attention function around the backbone's own (`pondera.cache.attention`), so no
-layer of any architecture has to know.
+Every matrix product of a packed call gets N rows in one row of length N. Only attention pads them to a batch, so that each
+row attends to the rows of its own sequence. An attention function around the backbone's own does this
+(`pondera.cache.attention`), so the layers of an architecture need no change.
 
-Shapes: B batch, T tokens, S most rows of any text, N rows of all texts together, K cached and new rows, H heads,
+Shapes: B batch, T tokens, S most rows of any sequence, N rows of all sequences together, K cached and new rows, H heads,
 D width, d head width.
 """
 
@@ -21,14 +21,14 @@ from pondera.cache.attention import Attention
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Which text each row of a packed call belongs to, and which of that text's rows it is.
+    """The sequence of each row of a packed call, and the index of the row in its sequence.
 
     Args:
-        batch_N: the text; ascending.
-        order_N: 0, 1, 2, ... within each text.
-        batch: B, texts, with or without rows.
-        width: S, the most rows that any text has.
-        even: every text has `width` rows.
+        batch_N: the batch index of the sequence; ascending.
+        order_N: 0, 1, 2, ... within each sequence.
+        batch: B, the number of sequences, including those without rows.
+        width: S, the largest number of rows of a sequence.
+        even: whether every sequence has `width` rows.
 
     Example:
         >>> rows = PackedRows.where(torch.tensor([[True, False, True], [False, True, False]]))
@@ -44,7 +44,7 @@ class PackedRows:
 
     @classmethod
     def where(cls, wanted_BT: Tensor) -> PackedRows:
-        """The rows at which `wanted_BT` is true, text by text."""
+        """Packs the rows where `wanted_BT` is true, sequence by sequence."""
         count_B = wanted_BT.sum(-1)
         if wanted_BT.shape[0] == 1:
             order_N = torch.arange(int(count_B), device=wanted_BT.device)
@@ -55,7 +55,7 @@ class PackedRows:
         return cls(batch_N, order_N, wanted_BT.shape[0], most, fewest == most)
 
     def pad(self, x_1ND: Tensor) -> Tensor:
-        """``[1, N, ...]`` -> ``[B, S, ...]``, zeros where a text has fewer rows."""
+        """``[1, N, ...]`` -> ``[B, S, ...]``, with zeros after the rows of shorter sequences."""
         if self.even:
             return x_1ND[0].unflatten(0, (self.batch, self.width))
         x_BSD = x_1ND.new_zeros(self.batch, self.width, *x_1ND.shape[2:])
@@ -66,16 +66,16 @@ class PackedRows:
         return x_BSD.flatten(0, 1)[None] if self.even else x_BSD[self.batch_N, self.order_N][None]
 
     def pad_heads(self, x_1HNd: Tensor) -> Tensor:
-        """``[1, H, N, d]`` -> ``[B, H, S, d]``."""
+        """`pad` for tensors with heads: ``[1, H, N, d]`` -> ``[B, H, S, d]``."""
         return x_1HNd if self.batch == 1 else self.pad(x_1HNd.transpose(1, 2)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The backbone's own attention over the texts that packed rows belong to; see `pondera.cache.attention.Server`.
+    """The backbone's own attention for packed rows, within each sequence; see `pondera.cache.attention.Server`.
 
     Args:
-        rows: where the packed rows belong.
+        rows: the sequences of the packed rows.
     """
 
     rows: PackedRows
@@ -90,7 +90,7 @@ class Packed:
         attention_mask: Tensor | None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attends with ``[1, H, N, d]`` queries, and keys and values ``[B, H, K, d]`` of a cache, or packed as queries are."""
+        """Attends with queries ``[1, H, N, d]``, and keys and values ``[B, H, K, d]`` of a cache, or packed ones."""
         rows = self.rows
         if key.shape[0] != rows.batch:
             key, value = rows.pad_heads(key), rows.pad_heads(value)

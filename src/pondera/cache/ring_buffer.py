@@ -1,4 +1,4 @@
-"""The latest rows of a text, exactly, in storage that they go round in: a token more costs no copy.
+"""A ring buffer for the exact keys and values of the most recent tokens; appending a token needs no copy.
 
 Shapes: B batch, G KV heads, T tokens, D head width.
 """
@@ -14,12 +14,12 @@ from torch import Tensor
 
 @dataclass
 class RingBuffer:
-    """Rows of the tokens from number `first` to before number `end`, padding counted.
+    """Keys and values of the tokens with index `first` to ``end - 1``, padding counted.
 
     Args:
-        keys, values: storage, ``[B, G, room, D]``; token n stands at place ``(n - origin) % room``.
-        first, end, origin: numbers of tokens.
-        borrowed: the storage is somebody else's, so that it may be read and not written.
+        keys, values: storage, ``[B, G, room, D]``; token n has index ``(n - origin) % room``.
+        first, end, origin: indices of tokens.
+        borrowed: whether the storage belongs to the caller, so that the buffer must not write to it.
     """
 
     keys: Tensor
@@ -34,11 +34,11 @@ class RingBuffer:
 
     @property
     def room(self) -> int:
-        """Tokens that there is room for."""
+        """The number of tokens for which storage is allocated."""
         return self.keys.shape[2]
 
     def append(self, key_BG1D: Tensor, value_BG1D: Tensor) -> None:
-        """Takes in one token."""
+        """Appends one token."""
         if self.borrowed or len(self) == self.room:
             self.resize(len(self) + max(16, len(self) // 8))
         at = (self.end - self.origin) % self.room
@@ -46,7 +46,7 @@ class RingBuffer:
         self.end += 1
 
     def extend(self, key_BGTD: Tensor, value_BGTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in several tokens, without a copy where there were none; returns all rows in the order of the text."""
+        """Appends several tokens; returns all keys and values in order. An empty buffer does not copy them."""
         tokens = key_BGTD.shape[2]
         if len(self):
             keys, values = self.read(self.first, self.end)
@@ -56,7 +56,7 @@ class RingBuffer:
         return key_BGTD, value_BGTD
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Views of the rows of some tokens: one, or two where they go round the end; with the first number of each."""
+        """Yields one or two views of the tokens from `start` to ``stop - 1``: first index, keys, values."""
         while start < stop:
             at = (start - self.origin) % self.room
             count = min(stop - start, self.room - at)
@@ -64,33 +64,33 @@ class RingBuffer:
             start += count
 
     def read(self, start: int, stop: int, row: slice = slice(None)) -> tuple[Tensor, Tensor]:
-        """Rows of some tokens, in the order of the text."""
-        found = [(keys[row], values[row]) for _, keys, values in self.pieces(start, stop)]
-        if len(found) == 1:
-            return found[0]
-        if not found:
+        """Keys and values of the tokens from `start` to ``stop - 1``, in order."""
+        pieces = [(keys[row], values[row]) for _, keys, values in self.pieces(start, stop)]
+        if len(pieces) == 1:
+            return pieces[0]
+        if not pieces:
             return self.keys[row, :, :0], self.values[row, :, :0]
-        keys, values = zip(*found, strict=True)
+        keys, values = zip(*pieces, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
     def resize(self, room: int) -> None:
-        """Moves the rows into storage of its own for so many tokens."""
+        """Copies the rows into new storage for `room` tokens."""
         for name, rows in zip(("keys", "values"), self.read(self.first, self.end), strict=True):
-            fresh = rows.new_empty(*rows.shape[:2], room, rows.shape[-1])
-            fresh[:, :, : len(self)] = rows
-            setattr(self, name, fresh)
+            storage = rows.new_empty(*rows.shape[:2], room, rows.shape[-1])
+            storage[:, :, : len(self)] = rows
+            setattr(self, name, storage)
         self.origin, self.borrowed = self.first, False
 
     def drop(self, first: int) -> None:
-        """Forgets the tokens before this one."""
+        """Deletes the tokens before index `first`."""
         self.first = min(max(first, self.first), self.end)
 
     def crop(self, end: int) -> None:
-        """Forgets the tokens from this one on."""
+        """Deletes the tokens from index `end` on."""
         self.end = min(self.end, end)
         self.first = min(self.first, self.end)
 
     def select(self, rows: Tensor) -> None:
-        """Keeps these rows of the batch, in this order."""
+        """Keeps these batch rows, in this order."""
         rows = rows.to(self.keys.device)
         self.keys, self.values, self.borrowed = self.keys[rows], self.values[rows], False

@@ -1,8 +1,8 @@
-"""Whether caches of Pondera are right for a model: a few tokens, held against the stock cache before any cache is given out.
+"""Self-check of a model before the first compressed cache: runs a few tokens and compares with the stock cache.
 
-Two things must hold. The keys that reach attention, put together over the calls, must be those that the stock cache would
-have given, so that the model's own attention over them gives the stock logits; and that attention must be what Pondera
-computes over slots: one softmax over the tokens that the mask shows, in whatever order they are kept.
+The check tests two conditions. First, the concatenated keys and values that reach attention must be those of the stock
+cache, so that the model's own attention over them gives the stock logits. Second, the model's attention must be the one
+that Pondera computes over KV slots: one softmax over the tokens that the mask allows, in any order of the slots.
 
 Shapes: B batch, T tokens, G KV heads, R query heads per KV head, S slots, D width of keys, E width of values.
 """
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from pondera.cache.hand_over import Owner
 
 RUNS: tuple[tuple[int, tuple[int, ...]], ...] = ((0, (3, 2, 1)), (2, (4, 1)))
-"""What is run: padding on the left of the first of two rows, and the tokens of each call. Without padding there is one row."""
+"""The runs of the check: the left padding of the first of two batch rows (0: one row), and the tokens of each call."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check found.
+    """The result of a self-check that the model passed.
 
     Args:
-        exact: the model's own attention over what reached it gave the stock logits bit for bit; else closely.
-        rows: ``(G, D, E)`` of each compressed layer, as its keys and values reach attention.
+        exact: whether the logits are bit-identical to those with the stock cache; else they agree within a tolerance.
+        rows: ``(G, D, E)`` of the keys and values that reach attention in each compressed layer.
     """
 
     exact: bool
@@ -42,10 +42,10 @@ class Verdict:
 
 
 class Witness(KVLayer):
-    """Keeps all tokens, attends by the model's own function, and notes how far attention over slots is from that.
+    """A layer that keeps all tokens, uses the model's own attention, and compares it with attention over KV slots.
 
     Attributes:
-        apart: the largest difference, as a share of the largest output.
+        apart: the largest difference, relative to the largest output.
     """
 
     holds: ClassVar[tuple[str, ...]] = ()
@@ -63,13 +63,13 @@ class Witness(KVLayer):
         keys, values = self.rows
         out_BTHE = call.stock(keys, values)
         allowed = call.written_mask(slice(0, call.tokens))
-        order_S = torch.arange(keys.shape[2] - 1, -1, -1, device=keys.device)  # the order of slots means nothing
+        order_S = torch.arange(keys.shape[2] - 1, -1, -1, device=keys.device)  # the order of slots has no meaning
         allowed = None if allowed is None else allowed.expand(-1, keys.shape[1], -1, -1)[..., order_S]
         query = grouped(call.query_BHTD, keys.shape[1])
         found_BTHE = attend(query, keys[:, :, order_S], values[:, :, order_S], allowed, call.scaling, call.softmax)
         real_BT = call.position_BT >= 0
         if found_BTHE.shape != out_BTHE.shape:
-            raise UserError("its attention function gives another shape than queries and values have")
+            raise UserError("the output of its attention function does not have the shape of queries and values")
         self.apart = max(self.apart, difference(found_BTHE[real_BT], out_BTHE[real_BT]))
         return out_BTHE
 
@@ -78,13 +78,13 @@ class Witness(KVLayer):
         return 0 if self.rows is None else sum(rows.nbytes for rows in self.rows)
 
     def rollback(self, tokens: int) -> None:
-        """Not needed here."""
+        """Not used by the self-check."""
 
     def select(self, rows: Tensor) -> None:
-        """Not needed here."""
+        """Not used by the self-check."""
 
     def clear(self) -> None:
-        """Not needed here."""
+        """Not used by the self-check."""
 
     def batch(self) -> int:
         """See `KVLayer.batch`."""
@@ -92,11 +92,11 @@ class Witness(KVLayer):
 
 
 class WitnessCache(Cache):
-    """A stock cache whose compressed layers are witnesses.
+    """A stock cache with a `Witness` in place of each compressed layer.
 
     Args:
         layers: one per decoder layer.
-        owner: of the model.
+        owner: the owner of the model.
     """
 
     def __init__(self, layers: list[Any], owner: Owner) -> None:
@@ -105,17 +105,17 @@ class WitnessCache(Cache):
 
 
 def compare_with_stock(model: PreTrainedModel, owner: Owner, layers: list[int]) -> Verdict:
-    """Runs a few tokens with the stock cache and with witnesses.
+    """Compares a few tokens with the stock cache and with a `WitnessCache`.
 
-    Random state, training mode and gradients are as they were before.
+    The check changes neither the random state, nor the training mode, nor gradients.
 
     Args:
-        model: whose attention looks for its layers in the cache already.
-        owner: of that model.
-        layers: numbers of those that are compressed.
+        model: a routed model whose attention modules have finders.
+        owner: the owner of the model.
+        layers: indices of the compressed layers.
 
     Raises:
-        UserError: the stock cache itself fails, or attention is not what Pondera computes.
+        UserError: the model fails with the stock cache, or its attention is not the one that Pondera computes.
     """
     exact, rows = True, ()
     with as_it_was(model):
@@ -124,52 +124,52 @@ def compare_with_stock(model: PreTrainedModel, owner: Owner, layers: list[int]) 
             try:
                 expected = _run(model, stock, pads, pieces)
             except Exception as error:
-                raise UserError(f"it does not run with the stock cache either ({described(error)})") from error
+                raise UserError(f"it does not run with the stock cache ({described(error)})") from error
             witnesses = [Witness() for _ in layers]
             chosen = dict(zip(layers, witnesses, strict=True))
             plain = _stock_cache(model).layers or [None] * (max(layers) + 1)
             cache = WitnessCache([chosen.get(number, layer) for number, layer in enumerate(plain)], owner)
             try:
-                found = _run(model, cache, pads, pieces)
+                actual = _run(model, cache, pads, pieces)
             except UserError:
                 raise
             except Exception as error:
                 raise UserError(
-                    f"its attention needs more than new keys and values back ({described(error)})"
+                    f"its attention fails if the cache returns only the new keys and values ({described(error)})"
                 ) from error
-            exact &= _judge(expected, found, witnesses, sum(pieces))
+            exact &= _judge(expected, actual, witnesses, sum(pieces))
             rows = tuple(_shape(witness) for witness in witnesses)
     return Verdict(exact, rows)
 
 
-def _judge(expected: Tensor, found: Tensor, witnesses: list[Witness], tokens: int) -> bool:
-    """Whether the logits are the same bit for bit; raises where something is not even close."""
+def _judge(expected: Tensor, actual: Tensor, witnesses: list[Witness], tokens: int) -> bool:
+    """Whether the logits are bit-identical; raises if a difference exceeds the tolerance."""
     bound = max(1e-5, 8 * torch.finfo(expected.dtype).eps)
     if any(witness.seen != tokens or witness.rows is None for witness in witnesses):
-        raise UserError("some of its layers do not put their keys into the cache, or take them from another layer")
+        raise UserError("some of its layers do not put their keys into the cache, or use the keys of another layer")
     if not expected.isfinite().all():
         raise UserError("with the stock cache its logits are not finite")
-    if (apart := difference(found, expected)) > bound:
+    if (apart := difference(actual, expected)) > bound:
         raise UserError(
-            f"its keys change between the cache and attention, so that past tokens are lost or mixed (logits apart by "
+            f"its keys change between the cache and attention, so past tokens are lost or mixed (logits differ by "
             f"{apart:.1e} of the largest)"
         )
     if (apart := max(witness.apart for witness in witnesses)) > bound:
         raise UserError(
-            f"its attention is not one softmax over the tokens that its mask shows (outputs apart by {apart:.1e} of the "
+            f"its attention is not one softmax over the tokens that its mask allows (outputs differ by {apart:.1e} of the "
             "largest)"
         )
-    return torch.equal(found, expected)
+    return torch.equal(actual, expected)
 
 
-def difference(found: Tensor, expected: Tensor) -> float:
-    """The largest difference, as a share of the largest expected number."""
-    apart = (found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-30)
+def difference(actual: Tensor, expected: Tensor) -> float:
+    """The largest absolute difference, relative to the largest expected absolute value."""
+    apart = (actual.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1e-30)
     return float(apart.nan_to_num(torch.inf))
 
 
 def _run(model: PreTrainedModel, cache: Cache, pads: int, pieces: tuple[int, ...]) -> Tensor:
-    """Logits of the tokens that are no padding, ``[N, V]``, read piece by piece."""
+    """Logits ``[N, V]`` of the tokens that are not padding, from one call per piece."""
     tokens, batch = sum(pieces), 2 if pads else 1
     embeddings: Any = model.get_input_embeddings()
     most = min(int(embeddings.weight.shape[0]), 97)
@@ -178,12 +178,12 @@ def _run(model: PreTrainedModel, cache: Cache, pads: int, pieces: tuple[int, ...
     )
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :pads] = 0
-    found, seen = [], 0
+    logits, seen = [], 0
     for piece in ids_BT.split(pieces, 1):
         seen += piece.shape[1]
         given = {"attention_mask": mask_BT[:, :seen]} if pads else {}
-        found.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **given).logits)
-    return torch.cat(found, 1)[mask_BT.bool()]
+        logits.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **given).logits)
+    return torch.cat(logits, 1)[mask_BT.bool()]
 
 
 def _stock_cache(model: PreTrainedModel) -> DynamicCache:

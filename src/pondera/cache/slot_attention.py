@@ -1,4 +1,4 @@
-"""Attention over slots: the grouped form, which repeats no heads, and what a memory gets to see of it.
+"""Grouped-query attention over KV slots, and the observations of it that a policy gets.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, D head width, K tokens seen.
 """
@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 2**22
-"""Scores at a time, where a memory wants to see them."""
+"""The largest number of scores per observation of a policy."""
 
 
 @dataclass(frozen=True)
 class Softmax:
-    """How scores become weights, beside the softmax itself.
+    """The softmax of attention, with optional score capping and sink logits.
 
     Args:
-        softcap: scores are capped to ``softcap * tanh(score / softcap)``; `None`: they are not.
-        sink_H: a learned score of each query head that takes its part of the weight and has no value; `None`: there is none.
+        softcap: c in ``c * tanh(score / c)``, which replaces each score; default: `None`, no capping.
+        sink_H: a learned sink logit per query head, which receives attention weight and has no value; default: `None`.
     """
 
     softcap: float | None = None
@@ -30,15 +30,15 @@ class Softmax:
 
     @property
     def plain(self) -> bool:
-        """There is nothing but the softmax, which kernels know."""
+        """Whether it is the plain softmax, which kernels support."""
         return self.softcap is None and self.sink_H is None
 
     def capped(self, score: Tensor) -> Tensor:
-        """Scores after the cap, before any mask."""
+        """Scores after capping, before the mask."""
         return score if self.softcap is None else self.softcap * torch.tanh(score / self.softcap)
 
     def weights(self, score_BGRTS: Tensor) -> Tensor:
-        """Weights in float32 at least, which sum to 1 with that of the sink."""
+        """Attention weights in float32 or wider; with the weight of the sink they sum to 1."""
         wide = torch.promote_types(score_BGRTS.dtype, torch.float32)
         if self.sink_H is None:
             return score_BGRTS.softmax(-1, dtype=wide)
@@ -47,7 +47,7 @@ class Softmax:
         return torch.cat([score_BGRTS, sink_GR11.to(score_BGRTS.dtype)], -1).softmax(-1, dtype=wide)[..., :-1]
 
     def of(self, heads: slice, groups: int) -> Softmax:
-        """The same for the query heads of some of the KV heads."""
+        """The softmax for the query heads of some of the KV heads; `groups` is the number of all KV heads."""
         if self.sink_H is None or heads == slice(None):
             return self
         return Softmax(self.softcap, self.sink_H.view(groups, -1)[heads].flatten())
@@ -58,17 +58,17 @@ PLAIN = Softmax()
 
 @dataclass(frozen=True)
 class AttentionObservation:
-    """Some queries and what they looked at.
+    """Some queries of a call and their attention scores, as a policy observes them.
 
     Args:
-        query_BGRTD: as the keys are, after rotary embedding.
-        score_BGRTS: scaled products, ``-inf`` where a query may not look.
-        number_T: the queries' token numbers.
-        real_BT: false where a query is padding, which looks at nothing that counts.
-        scaling: of the products.
-        begins: these are the first queries that are shown of a call.
-        out_BTHD: what attention gave, where it was found on the way.
-        softmax: how scores become weights.
+        query_BGRTD: queries after rotary embedding.
+        score_BGRTS: scaled dot products, ``-inf`` where a query may not attend.
+        number_T: the token index of each query.
+        real_BT: false for queries of padding; their weights are 0.
+        scaling: the factor of the dot products.
+        begins: whether this is the first observation of a call.
+        out_BTHD: the output of attention; default: `None`, not computed.
+        softmax: the softmax that turns scores into weights.
     """
 
     query_BGRTD: Tensor
@@ -82,17 +82,17 @@ class AttentionObservation:
 
     @cached_property
     def weight_BGRTS(self) -> Tensor:
-        """Attention weights in float32 at least: every row sums to 1 with its sink, and is 0 of padding."""
+        """Attention weights in float32 or wider: with the sink they sum to 1 per query; those of padding queries are 0."""
         return self.weights(self.score_BGRTS)
 
     def weights(self, score_BGRTS: Tensor) -> Tensor:
-        """Such weights from other scores."""
+        """Attention weights as in `weight_BGRTS`, from other scores."""
         weight = self.softmax.weights(score_BGRTS)
-        # A query that may look nowhere has a softmax of NaN.
+        # The softmax of a query that may attend to no slot is NaN.
         return torch.where(self.real_BT[:, None, None, :, None], weight, 0)
 
     def first(self, queries: int, slots: int) -> AttentionObservation:
-        """The first `queries` queries, over `slots` slots; they saw none that came later."""
+        """The observation of the first `queries` queries over `slots` slots; scores of later slots are ``-inf``."""
         score_BGRTS = self.score_BGRTS[:, :, :, :queries, :slots]
         if later := slots - score_BGRTS.shape[-1]:
             score_BGRTS = F.pad(score_BGRTS, (0, later), value=-torch.inf)
@@ -113,11 +113,11 @@ def grouped(query_BHTD: Tensor, heads: int) -> Tensor:
 
 
 def slots_allowed(mask_B1TK: Tensor | None, position_BGS: Tensor) -> Tensor | None:
-    """``[B, G, T, S]``: the columns of a mask over tokens that slots stand for; none: all of them.
+    """Converts a mask over tokens to a mask over KV slots, ``[B, G, T or 1, S]``; returns `None` if all slots are allowed.
 
     Args:
-        mask_B1TK: which tokens each query may look at; none: every one that came before.
-        position_BGS: see `SlotTable`; negative where there is nothing to look at.
+        mask_B1TK: true where a query may attend; `None`: every query may attend to all tokens.
+        position_BGS: see `KVStore`; negative for slots that no query may attend to.
     """
     real_BGS = position_BGS >= 0
     if mask_B1TK is None:
@@ -128,10 +128,10 @@ def slots_allowed(mask_B1TK: Tensor | None, position_BGS: Tensor) -> Tensor | No
 
 
 def slots_bias(bias_BK: Tensor, position_BGS: Tensor) -> Tensor:
-    """``[B, G, 1, S]``: what is added to the scores of each slot.
+    """Converts a key bias over tokens to one over KV slots, ``[B, G, 1, S]``.
 
     Args:
-        bias_BK: of every token seen.
+        bias_BK: the key bias of every token seen.
         position_BGS: see `KVStore`.
     """
     B, G, S = position_BGS.shape
@@ -148,19 +148,19 @@ def attend(
     softmax: Softmax = PLAIN,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention, ``[B, T, H, D]``.
+    """Softmax attention over KV slots, ``[B, T, H, D]``; the reference implementation of `attend_natively`.
 
     Args:
         query_BGRTD: queries by KV head.
-        keys_BGSD, values_BGSD: what is kept, in any order.
-        allowed: ``[B, G, T or 1, S]``, or none.
-        scaling: of the products.
-        softmax: how scores become weights.
-        bias: see `slots_bias`.
+        keys_BGSD, values_BGSD: the kept slots, in any order.
+        allowed: ``[B, G, T or 1, S]``, true where a query may attend; `None`: everywhere.
+        scaling: the factor of the dot products.
+        softmax: the softmax that turns scores into weights.
+        bias: see `slots_bias`; default: `None`, nothing is added.
     """
     B, G, R, T, D = query_BGRTD.shape
     if allowed is not None:
-        # A query of padding sees anything: a softmax over nothing would be NaN.
+        # A query that may attend to no slot attends to all of them: a softmax over no slot would be NaN.
         allowed = (allowed | ~allowed.any(-1, keepdim=True)).expand(B, G, T, -1)
     if not softmax.plain or bias is not None:
         weight = softmax.weights(scores(query_BGRTD, keys_BGSD, allowed, scaling, softmax, bias)).to(values_BGSD.dtype)
@@ -182,7 +182,7 @@ def scores(
     softmax: Softmax = PLAIN,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """``[B, G, R, T, S]``: scaled products, ``-inf`` where a query may not look."""
+    """Attention scores ``[B, G, R, T, S]``: scaled dot products, ``-inf`` where a query may not attend."""
     score = torch.matmul(query_BGRTD.flatten(2, 3) * scaling, keys_BGSD.mT).unflatten(2, query_BGRTD.shape[2:4])
     score = softmax.capped(score)
     if bias is not None:
@@ -191,7 +191,7 @@ def scores(
 
 
 def attend_seen(seen: AttentionObservation, values_BGSD: Tensor) -> Tensor:
-    """Attention from weights that are there anyway, ``[B, T, H, D]``."""
+    """The output of attention, ``[B, T, H, D]``, from the weights of an observation."""
     if seen.out_BTHD is not None:
         return seen.out_BTHD
     R, T = seen.weight_BGRTS.shape[2:4]

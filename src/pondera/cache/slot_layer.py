@@ -1,4 +1,4 @@
-"""A cache layer that keeps a table of slots and asks a memory which of them to attend to and which to forget.
+"""A cache layer that stores KV slots; a policy selects the slots to attend to and the slots to evict.
 
 Shapes: B batch, G KV heads, R query heads per KV head, T new tokens, S slots, k chosen slots, D head width.
 """
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from pondera.methods.kv_cache.common.policy import Policy
 
 DRAFTS = 256
-"""The latest tokens of a call that may be taken back while tokens are recorded."""
+"""The largest number of new tokens of a call that a rollback may remove while tokens are recorded."""
 
 
 class KeepAll:
-    """The policy of layers that keep every slot: nothing is observed, chosen or evicted."""
+    """The policy of layers that keep every slot: it observes, selects and evicts nothing."""
 
     observation_window = 0
     sparse_attention = by_head = False
@@ -47,11 +47,11 @@ class KeepAll:
 
     @property
     def note_defaults(self) -> dict[str, float]:
-        """No notes."""
+        """No notes per slot."""
         return {}
 
     def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """None."""
+        """0: observes no query."""
         return 0
 
     def evict_layer(self, layer: KVStoreLayer) -> bool:
@@ -59,26 +59,26 @@ class KeepAll:
         return False
 
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> None:
-        """All slots."""
+        """Selects all slots."""
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """Never called."""
 
 
 class KVStoreLayer(KVLayer):
-    """One layer's past as slots.
+    """The KV slots of one layer.
 
     Args:
-        method: decides.
-        index: of the layer among the compressed ones.
-        among: how many are compressed.
+        method: the policy.
+        index: the index of the layer among the compressed ones.
+        among: the number of compressed layers.
 
     Attributes:
-        tables: one for all KV heads, or one for each where their budgets differ.
-        state: whatever else the memory notes per row of the batch, ``[B, ...]`` each, by name.
-        prompt: tokens up to the end of the latest prompt. The first call is one, and so is every later call of several
-            tokens that are no drafts; tokens that come one by one are generated.
-        forgotten: tokens up to here may have been evicted_until, so that they cannot be taken back.
+        tables: one store for all KV heads, or one for each if the heads may keep different tokens.
+        state: further numbers of the policy per batch row, ``[B, ...]`` each, by name.
+        prompt: the number of tokens up to the end of the latest prompt. The first call is a prompt, and so is every later
+            call of several tokens that are not draft tokens; tokens of later calls of one token are generated.
+        evicted_until: the number of tokens seen at the latest eviction; a rollback to fewer tokens is not possible.
     """
 
     holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "evicted_until")
@@ -93,7 +93,7 @@ class KVStoreLayer(KVLayer):
         self._observed: list[KVStore] = []
 
     def attend(self, call: AttentionCall) -> Tensor:
-        """See `KVLayer.attend`. Attends first to all that is there, the new tokens included, and forgets then."""
+        """See `KVLayer.attend`. Attends to all stored slots, including the new ones, before it evicts."""
         first = not self.tables
         if first:
             self.tables = [KVStore.like(call.key_BGTD, call.value_BGTD, self.method.note_defaults)]
@@ -124,17 +124,17 @@ class KVStoreLayer(KVLayer):
 
     @property
     def at_prompt(self) -> bool:
-        """The latest token is the last of a prompt."""
+        """Whether the latest token is the last one of a prompt."""
         return self.seen == self.prompt
 
     def parts(self) -> list[tuple[slice, KVStore]]:
-        """The tables and the KV heads that each is for."""
+        """The KV heads of each store, and the store."""
         if len(self.tables) == 1:
             return [(slice(None), self.tables[0])]
         return [(slice(head, head + 1), table) for head, table in enumerate(self.tables)]
 
     def heads(self, part: slice) -> list[int]:
-        """The numbers of the KV heads that a table is for."""
+        """The indices of the KV heads of a store."""
         if len(self.tables) == 1:
             return list(range(self.tables[0].keys_BGSD.shape[1]))
         return list(range(sum(table.keys_BGSD.shape[1] for table in self.tables)))[part]
@@ -151,22 +151,22 @@ class KVStoreLayer(KVLayer):
     def _by_table(
         self, call: AttentionCall, query_BGRTD: Tensor, position_BT: Tensor, chosen: list[Tensor | None]
     ) -> Tensor:
-        """Attention where slots are not the tokens of the text in their order."""
+        """Attention over slots that are not all tokens of the sequence in order."""
         if len(chosen) == 1:
             return self._of_table(call, query_BGRTD, self.tables[0], position_BT, chosen[0])
-        found = [
+        outputs = [
             self._of_table(call, query_BGRTD[:, heads], table, position_BT, slot_BGk)
             for (heads, table), slot_BGk in zip(self.parts(), chosen, strict=True)
         ]
-        return torch.cat(found, dim=2)
+        return torch.cat(outputs, dim=2)
 
     def _of_table(
         self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, position_BT: Tensor, slot_BGk: Tensor | None
     ) -> Tensor:
         if slot_BGk is None and self.method.observed_queries(self, call) >= call.tokens:
             observed = self._observe(call, query_BGRTD, table, position_BT)
-            found = list(map(attend_seen, observed, itertools.repeat(table.values)))
-            return found[0] if len(found) == 1 else torch.cat(found, dim=1)
+            outputs = list(map(attend_seen, observed, itertools.repeat(table.values)))
+            return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         keys, values, position = table.keys, table.values, table.position
         if slot_BGk is not None:
             there_BGk = slot_BGk.clamp(min=0)
@@ -175,21 +175,21 @@ class KVStoreLayer(KVLayer):
         every, softmax = slice(0, call.tokens), call.softmax
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
-        found = None
+        attended = None
         bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, position)
         if softmax is PLAIN and bias is None:
-            found = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
-        if found is None:
+            attended = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
+        if attended is None:
             allowed = slots_allowed(call.written_mask(every), position)
             out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling, softmax, bias)
         else:
-            out_BTHD = found.out_BTHD
+            out_BTHD = attended.out_BTHD
         for _ in self._observe(call, query_BGRTD, table, position_BT):
             pass
         return out_BTHD
 
     def _watch(self, call: AttentionCall, query_BGRTD: Tensor, position_BT: Tensor) -> None:
-        """Shows the memory what the queries looked at, where attention itself did not."""
+        """Passes attention scores to the policy after attention that did not compute them."""
         for heads, table in self.parts():
             for _ in self._observe(call, query_BGRTD[:, heads], table, position_BT):
                 pass
@@ -197,17 +197,17 @@ class KVStoreLayer(KVLayer):
     def _observe(
         self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, position_BT: Tensor
     ) -> Iterator[AttentionObservation]:
-        """Shows the memory the last queries of a call, in blocks whose scores fit into memory."""
+        """Passes the scores of the last queries of a call to the policy, in blocks of at most about `BLOCK` scores."""
         T = query_BGRTD.shape[3]
         begin = T - min(T, self.method.observed_queries(self, call))
         if begin == T:
             return
         block = max(1, BLOCK // max(1, math.prod(query_BGRTD.shape[:3]) * table.used))
-        # What may be a draft is noted until it is settled, and stands in blocks of its own.
+        # Observations of possible draft tokens wait for `crop`, in separate blocks.
         drafts = max(begin, T - DRAFTS) if self.record_past else T
         edges = [*range(begin, drafts, block), *range(drafts, T, block), T]
         for first, last in itertools.pairwise(edges):
-            # The passes of one call are one observation.
+            # Only the first of several passes of a call begins an observation.
             begins = first == begin and not any(table is known for known in self._observed)
             seen = self._seen(call, query_BGRTD, table, position_BT, slice(first, last), begins)
             if self.hold:
@@ -219,7 +219,7 @@ class KVStoreLayer(KVLayer):
             yield seen
 
     def _softmax(self, call: AttentionCall, table: KVStore) -> Softmax:
-        """How the scores of a table's heads become weights."""
+        """The softmax for the heads of a store."""
         if call.softmax.sink_H is None or len(self.tables) == 1:
             return call.softmax
         head = next(head for head, other in enumerate(self.tables) if other is table)
@@ -228,16 +228,16 @@ class KVStoreLayer(KVLayer):
     def _seen(
         self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, position_BT: Tensor, part: slice, begins: bool
     ) -> AttentionObservation:
-        """What some queries look at."""
+        """The observation of some queries."""
         query_BGRTD, number, softmax = query_BGRTD[:, :, :, part], call.start + part.start, call.softmax
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
-        found = None
+        attended = None
         bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, table.position)
         if softmax is PLAIN and bias is None:
             rows = (query_BGRTD, table.keys, table.values, table.position)
-            found = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
-        out_BTHD, score_BGRTS = (None, None) if found is None else found
+            attended = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
+        out_BTHD, score_BGRTS = (None, None) if attended is None else attended
         if score_BGRTS is None:
             allowed = slots_allowed(call.written_mask(part), table.position)
             score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling, softmax, bias)
@@ -248,15 +248,15 @@ class KVStoreLayer(KVLayer):
         )
 
     def _evict(self) -> None:
-        """Brings every table within its budget."""
+        """Evicts slots until every store is within its budget."""
         if self.method.evict_layer(self):
             self.evicted_until = self.seen
 
     def release(self, prompt: bool) -> None:
         """See `KVLayer.release`."""
-        held, self._observed = self.hold, []
+        was_held, self._observed = self.hold, []
         super().release(prompt)
-        if not held or not self.batch():
+        if not was_held or not self.batch():
             return
         if prompt:
             self.prompt = self.seen
@@ -264,12 +264,12 @@ class KVStoreLayer(KVLayer):
             self._evict()
 
     def keep_columns(self, keep_C: Tensor) -> None:
-        """See `KVLayer.keep_columns`. Drafts that go have had no say in what is kept."""
+        """See `KVLayer.keep_columns`. Rolled-back draft tokens do not influence evictions."""
         gone = (~keep_C).nonzero()
         if len(gone) and int(gone[0]) < self.evicted_until:
             raise UserError(
-                f"crop: {len(gone)} of the latest {self.seen - int(gone[0])} slots are to be taken back, and others have been "
-                "evicted for their sake already; call cache.activate_past_recording() before tokens that may be drafts"
+                f"crop: cannot roll back {len(gone)} of the latest {self.seen - int(gone[0])} slots, because slots have been "
+                "evicted after them; call cache.activate_past_recording() before a call with draft tokens"
             )
         number_C = torch.cat([keep_C.cumsum(0) - 1, keep_C.new_zeros(1, dtype=torch.long)]).to(torch.int32)
         for seen, table in self._drafts:
@@ -289,8 +289,8 @@ class KVStoreLayer(KVLayer):
         """See `KVLayer.rollback`."""
         if tokens < self.evicted_until or (self.method.observation_window and self.seen - tokens > DRAFTS):
             raise UserError(
-                f"crop: the last {self.seen - tokens} of {self.seen} tokens are to be taken back, and others have been "
-                "forgotten for their sake already; call cache.activate_past_recording() before tokens that may be drafts"
+                f"crop: cannot roll back the last {self.seen - tokens} of {self.seen} tokens, because tokens have been "
+                "evicted or scored with them; call cache.activate_past_recording() before a call with draft tokens"
             )
         self.seen = tokens
         self.prompt = min(self.prompt, tokens)
@@ -303,11 +303,11 @@ class KVStoreLayer(KVLayer):
         self._evict()
 
     def real_tokens(self, budget_from_prompt: bool = False) -> list[int]:
-        """Tokens seen in each row of the batch, or those of its prompt, without padding."""
+        """For each batch row, the number of tokens seen, or of its prompt, without padding."""
         return ((self.prompt if budget_from_prompt else self.seen) - self.state["padding"]).tolist()
 
     def number(self, table: KVStore) -> Tensor:
-        """``[B, G, S]``: where in its text each slot's token stands, padding not counted."""
+        """``[B, G, S]``: the index of each slot's token in its sequence, padding not counted."""
         return table.position - self.state["padding"][:, None, None]
 
     def nbytes(self) -> int:

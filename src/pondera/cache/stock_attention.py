@@ -1,8 +1,8 @@
-"""torch's fused attention of one query to many keys, to the last bit, but reading them once for all heads that share them.
+"""A native kernel that is bit-identical to torch's fused attention of one query, and reads shared keys and values once.
 
-Decoding waits for memory, and torch's kernel fetches keys and values once for every query head. The native one lets the heads
-that share a block of keys take turns while the block is in a core's cache; products are torch's own, and all else is done in
-torch's order. That the bits are torch's is tried on this machine, with rows of each width, before any are handed out.
+Decoding is memory-bound, and torch's kernel reads keys and values once for every query head. The native kernel processes
+all query heads of a block of keys while the block is in the cache of a core. It calls torch's own matrix product, and does
+all other operations in torch's order. Before first use with a head width, a test on this machine compares the bits.
 
 Shapes: B batch, G KV heads, R query heads per KV head, H = G R, S keys, D head width.
 """
@@ -22,15 +22,15 @@ from pondera.kernels.build import library
 from pondera.kernels.call import fit_rows
 
 TRIED = (1, 9, 512, 513, 1100, 2048)
-"""Numbers of keys on which the bits are tried: a block, whole vectors, and what is over."""
+"""Numbers of keys in the test of bits: with and without incomplete blocks and vectors."""
 WIDEST = 256
-"""Width of a head up to which transformers has torch share keys among heads."""
+"""The largest head width with which transformers lets torch share keys among heads."""
 
 log = logging.getLogger(__name__)
 
 
 class _Stock(ctypes.Structure):
-    """As in ``stock.c``."""
+    """The arguments of the kernel; the same struct is defined in ``stock.c``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("gemm", "query", "keys", "values")),
@@ -43,17 +43,17 @@ class _Stock(ctypes.Structure):
 
 
 def stock_attention(query_BH1D: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, scaling: float) -> Tensor | None:
-    """What `torch.nn.functional.scaled_dot_product_attention` gives without a mask, the same bits, ``[B, 1, H, D]``.
+    """Attention without a mask, ``[B, 1, H, D]``, bit-identical to `torch.nn.functional.scaled_dot_product_attention`.
+
+    Cost: one read of keys and values; torch's matrix products of one row each take most of the remaining time.
 
     Args:
-        query_BH1D: one query per head; more, and there is nothing to gain.
-        keys_BGSD, values_BGSD: of fewer heads than the queries; any strides but in the last dimension.
-        scaling: of the products.
+        query_BH1D: one query per head; with more queries the kernel is not faster.
+        keys_BGSD, values_BGSD: keys and values, of fewer heads than the queries; any strides except in the last dimension.
+        scaling: the factor of the dot products.
 
     Returns:
-        None where that would be no faster, where there is no kernel, or where its bits are not torch's.
-
-    Cost: keys and values are read from memory once; torch's products of one row each are what is left of the time.
+        The output, or `None` if the kernel is not faster, is not available, or is not bit-identical.
     """
     B, H, T, D = query_BH1D.shape
     G = keys_BGSD.shape[1]
@@ -69,10 +69,10 @@ def _run(query_BH1D: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, scaling: fl
     B, H, _, D = query_BH1D.shape
     G, S = keys_BGSD.shape[1:3]
     R, threads = H // G, torch.get_num_threads()
-    # All heads of a group together, unless threads would be left without work.
+    # One task per KV head, or more tasks if some threads would otherwise be idle.
     parts = min(R, -(-threads // (B * G)))
     out_B1HD = query_BH1D.new_empty(B, 1, H, D)
-    told = _Stock(
+    arguments = _Stock(
         gemm,
         *(x.data_ptr() for x in (query_BH1D, keys_BGSD, values_BGSD)),
         *(B, G, R, S, D, -(-R // parts), threads),
@@ -82,11 +82,11 @@ def _run(query_BH1D: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, scaling: fl
         scaling,
         out_B1HD.data_ptr(),
     )
-    return None if kernel.stock(ctypes.byref(told)) else out_B1HD
+    return None if kernel.stock(ctypes.byref(arguments)) else out_B1HD
 
 
 def _fits(*tensors: Tensor) -> bool:
-    """Whether torch would take its fused kernel for these, with products in float32, and the native one can read them."""
+    """Whether torch would use its fused kernel in float32 for these tensors, and the native kernel supports them."""
     return (
         torch.get_float32_matmul_precision() == "highest"
         and torch.backends.cuda.flash_sdp_enabled()
@@ -99,10 +99,10 @@ def _fits(*tensors: Tensor) -> bool:
 
 @functools.cache
 def _gemm() -> int | None:
-    """The address of the matrix product that torch's kernel calls, where torch brings it along."""
-    found = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
+    """The address of the matrix product that torch's kernel calls, or `None` if torch does not contain it."""
+    library_file = next((Path(torch.__file__).parent / "lib").glob("libtorch_cpu.*"), None)
     try:
-        product = ctypes.CDLL(str(found)).sgemm_
+        product = ctypes.CDLL(str(library_file)).sgemm_
     except (OSError, AttributeError):
         return None
     return ctypes.cast(product, ctypes.c_void_p).value
@@ -110,15 +110,15 @@ def _gemm() -> int | None:
 
 @functools.cache
 def _same_bits(width: int, threads: int) -> bool:
-    """Whether the kernel gives torch's bits for rows of this width, tried once; ``threads`` are those torch has now."""
+    """Whether the kernel is bit-identical to torch for heads of this width; `threads` is torch's number of threads."""
     draw = torch.Generator().manual_seed(0)
     for keys in TRIED:
         query, rows = (torch.randn(shape, generator=draw) for shape in ((2, 8, 1, width), (2, 2, 2, keys + 3, width)))
         keys_BGSD, values_BGSD = rows[:, :, :, 1 : keys + 1].unbind(0)
         scaling = 3 * width**-0.5
-        found = _run(query, keys_BGSD, values_BGSD, scaling)
+        output = _run(query, keys_BGSD, values_BGSD, scaling)
         stock = F.scaled_dot_product_attention(query, keys_BGSD, values_BGSD, scale=scaling, enable_gqa=True)
-        if found is None or not torch.equal(found, stock.transpose(1, 2)):
-            log.info("attention to shared heads is left to torch: the native kernel has other bits, or there is none")
+        if output is None or not torch.equal(output, stock.transpose(1, 2)):
+            log.info("torch computes attention of shared heads: the native kernel is missing or not bit-identical")
             return False
     return True

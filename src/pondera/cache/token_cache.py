@@ -1,4 +1,4 @@
-"""Caches for models that keep several slots (KV rows) per token.
+"""A KV cache for models with several KV slots per token.
 
 Shapes: B batch, T tokens.
 """
@@ -17,21 +17,21 @@ from pondera.cost.measure import live_cache_bytes
 
 
 class TokenCache(Cache):
-    """A cache that speaks of tokens to `generate` and of slots to the backbone.
+    """A cache that counts tokens for `generate` and KV slots for the backbone.
 
-    A cache's length is used for positions, masks, slicing and stopping. With several slots per token that length must
-    never be taken for a token count, so the two views are two objects over the same layers: this one counts tokens,
-    `slots` counts rows.
+    transformers uses the length of a cache for positions, masks, slicing and stopping. With several slots per token, the
+    number of slots is not the number of tokens. Therefore two objects share the layers: this one counts tokens, and
+    `slots` counts KV slots.
 
     Args:
         layers: one cache layer per decoder layer.
-        slots_per_token: rows that each token leaves in every layer.
-        slots: the view for the backbone; default: an ordinary `Cache` over the same layers.
+        slots_per_token: the number of slots that each token has in every layer.
+        slots: the cache for the backbone; default: `None`, a `Cache` over the same layers.
 
     Attributes:
-        slots: an ordinary `Cache` over the same layers, to hand to the backbone.
-        tokens: tokens seen.
-        passes_BT: passes that each cached token got.
+        slots: the cache for the backbone, over the same layers.
+        tokens: the number of tokens seen.
+        passes_BT: the number of passes of each cached token; `None` before the first token.
     """
 
     def __init__(self, layers: list, slots_per_token: int, slots: Cache | None = None) -> None:
@@ -43,7 +43,7 @@ class TokenCache(Cache):
 
     @property
     def slots_per_token(self) -> int:
-        """Rows that each token leaves in every layer; layers that code positions are told."""
+        """The number of slots of each token in every layer; the setter passes it to the layers, which need it for positions."""
         return self._slots_per_token
 
     @slots_per_token.setter
@@ -53,11 +53,11 @@ class TokenCache(Cache):
             layer.slots_per_token = slots  # type: ignore[attr-defined]
 
     def nbytes(self) -> int:
-        """Bytes of the storage of all layers, spare room included."""
+        """Bytes of the storage of all layers, including its unused part."""
         return live_cache_bytes(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens seen; the number of rows is ``slots.get_seq_length()``."""
+        """The number of tokens seen; ``slots.get_seq_length()`` is the number of slots."""
         return self.tokens
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
@@ -65,12 +65,12 @@ class TokenCache(Cache):
         return self.tokens + query_length, 0
 
     def hold(self) -> None:
-        """More slots of the same tokens come: layers of a KV-cache method evict nothing before `record`."""
+        """Announces further slots of the same tokens: layers of a KV-cache method evict nothing before `record`."""
         for layer in self.layers:
             layer.hold = True  # type: ignore[attr-defined]
 
     def record(self, passes_BT: Tensor) -> None:
-        """Notes that these tokens are now cached, and the passes each got."""
+        """Ends a call: adds its tokens, with the number of passes of each, and releases the layers."""
         for layer in self.layers:
             if isinstance(layer, KVLayer):
                 layer.release(prompt=False)
@@ -78,42 +78,42 @@ class TokenCache(Cache):
         self.passes_BT = passes_BT if self.passes_BT is None else torch.cat([self.passes_BT, passes_BT], dim=1)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forgets the last tokens (given as a negative number, as transformers does)."""
+        """Rolls back the last tokens (a negative number, as in transformers)."""
         count = abs(tokens_to_remove)
         self.slots.crop(-count * self.slots_per_token)
         self.evict(count)
 
     def evict(self, count: int) -> None:
-        """The last tokens are cached no more."""
+        """Removes the last tokens from the count and from `passes_BT`."""
         self.tokens -= count
         if self.passes_BT is not None and count:
             self.passes_BT = self.passes_BT[:, :-count]
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Resets the cache to its initial state."""
         super().reset()
         self.tokens, self.passes_BT = 0, None
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Rearranges the batch for beam search."""
+        """Reorders the batch rows for beam search."""
         super().reorder_cache(beam_idx)
         self._rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these rows of the batch."""
+        """Keeps these batch rows."""
         super().batch_select_indices(indices)
         self._rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each row of the batch."""
+        """Repeats each batch row."""
         super().batch_repeat_interleave(repeats)
         if self.passes_BT is not None:
             self.passes_BT = self.passes_BT.repeat_interleave(repeats, dim=0)
 
     def save(self, *args: object, **kwargs: object) -> NoReturn:
-        """Refused: what a method keeps beside keys and values has no file format."""
+        """Not supported: the state of a think or chunk method has no file format."""
         raise UserError(
-            f"save: a {type(self).__name__} cannot be written to a file; save the text, and read it again with "
+            f"save: a {type(self).__name__} cannot be saved to a file; save the token ids, and run them again with "
             "model(input_ids, use_cache=True)"
         )
 
