@@ -157,7 +157,7 @@ EVICTION = {
     "RandomEviction": Claim("A control: keeps random tokens.", "control", lambda: recall("RandomEviction")[:3]),
     "RefreshKV": policy("RefreshKV", "Attention to a part of the cache, refreshed when queries drift, keeps quality."),
     "SnapKV": policy("SnapKV", "The prompt's last queries tell which of its tokens to keep."),
-    "StreamingLLM": policy("StreamingLLM", "First and latest tokens suffice for stable decoding of endless text."),
+    "StreamingLLM": policy("StreamingLLM", "First and latest tokens suffice for stable decoding of unbounded text."),
     "TokenSelect": policy("TokenSelect", "Attention to the tokens that heads vote for keeps quality."),
     "TreeKV": policy("TreeKV", "Eviction that thins old regions like levels of a tree keeps quality."),
 }

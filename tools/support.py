@@ -5,7 +5,7 @@
 
 While nothing is evicted, a KV cache method is compared with the stock cache. After an eviction it is compared with the model's
 own attention function over the kept slots. A thinking method is compared with itself without a cache. A result is one of:
-exact (the same bits), close (equal within float tolerance), refused (a `UserError` with the reason), WRONG, failed (any other
+exact (bit-identical), close (equal within float tolerance), refused (a `UserError` with the reason), WRONG, failed (any other
 error), not built (no tiny model can be built).
 """
 
@@ -242,10 +242,10 @@ def page(found: dict[str, Found]) -> str:
         f"Every causal LM of transformers {transformers.__version__}, as a tiny random model. This page is written by "
         "`python tools/support.py`; do not edit it.",
         "",
-        "*exact*: the same bits as with the stock cache. *close*: the same to float tolerance. *refused*: a `UserError` says "
+        "*exact*: bit-identical to the stock cache. *close*: the same to float tolerance. *refused*: a `UserError` says "
         "why, when the cache or the model is made. *not built*: no tiny model can be made by shrinking the usual sizes. "
-        "KV-cache methods are held against the stock cache while nothing is evicted, and after that against the model's own "
-        "attention function over the rows that are kept. Thinking methods are held against themselves without a cache, and a "
+        "KV-cache methods are compared with the stock cache while nothing is evicted, and after that against the model's own "
+        "attention function over the rows that are kept. Thinking methods are compared with themselves without a cache, and a "
         "padded row against the row alone; where rounding alone moves logits further (recurrent states do), so much counts as "
         "close.",
         "",

@@ -1,6 +1,6 @@
 """Pondera: language models that weigh every token.
 
-Every method, quantizer, head and probe can be imported from here, beside the names below::
+Every method, quantizer, head and probe can be imported from here, in addition to the names below::
 
     from pondera import AdaptiveConfig, AdaptiveLM, H2O, PonderLM2, load
 

@@ -1,6 +1,6 @@
 """KV heads, head width and the kind of each layer, as the config of a model gives them.
 
-These functions import neither torch nor transformers, so that a price can be computed without them.
+These functions import neither torch nor transformers, so that a cost can be computed without them.
 """
 
 from __future__ import annotations

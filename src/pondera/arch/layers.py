@@ -16,7 +16,7 @@ from pondera.arch.dimensions import LINEAR, SLIDING, head_dim, kv_heads, layer_k
 
 
 class MixerCall(Protocol):
-    """What a mixer has to know of a call to be priced: a `pondera.cost.schedule.DecoderPass`."""
+    """What the cost of a mixer depends on: a `pondera.cost.schedule.DecoderPass`."""
 
     @property
     def queries(self) -> float:

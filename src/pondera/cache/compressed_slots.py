@@ -16,68 +16,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor, nn
 
 from pondera.cache.attention import Attention
+from pondera.cache.columns import Attend, Columns
 from pondera.cache.layer import AttentionCall, KVLayer
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache
-
-Attend = Literal["all_shallower", "same_depth", "causal"]
-"""The columns that a query at depth d sees. "all_shallower": of its own and earlier tokens, the columns of depths 0 to d.
-"same_depth": of its own and earlier tokens, the column at depth d, or the deepest one of a token that halted earlier.
-"causal": its own column and all columns that were written before it."""
-
-
-@dataclass
-class Columns:
-    """The token, depth, position and key bias of each column of one sequence.
-
-    Args:
-        token_C: the index of the token in its batch row, padding counted.
-        depth_C: the index of the pass that wrote the column.
-        position_C: the position id of the token.
-        log_weight_C: key bias, added to the attention scores of the column; 0 for most methods.
-    """
-
-    token_C: Tensor
-    depth_C: Tensor
-    position_C: Tensor
-    log_weight_C: Tensor
-
-    @classmethod
-    def none(cls, device: torch.device) -> Columns:
-        """No columns."""
-        empty = torch.zeros(0, dtype=torch.long, device=device)
-        return cls(empty, empty, empty, torch.zeros(0, device=device))
-
-    def joined(self, other: Columns) -> Columns:
-        """These columns, followed by those of `other`."""
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Columns(*(torch.cat(pair) for pair in pairs))
-
-    def at(self, keep_C: Tensor) -> Columns:
-        """The columns where `keep_C` is true."""
-        return Columns(*(value[keep_C] for value in vars(self).values()))
-
-    def visible(self, new: int, attend: Attend) -> Tensor:
-        """``[s, C]``: the columns that the queries of the last `new` columns see."""
-        depth_s, before_sC = self.depth_C[-new:, None], self.token_C <= self.token_C[-new:, None]
-        if attend == "causal":
-            order_C = torch.arange(len(self.token_C), device=depth_s.device)
-            return order_C <= order_C[-new:, None]
-        if attend == "all_shallower":
-            return before_sC & (self.depth_C <= depth_s)
-        return before_sC & (self.depth_C == torch.minimum(self._deepest(), depth_s))
-
-    def _deepest(self) -> Tensor:
-        """``[C]``: the depth of the deepest column of each column's token."""
-        deepest = self.depth_C.new_zeros(int(self.token_C.max()) + 1)
-        return deepest.scatter_reduce(0, self.token_C, self.depth_C, "amax")[self.token_C]
 
 
 class ColumnCall(AttentionCall):
@@ -269,7 +218,6 @@ class CompressedSlotCache(TokenCache):
         super().__init__(layers, slots_per_token, view(layers))
         self.window = window
         self.columns: list[Columns] = []
-        self._open = False
 
     @property
     def _layers(self) -> list[SequencesLayer]:
@@ -313,7 +261,6 @@ class CompressedSlotCache(TokenCache):
             new = Columns(token_BS[row, at], torch.full_like(at, depth), position_BS[row, at], weight)
             columns.append(self.columns[row].joined(new))
             places.append(taken_BS[row].nonzero()[:, 0])
-        self._open = True
         now = self._pass(columns, places, attend)
         for layer in self._layers:
             layer.begin(batch, now)
@@ -342,8 +289,6 @@ class CompressedSlotCache(TokenCache):
 
     def _check(self) -> None:
         """Raises if an earlier call ended before all layers stored its slots."""
-        if self._open and all(layer.now is None for layer in self._layers):
-            self._open = False
         widths = [len(known.token_C) for known in self.columns]
         if any(layer.rows and [row.seen for row in layer.rows] != widths for layer in self._layers):
             raise UserError(
@@ -357,7 +302,6 @@ class CompressedSlotCache(TokenCache):
         for layer in self._layers:
             layer.release(prompt and not layer.record_past)
         super().record(passes_BT)
-        self._open = False
 
     def nbytes(self) -> int:
         """Bytes of the storage of all layers and of `columns`."""
@@ -378,7 +322,7 @@ class CompressedSlotCache(TokenCache):
     def reset(self) -> None:
         """Resets the cache to its initial state."""
         super().reset()
-        self.columns, self._open = [], False
+        self.columns = []
 
     def reorder_cache(self, beam_idx: LongTensor) -> None:
         """Reorders the batch rows for beam search."""

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
   runs:     {args.out / "runs"}
 
 Next:
-  pondera generate {found.thinker} --prompt "class " --show-compute
+  pondera generate {found.thinking_run} --prompt "class " --show-compute
   pondera train ponderlm2 --data.text YOUR_TEXT
   pondera compare plain doubledepth ponderlm2 --seeds 3 --data.text YOUR_TEXT""")
     return 0

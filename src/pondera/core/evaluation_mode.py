@@ -1,4 +1,4 @@
-"""A model in evaluation mode for a moment, with everything put back afterwards."""
+"""A model in evaluation mode for a moment; everything is restored afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def as_it_was(model: nn.Module) -> Iterator[None]:
-    """In evaluation, without gradients; training mode and random state are put back."""
+    """In evaluation, without gradients; training mode and random state are restored."""
     training = [module for module in model.modules() if module.training]
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)), torch.no_grad():

@@ -46,7 +46,7 @@ def lazy_names(
             return importlib.import_module("pondera.core.spec").load_class(known[name])
         folded = {one.lower(): one for one in [*others, *known]}
         near = [folded[match] for match in difflib.get_close_matches(name.lower(), folded, n=1, cutoff=0.5)]
-        hint = f"did you mean {near[0]!r}?" if near else f"dir({package}) lists what there is"
+        hint = f"did you mean {near[0]!r}?" if near else f"dir({package}) lists all names"
         raise AttributeError(f"module {package!r} has no attribute {name!r}; {hint}")
 
     return load, listed

@@ -33,4 +33,4 @@ SEAMS = tuple(setting.name for setting in dataclasses.fields(SeamSettings))
 PARTS = ("quantize",)
 """Folders of methods that are arguments of others."""
 PROBES = ("probe",)
-"""Folders of what looks at a model from outside."""
+"""Folders of probes, which observe a model and change nothing."""

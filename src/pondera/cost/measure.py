@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 def measured_flops(fn: Callable[[], Any]) -> int:
     """FLOPs that torch's ``FlopCounterMode`` sees while `fn` runs.
 
-    The counter is told three things that it gets wrong by itself: the CPU's fused attention and the grouped product of
-    expert layers, which it misses, and the weight gradient of a grouped convolution, where it forgets the groups and
+    Three formulas correct the counter: it misses the CPU's fused attention and the grouped product of expert layers, and in
+    the weight gradient of a grouped convolution it ignores the groups and
     charges a depthwise one a channel count too often.
 
     Example:

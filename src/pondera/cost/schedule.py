@@ -1,4 +1,4 @@
-"""What a method runs for some tokens of one sequence, as `pondera.cost.model.CostModel` prices it."""
+"""The operations of a method for some tokens of one sequence; `pondera.cost.model.CostModel` computes their cost."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class DecoderPass:
-    """One call of the decoder stack, or of further layers that are like its own, for one sequence.
+    """One call of the decoder stack, or of additional layers of the same kind, for one sequence.
 
     Args:
-        queries: rows (slots) that run.
-        keys: rows each attention query is scored against, including the new ones.
-        cached: a cache held earlier rows; a linear-attention layer then takes the recurrent step when ``queries == 1``.
-        repeats: how many times it is made; a fraction where the number is random and this is its mean.
-        wider: coordinates that queries, keys and values of every head have beyond the architecture's own.
-        layers: how many layers run, each at the mean price of the stack's; none: the stack.
+        queries: number of input rows (KV slots).
+        keys: keys per query, including the new ones.
+        cached: a cache has earlier rows; a linear-attention layer then runs its recurrent step if ``queries == 1``.
+        repeats: number of such calls; a fraction if the number is random and this is its mean.
+        wider: additional coordinates of the queries, keys and values of every head.
+        layers: number of layers, each at the mean cost of the stack; default: `None`, the whole stack.
     """
 
     queries: float
@@ -29,12 +29,12 @@ class DecoderPass:
 
 @dataclass(frozen=True)
 class MatMul:
-    """Rows that a method multiplies with a matrix outside of the decoder stack, for one sequence.
+    """A matrix product of a method outside of the decoder stack, for one sequence.
 
     Args:
-        rows: how many, fractions as in `DecoderPass`.
-        weights: entries of the matrix; ``"head"``: of the output head or the embedding table, which are of one size.
-        trained: false where no gradient goes through it, or only through a few of its results.
+        rows: number of rows; may be a fraction as in `DecoderPass`.
+        weights: number of entries of the matrix; ``"head"`` for the output head or the embedding table, which have one size.
+        trained: false if no gradient flows through the product, or only through a few of its results.
     """
 
     rows: float
@@ -44,12 +44,12 @@ class MatMul:
 
 @dataclass(frozen=True)
 class CostSchedule:
-    """What a method does to process some tokens of one sequence.
+    """The operations of a method for some tokens of one sequence.
 
     Args:
-        calls: every pass through the decoder stack, and what the method multiplies beside it.
-        head_rows: rows through the output head, for the prediction.
-        tokens: tokens processed, so that a price can be given per token.
+        calls: passes through the decoder stack, and further matrix products of the method.
+        head_rows: rows through the output head.
+        tokens: number of processed tokens, for the cost per token.
     """
 
     calls: tuple[DecoderPass | MatMul, ...]

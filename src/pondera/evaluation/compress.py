@@ -66,7 +66,7 @@ def compress(
         out: a new folder, to write the model with the elbow's method there.
         keep: with `out`, this method in place of the elbow's.
         device, dtype: see `pondera.load`.
-        say: is told each step, for progress.
+        say: called with a line for each step, for progress.
 
     Raises:
         UserError: a method, model or text that does not exist or does not fit, or `out` exists.

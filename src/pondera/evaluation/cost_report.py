@@ -68,7 +68,7 @@ def cost_report(
 
 
 def _kept_bytes(model: AdaptiveLM, context: int, budget: Effort) -> float:
-    """Measured bytes of a model's compressed cache after `context` tokens, including allocated spare room."""
+    """Measured bytes of a model's compressed cache after `context` tokens, including unused capacity."""
     import torch
 
     from pondera.evaluation.chunked_forward import chunked_forward

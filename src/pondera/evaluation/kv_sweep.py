@@ -47,7 +47,7 @@ class SweepRow:
 
     Args:
         method: its spec string.
-        cache_bytes: bytes of the cache of one sequence at the end of a window, including allocated spare room.
+        cache_bytes: bytes of the cache of one sequence at the end of a window, including unused capacity.
         of_full: `cache_bytes` as a share of the full cache.
         bits_per_byte: of the held-out text after each window's prompt, fed in chunks.
         agreement: top-1 agreement: share of the predicted next tokens that equal those of the full cache.

@@ -103,8 +103,8 @@ def calibration(loaded: Loaded, text: str | None, tokens: int, context: int) -> 
 
     Args:
         loaded: the model.
-        text: a file, folder or dataset; none: what a run trained on, and nothing for other models.
-        tokens: about so many in all.
+        text: a file, folder or dataset; default: `None`, the training text of a run, and nothing for other models.
+        tokens: approximate number in total.
         context: T.
 
     Raises:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def resolve(config: RunConfig) -> RunConfig:
     """Fills in the backbone path and the tokenizer: a checkpoint uses its own tokenizer, a run its final model.
 
-    A tokenizer other than the default is kept, unless it would be trained anew for a checkpoint of Pondera.
+    A tokenizer other than the default is kept, unless it would be trained again for a checkpoint of Pondera.
 
     Raises:
         UserError: the backbone is a folder that does not exist, or a run that is not finished.

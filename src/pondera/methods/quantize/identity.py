@@ -27,7 +27,7 @@ class Identity(Quantizer):
         (8.0, torch.Size([2, 0, 0]))
     """
 
-    paper: ClassVar[str] = "none: continuous units, as in xAR, arXiv 2502.20388"
+    paper: ClassVar[str] = "continuous units, as in xAR, arXiv 2502.20388"
     cost: ClassVar[str] = "nothing"
     examples: ClassVar[dict[str, str]] = {"plain": "Identity()"}
     discrete: ClassVar[bool] = False
