@@ -288,7 +288,7 @@ def test_the_demo_lets_the_thinking_model_write(out, monkeypatch):
     found = json.loads((out / "results.json").read_text())
     monkeypatch.setattr(demo, "compare", lambda *_, **__: found)
     written = demo.demo(out, progress=False)
-    assert written.thinker == out / "runs" / "ponder-4steps-seed0" and len(written.sample.tokens) > 1
+    assert written.thinking_run == out / "runs" / "ponder-4steps-seed0" and len(written.sample.tokens) > 1
 
 
 @pytest.fixture(scope="module")
