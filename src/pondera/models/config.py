@@ -21,26 +21,21 @@ SETTINGS = ("backbone", *spec.SEAMS, "init", "embed_scale", "dtype")
 
 
 IMPOSSIBLE = {
-    (
-        "think",
-        "chunk",
-    ): "both decide what the decoder layers run on, tokens again or chunks of tokens; let the concepts think "
-    "instead, e.g. chunk: ConceptLM(think=PonderLM2(thoughts=1)), or leave one of them out",
-    (
-        "think",
-        "memory",
-    ): "a trained memory runs the layers once per block and keeps a state in place of older slots, and a "
-    "later pass of a token reads those slots; leave one of them out",
-    (
-        "chunk",
-        "memory",
-    ): "a trained memory runs all layers block by block, and a chunk method runs the first and the last layers "
-    "apart; leave one of them out",
-    (
-        "memory",
-        "kv_cache",
-    ): "a trained memory keeps slots of one block and a state of fixed size, so there are no further slots "
-    "to evict or to code; leave one of them out",
+    ("think", "chunk"): (
+        "both decide what the decoder layers run on: the same tokens again, or chunks of tokens; leave one of them out"
+    ),
+    ("think", "memory"): (
+        "a trained memory runs the layers once per block and keeps a state in place of older slots, and a later pass of a "
+        "token reads those slots; leave one of them out"
+    ),
+    ("chunk", "memory"): (
+        "a trained memory runs all layers block by block, and a chunk method runs the first and the last layers apart; leave "
+        "one of them out"
+    ),
+    ("memory", "kv_cache"): (
+        "a trained memory keeps slots of one block and a state of fixed size, so there are no further slots to evict or to "
+        "code; leave one of them out"
+    ),
 }
 """Pairs of seams that cannot be combined, and why."""
 
