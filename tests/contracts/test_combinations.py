@@ -243,3 +243,17 @@ def test_a_compressed_model_is_saved_and_loaded(method: str, tmp_path):
     again = AdaptiveLM.from_pretrained(tmp_path).eval()
     assert again.config.kv_cache == model.config.kv_cache
     close(read(again, x_BT[:, :13]), read(model, x_BT[:, :13]))
+
+
+@pytest.mark.parametrize("memory", ["ElasticMemory(block=4, order=4, samples=4)", "TransformerXL(block=4, mems=4)"])
+def test_a_trained_memory_combines_with_a_head(memory: str):
+    torch.manual_seed(0)
+    config = AdaptiveConfig(
+        backbone=copy.deepcopy(BACKBONES["llama"]), memory=memory, head="VQLogits(codes=16, bias=False)"
+    )
+    model, x_BT = AdaptiveLM(config).eval(), ids(2, 13)
+    close(read(model, x_BT), model(x_BT).logits)
+    with torch.enable_grad():
+        loss = model.train()(x_BT, labels=x_BT).loss
+        loss.backward()
+    assert model.head is not None and all(p.grad is not None for p in model.head.parameters())
