@@ -71,7 +71,7 @@ def test_all_and_dir_list_what_there_is():
     ("name", "near"), [("H20", "H2O"), ("PonderLM4", "PonderLM"), ("laod", "load"), ("vqkv", "VQKV")]
 )
 def test_unknown_names_come_with_the_nearest(name: str, near: str):
-    with pytest.raises(AttributeError, match=f"no attribute '{name}'.*(did you mean '{near}|lists what there is)"):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'.*(did you mean '{near}|lists all names)"):
         getattr(pondera, name)
 
 

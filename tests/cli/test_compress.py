@@ -143,7 +143,7 @@ def test_the_sweep_can_be_built(text: str):
         (["--kv-cache", "StreamingLLM(0)"], "at least 5"),
         (["--kv-cache", "ElasticMemory(4)"], "is a memory method; write memory: ElasticMemory"),
         (["--kv-cache", "VQKV(2)"], "give it with --calibrate"),
-        (["--kv-cache", "VQKV(2)", "--calibrate", "TEXT"], "tokens after the first 4"),
+        (["--kv-cache", "VQKV(2)", "--calibrate", "TEXT"], "calibration text too short"),
         (["--kv-cache", "StreamingLLM(9)", "--keep", "H2O(0.5)"], "give --out FOLDER"),
         (["--data.context", "16"], "too few to compress"),
         (["--windows", "0"], "at least 1"),
