@@ -79,6 +79,13 @@ class DapQ(PolicyWrapper):
         self.frequency_F, self.interleaved = frequency_F, family(config).interleaved
         super().prepare(model, cache)
 
+    def check_passes(self) -> None:
+        """See `KVCacheMethod.check_passes`."""
+        raise UserError(
+            f"{type(self).__name__} moves queries ahead by tokens and scores all slots with them, and a think method keeps "
+            "several slots per token, which not every query attends to; use SnapKV(1024)"
+        )
+
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
         if self.frequency_F is not None:

@@ -50,6 +50,11 @@ class PolicyWrapper(Policy):
         layer.method = self
         return layer
 
+    def check_passes(self) -> None:
+        """See `KVCacheMethod.check_passes`."""
+        super().check_passes()
+        self.policy.check_passes()
+
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
         """See `KVCacheMethod.prepare`."""
         self.policy.prepare(model, cache)
