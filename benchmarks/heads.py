@@ -26,7 +26,7 @@ from torch import nn
 
 from pondera.core.run_folder import write_atomic
 from pondera.methods.head.vq_logits import VQLogits
-from pondera.models.adaptive_lm import next_token_term
+from pondera.models.next_token import next_token_term
 
 
 def seconds(job: Callable[[], Any]) -> float:

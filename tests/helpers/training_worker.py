@@ -16,8 +16,9 @@ from transformers import TrainerCallback
 
 from pondera.core.loss_terms import LossTerm
 from pondera.core.run_config import RunConfig, TrainConfig, assign, from_dict, load
-from pondera.models.adaptive_lm import IGNORED, AdaptiveLM
+from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.config import AdaptiveConfig
+from pondera.models.next_token import IGNORED
 from pondera.training.train import train
 from pondera.training.trainer import PonderaTrainer, arguments
 

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from pondera.data.corpus import Split
 from pondera.data.sampler import collate
 from pondera.evaluation.chunked_forward import chunked_forward
-from pondera.models.adaptive_lm import IGNORED, AdaptiveLM
+from pondera.models.adaptive_lm import AdaptiveLM
+from pondera.models.next_token import IGNORED
 
 
 def score(

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pondera.cache.masks import token_positions
 from pondera.cache.token_cache import TokenCache
@@ -22,23 +19,23 @@ from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.hf import (
     CACHE,
-    AutoModelForCausalLM,
     Cache,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
-    ModelOutput,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from pondera.core.loss_terms import LossTerm
-from pondera.models.backbone import Backbone, scaled_init
+from pondera.models.backbone import Backbone
+from pondera.models.causal_lm import causal_lm, put_head, saved_model
 from pondera.models.config import SETTINGS, AdaptiveConfig
 from pondera.models.embedding import put_scale
 from pondera.models.foreign_forward import BaseModel, watch_forward
 from pondera.models.generation_settings import storable
 from pondera.models.keywords import SHIFT_LABELS, check_keywords
 from pondera.models.method import Method, MethodOutput
+from pondera.models.next_token import next_token_term, shifted, total_loss
+from pondera.models.output import AdaptiveOutput
 from pondera.models.packed_documents import documents, refuse_packed_cache
 from pondera.models.self_check import bind_method, check_method
 from pondera.models.unsupported import NoContinuousBatching
@@ -49,36 +46,7 @@ if TYPE_CHECKING:
     from pondera.methods.kv_cache.base import KVCacheMethod
     from pondera.methods.think.base import Think
 
-IGNORED = -100
-"""Label of tokens without a loss, as in transformers."""
-
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class AdaptiveOutput(ModelOutput):
-    """Output of `AdaptiveLM`.
-
-    As a mapping it contains `loss`, `logits`, `passes` and the cache (under the name of the installed transformers), if they
-    are not `None`; in training also `terms` and `trace`. In evaluation these two are attributes only, because accelerate
-    can gather nothing but tensors from several processes.
-
-    Args:
-        loss: weighted sum of the means of the loss terms, if labels were given.
-        logits: ``[B, T, V]``; `None` in training if the head computes its loss without them.
-        cache: the KV cache, if one was used; same as `past_key_values`.
-        passes: ``[B, T]``, passes of each token.
-        terms: loss terms as sums and counts, by name.
-        trace: records of the method.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    cache: Cache | None = None
-    passes: Tensor | None = None
-    terms: dict[str, LossTerm] | None = None
-    trace: dict[str, Any] | None = None
 
 
 class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
@@ -124,12 +92,12 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         self.memory: Method | None = spec.build(config.memory, "memory") if config.memory else None
         self.kv_cache: KVCacheMethod | None = spec.build(config.kv_cache, "kv_cache") if config.kv_cache else None
         self._seam = next((seam for seam in ("think", "chunk", "memory") if getattr(self, seam) is not None), None)
-        old: AdaptiveLM | None = _saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
+        old: AdaptiveLM | None = saved_model(config._checkpoint) if config._checkpoint and config._retrofit else None
         # Trained weights no longer have unit RMS, so a new method matches its feedback to the trained embeddings, as on any
         # pretrained backbone. A trained scale is loaded with its method.
         unit_rms = config.init == "scaled" and old is None
-        inner = _causal_lm(config, self.think, old)
-        _put_head(inner, config, old)
+        inner = causal_lm(config, self.think, old)
+        put_head(inner, config, old)
         self.backbone = Backbone(inner, unit_rms=unit_rms)
         self._check_attention()
         if self.backbone.lm.device.type != "meta":
@@ -300,21 +268,14 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         Raises:
             UserError: an unknown keyword, or an argument that the method or the backbone does not support.
         """
-        shift_labels = None
-        if kwargs:
-            shift_labels = kwargs.pop(SHIFT_LABELS, None)
-            check_keywords(kwargs, _PARAMETERS, position_ids is not None)
-        if cache is None:
-            cache = past_key_values
-        elif past_key_values is not None and past_key_values is not cache:
-            raise UserError(
-                "cache and past_key_values are two names of one argument, but two different caches were given; give one"
-            )
+        shift_labels = kwargs.pop(SHIFT_LABELS, None)
+        check_keywords(kwargs, _PARAMETERS, position_ids is not None)
+        cache = _one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = self.new_cache()
         if labels is not None and shift_labels is None:
-            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
-        thought = self.states(
+            shift_labels = shifted(labels)
+        found = self.states(
             input_ids,
             attention_mask,
             position_ids,
@@ -324,47 +285,44 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             Effort.of(effort, max_passes) if self._seam else FULL,
             document_ids,
         )
-        h_BTD, terms = thought.h_BTD, thought.terms
+        h_BTD, loss, terms = found.h_BTD, None, found.terms
         if isinstance(logits_to_keep, Tensor):
             h_BTD = h_BTD[:, logits_to_keep]
         elif logits_to_keep:
             h_BTD = h_BTD[:, -logits_to_keep:]
-        loss, logits_BTV = None, None
-        by_head = (
-            self.training and self.head is not None and self.backbone.plain_logits and thought.deferred_loss is None
-        )
-        if shift_labels is None or not by_head:
-            logits_BTV = self.backbone.head(h_BTD)
+        logits_BTV = None if shift_labels is not None and self._head_has_loss(found) else self.backbone.head(h_BTD)
         if shift_labels is not None:
-            if logits_BTV is None:
-                next_token = cast("Head", self.head).term(h_BTD, shift_labels)
-            else:
-                next_token = next_token_term(logits_BTV, shift_labels)
-            deferred = (
-                thought.deferred_loss(logits_BTV, shift_labels)
-                if thought.deferred_loss is not None and logits_BTV is not None
-                else {}
-            )
-            terms = {"next_token": next_token, **terms, **deferred}
-            loss = torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
-            if num_items_in_batch is not None:
-                loss = loss * (
-                    next_token.count / torch.as_tensor(num_items_in_batch, device=loss.device).reshape(-1)[0]
-                )
-        elif terms and self.training and not self._said_lost:
-            self._said_lost = True
-            log.warning(
-                "no labels in training: %s of %s are in out.terms but not in a loss",
-                ", ".join(terms),
-                self.chosen,
-            )
-        out = AdaptiveOutput(loss, logits_BTV, passes=thought.passes_BT, **cast(Any, {CACHE: cache}))
+            terms = self._terms(found, h_BTD, logits_BTV, shift_labels)
+            loss = total_loss(terms, num_items_in_batch)
+        elif terms and self.training:
+            self._warn_lost(terms)
+        out = AdaptiveOutput(loss, logits_BTV, passes=found.passes_BT, **cast(Any, {CACHE: cache}))
         if self.training:
-            out["terms"], out["trace"] = terms, thought.trace
+            out["terms"], out["trace"] = terms, found.trace
         else:
-            out.__dict__.update(terms=terms, trace=thought.trace)
+            out.__dict__.update(terms=terms, trace=found.trace)
         out.__dict__.update(cache=cache, past_key_values=cache)
         return cast(AdaptiveOutput, out.to_tuple()) if return_dict is False else out
+
+    def _head_has_loss(self, found: MethodOutput) -> bool:
+        """Whether the head computes the next-token loss itself, without logits."""
+        return self.training and self.head is not None and self.backbone.plain_logits and found.deferred_loss is None
+
+    def _terms(
+        self, found: MethodOutput, h_BTD: Tensor, logits_BTV: Tensor | None, shift_labels: Tensor
+    ) -> dict[str, LossTerm]:
+        """All loss terms of a call, the next-token loss first."""
+        if logits_BTV is None:
+            return {"next_token": cast("Head", self.head).term(h_BTD, shift_labels), **found.terms}
+        deferred = {} if found.deferred_loss is None else found.deferred_loss(logits_BTV, shift_labels)
+        return {"next_token": next_token_term(logits_BTV, shift_labels), **found.terms, **deferred}
+
+    def _warn_lost(self, terms: dict[str, LossTerm]) -> None:
+        if not self._said_lost:
+            self._said_lost = True
+            log.warning(
+                "no labels in training: %s of %s are in out.terms but not in a loss", ", ".join(terms), self.chosen
+            )
 
     def states(
         self,
@@ -471,79 +429,15 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             model_kwargs[CACHE] = self.new_cache()
 
 
-def next_token_term(logits_BTV: Tensor, shift_labels_BT: Tensor) -> LossTerm:
-    """Cross-entropy of each next token, in float32, as a sum and a count of the labels that are not -100."""
-    flat = shift_labels_BT.reshape(-1).to(logits_BTV.device)
-    total = F.cross_entropy(logits_BTV.float().flatten(0, 1), flat, ignore_index=IGNORED, reduction="sum")
-    return LossTerm(total, (flat != IGNORED).sum())
-
-
-def _causal_lm(config: AdaptiveConfig, think: Think | None, old: AdaptiveLM | None) -> PreTrainedModel:
-    """The transformers model of the backbone: from an old model, from a checkpoint, or newly initialised."""
-    backbone = cast(PreTrainedConfig, config.backbone)
-    window = getattr(backbone, "sliding_window", None)
-    if think is not None and think.interleaved and window:
-        backbone = type(backbone).from_dict(backbone.to_dict())
-        backbone.sliding_window = window * think.slots_per_token
-        backbone._attn_implementation = cast(PreTrainedConfig, config.backbone)._attn_implementation
-    if old is not None:  # its weights, in a model with the window size of the new method
-        lm = old.backbone.lm
-        known = {
-            name: tensor for name, tensor in lm.state_dict().items() if not old.config.head or ".table" not in name
-        }
-        return type(lm).from_pretrained(None, config=backbone, state_dict=known, dtype=config.dtype or lm.dtype)
-    if config._checkpoint is not None:
-        return _saved_model(config._checkpoint, config=backbone)
-    lm = AutoModelForCausalLM.from_config(backbone)
-    if config.init == "scaled":
-        scaled_init(lm)
-    return lm
-
-
-def _put_head(lm: PreTrainedModel, config: AdaptiveConfig, old: AdaptiveLM | None) -> None:
-    """Replaces the output matrix of a causal LM by the configured head; the head of an old model is kept."""
-    if old is not None and old.config.head:
-        config.head = config.head or old.config.head
-        if config.head != old.config.head:
-            raise UserError(
-                f"head: {config.head}: the backbone checkpoint has the head {old.config.head} and no output matrix to build "
-                "another head from; leave head out"
-            )
-        lm.set_output_embeddings(old.backbone.lm.get_output_embeddings())
-        return
-    if not config.head:
-        return
-    if getattr(lm.config, "tie_word_embeddings", False):
+def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache of a call, which has two names in transformers."""
+    if cache is None:
+        return past_key_values
+    if past_key_values is not None and past_key_values is not cache:
         raise UserError(
-            f"head: {config.head} replaces the output matrix, which is tied to the embeddings; use "
-            "tie_word_embeddings: false in the backbone"
+            "cache and past_key_values are two names of one argument, but two different caches were given; give one"
         )
-    matrix, head = cast(nn.Linear, lm.get_output_embeddings()), cast("Head", spec.build(config.head, "head"))
-    trained = config._checkpoint is not None
-    head.bind(matrix.out_features, matrix.in_features, matrix.weight if trained else None)
-    for parameter in head.parameters():
-        setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (else `post_init` would initialise it)
-    lm.set_output_embeddings(head)
-
-
-def _saved_model(path: str, **options: Any) -> Any:
-    """Loads the causal LM of a checkpoint; missing weights raise."""
-    try:
-        loading: Any = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{path}: its weights cannot be loaded: {str(error).splitlines()[0]}") from error
-    lm, info = loading
-    if missing := sorted(info["missing_keys"]):
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise UserError(
-            f"{path}: weights are missing: {', '.join(missing[:3])}{more}; give a folder whose files "
-            "belong to one checkpoint"
-        )
-    if unused := sorted(info["unexpected_keys"]):
-        log.info("%s: unexpected weights ignored: %s", path, ", ".join(unused))
-    return lm
+    return cache
 
 
 _PARAMETERS = list(inspect.signature(AdaptiveLM.forward).parameters)

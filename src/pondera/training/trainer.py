@@ -32,7 +32,9 @@ from pondera.core.hf import checkpointing_arguments
 from pondera.core.run_config import TrainConfig
 from pondera.data.sampler import StepSampler, collate, mixed_seed
 from pondera.evaluation.score import pass_counts
-from pondera.models.adaptive_lm import IGNORED, AdaptiveLM, AdaptiveOutput
+from pondera.models.adaptive_lm import AdaptiveLM
+from pondera.models.next_token import IGNORED
+from pondera.models.output import AdaptiveOutput
 
 
 @dataclass

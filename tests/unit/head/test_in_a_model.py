@@ -13,7 +13,7 @@ from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.cost.measure import measured_flops
 from pondera.cost.model import CostModel
 from pondera.cost.schedule import CostSchedule, DecoderPass
-from pondera.models.adaptive_lm import next_token_term
+from pondera.models.next_token import next_token_term
 
 HEAD = "VQLogits(codes=11, groups=2)"
 

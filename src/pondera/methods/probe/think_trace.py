@@ -63,7 +63,7 @@ class ThinkTrace(Probe):
         """
         import torch
 
-        from pondera.models.adaptive_lm import IGNORED
+        from pondera.models.next_token import IGNORED
 
         ids, targets = self._read(model, tokenizer, text)
         labels = [IGNORED if target is None else target for target in targets]  # the oracle control reads labels
