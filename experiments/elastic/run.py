@@ -38,6 +38,7 @@ from pondera.inference.load import load as load_model
 from pondera.methods.memory.elastic_memory import ElasticMemory
 from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.config import AdaptiveConfig
+from pondera.models.method import TokenBatch
 
 SCALES = {
     "cpu": {
@@ -180,7 +181,7 @@ def learn(task: str, memory: str | None, seed: int, steps: int) -> dict[str, flo
         h_BTD, position_ids = model.backbone.embed(tokens), torch.arange(tokens.shape[1])[None]
         if model.method is None:
             return out(model.backbone.step(h_BTD, None, None, position_ids))
-        return out(model.method(model.backbone, h_BTD, position_ids).h_BTD)
+        return out(model.method(model.backbone, TokenBatch(h_BTD, position_ids)).h_BTD)
 
     for _ in range(steps):
         tokens, wanted = (slow_signal if task == "slow-signal" else needle)(TASK_BATCH, draw)

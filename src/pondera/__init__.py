@@ -26,6 +26,7 @@ __getattr__, __dir__ = lazy_names(
         "Backbone": "pondera.models.backbone",
         "MethodOutput": "pondera.models.method",
         "Think": "pondera.methods.think.base",
+        "TokenBatch": "pondera.models.method",
         "TokenCache": "pondera.cache.token_cache",
         "UserError": "pondera.core.errors",
         "compress": "pondera.evaluation.compress",

@@ -20,10 +20,10 @@ class Halting(Think):
     def new_cache(self, backbone, kv_cache=None):
         return interleaved_cache(backbone, 1, kv_cache)
 
-    def forward(self, backbone, h_BTD, position_ids, cache=None, mask=None, *others):
-        first_BTD = backbone.step(h_BTD, None, mask, position_ids)
-        second_BTD = backbone.step(first_BTD, None, mask, position_ids)
-        continue_BT = (position_ids % 3 > 0).expand(h_BTD.shape[:2])
+    def forward(self, backbone, batch):
+        first_BTD = backbone.step(batch.h_BTD, None, batch.mask, batch.position_ids)
+        second_BTD = backbone.step(first_BTD, None, batch.mask, batch.position_ids)
+        continue_BT = (batch.position_ids % 3 > 0).expand(first_BTD.shape[:2])
         last_BTD = torch.where(continue_BT[..., None], second_BTD, first_BTD)
         change = (last_BTD - first_BTD).abs().max().item()
         trace = {"states": [first_BTD, last_BTD], "residuals": [change, change / 10]} if self.record else {}

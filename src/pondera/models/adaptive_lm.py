@@ -33,7 +33,7 @@ from pondera.models.embedding import put_scale
 from pondera.models.foreign_forward import BaseModel, watch_forward
 from pondera.models.generation_settings import storable
 from pondera.models.keywords import SHIFT_LABELS, check_keywords
-from pondera.models.method import Method, MethodOutput
+from pondera.models.method import Method, MethodOutput, TokenBatch
 from pondera.models.next_token import next_token_term, shifted, total_loss
 from pondera.models.output import AdaptiveOutput
 from pondera.models.packed_documents import documents, refuse_packed_cache
@@ -363,7 +363,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             raise UserError(
                 f"past_key_values: a {type(cache).__name__} does not support the method of this model; pass model.new_cache()"
             )
-        return method(self.backbone, h_BTD, position_ids, cache, attention_mask, budget, labels_BT)
+        batch = TokenBatch(h_BTD, position_ids, cache, attention_mask, budget, labels_BT)
+        return method(self.backbone, batch)
 
     @property
     def base_model(self) -> Any:

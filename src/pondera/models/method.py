@@ -21,6 +21,34 @@ from pondera.core.loss_terms import LossTerm
 from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.models.backbone import Backbone
 
+Terms = dict[str, LossTerm]
+"""Loss terms by name."""
+
+DeferredLoss = Callable[[Tensor, Tensor], Terms]
+"""Computes loss terms from logits ``[B, T, V]`` and labels ``[B, T]``."""
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The T new tokens of a call.
+
+    Args:
+        h_BTD: token embeddings.
+        position_ids: ``[B, T]`` or ``[1, T]`` token positions; all KV slots of a token share its position.
+        cache: the cache of earlier tokens; the new tokens are appended.
+        mask: ``[B, seen + T]``, 0 = padding, else the number of the document (1 if there is only one); default: `None`, no
+            padding.
+        budget: compute per token. If the layout of the cache depends on it, the budget of the first call is used.
+        labels_BT: the next token of each, negative if unknown. Only losses and controls may use it.
+    """
+
+    h_BTD: Tensor
+    position_ids: Tensor
+    cache: TokenCache | None = None
+    mask: Tensor | None = None
+    budget: Effort = FULL
+    labels_BT: Tensor | None = None
+
 
 @dataclass
 class MethodOutput:
@@ -30,15 +58,15 @@ class MethodOutput:
         h_BTD: final hidden state of each token.
         passes_BT: passes of each token at inference.
         terms: loss terms of the method, by name.
-        deferred_loss: computes further loss terms from logits ``[B, T, V]`` and labels ``[B, T]``; called if there are labels.
+        deferred_loss: computes further loss terms; called if there are labels.
         trace: records of the method, if `Method.record` is set. ``"states"``: the hidden states after each pass,
             ``[B, T, D]`` each; ``"residuals"``: the largest change in each Jacobi round.
     """
 
     h_BTD: Tensor
     passes_BT: Tensor
-    terms: dict[str, LossTerm] = field(default_factory=dict)
-    deferred_loss: Callable[[Tensor, Tensor], dict[str, LossTerm]] | None = None
+    terms: Terms = field(default_factory=dict)
+    deferred_loss: DeferredLoss | None = None
     trace: dict[str, Any] = field(default_factory=dict)
 
 
@@ -111,27 +139,12 @@ class Method(nn.Module, ABC):
         """
 
     @abstractmethod
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
-        """Computes the hidden states of T new tokens.
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
+        """Computes the hidden states of new tokens.
 
         Args:
             backbone: runs the passes.
-            h_BTD: token embeddings.
-            position_ids: ``[B, T]`` or ``[1, T]`` token positions; all KV slots of a token share its position.
-            cache: the cache of earlier tokens; the new tokens are appended.
-            mask: ``[B, seen + T]``, 0 = padding, else the number of the document (1 if there is only one);
-                default: `None`, no padding.
-            budget: compute per token. If the layout of the cache depends on it, the budget of the first call is used.
-            labels_BT: the next token of each, negative if unknown. Only losses and controls may use it.
+            batch: the tokens.
         """
 
     @abstractmethod

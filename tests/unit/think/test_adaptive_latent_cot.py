@@ -158,12 +158,12 @@ def test_a_router_that_says_go_is_the_fixed_depth(backbone: str):
 
 @pytest.mark.parametrize("threshold", [0.05, 0.5, 0.9])
 def test_exit_masses_sum_to_one_whatever_is_pruned(threshold: float, monkeypatch):
-    from pondera.methods.think import adaptive_latent_cot
+    from pondera.methods.think.common import halting_think
 
     seen = []
-    original = adaptive_latent_cot.mixture
+    original = halting_think.mixture
     monkeypatch.setattr(
-        adaptive_latent_cot, "mixture", lambda states, weights: seen.append(weights) or original(states, weights)
+        halting_think, "mixture", lambda states, weights: seen.append(weights) or original(states, weights)
     )
     passes = routed(arguments=f", threshold={threshold}")(ids(4, 16)).passes
     total = torch.stack(seen[0])

@@ -14,6 +14,7 @@ from helpers.fresh_process import copies
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.core.hf import checkpoint_activations, is_checkpointing
 from pondera.models.backbone import Backbone
+from pondera.models.method import TokenBatch
 
 FAMILIES = ["llama", "gemma3", "gpt_neox", "gpt2"]  # the first two with grouped keys and values
 
@@ -136,7 +137,8 @@ def test_gradient_reaches_the_head_through_the_mixture(backbone: str, top: int |
         model, x = build(f"PonderLM(steps={steps}, top_k={top})", backbone).train(), ids(2, 6)
         head = model.get_output_embeddings().weight
         with torch.enable_grad():
-            thought = model.think(model.backbone, model.backbone.embed(x), torch.arange(6)[None])
+            batch = TokenBatch(model.backbone.embed(x), torch.arange(6)[None])
+            thought = model.think(model.backbone, batch)
             logits = thought.h_BTD @ head.detach().T
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), x.flatten()).backward()
         assert (head.grad is None) == (steps == 0)

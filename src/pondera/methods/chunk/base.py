@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pondera.models.method import Method, MethodOutput
+from pondera.models.method import Method, MethodOutput, TokenBatch
 
-__all__ = ["Chunk", "MethodOutput"]
+__all__ = ["Chunk", "MethodOutput", "TokenBatch"]
 
 
 class Chunk(Method):

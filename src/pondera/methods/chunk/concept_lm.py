@@ -16,12 +16,12 @@ from pondera.arch.families import listed, modules
 from pondera.cache.masks import has_documents, needed
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
-from pondera.core.effort import FULL, Effort
+from pondera.core.effort import Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.model import CostModel
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.chunk.base import Chunk, MethodOutput
+from pondera.methods.chunk.base import Chunk, MethodOutput, TokenBatch
 from pondera.methods.chunk.common.chunks import POOLINGS, Chunks, behind
 from pondera.methods.chunk.common.concept_cache import REWIND, ConceptCache
 from pondera.methods.quantize.base import ABSENT, MERGES, Quantized, Quantizer
@@ -184,32 +184,24 @@ class ConceptLM(Chunk):
             quantizer, table = self.quantizer, None
         return ConceptCache(backbone, self.module, self.chunk, quantizer, table, kv_cache)
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Method.forward`. An effort of 0 skips the concepts; any other effort changes nothing."""
-        concept_cache, seen = cast("ConceptCache | None", cache), 0
+        h_BTD, position_ids, mask, labels_BT = batch.h_BTD, batch.position_ids, batch.mask, batch.labels_BT
+        concept_cache, seen = cast("ConceptCache | None", batch.cache), 0
         rows = None if concept_cache is None else concept_cache.slots
         passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
         if concept_cache is not None:
-            concept_cache.check_silent(budget.effort == 0)
+            concept_cache.check_silent(batch.budget.effort == 0)
             seen = concept_cache.tokens
             concept_cache.record(passes_BT)
-        if budget.effort == 0:
+        if batch.budget.effort == 0:
             return MethodOutput(backbone.step(h_BTD, rows, mask, position_ids), passes_BT)
 
         mask = needed(mask)
         encoder_layers, every = cast(int, self.encoder_layers), backbone.config.num_hidden_layers
         h_BTD = backbone.run(h_BTD, range(encoder_layers), rows, mask, position_ids)
-        batch, tokens, _ = h_BTD.shape
-        chunks = Chunks.of(self.chunk, batch, tokens, mask, seen, h_BTD.device)
+        sequences, tokens, _ = h_BTD.shape
+        chunks = Chunks.of(self.chunk, sequences, tokens, mask, seen, h_BTD.device)
         concept_BMD, terms, trace = h_BTD[:, :0], {}, {}
         # In decoding, most tokens complete no chunk, and nothing else needs a prediction.
         if chunks.most or labels_BT is not None or self.record:

@@ -12,14 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.think.base import MethodOutput
+from pondera.methods.think.base import MethodOutput, TokenBatch
 from pondera.methods.think.common.halting import Halting, router
-from pondera.methods.think.common.passes import Passes, SlotCache
+from pondera.methods.think.common.passes import Passes
 from pondera.methods.think.ponder_lm import PonderLM
 from pondera.models.backbone import Backbone
 
@@ -126,27 +124,15 @@ class AdaPonderLM(PonderLM):
         start, end = self.ramp
         return self.bottom * min(1.0, (step - start) / max(1, end - start)) if step > start else 0.0
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding share this loop."""
         if not self.steps or not self.halting.adaptive:
-            return super().forward(backbone, h_BTD, position_ids, cache, mask, budget)
-        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
-        passes = Passes(
-            backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth", self.packed and not self.dense
-        )
-        tau = budget.threshold(self.threshold) if self.adaptive else self.threshold
-        x_BTD, gate_history = self.begin(h_BTD), []
+            return super().forward(backbone, batch)
+        passes = self.new_passes(backbone, batch, self.packed and not self.dense)
+        tau = batch.budget.threshold(self.threshold) if self.adaptive else self.threshold
+        x_BTD, gate_history = self.begin(batch.h_BTD), []
         states = [passes.run_first(x_BTD)]
-        for depth in range(1, budget.passes(self.slots_per_token, self.adaptive and self.halting.learned)):
+        for depth in range(1, batch.budget.passes(self.slots_per_token, self.adaptive and self.halting.learned)):
             gate_BT = torch.ones_like(x_BTD[..., 0], dtype=torch.float32)
             if self.halting.learned:
                 gate_BT = passes.of_active(self._gate(depth), states[-1])[..., 0]
@@ -154,7 +140,7 @@ class AdaPonderLM(PonderLM):
                 continue_BT = gate_BT >= tau
             else:
                 predict = partial(_likeliest, backbone, states[-1])
-                continue_BT = self.halting.continue_mask(depth, position_ids, labels_BT, predict)
+                continue_BT = self.halting.continue_mask(depth, batch.position_ids, batch.labels_BT, predict)
             if not passes.mask_active(continue_BT) and not self.dense:
                 break
             mixture_BTD = passes.of_active(partial(self.feedback, backbone), states[-1])

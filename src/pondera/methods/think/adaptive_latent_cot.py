@@ -5,27 +5,25 @@ Shapes: B batch, T tokens, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
+from pondera.core.effort import Effort
 from pondera.core.errors import UserError
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
-from pondera.methods.think.common.halting import Halting, exit_probabilities, router
-from pondera.methods.think.common.passes import Passes, SlotCache, all_shallower_passes, new_slot_cache
-from pondera.methods.think.common.readout import mixture
+from pondera.methods.think.common.halting import Halting, router
+from pondera.methods.think.common.halting_think import ReachThink
+from pondera.methods.think.common.passes import Attend, Passes, all_shallower_passes
 from pondera.models.backbone import Backbone
-from pondera.models.method import SlotMaker
+from pondera.models.method import DeferredLoss, Terms
 
 
-class AdaptiveLatentCoT(Think):
+class AdaptiveLatentCoT(ReachThink):
     """Each token takes up to L extra passes; step k of a token attends to steps 0..k of all tokens up to it.
 
     The two-axis mask is the difference to `PonderLM2`: step 0 never attends to a latent step, so step k of all tokens
@@ -71,8 +69,7 @@ class AdaptiveLatentCoT(Think):
         "exact-random": "AdaptiveLatentCoT(steps=2, halting='random')",
         "identity-random": "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.0)",
     }
-    drops_window_rows: ClassVar[bool] = False
-    supports_recompute: ClassVar[bool] = False
+    attend: ClassVar[Attend] = "all_shallower"
 
     def __init__(
         self,
@@ -108,74 +105,28 @@ class AdaptiveLatentCoT(Think):
             # Training starts with all steps: 0.9 to the power of a usual step count is above the threshold.
             self.router = router(backbone, start=0.9)
 
-    def begin_step(self, step: int, seed: int) -> None:
-        """Sets the random draw of this step."""
-        self.halting.draw = 1 + step
+    def next_input(self, backbone: Backbone, step: int, state_BTD: Tensor) -> Tensor:
+        """The last hidden states."""
+        return self.feedback(backbone, state_BTD)
 
-    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
-        """One sub-cache per step in every layer."""
-        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
+    def reach(self, state_BTD: Tensor, reach_BT: Tensor) -> Tensor:
+        """The product of the router's probabilities to continue."""
+        return reach_BT * self.router(state_BTD)[..., 0].float().sigmoid()
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
-        """See `Think.forward`. Training, prefill and decoding share this loop."""
-        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
-        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "all_shallower", self.packed)
-        state_BTD = passes.run_first(h_BTD)
-        states, reach = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
-        offered: list[Tensor] = []  # probability to reach each step, before pruning
-        for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
-            reach_BT, continue_BT = self._halt(backbone, step, state_BTD, reach[-1], position_ids, labels_BT, budget)
-            offered.append(reach_BT)
-            if not passes.mask_active(continue_BT):
-                break
-            state_BTD = passes.run_pass(step, self.feedback(backbone, state_BTD), state_BTD)
-            states.append(state_BTD)
-            reach.append(passes.where_active(reach_BT, 0.0))
-        passes.finish()
-        if self.halting.learned:
-            state_BTD = mixture(states, exit_probabilities(reach))
-        deferred_loss = self._penalty(offered) if self.training and self.halting.learned and offered else None
-        trace = {"states": states} if self.record else {}
-        return MethodOutput(state_BTD, passes.passes_BT, deferred_loss=deferred_loss, trace=trace)
+    def takes(self, reach_BT: Tensor, budget: Effort) -> Tensor:
+        """Tokens whose probability to reach the step is at least the threshold."""
+        return reach_BT >= budget.threshold(self.threshold)
 
-    def _halt(
-        self,
-        backbone: Backbone,
-        step: int,
-        state_BTD: Tensor,
-        reach_BT: Tensor,
-        position_ids: Tensor,
-        labels_BT: Tensor | None,
-        budget: Effort,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The probability to reach `step`, and the mask of tokens that take it (``None``: all tokens)."""
-        if self.halting.learned:
-            reach_BT = reach_BT * self.router(state_BTD)[..., 0].float().sigmoid()
-            return reach_BT, reach_BT >= budget.threshold(self.threshold)
-        continue_BT = self.halting.continue_mask(
-            step, position_ids, labels_BT, lambda: backbone.head(state_BTD.detach()).argmax(-1)
-        )
-        return reach_BT, continue_BT
+    def losses(self, passes: Passes, reach: list[Tensor], offered: list[Tensor]) -> tuple[Terms, DeferredLoss | None]:
+        """The correctness-weighted penalty on continuing, which needs the logits."""
 
-    def _penalty(self, offered: list[Tensor]) -> Callable[[Tensor, Tensor], dict[str, LossTerm]]:
-        """The correctness-weighted penalty on continuing."""
-
-        def deferred_loss(logits_BTV: Tensor, labels_BT: Tensor) -> dict[str, LossTerm]:
+        def penalty(logits_BTV: Tensor, labels_BT: Tensor) -> Terms:
             known_BT = labels_BT >= 0
             true_BT = logits_BTV.detach().float().softmax(-1).gather(-1, labels_BT.clamp(min=0)[..., None])[..., 0]
             cost_BT = true_BT**self.beta * torch.stack(offered).sum(0)
             return {"thinking": LossTerm(cost_BT[known_BT].sum(), known_BT.sum(), self.penalty)}
 
-        return deferred_loss
+        return {}, penalty if offered else None
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
         """See `Think.slots`: skipped steps use no slots."""

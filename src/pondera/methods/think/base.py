@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from pondera.models.method import Method, MethodOutput
+from pondera.models.method import Method, MethodOutput, TokenBatch
 
-__all__ = ["Think", "MethodOutput"]
+__all__ = ["Think", "MethodOutput", "TokenBatch"]
 
 
 class Think(Method):

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.base import MethodOutput, Think, TokenBatch
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
@@ -64,20 +63,12 @@ class PauseToken(Think):
         """One cache with P + 1 KV slots per token."""
         return interleaved_cache(backbone, self.slots_per_token, kv_cache)
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. A smaller budget drops the last pauses."""
-        slots = slots_allowed(self.slots_per_token, budget, cache)
+        h_BTD, cache = batch.h_BTD, batch.cache
+        slots = slots_allowed(self.slots_per_token, batch.budget, cache)
         stages = [h_BTD, *(pause_D.expand_as(h_BTD) for pause_D in self.pause_PD[: slots - 1].to(h_BTD.dtype))]
-        states = interleaved_pass(backbone, stages, mask, position_ids, cache)
+        states = interleaved_pass(backbone, stages, batch.mask, batch.position_ids, cache)
         passes_BT = torch.full(h_BTD.shape[:2], slots, device=h_BTD.device)
         if cache is not None:
             cache.record(passes_BT)

@@ -11,11 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.base import MethodOutput, Think, TokenBatch
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.passes import Passes, SlotCache, new_slot_cache, same_depth_passes
 from pondera.models.backbone import Backbone
@@ -94,35 +92,30 @@ class PonderLM(Think):
         """One sub-cache per pass in every layer."""
         return new_slot_cache(backbone, self.slots_per_token, kv_cache)
 
+    def new_passes(self, backbone: Backbone, batch: TokenBatch, packed: bool = True) -> Passes:
+        """The passes of a call, before the first one; `packed` as in `Passes`."""
+        cache = batch.cache if isinstance(batch.cache, SlotCache) else self.new_cache(backbone)
+        tokens = batch.h_BTD.shape[1]
+        return Passes(backbone, batch.position_ids, cache, batch.mask, tokens, "same_depth", packed)
+
     def begin(self, h_BTD: Tensor) -> Tensor:
         """E_0, computed from the token embeddings."""
         return h_BTD if self.first_scale == 1 else h_BTD * self.first_scale
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Without a cache, each pass is an ordinary causal pass."""
-        passes = None
-        if isinstance(cache, SlotCache):
-            passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth")
-        x_BTD, states = self.begin(h_BTD), []
-        for depth in range(budget.passes(self.slots_per_token)):
+        passes = self.new_passes(backbone, batch) if isinstance(batch.cache, SlotCache) else None
+        x_BTD, states = self.begin(batch.h_BTD), []
+        for depth in range(batch.budget.passes(self.slots_per_token)):
             if depth:
                 x_BTD = x_BTD + self.feedback(backbone, states[-1])
             if passes is None:
-                states.append(backbone.step(x_BTD, None, mask, position_ids))
+                states.append(backbone.step(x_BTD, None, batch.mask, batch.position_ids))
             else:
                 states.append(passes.run_pass(depth, x_BTD, states[-1]) if depth else passes.run_first(x_BTD))
         if passes is not None:
             passes.finish()
-        passes_BT = torch.full(h_BTD.shape[:2], len(states), device=h_BTD.device)
+        passes_BT = torch.full(x_BTD.shape[:2], len(states), device=x_BTD.device)
         return MethodOutput(states[-1], passes_BT, trace={"states": states} if self.record else {})
 
     def cost_schedule(

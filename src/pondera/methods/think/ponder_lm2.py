@@ -15,10 +15,9 @@ from torch import Tensor
 
 from pondera.cache.masks import has_documents
 from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.base import MethodOutput, Think, TokenBatch
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.methods.think.common.jacobi import jacobi
@@ -100,18 +99,10 @@ class PonderLM2(Think):
         """One cache with K + 1 KV slots per token."""
         return interleaved_cache(backbone, self.slots_per_token, kv_cache)
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. A smaller budget drops the last thoughts."""
-        slots = slots_allowed(self.slots_per_token, budget, cache)
+        h_BTD, cache, mask, position_ids = batch.h_BTD, batch.cache, batch.mask, batch.position_ids
+        slots = slots_allowed(self.slots_per_token, batch.budget, cache)
         started = cache is not None and (cache.tokens > 0 or h_BTD.shape[1] == 1)
         rounds = self._rounds_now if self.training else self.eval_rounds
         if rounds == "exact" and not started and not self._can_roll_out(backbone, mask):

@@ -19,12 +19,10 @@ from pondera.arch.dimensions import head_dim
 from pondera.cache.depth_cache import slot_mask
 from pondera.cache.key_bias import extra_coordinates
 from pondera.cache.masks import SlotMask
-from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.base import MethodOutput, Think, TokenBatch
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, router
 from pondera.methods.think.common.interleave import deinterleave, interleave, per_slot
@@ -213,27 +211,19 @@ class PonderLM3(Think):
         """One cache for the slots of all depths."""
         return new_slot_cache(backbone, 1, kv_cache)
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Sequences may differ in their slots, so each call on a cache may have its own budget."""
-        seen, (batch, tokens) = 0 if cache is None else cache.tokens, h_BTD.shape[:2]
-        position_BT = position_ids.expand(batch, -1)
+        h_BTD, cache, mask = batch.h_BTD, batch.cache, batch.mask
+        seen, (rows, tokens) = 0 if cache is None else cache.tokens, h_BTD.shape[:2]
+        position_BT = batch.position_ids.expand(rows, -1)
         new = New(
             backbone,
-            torch.arange(seen, seen + tokens, device=h_BTD.device).expand(batch, -1),
+            torch.arange(seen, seen + tokens, device=h_BTD.device).expand(rows, -1),
             position_BT,
             torch.ones_like(position_BT, dtype=torch.bool) if mask is None else mask[:, seen : seen + tokens] > 0,
             mask,
-            budget.passes(self.slots_per_token, self.learned),
-            budget.threshold(self.threshold),
+            batch.budget.passes(self.slots_per_token, self.learned),
+            batch.budget.threshold(self.threshold),
             soft=self.training and self.learned and cache is None,
         )
         self.halting.draw = self._draw_now if self.training else 0

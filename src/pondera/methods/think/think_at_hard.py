@@ -13,20 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.think.base import MethodOutput, Think
+from pondera.methods.think.base import MethodOutput, TokenBatch
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting
-from pondera.methods.think.common.passes import Passes, SlotCache, all_shallower_passes, new_slot_cache
+from pondera.methods.think.common.halting_think import HaltingThink
+from pondera.methods.think.common.passes import Attend, Passes, all_shallower_passes
 from pondera.models.backbone import Backbone
-from pondera.models.method import SlotMaker
 
 
-class ThinkAtHard(Think):
+class ThinkAtHard(HaltingThink):
     """Hard tokens, selected by a learned decider, get an extra pass on the embedding mixture of the current prediction.
 
     The mixture of the input embeddings of the most likely next tokens replaces the token's embedding. Depth k of a
@@ -78,8 +76,7 @@ class ThinkAtHard(Think):
         "exact": "ThinkAtHard(steps=2, threshold=0.5, top_k=8)",
         "identity": "ThinkAtHard(steps=0)",
     }
-    drops_window_rows: ClassVar[bool] = False
-    supports_recompute: ClassVar[bool] = False
+    attend: ClassVar[Attend] = "all_shallower"
 
     def __init__(
         self,
@@ -126,36 +123,18 @@ class ThinkAtHard(Think):
             inner = self.decider_width or max(1, width // 4)
             self.decider = Decider(width, inner, self.decider_layers).to(weight.device, weight.dtype)
 
-    def begin_step(self, step: int, seed: int) -> None:
-        """Sets the random draw of this step."""
-        self.halting.draw = 1 + step
-
-    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
-        """One sub-cache per depth in every layer."""
-        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
-
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. In training the labels decide, and the decider learns to predict their decision."""
-        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
-        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "all_shallower", self.packed)
-        state_BTD = total_BTD = passes.run_first(h_BTD)
+        passes = self.new_passes(backbone, batch)
+        state_BTD = total_BTD = passes.run_first(batch.h_BTD)
         totals, decider_losses = [total_BTD], []
-        for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
+        for step in range(1, batch.budget.passes(self.slots_per_token, self.halting.learned)):
             predict = partial(_likeliest, backbone, passes, total_BTD)
             if self.halting.learned:
-                continue_BT, decider_loss = self._decide(passes, state_BTD, labels_BT, predict, budget)
+                continue_BT, decider_loss = self._decide(passes, state_BTD, batch, predict)
                 decider_losses += [decider_loss] if decider_loss is not None else []
             else:
-                continue_BT = self.halting.continue_mask(step, position_ids, labels_BT, predict)
+                continue_BT = self.halting.continue_mask(step, batch.position_ids, batch.labels_BT, predict)
             if not passes.mask_active(continue_BT):
                 break
             x_BTD = passes.of_active(partial(self.feedback, backbone), total_BTD)
@@ -170,17 +149,13 @@ class ThinkAtHard(Think):
         return MethodOutput(total_BTD, passes.passes_BT, terms, trace={"states": totals} if self.record else {})
 
     def _decide(
-        self,
-        passes: Passes,
-        state_BTD: Tensor,
-        labels_BT: Tensor | None,
-        predict: Callable[[], Tensor],
-        budget: Effort,
+        self, passes: Passes, state_BTD: Tensor, batch: TokenBatch, predict: Callable[[], Tensor]
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The mask of tokens that continue; in training also the decider's summed loss and its number of tokens."""
+        labels_BT = batch.labels_BT
         logit_BT = passes.of_active(self.decider, state_BTD.detach())[..., 0].float()
         if not self.training or labels_BT is None:
-            return logit_BT.sigmoid() >= budget.threshold(self.threshold), None
+            return logit_BT.sigmoid() >= batch.budget.threshold(self.threshold), None
         known_BT = passes.real(passes.where_active(labels_BT >= 0, False))
         hard_BT = known_BT & (predict() != labels_BT)
         loss = F.binary_cross_entropy_with_logits(

@@ -11,21 +11,19 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
+from pondera.core.effort import Effort
 from pondera.core.errors import UserError
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.schedule import DecoderPass, MatMul
-from pondera.methods.think.base import MethodOutput, Think
 from pondera.methods.think.common.feedback import Feedback
-from pondera.methods.think.common.halting import Halting, exit_probabilities, router
-from pondera.methods.think.common.passes import Passes, SlotCache, new_slot_cache, same_depth_passes
-from pondera.methods.think.common.readout import mixture
+from pondera.methods.think.common.halting import Halting, router
+from pondera.methods.think.common.halting_think import ReachThink
+from pondera.methods.think.common.passes import Attend, Passes, same_depth_passes
 from pondera.models.backbone import Backbone
-from pondera.models.method import SlotMaker
+from pondera.models.method import DeferredLoss, Terms
 
 
-class UniversalTransformer(Think):
+class UniversalTransformer(ReachThink):
     """Applies the backbone up to R times to its own output as one shared block; each token halts individually (ACT).
 
     The input of pass n + 1 is the state after pass n plus a learned embedding of the pass index. With ``halting="act"``
@@ -73,8 +71,7 @@ class UniversalTransformer(Think):
         "exact-fixed": "UniversalTransformer(steps=2, halting='fixed')",
         "identity-fixed": "UniversalTransformer(steps=0, halting='fixed')",
     }
-    drops_window_rows: ClassVar[bool] = False
-    supports_recompute: ClassVar[bool] = False
+    attend: ClassVar[Attend] = "same_depth"
 
     def __init__(
         self,
@@ -113,71 +110,26 @@ class UniversalTransformer(Think):
         if self.halting.learned:
             self.halting_unit = router(backbone, start=1 / self.slots_per_token)
 
-    def begin_step(self, step: int, seed: int) -> None:
-        """Sets the random draw of this step."""
-        self.halting.draw = 1 + step
+    def next_input(self, backbone: Backbone, step: int, state_BTD: Tensor) -> Tensor:
+        """The states, plus the embedding of the pass."""
+        return self.feedback(backbone, state_BTD) + self.signal_ND[step - 1].to(state_BTD.dtype)
 
-    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
-        """One sub-cache per pass in every layer; each has one slot per token."""
-        return new_slot_cache(backbone, self.slots_per_token, kv_cache)
+    def reach(self, state_BTD: Tensor, reach_BT: Tensor) -> Tensor:
+        """The probability that remains: 1 less the sum of the halting probabilities."""
+        return reach_BT - self.halting_unit(state_BTD)[..., 0].float().sigmoid()
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
-        """See `Think.forward`. Training, prefill and decoding share this loop."""
-        cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
-        passes = Passes(backbone, position_ids, cache, mask, h_BTD.shape[1], "same_depth", self.packed)
-        state_BTD = passes.run_first(h_BTD)
-        states, remaining = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
-        for step in range(1, budget.passes(self.slots_per_token, self.halting.learned)):
-            remaining_BT, continue_BT = self._halt(
-                backbone, step, state_BTD, remaining[-1], position_ids, labels_BT, budget
-            )
-            if not passes.mask_active(continue_BT):
-                break
-            x_BTD = self.feedback(backbone, state_BTD) + self.signal_ND[step - 1].to(state_BTD.dtype)
-            state_BTD = passes.run_pass(step, x_BTD, state_BTD)
-            states.append(state_BTD)
-            remaining.append(passes.where_active(remaining_BT, 0.0))
-        passes.finish()
-        terms = {}
-        if self.halting.learned:
-            state_BTD = mixture(states, exit_probabilities(remaining))
-            if self.training and self.steps:
-                terms = {"ponder": self._ponder_cost(passes, remaining)}
-        return MethodOutput(state_BTD, passes.passes_BT, terms, trace={"states": states} if self.record else {})
+    def takes(self, reach_BT: Tensor, budget: Effort) -> Tensor:
+        """Tokens whose remaining probability is above epsilon."""
+        return reach_BT > budget.threshold(self.epsilon)
 
-    def _halt(
-        self,
-        backbone: Backbone,
-        step: int,
-        state_BTD: Tensor,
-        remaining_BT: Tensor,
-        position_ids: Tensor,
-        labels_BT: Tensor | None,
-        budget: Effort,
-    ) -> tuple[Tensor, Tensor | None]:
-        """The probability that remains from `step` on, and the mask of tokens that take `step` (``None``: all)."""
-        if self.halting.learned:
-            remaining_BT = remaining_BT - self.halting_unit(state_BTD)[..., 0].float().sigmoid()
-            return remaining_BT, remaining_BT > budget.threshold(self.epsilon)
-        continue_BT = self.halting.continue_mask(
-            step, position_ids, labels_BT, lambda: backbone.head(state_BTD.detach()).argmax(-1)
-        )
-        return remaining_BT, continue_BT
-
-    def _ponder_cost(self, passes: Passes, remaining: list[Tensor]) -> LossTerm:
+    def losses(self, passes: Passes, reach: list[Tensor], offered: list[Tensor]) -> tuple[Terms, DeferredLoss | None]:
         """The ponder cost: passes + remainder, where the remainder is the weight of the token's last pass."""
-        remainder_BT = torch.stack(remaining).gather(0, passes.passes_BT[None] - 1)[0]
+        if not self.steps:
+            return {}, None
+        remainder_BT = torch.stack(reach).gather(0, passes.passes_BT[None] - 1)[0]
         real_BT = passes.real(torch.ones_like(passes.passes_BT, dtype=torch.bool))
-        return LossTerm((passes.passes_BT + remainder_BT)[real_BT].sum(), real_BT.sum(), self.ponder_cost)
+        cost = LossTerm((passes.passes_BT + remainder_BT)[real_BT].sum(), real_BT.sum(), self.ponder_cost)
+        return {"ponder": cost}, None
 
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None

@@ -22,13 +22,12 @@ from pondera.arch.dimensions import head_dim, kv_heads
 from pondera.arch.families import listed, modules
 from pondera.cache.attention import Server
 from pondera.cache.token_cache import TokenCache
-from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError
 from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.memory.common.segment_cache import SegmentCache
 from pondera.methods.memory.common.segment_layer import RecurrentState, SegmentLayer, fewer_rows
 from pondera.models.backbone import Backbone
-from pondera.models.method import Method, MethodOutput, SlotMaker
+from pondera.models.method import Method, MethodOutput, SlotMaker, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -188,25 +187,16 @@ class SegmentRecurrence(Method):
 
     # Forward pass
 
-    def forward(
-        self,
-        backbone: Backbone,
-        h_BTD: Tensor,
-        position_ids: Tensor,
-        cache: TokenCache | None = None,
-        mask: Tensor | None = None,
-        budget: Effort = FULL,
-        labels_BT: Tensor | None = None,
-    ) -> MethodOutput:
+    def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Method.forward`. Positions are counted here from the start of each sequence; budgets are ignored."""
-        batch, tokens, _ = h_BTD.shape
-        segment_cache = cast("SegmentCache | None", cache)
-        new_BT = None if mask is None else mask[:, -tokens:].long()
+        h_BTD, segment_cache = batch.h_BTD, cast("SegmentCache | None", batch.cache)
+        rows, tokens, _ = h_BTD.shape
+        new_BT = None if batch.mask is None else batch.mask[:, -tokens:].long()
         if new_BT is not None and bool((new_BT == 1).all()):
             new_BT = None
-        passes_BT = torch.ones(batch, tokens, dtype=torch.long, device=h_BTD.device)
+        passes_BT = torch.ones(rows, tokens, dtype=torch.long, device=h_BTD.device)
         if segment_cache is not None:
-            segment_cache.start(batch)
+            segment_cache.start(rows)
             segment_cache.note(passes_BT, None if new_BT is None else new_BT > 0)
         if new_BT is None and (segment_cache is None or segment_cache.even):
             states_BTD = self._together(backbone, h_BTD, segment_cache)
