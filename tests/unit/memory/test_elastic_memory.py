@@ -13,6 +13,7 @@ from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.core import spec
 from pondera.methods.memory.common import legendre
 from pondera.methods.memory.elastic_memory import ElasticMemory
+from pondera.models.method import TokenBatch
 
 
 def build(memory: str | None, backbone: str = "llama", **fields) -> AdaptiveLM:
@@ -121,7 +122,7 @@ def test_gradients_are_those_of_the_slow_form():
 def test_gradients_reach_back_so_many_blocks_and_no_further(tbptt: int | None, reached: list[int]):
     model = build(f"ElasticMemory(block=4, order=6, samples=3, tbptt={tbptt})").train()
     h = model.backbone.embed(ids(1, 20)).detach().requires_grad_()
-    out = model.memory(model.backbone, h, torch.arange(20)[None]).h_BTD
+    out = model.memory(model.backbone, TokenBatch(h, torch.arange(20)[None])).h_BTD
     for block, count in enumerate(reached):
         (gradient,) = torch.autograd.grad(out[:, 4 * block : 4 * block + 4, 0].sum(), h, retain_graph=True)
         touched = gradient[0].unflatten(0, (5, 4)).abs().amax((1, 2)) > 0

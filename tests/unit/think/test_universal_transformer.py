@@ -12,7 +12,7 @@ from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.core.hf import DynamicCache
-from pondera.methods.think import universal_transformer
+from pondera.methods.think.common import halting_think
 
 FAMILIES = ["llama", "gemma3", "gpt2"]  # llama and gemma3 share keys among heads
 
@@ -49,13 +49,13 @@ def logit(probability: float) -> float:
 def weights(monkeypatch) -> list[torch.Tensor]:
     """The weights of the latest prediction's states, ``[passes, B, T]``."""
     found: list[torch.Tensor] = []
-    original = universal_transformer.mixture
+    original = halting_think.mixture
 
     def spy(states, masses):
         found[:] = [torch.stack(masses)]
         return original(states, masses)
 
-    monkeypatch.setattr(universal_transformer, "mixture", spy)
+    monkeypatch.setattr(halting_think, "mixture", spy)
     return found
 
 
