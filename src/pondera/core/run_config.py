@@ -40,6 +40,11 @@ class DataConfig:
     validation: float = option(0.05, "share of documents held out, chosen by the hash of their name")
     document_mask: bool = option(False, "tokens attend within their own document only (slower: the masks are dense)")
     max_bytes: int | None = option(None, "limit of training text in bytes; whole documents are used, in a fixed order")
+    task: str | None = option(
+        None,
+        "a synthetic task in place of text, e.g. StateTracking(group='S3', reset=0.25); see `pondera methods task`",
+    )
+    windows: int = option(100_000, "training windows of a task; fewer are drawn again in another order")
 
 
 @dataclass

@@ -34,3 +34,5 @@ PARTS = ("quantize",)
 """Folders of methods that are arguments of others."""
 PROBES = ("probe",)
 """Folders of probes, which observe a model and change nothing."""
+TASKS = ("task",)
+"""Synthetic tasks, which are data; ``pondera/data/tasks/`` has their files."""

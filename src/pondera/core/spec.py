@@ -36,9 +36,11 @@ from typing import Any, NoReturn
 
 from pondera.core.errors import UserError, unknown
 from pondera.core.run_config import typed
-from pondera.core.seams import PARTS, PROBES, SEAMS
+from pondera.core.seams import PARTS, PROBES, SEAMS, TASKS
 
 PACKAGE = Path(__file__).parent.parent / "methods"
+ELSEWHERE = {"task": PACKAGE.parent / "data/tasks"}
+"""Folders of the package outside of ``methods/``."""
 
 _SCALARS = (bool, int, float, str, type(None))
 _EXAMPLE = (
@@ -137,7 +139,8 @@ def index(seams: Sequence[str] = SEAMS + PARTS) -> dict[str, MethodInfo]:
     found: dict[str, MethodInfo] = {}
     for root in (PACKAGE, *_user_folders()):
         for seam in seams:
-            for file in sorted((root / seam).glob("*.py")):
+            folder = ELSEWHERE.get(seam, root / seam) if root == PACKAGE else root / seam
+            for file in sorted(folder.glob("*.py")):
                 if file.name.startswith("_") or file.name == "base.py":
                     continue
                 method = _read_method(file, seam, file.read_bytes())
@@ -159,7 +162,7 @@ def find(name: str, seam: str | None = None) -> MethodInfo:
     Raises:
         UserError: no such method (the message has the nearest name), or it belongs to another seam.
     """
-    methods = index(PROBES) if seam in PROBES else index()
+    methods = index((seam,)) if seam in (*PROBES, *TASKS) else index()
     method = methods.get(name)
     if method is None:
         allowed = [known.name for known in methods.values() if seam in (None, known.seam)]
@@ -247,8 +250,8 @@ def _user_folders() -> list[Path]:
         Path(part).expanduser().resolve() for part in os.environ.get("PONDERA_METHODS", "").split(os.pathsep) if part
     ]
     for folder in folders:
-        if not any((folder / seam).is_dir() for seam in SEAMS + PARTS + PROBES):
-            listing = ", ".join(f"{seam}/" for seam in SEAMS + PARTS + PROBES)
+        if not any((folder / seam).is_dir() for seam in SEAMS + PARTS + PROBES + TASKS):
+            listing = ", ".join(f"{seam}/" for seam in SEAMS + PARTS + PROBES + TASKS)
             raise UserError(f"PONDERA_METHODS: {str(folder)!r} contains none of the folders {listing}")
     return folders
 
@@ -270,8 +273,8 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
             f"{file}: a file in {seam}/ must define the method of its name, but there is no class whose name in lower "
             f"case is {wanted!r}; rename the class or the file (start the file name with an underscore if it is no method)"
         )
-    module = f"pondera.methods.{seam}.{file.stem}"
-    if not file.is_relative_to(PACKAGE):  # several folders may have a file of the same name
+    module = f"pondera.data.tasks.{file.stem}" if seam in ELSEWHERE else f"pondera.methods.{seam}.{file.stem}"
+    if not file.is_relative_to(PACKAGE.parent):  # several folders may have a file of the same name
         module = f"pondera_{file.stem}_{zlib.crc32(str(file).encode()):08x}"
     texts = _texts(cls)
     return MethodInfo(

@@ -30,6 +30,7 @@ from pondera.core.errors import UserError
 from pondera.core.paths import cache_folder
 from pondera.core.run_config import DataConfig
 from pondera.data.split import divide
+from pondera.data.task_corpus import TaskCorpus, TaskSplit, prepare_task
 from pondera.data.text import Document, Source, open_text
 from pondera.data.tokenizer import bpe_size, encode, fingerprint, load_tokenizer, train_tokenizer
 
@@ -45,8 +46,8 @@ SPLITS = ("train", "validation")
 log = logging.getLogger(__name__)
 
 
-def prepare(config: DataConfig, cache_dir: Path | None = None) -> Corpus:
-    """Splits and tokenises the text of `config`, or opens the cached result.
+def prepare(config: DataConfig, cache_dir: Path | None = None) -> AnyCorpus:
+    """Splits and tokenises the text of `config`, or opens the cached result; draws the windows of its task.
 
     Documents are held out by the sha256 of their names (see `divide`), so the split is the same on all machines. The cache
     key is the content (text, tokenizer, share, limit), not the path or date. Concurrent processes that prepare the same
@@ -66,6 +67,8 @@ def prepare(config: DataConfig, cache_dir: Path | None = None) -> Corpus:
     """
     from filelock import FileLock
 
+    if config.task is not None:
+        return prepare_task(config, cache_dir)
     _check(config)
     size = bpe_size(config.tokenizer)
     tokenizer = None if size else load_tokenizer(config.tokenizer)
@@ -166,6 +169,10 @@ class Split:
     @cached_property
     def _names(self) -> list[str]:
         return json.loads((self._arguments[0] / "names.json").read_text())
+
+
+AnyCorpus = Corpus | TaskCorpus
+AnySplit = Split | TaskSplit
 
 
 class Windows:

@@ -17,55 +17,76 @@ from torch.nn import functional as F
 
 from pondera.data.corpus import Split
 from pondera.data.sampler import collate
+from pondera.data.task_corpus import TaskSplit
 from pondera.evaluation.chunked_forward import chunked_forward
+from pondera.evaluation.pass_counts import pass_counts
+from pondera.evaluation.task_score import sum_task_scores, task_measures
 from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.next_token import IGNORED
 
 
 def score(
     model: AdaptiveLM,
-    split: Split,
+    split: Split | TaskSplit,
     context: int,
     max_tokens: int,
     batch_size: int = 8,
     document_mask: bool = False,
     rank: int = 0,
     num_processes: int = 1,
-    total: Callable[[ScoreSums], ScoreSums] | None = None,
+    total: Callable[[Any], Any] | None = None,
     budget: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Next-token loss on the first windows of a split.
+    """Next-token loss on windows that are spread evenly over a split, or the scores on a task.
 
     The function changes neither the mode of the model nor any random state.
 
     Args:
         model: on any device.
-        split: the text, usually ``corpus.validation``.
+        split: the text or the task, usually ``corpus.validation``.
         context: tokens per window; each token sees at most this many.
         max_tokens: predict at most this many tokens, but at least one window.
         batch_size: windows per forward pass.
         document_mask: tokens attend within their own document only.
         rank: the rank of this process, if several processes share the windows.
         num_processes: the number of processes that share the windows.
-        total: sums a `ScoreSums` over these processes.
+        total: sums a `ScoreSums` or `TaskScores` over these processes.
         budget: ``effort`` and ``max_passes``, as the model takes them.
 
     Returns:
         ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), the number of
         predicted ``tokens`` and their ``bytes``, ``passes_per_token``, and ``pass_shares``, the share of the tokens
-        that took each pass.
+        that took each pass. On a task there are no bytes, and `task_measures` says what there is in addition.
     """
-    windows = split.windows(context, document_mask)
-    count = min(len(windows), max(1, max_tokens // context))
-    sums = ScoreSums()
-    for first in range(0, count, batch_size * num_processes):
+    windows, on_task = split.windows(context, document_mask), isinstance(split, TaskSplit)
+    chosen = spread_evenly(max(1, max_tokens // context), len(windows))
+    run = sum_task_scores if on_task else sum_scores
+    sums: Any = None
+    for first in range(0, len(chosen), batch_size * num_processes):
         start = first + rank * batch_size
-        mine = range(start, min(start + batch_size, count))
+        mine = chosen[start : start + batch_size]
         # A process without windows runs one anyway: all processes must join each forward pass of a sharded model.
-        own = sum_scores(model, [windows[index] for index in mine or [0]], budget=budget)
-        sums += own if mine else own.nothing()
-    tokens = count * context
-    return measures(sums if total is None else total(sums), tokens, split.num_bytes_of(1, tokens + 1))
+        own: Any = run(model, [windows[index] for index in mine or chosen[:1]], budget=budget)
+        own = own if mine else own.nothing()
+        sums = own if sums is None else sums + own
+    if total is not None:
+        sums = total(sums)
+    tokens = len(chosen) * context
+    if on_task:
+        return task_measures(sums, tokens)
+    starts = [index * context + 1 for index in chosen]
+    return measures(sums, tokens, sum(split.num_bytes_of(start, start + context) for start in starts))
+
+
+def spread_evenly(count: int, of: int) -> list[int]:
+    """At most `count` of the numbers below `of`, at equal distances.
+
+    Example:
+        >>> spread_evenly(3, 9), spread_evenly(5, 3)
+        ([0, 3, 6], [0, 1, 2])
+    """
+    count = min(count, of)
+    return [index * of // count for index in range(count)]
 
 
 @dataclass(frozen=True)
@@ -92,16 +113,13 @@ class ScoreSums:
         """Sums of the same length that are all 0."""
         return ScoreSums(0.0, (0,) * len(self.took))
 
+    def numbers(self) -> list[float]:
+        """All sums in one list, to add them up over processes."""
+        return [self.nats, *self.took]
 
-def pass_counts(passes_BT: Tensor, most: int) -> tuple[int, ...]:
-    """The number of tokens that took each of `most` passes.
-
-    Example:
-        >>> pass_counts(torch.tensor([[1, 3, 3]]), most=3)
-        (3, 2, 2)
-    """
-    counts = passes_BT.flatten().clamp(max=most).bincount(minlength=most + 1)
-    return tuple(counts.flip(0).cumsum(0).flip(0)[1:].tolist())
+    def with_numbers(self, numbers: list[float]) -> ScoreSums:
+        """Sums of the same form from such a list."""
+        return ScoreSums(numbers[0], tuple(numbers[1:]))
 
 
 @torch.no_grad()

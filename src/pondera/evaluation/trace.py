@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pondera.core.errors import UserError
-from pondera.data.corpus import Corpus
+from pondera.data.corpus import AnyCorpus
 from pondera.data.tokenizer import encode
 from pondera.evaluation.halting_stats import halting_stats
 from pondera.methods.probe.base import observed
@@ -62,7 +62,12 @@ def trace(model: AdaptiveLM, tokenizer: PreTrainedTokenizerFast, text: str, cont
 
 
 def trace_halting(
-    model: AdaptiveLM, corpus: Corpus, context: int, max_tokens: int, batch_size: int = 8, document_mask: bool = False
+    model: AdaptiveLM,
+    corpus: AnyCorpus,
+    context: int,
+    max_tokens: int,
+    batch_size: int = 8,
+    document_mask: bool = False,
 ) -> dict[str, Any]:
     """Halting statistics over the first windows of the held-out text.
 
@@ -124,7 +129,7 @@ def _texts(ids_T: np.ndarray, tokenizer: PreTrainedTokenizerFast) -> list[str]:
     return ["" if token in special else text for token, text in zip(ids_T.tolist(), stream.tokens, strict=True)]
 
 
-def _ranks(corpus: Corpus) -> np.ndarray:
+def _ranks(corpus: AnyCorpus) -> np.ndarray:
     """The frequency rank of each id of the vocabulary in the training text, starting at 1: ``[V]``."""
     counts_V = np.bincount(corpus.train.ids[:COUNTED].astype(np.int64), minlength=corpus.vocab_size)
     ranks_V = np.empty_like(counts_V)

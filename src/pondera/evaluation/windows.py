@@ -14,13 +14,14 @@ from torch import Tensor
 
 from pondera.core.errors import UserError
 from pondera.data.corpus import prepare
+from pondera.data.task_corpus import TaskSplit
 from pondera.data.text import open_text
 from pondera.evaluation.long_text import LongText
 from pondera.evaluation.perplexity import context_of, given_settings
 from pondera.inference.load import Loaded
 
 if TYPE_CHECKING:
-    from pondera.data.corpus import Split
+    from pondera.data.corpus import AnySplit, Split
 
 ASKED, LEAST = 24, 32
 """Maximum tokens of the passage that is repeated to measure recall; minimum tokens of a window."""
@@ -95,7 +96,13 @@ def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> HeldOutWind
         return HeldOutWindows.cut(text, context, count)
     if loaded.run is None:
         raise UserError("data.text: this model is not from a run; give a text to measure on, e.g. --data.text book.txt")
-    return HeldOutWindows.cut(prepare(loaded.run.config.data).validation, context, count)
+    split = prepare(loaded.run.config.data).validation
+    if isinstance(split, TaskSplit):
+        raise UserError(
+            f"{loaded.name} was trained on the task {loaded.run.config.data.task}, and a KV cache is measured on text; give a "
+            "model that was trained on text"
+        )
+    return HeldOutWindows.cut(split, context, count)
 
 
 def calibration(loaded: Loaded, text: str | None, tokens: int, context: int) -> list[Tensor]:
@@ -111,7 +118,7 @@ def calibration(loaded: Loaded, text: str | None, tokens: int, context: int) -> 
         UserError: a text that does not fill one window.
     """
     if text is not None:
-        split: Split = LongText.read(open_text(text), text, loaded.tokenizer, tokens, loaded.model.embedded)
+        split: AnySplit = LongText.read(open_text(text), text, loaded.tokenizer, tokens, loaded.model.embedded)
     elif loaded.run is not None:
         split = prepare(loaded.run.config.data).train
     else:

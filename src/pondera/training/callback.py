@@ -11,12 +11,14 @@ from typing import Any, cast
 from transformers import TrainerCallback
 
 from pondera.core.errors import Failure, UserError
+from pondera.core.metric import metric_of
 from pondera.core.run_config import RunConfig
 from pondera.core.run_folder import Run
-from pondera.data.corpus import Corpus
+from pondera.data.corpus import AnyCorpus
 from pondera.evaluation.cost_report import cost_report
 from pondera.evaluation.halting_stats import HALTING_STATS
 from pondera.evaluation.score import ScoreSums, score
+from pondera.evaluation.task_score import TaskScores
 from pondera.evaluation.trace import TRACED, trace, trace_halting
 from pondera.models import checkpoints
 from pondera.models.adaptive_lm import AdaptiveLM
@@ -24,7 +26,7 @@ from pondera.training.progress import ProgressMeter
 from pondera.training.trainer import PonderaTrainer, learning_rate_share
 
 SURVEYED = 4096  # maximum held-out tokens for the halting statistics
-SCORES = ("loss", "perplexity", "bits_per_byte", "passes_per_token")
+SCORES = ("loss", "perplexity", "bits_per_byte", "accuracy", "passes_per_token")
 PRICES = ("inference_flops_per_token", "training_flops_per_token", "kv_bytes_per_token")
 
 
@@ -51,7 +53,13 @@ class RunCallback(TrainerCallback):
     trainer: PonderaTrainer
 
     def __init__(
-        self, run: Run, config: RunConfig, corpus: Corpus, model: AdaptiveLM, start: Path | None, show: bool
+        self,
+        run: Run,
+        config: RunConfig,
+        corpus: AnyCorpus,
+        model: AdaptiveLM,
+        start: Path | None,
+        show: bool,
     ) -> None:
         self.run, self.config, self.corpus, self.model, self.start = run, config, corpus, model, start
         state = checkpoints.read_state(start) if start else {"step": 0, "seconds": 0.0, "since": _nothing(), "took": []}
@@ -97,7 +105,7 @@ class RunCallback(TrainerCallback):
             self.since = _nothing()
         if last or step % settings.eval_every == 0:
             self.validation = self.validate()
-            line["validation"] = {name: self.validation[name] for name in SCORES}
+            line["validation"] = {name: self.validation[name] for name in SCORES if name in self.validation}
         else:
             self.validation = None
         if line:
@@ -124,13 +132,13 @@ class RunCallback(TrainerCallback):
                 num_processes=trainer.args.world_size,
                 total=self._over_processes,
             )
-        self.watch.bits_per_byte = scores["bits_per_byte"]
+        metric = metric_of(scores)
+        self.watch.validated = f"{metric.label} {scores[metric.key]:.4f}"
         return scores
 
-    def _over_processes(self, sums: ScoreSums) -> ScoreSums:
-        numbers = {str(place): number for place, number in enumerate((sums.nats, *sums.took))}
-        nats, *took = map(float, self.trainer.over_processes(numbers).values())
-        return ScoreSums(nats, tuple(took))
+    def _over_processes(self, sums: ScoreSums | TaskScores) -> ScoreSums | TaskScores:
+        numbers = {str(place): number for place, number in enumerate(sums.numbers())}
+        return sums.with_numbers([float(number) for number in self.trainer.over_processes(numbers).values()])
 
     def result(self) -> dict[str, Any]:
         """The result of the run; costs use the measured share of the tokens that took each pass."""

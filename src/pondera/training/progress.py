@@ -21,7 +21,7 @@ class ProgressMeter:
 
     def __init__(self, steps: int, first_step: int = 0, show: bool = True) -> None:
         self.steps, self.first_step, self.show = steps, first_step, show
-        self.bits_per_byte: float | None = None
+        self.validated = ""
         self.started = time.monotonic()
         console = Console(stderr=True)
         self._bar = None
@@ -50,7 +50,7 @@ class ProgressMeter:
             tokens_per_second: mean over the last steps.
             logged: whether this step was also written to the metrics.
         """
-        validated = "" if self.bits_per_byte is None else f"  bits/byte {self.bits_per_byte:.4f}"
+        validated = f"  {self.validated}" if self.validated else ""
         text = f"loss {loss:.4f}{validated}  {tokens_per_second:,.0f} tokens/s"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=text)

@@ -21,7 +21,7 @@ from pondera.data.tokenizer import check_ids
 from pondera.training.build import add_end_token, new_model, reads_as_before, resolve, set_special_tokens
 
 if TYPE_CHECKING:
-    from pondera.data.corpus import Corpus, Split
+    from pondera.data.corpus import AnyCorpus, AnySplit
     from pondera.models.adaptive_lm import AdaptiveLM
     from pondera.training.callback import RunCallback
     from pondera.training.trainer import NotFinite, PonderaTrainer
@@ -94,7 +94,7 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
     return run
 
 
-def _set_special_tokens(model: AdaptiveLM, config: RunConfig, corpus: Corpus) -> None:
+def _set_special_tokens(model: AdaptiveLM, config: RunConfig, corpus: AnyCorpus) -> None:
     """Sets the special tokens of the model; a checkpoint with its own tokenizer keeps its end tokens."""
     tokenizer: Any = corpus.tokenizer()
     if reads_as_before(config):
@@ -103,7 +103,7 @@ def _set_special_tokens(model: AdaptiveLM, config: RunConfig, corpus: Corpus) ->
         set_special_tokens(model, tokenizer)
 
 
-def check_tokens(model: AdaptiveLM, corpus: Corpus) -> None:
+def check_tokens(model: AdaptiveLM, corpus: AnyCorpus) -> None:
     """Refuses a corpus with a token that the model does not embed."""
     if corpus.vocab_size > model.embedded:  # otherwise no id can be too large
         for split in (corpus.train, corpus.validation):
@@ -192,7 +192,7 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _restored(run: Run, corpus: Corpus, main: bool) -> tuple[AdaptiveLM | None, Path | None]:
+def _restored(run: Run, corpus: AnyCorpus, main: bool) -> tuple[AdaptiveLM | None, Path | None]:
     """The model of the newest intact checkpoint and its folder; `None` if there is no checkpoint yet."""
     from pondera.inference.load import load
     from pondera.models import checkpoints
@@ -214,7 +214,7 @@ def _restored(run: Run, corpus: Corpus, main: bool) -> tuple[AdaptiveLM | None, 
     return (load(folder, device="cpu").model.float(), folder) if folder else (None, None)
 
 
-def _explained(error: NotFinite, run: Run, split: Split, config: RunConfig) -> Failure:
+def _explained(error: NotFinite, run: Run, split: AnySplit, config: RunConfig) -> Failure:
     """The error message for a loss that is not finite: the batch, the last checkpoint and what to try."""
     context, windows = config.data.context, sorted(error.windows)
     named = []
