@@ -21,8 +21,7 @@ class PointerChasing(Task):
     each node is equally often an answer. The difficulty is k.
 
     Source: k-hop look-ups, as in "Transformers, parallel computation, and logarithmic depth", arXiv 2402.09268. Each
-    layer can double the length of
-    the chains that it knows, so L layers follow about 2^L links.
+    layer can double the length of the chains that it knows, so L layers follow about 2^L links.
     When not to use it: with few nodes and many hops, where chains run in short circles.
 
     Args:
