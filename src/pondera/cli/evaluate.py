@@ -6,8 +6,9 @@ import argparse
 import math
 from typing import Any
 
-from pondera.cli.output import only_json, print_json, print_table
+from pondera.cli.output import only_json, print_difficulty, print_json, print_table
 from pondera.cli.parser import Parser, add_budget, positive_int, text_notes
+from pondera.core.metric import SCORES, score_name
 
 SUMMARY = "evaluates a trained model on held-out text, with the cost per token"
 EXAMPLES = """
@@ -17,6 +18,7 @@ pondera eval path/to/model --data.text stdlib --json
 pondera eval runs/ponderlm3-seed0 --effort 0,0.25,0.5,1
 """
 SHOWN = (
+    ("accuracy", "accuracy", "of the tokens that are asked"),
     ("loss", "loss", "nats per token"),
     ("perplexity", "perplexity", "per token"),
     ("bits_per_byte", "bits per byte", "comparable between tokenizers"),
@@ -60,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
         for key, name, unit in SHOWN:
             if found[0].get(key) is not None:
                 print(f"  {name:15}{_number(found[0][key]):>12}  {unit}")
+        if "by_difficulty" in found[0]:
+            print_difficulty({found[0]["name"]: [found[0]["by_difficulty"]]})
     else:
         rows = [_row(effort, one, found) for effort, one in zip(wanted, found, strict=True)]
         print_table(list(rows[0]), [list(row.values()) for row in rows], "quality and cost by effort")
@@ -69,12 +73,13 @@ def run(args: argparse.Namespace) -> int:
 def _row(effort: str | float | None, one: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, str]:
     """A row of the table: quality and cost at one effort, compared with the row of most passes."""
     full = max(found, key=lambda other: other["passes_per_token"])
-    flops = one["inference_flops_per_token"]
+    flops, score = one["inference_flops_per_token"], score_name(found)
+    label = SCORES[score].replace(" per ", "/")
     return {
         "effort": str(effort),
         "passes/token": f"{one['passes_per_token']:.3f}",
-        "bits/byte": f"{one['bits_per_byte']:.4f}",
-        "Δ bits/byte": f"{one['bits_per_byte'] - full['bits_per_byte']:+.4f}",
+        label: f"{one[score]:.4f}",
+        f"Δ {label}": f"{one[score] - full[score]:+.4f}",
         "FLOPs/token": "" if flops is None else f"{flops:.3g}",
         "KV bytes/token": "" if one["kv_bytes_per_token"] is None else f"{one['kv_bytes_per_token']:,.0f}",
         "tokens/s": f"{one['tokens_per_second']:.0f}",

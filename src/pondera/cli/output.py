@@ -6,7 +6,11 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from statistics import fmean
 from typing import Any
+
+MOST_LEVELS = 10
+"""The highest difficulty in a table; reports and JSON have all."""
 
 
 @contextlib.contextmanager
@@ -46,9 +50,29 @@ def print_comparison(found: dict[str, Any]) -> None:
         ["recipe", *(label for _, label, _ in columns)],
         [[row["name"], *(_cell(row[key], show) for key, _, show in columns)] for row in rows],
     )
+    if difficulties := {row["name"]: row["by_difficulty"] for row in rows if "by_difficulty" in row}:
+        print_difficulty(difficulties)
     over = f"mean ± standard deviation over {found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     print(f"{over}, at equal training {'FLOPs' if found['equal'] == 'flops' else found['equal']}\n")
     print("\n".join(found["verdict"]))
+
+
+def print_difficulty(found: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints accuracy and passes by difficulty, as means over runs.
+
+    Args:
+        found: for each name, what `pondera.evaluation.task_score.TaskSums.scores` gives as ``by_difficulty`` for each run.
+    """
+    levels = sorted({level for runs in found.values() for one in runs for level in one["difficulty"]})
+    shown = [level for level in levels if level <= MOST_LEVELS]
+    lines = []
+    for name, runs in found.items():
+        measures = ["accuracy", "passes"] if any(max(one["passes"]) > 1 for one in runs) else ["accuracy"]
+        for measure in measures:
+            by_level = [dict(zip(one["difficulty"], one[measure], strict=True)) for one in runs]
+            means = [[values[level] for values in by_level if level in values] for level in shown]
+            lines.append([name, measure, *(f"{fmean(values):.2f}" if values else "" for values in means)])
+    print_table(["recipe", "difficulty", *map(str, shown)], lines)
 
 
 def _cell(value: dict[str, Any], show: Callable[[float], str]) -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pondera.core.errors import Failure, Interrupted, UserError, unknown
+from pondera.core.metric import SCORES, score_name
 from pondera.core.run_config import RunConfig, load
 from pondera.core.run_folder import Run, is_run, write_atomic
 from pondera.evaluation import significance
@@ -32,9 +33,12 @@ from pondera.training.build import new_model, resolve
 EQUAL = ("tokens", "flops")
 MEASURES = (
     "bits_per_byte",
+    "error",
+    "accuracy",
     "loss",
     "perplexity",
     "passes_per_token",
+    "passes_correlation",
     "inference_flops_per_token",
     "kv_bytes_per_token",
     "train_flops",
@@ -296,17 +300,22 @@ def summarise(names: Iterable[str], folders: list[Path]) -> dict[str, Any]:
     for folder in folders:
         run = Run.open(folder)
         runs[run.config.name].append(run)
-    baseline = next(iter(runs))
-    rows = [_row(name, members, runs[baseline]) for name, members in runs.items()]
-    gaps = [significance.gap(_scores(runs[name]), _scores(runs[baseline])) for name in runs]
+    baseline, key = next(iter(runs)), score_name([run.result() or {} for members in runs.values() for run in members])
+    rows = [_row(name, members, runs[baseline], key) for name, members in runs.items()]
+    gaps = [significance.gap(_scores(runs[name], key), _scores(runs[baseline], key)) for name in runs]
     verdict = [
-        significance.sentence(name, baseline, difference, "bits per byte")
+        significance.sentence(name, baseline, difference, SCORES[key])
         for name, difference in zip(runs, gaps, strict=True)
     ]
-    return {"baseline": baseline, "rows": rows, "verdict": verdict[1:] + _at_equal_inference(rows, runs)}
+    return {
+        "baseline": baseline,
+        "score": key,
+        "rows": rows,
+        "verdict": verdict[1:] + _at_equal_inference(rows, runs, key),
+    }
 
 
-def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]]) -> list[str]:
+def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]], key: str) -> list[str]:
     """Compares variants of about equal inference FLOPs with the first of them, unless that is the baseline."""
     verdict, leaders = [], rows[:1]
     for row in rows[1:]:
@@ -317,8 +326,8 @@ def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]]) 
         if leader is None:
             leaders.append(row)
         elif leader is not rows[0]:
-            difference = significance.gap(_scores(runs[row["name"]]), _scores(runs[leader["name"]]))
-            sentence = significance.sentence(row["name"], leader["name"], difference, "bits per byte")
+            difference = significance.gap(_scores(runs[row["name"]], key), _scores(runs[leader["name"]], key))
+            sentence = significance.sentence(row["name"], leader["name"], difference, SCORES[key])
             verdict.append(f"At about equal inference FLOPs, {sentence}")
     return verdict
 
@@ -327,7 +336,7 @@ def _about_equal(one: float | None, other: float | None) -> bool:
     return one is not None and other is not None and max(one, other) <= 1.15 * min(one, other)
 
 
-def _row(name: str, members: list[Run], baseline: list[Run]) -> dict[str, Any]:
+def _row(name: str, members: list[Run], baseline: list[Run], key: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "name": name,
         "seeds": [run.config.train.seed for run in members],
@@ -338,14 +347,16 @@ def _row(name: str, members: list[Run], baseline: list[Run]) -> dict[str, Any]:
     for measure in MEASURES:
         old = OLD_NAMES.get(measure, measure)
         row[measure] = spread([result.get(measure, result.get(old)) for result in results])
-    base = _scores(baseline)
-    row["bits_per_byte_against_baseline"] = spread([score - base[seed] for seed, score in _scores(members).items()])
+    base = _scores(baseline, key)
+    row[f"{key}_against_baseline"] = spread([score - base[seed] for seed, score in _scores(members, key).items()])
+    if key == "error":
+        row["by_difficulty"] = [result["by_difficulty"] for result in results]
     return row
 
 
-def _scores(runs: list[Run]) -> dict[int, float]:
-    """Bits per byte by seed."""
-    return {run.config.train.seed: (run.result() or {})["bits_per_byte"] for run in runs}
+def _scores(runs: list[Run], key: str) -> dict[int, float]:
+    """The score `key` by seed."""
+    return {run.config.train.seed: (run.result() or {})[key] for run in runs}
 
 
 def spread(values: list[float | None]) -> dict[str, Any]:

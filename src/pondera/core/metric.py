@@ -1,35 +1,20 @@
-"""The score by which runs are compared: bits per byte of text, or the accuracy on a task."""
+"""The scores by which runs are compared; lower is better in all of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+SCORES = {"bits_per_byte": "bits per byte", "error": "error rate", "loss": "loss"}
+"""The names of scores in ``result.json``, and in sentences: bits per byte of text, the share of wrong answers of a task, nats
+per predicted token. The first one that all compared runs have is used."""
 
-@dataclass(frozen=True)
-class Metric:
-    """A score.
 
-    Args:
-        key: its name in ``result.json`` and in metrics.
-        label: its name in tables and sentences.
-        higher: whether a higher value is better.
+def score_name(results: Sequence[Mapping[str, Any]]) -> str:
+    """The first score that all results have.
+
+    Example:
+        >>> score_name([{"error": 0.1, "loss": 0.3}, {"error": 0.2, "loss": 0.5}])
+        'error'
     """
-
-    key: str
-    label: str
-    higher: bool = False
-
-    def better(self, one: float, other: float) -> bool:
-        """Whether `one` is better than `other`."""
-        return one > other if self.higher else one < other
-
-
-BITS = Metric("bits_per_byte", "bits per byte")
-ACCURACY = Metric("accuracy", "accuracy", higher=True)
-
-
-def metric_of(scores: Mapping[str, Any]) -> Metric:
-    """The score by which a result is compared: accuracy if it has one, else bits per byte."""
-    return ACCURACY if scores.get(ACCURACY.key) is not None else BITS
+    return next((name for name in SCORES if all(one.get(name) is not None for one in results)), "loss")

@@ -77,13 +77,13 @@ class TaskCorpus:
         tokenizer_path: a folder that ``AutoTokenizer.from_pretrained`` loads; one token per symbol.
         vocab_size: the number of symbols, `FILL` included.
         train, validation: windows that no other split has but by chance.
-        digest: equal digests mean equal windows.
+        digest: equal digests mean equal windows of each length.
     """
 
     def __init__(self, task: Task, context: int, windows: int, folder: Path) -> None:
         self.task, self.path, self.tokenizer_path = task, folder, folder
         self.vocab_size = len(task.ids)
-        self.digest = hashlib.sha256(json.dumps([_digest(task), context, windows]).encode()).hexdigest()
+        self.digest = hashlib.sha256(json.dumps([_digest(task), windows]).encode()).hexdigest()
         self.skipped: dict[str, int] = {}
         held_out = max(BLOCK, windows // 20)
         self.train, self.validation = (

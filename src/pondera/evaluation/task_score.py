@@ -54,15 +54,21 @@ class TaskSums:
         return TaskSums(sum(F.pad(each.by_level, (0, 0, 0, levels - len(each.by_level))) for each in (self, other)))  # type: ignore[arg-type]
 
     def scores(self) -> dict[str, Any]:
-        """``accuracy``, ``loss`` (nats per scored token), ``passes_of_scored`` tokens, ``by_difficulty`` (a list for each
-        measure, one entry per level with tokens), and ``passes_correlation``: Pearson's correlation of passes with
-        difficulty over tokens, or `None` if one of them does not vary."""
+        """The scores.
+
+        Returns:
+            ``accuracy``, ``error`` (1 - accuracy), ``loss`` in nats per scored token, the number of ``scored_tokens`` and
+            their ``passes_of_scored`` per token; ``by_difficulty``, a list for each measure with one entry per level that
+            has tokens; and ``passes_correlation``, Pearson's correlation of passes with difficulty over scored tokens, or
+            `None` if one of them does not vary.
+        """
         tokens, right, nats, passes, _ = self.by_level.sum(0).tolist()
         levels = [level for level, row in enumerate(self.by_level.tolist()) if row[0]]
         rows = self.by_level[levels]
         means = (rows[:, 1:4] / rows[:, :1]).T.tolist()
         return {
             "accuracy": right / tokens,
+            "error": 1 - right / tokens,
             "loss": nats / tokens,
             "scored_tokens": int(tokens),
             "passes_of_scored": passes / tokens,

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 from pondera.core.errors import UserError
 from pondera.core.format import Point, human
+from pondera.core.metric import SCORES, score_name
 from pondera.core.run_config import RunConfig
 from pondera.core.run_folder import Run, write_atomic
 from pondera.evaluation import significance
@@ -26,9 +27,10 @@ from pondera.report.svg import COLORS, Series, line_chart, scatter_chart, swatch
 
 Anything = TypeVar("Anything")
 
-SCORES = {"bits_per_byte": "bits per byte", "loss": "loss"}
 COLUMNS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bits_per_byte", "bits/byte", "{:.4f}".format),
+    ("error", "error rate", "{:.4f}".format),
+    ("passes_correlation", "passes ~ difficulty", "{:.2f}".format),
     ("loss", "loss", "{:.4f}".format),
     ("passes_per_token", "passes/token", "{:.2f}".format),
     ("inference_flops_per_token", "inference FLOPs/token", human),
@@ -103,8 +105,10 @@ class Measure:
     read: Callable[[dict[str, Any]], float | None]
 
 
-BITS = Measure("validation bits per byte", lambda line: (line.get("validation") or {}).get("bits_per_byte"))
-LOSS = Measure("validation loss", lambda line: (line.get("validation") or {}).get("loss"))
+VALIDATED = tuple(
+    Measure(f"validation {label}", lambda line, name=name: (line.get("validation") or {}).get(name))
+    for name, label in SCORES.items()
+)
 TRAINING_LOSS = Measure("training loss", lambda line: line.get("loss"))
 
 
@@ -193,18 +197,17 @@ def group_variants(runs: Iterable[RunView]) -> list[Variant]:
 
 
 def score_key(variants: Iterable[Variant]) -> str:
-    """The score that all finished runs have: bits per byte if possible, otherwise loss."""
-    finished = [run for variant in variants for run in variant.finished]
-    return "bits_per_byte" if all(run.result.get("bits_per_byte") is not None for run in finished) else "loss"
+    """The score by which the finished runs are compared."""
+    return score_name([run.result for variant in variants for run in variant.finished])
 
 
 def measure_of(variants: Iterable[Variant]) -> Measure:
     """The best measure that all validated runs have; the training loss if there was no validation yet."""
     runs = [run for variant in variants for run in variant.runs]
-    validated = [run for run in runs if run.points(LOSS, "step") or run.points(BITS, "step")]
+    validated = [run for run in runs if any(run.points(measure, "step") for measure in VALIDATED)]
     if not validated:
         return TRAINING_LOSS
-    return BITS if all(run.points(BITS, "step") for run in validated) else LOSS
+    return next(measure for measure in VALIDATED if all(run.points(measure, "step") for run in validated))
 
 
 def _headline(variants: list[Variant]) -> str:
@@ -291,13 +294,14 @@ def _table(variants: list[Variant]) -> str:
         key: min((_mean(variant.values(key)) for variant in variants if variant.values(key)), default=None)
         for key in SCORES
     }
-    head = "".join(f'<th scope="col">{name}</th>' for _, name, _ in COLUMNS)
+    columns = [column for column in COLUMNS if any(variant.values(column[0]) for variant in variants)] or COLUMNS
+    head = "".join(f'<th scope="col">{name}</th>' for _, name, _ in columns)
     rows = []
     for variant in variants:
         done, all_runs = len(variant.finished), len(variant.runs)
         seeds = _several(all_runs, "seed")
         state = seeds if done == all_runs else f"incomplete: {done} of {seeds} finished"
-        cells = "".join(_cell(variant.values(key), show, best.get(key)) for key, _, show in COLUMNS)
+        cells = "".join(_cell(variant.values(key), show, best.get(key)) for key, _, show in columns)
         rows.append(
             f'<tr><th scope="row"><span class="c{variant.index % COLORS}">{swatch(variant.index)}</span>{escape(variant.name)}'
             f"<small>{state}</small></th>{cells}</tr>"

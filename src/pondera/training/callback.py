@@ -10,8 +10,8 @@ from typing import Any, cast
 
 from transformers import TrainerCallback
 
+from pondera.core import metric
 from pondera.core.errors import Failure, UserError
-from pondera.core.metric import metric_of
 from pondera.core.run_config import RunConfig
 from pondera.core.run_folder import Run
 from pondera.data.corpus import AnyCorpus
@@ -26,7 +26,7 @@ from pondera.training.progress import ProgressMeter
 from pondera.training.trainer import PonderaTrainer, learning_rate_share
 
 SURVEYED = 4096  # maximum held-out tokens for the halting statistics
-SCORES = ("loss", "perplexity", "bits_per_byte", "accuracy", "passes_per_token")
+SCORES = ("loss", "perplexity", "bits_per_byte", "error", "accuracy", "passes_per_token")
 PRICES = ("inference_flops_per_token", "training_flops_per_token", "kv_bytes_per_token")
 
 
@@ -132,8 +132,8 @@ class RunCallback(TrainerCallback):
                 num_processes=trainer.args.world_size,
                 total=self._over_processes,
             )
-        metric = metric_of(scores)
-        self.watch.validated = f"{metric.label} {scores[metric.key]:.4f}"
+        name = metric.score_name([scores])
+        self.watch.validated = f"{metric.SCORES[name]} {scores[name]:.4f}"
         return scores
 
     def _over_processes(self, sums: ScoreSums | TaskScores) -> ScoreSums | TaskScores:

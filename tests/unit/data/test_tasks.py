@@ -148,7 +148,7 @@ def test_a_window_that_is_too_short_is_refused():
 def test_corpus_has_windows_of_both_splits_and_a_tokenizer(tmp_path):
     config = DataConfig(task="StateTracking('S3')", context=16, windows=BLOCK + 3)
     corpus, again = prepare(config, tmp_path), prepare(config, tmp_path)
-    assert corpus.digest == again.digest != prepare(DataConfig(**{**vars(config), "context": 17}), tmp_path).digest
+    assert corpus.digest == again.digest != prepare(DataConfig(**{**vars(config), "windows": 17}), tmp_path).digest
     train, held_out = corpus.train.windows(16), corpus.validation.windows(16)
     assert len(train) == BLOCK + 3 and len(held_out) >= BLOCK
     for index in (0, BLOCK + 2):
