@@ -38,7 +38,7 @@ BACKBONE = {
 METHODS = {
     "plain": None,
     "PonderLM2 K=1": "PonderLM2(thoughts=1, train_rounds=(2, 2))",
-    "AdaptiveLatentCoT L=1": "AdaptiveLatentCoT(steps=1)",
+    "AdaptiveLatentCoT L=1": "AdaptiveLatentCoT(steps=1, halting='fixed')",
     "PauseToken P=1": "PauseToken(pauses=1)",
 }
 PROMPT, NEW, BATCH, CONTEXT = 64, 128, 4, 256

@@ -37,7 +37,7 @@ def groups(extra: int, steps: int) -> dict[str, dict[str, str | None]]:
     return {
         "latentcot": {
             "plain": None,
-            "latentcot-fixed": f"AdaptiveLatentCoT(steps={extra})",
+            "latentcot-fixed": f"AdaptiveLatentCoT(steps={extra}, halting='fixed')",
             "latentcot-router": f"AdaptiveLatentCoT(steps={extra}, halting='router', penalty=0.1)",
         },
         "ponderlm": {

@@ -25,7 +25,7 @@ SCALES = {
 }
 ARMS = {
     "plain-on": None,
-    "latentcot": "AdaptiveLatentCoT(steps=1)",
+    "latentcot": "AdaptiveLatentCoT(steps=1, halting='fixed')",
     "ponderlm": "PonderLM(steps=1)",
     "ponderlm3": "PonderLM3(thoughts=1, penalty=0.05, warmup=25)",
     "thinkathard": "ThinkAtHard(steps=1)",

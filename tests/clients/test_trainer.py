@@ -14,7 +14,7 @@ from pondera.core.hf import checkpointing_arguments
 
 CHOSEN = [
     {},
-    {"think": "AdaptiveLatentCoT(steps=1)"},
+    {"think": "AdaptiveLatentCoT(steps=1, halting='fixed')"},
     {"think": "PonderLM2(thoughts=1)"},
     {"head": "VQLogits(codes=16)"},
 ]

@@ -18,7 +18,7 @@ from pondera import AdaptiveConfig, AdaptiveLM, UserError
 TEXT = "The sea was calm and the ship went on. "
 CHOSEN = [
     {},
-    {"think": "AdaptiveLatentCoT(steps=1)"},
+    {"think": "AdaptiveLatentCoT(steps=1, halting='fixed')"},
     {"think": "PonderLM2(thoughts=1)"},
     {"head": "VQLogits(codes=16)"},
 ]

@@ -14,7 +14,7 @@ THINKS = {
     "plain": None,
     "ponderlm2": "PonderLM2(thoughts=1)",
     "exact": "PonderLM2(thoughts=1, eval_rounds='exact')",
-    "cot": "AdaptiveLatentCoT(steps=1)",
+    "cot": "AdaptiveLatentCoT(steps=1, halting='fixed')",
 }
 SEGMENTS = {"concept": "ConceptLM(chunk=2, codes=4, segments=2)"}
 POSITIONS = 96

@@ -363,7 +363,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             raise UserError(
                 f"past_key_values: a {type(cache).__name__} does not support the method of this model; pass model.new_cache()"
             )
-        batch = TokenBatch(h_BTD, position_ids, cache, attention_mask, budget, labels_BT)
+        batch = TokenBatch(h_BTD, position_ids, cache, attention_mask, budget, labels_BT, input_ids)
         return method(self.backbone, batch)
 
     @property

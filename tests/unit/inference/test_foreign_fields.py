@@ -22,7 +22,7 @@ from pondera.models.config import AdaptiveConfig
 from pondera.training.train import train
 
 FOREIGN = {"is_llama_config": True, "rope_interleaved": False, "unk_token_id": 3}
-THINK = "AdaptiveLatentCoT(steps=1)"
+THINK = "AdaptiveLatentCoT(steps=1, halting='fixed')"
 IDS = torch.arange(1, 9)[None]
 
 

@@ -68,7 +68,7 @@ def test_run_gives_its_model_else_its_newest_checkpoint(tmp_path: Path):
             saved_models.save(partial, name)
             checkpoints._seal(partial)
     found = load(run.path)
-    assert found.model.config.think == "AdaptiveLatentCoT(steps=1)"
+    assert found.model.config.think == "AdaptiveLatentCoT(steps=1, halting='fixed')"
     assert found.name == "mine" and found.run is not None and found.run.path == run.path
     saved_models.save(run.model_dir, "exact")
     assert "exact" in str(load(run.path).model.config.think)

@@ -15,6 +15,8 @@ from pondera.models.backbone import Backbone
 @copies
 def build(steps: int, backbone: str = "llama", arguments: str = "", **config) -> AdaptiveLM:
     torch.manual_seed(0)
+    if "halting" not in arguments:
+        arguments += ", halting='fixed'"
     think = f"AdaptiveLatentCoT(steps={steps}{arguments})"
     return AdaptiveLM(AdaptiveConfig(backbone=dict(BACKBONES[backbone]), think=think, init="scaled", **config)).eval()
 
@@ -258,10 +260,15 @@ class TestControls:
         wrong = (first(x).logits.argmax(-1) != labels) | (labels < 0)
         assert torch.equal(out.passes == 2, wrong) and wrong.float().mean() < 1
 
-    def test_random_draws_follow_position_and_step(self):
+    def test_random_draws_follow_position_token_and_step(self):
         model = build(2, arguments=", halting='random', continue_prob=0.4")
-        a, b = model(ids(4, 100, seed=1)).passes, model(ids(2, 100, seed=2)).passes
-        assert torch.equal(a[0], b[0]) and torch.equal(a[0], a[3])
+        x = ids(4, 100, seed=1)
+        a, alone = model(x).passes, model(x[2:3]).passes
+        assert torch.equal(a[2], alone[0])  # other rows change nothing
+        equal_NT = x[:1] == x[1:]
+        assert torch.equal(a[:1].expand(3, -1)[equal_NT], a[1:][equal_NT])
+        differ = (a[:1] != a[1:])[~equal_NT].double().mean()
+        assert 0.3 < differ < 0.8  # rows do not share one pattern
         model.begin_step(0, 0)
         c = model(ids(1, 100)).passes
         model.begin_step(1, 0)

@@ -264,3 +264,42 @@ def test_interleaved_pass_takes_apart_what_it_put_together():
     states = interleaved_pass(model.backbone, [a, b], None, torch.arange(3)[None])
     assert [state.shape for state in states] == [(2, 3, 64)] * 2
     assert ponder_lm2.PonderLM2.interleaved
+
+
+# Rounds until nothing changes
+
+
+@pytest.mark.parametrize("method", ["PonderLM2", "PonderLM3"])
+def test_converged_rounds_give_the_exact_roll_out(method: str):
+    halting = ", halting='fixed'" if method == "PonderLM3" else ""
+    models = {
+        rounds: build(f"{method}(thoughts=2{halting}, eval_rounds={rounds!r})", init="scaled")
+        for rounds in ("converged", "exact", 3)
+    }
+    x = ids(3, 24)
+    with torch.no_grad():
+        for model in models.values():
+            for name, parameter in model.backbone.lm.named_parameters():
+                if "layers" in name and parameter.ndim == 2:
+                    parameter.mul_(2.5)  # thoughts depend on each other over many tokens
+        exact = models["exact"](x).logits
+        converged, three = ((models[name](x).logits - exact).abs().max() for name in ("converged", 3))
+    assert converged < 1e-3 * exact.abs().max() < three
+
+
+def test_a_row_stops_refining_by_itself_and_padding_does_not_count():
+    model = build("PonderLM2(thoughts=1)", init="scaled")
+    x, mask = ids(3, 20), torch.ones(3, 20, dtype=torch.long)
+    mask[1, :7] = 0
+    with torch.no_grad():
+        together = model(x, attention_mask=mask).logits
+        torch.testing.assert_close(together[:1], model(x[:1]).logits, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(together[1:2, 7:], model(x[1:2, 7:]).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_fewer_rounds_are_run_where_nothing_changes():
+    model, x = build("PonderLM2(thoughts=1)", init="scaled"), ids(2, 60)
+    model.think.record = True
+    with torch.no_grad():
+        residuals = model(x).trace["residuals"]
+        assert len(residuals) < 59 and residuals[-1] <= 2e-3 < residuals[0]

@@ -98,7 +98,7 @@ def line(caplog: pytest.LogCaptureFixture) -> str:
 
 @pytest.mark.parametrize(
     "think",
-    [None, "AdaptiveLatentCoT(steps=0)", "PonderLM2(thoughts=0, feedback='vocab')", "PauseToken(pauses=0)"],
+    [None, "AdaptiveLatentCoT(steps=0, halting='fixed')", "PonderLM2(thoughts=0, feedback='vocab')", "PauseToken(pauses=0)"],
 )
 def test_without_extra_passes_it_is_the_old_model(think, text, trained):
     config = onto(text, trained, think)
@@ -109,7 +109,7 @@ def test_without_extra_passes_it_is_the_old_model(think, text, trained):
     assert new.generation_config.eos_token_id == old.generation_config.eos_token_id == 0
 
 
-@pytest.mark.parametrize("think", ["PonderLM2(thoughts=1)", "AdaptiveLatentCoT(steps=1)"])
+@pytest.mark.parametrize("think", ["PonderLM2(thoughts=1)", "AdaptiveLatentCoT(steps=1, halting='fixed')"])
 def test_loss_starts_near_that_of_the_old_model(think, text, trained):
     config = onto(text, trained, think)
     split = prepare(config.data).validation
@@ -122,7 +122,7 @@ def test_loss_starts_near_that_of_the_old_model(think, text, trained):
 def test_thoughts_are_matched_to_trained_embeddings(text, trained):
     """Weights drawn at unit RMS have left it; the scale that a method was trained with stays."""
     old = load(trained.path, "cpu").model.backbone
-    new = new_model(onto(text, trained, "AdaptiveLatentCoT(steps=1)"), 300).eval()
+    new = new_model(onto(text, trained, "AdaptiveLatentCoT(steps=1, halting='fixed')"), 300).eval()
     ids = torch.randint(300, (64, 32), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         h_BTD = old.embed(ids)
@@ -146,7 +146,7 @@ def test_method_is_taken_over_as_far_as_it_goes(tmp_path, caplog):
     )
 
     caplog.clear()
-    save(tmp_path / "cot", backbone, "AdaptiveLatentCoT(steps=1)", init="scaled")
+    save(tmp_path / "cot", backbone, "AdaptiveLatentCoT(steps=1, halting='fixed')", init="scaled")
     routed = from_weights(tmp_path / "cot", "AdaptiveLatentCoT(steps=2, halting='router')")
     assert routed.think.feedback.scale == 1, "what its thoughts were trained with"
     assert re.search(
@@ -184,7 +184,7 @@ def test_foreign_weights_twice_removed(tmp_path):
     with torch.no_grad():
         first.get_input_embeddings().weight += 1e-6
     first.save_pretrained(tmp_path / "first")
-    second = from_weights(tmp_path / "first", "AdaptiveLatentCoT(steps=0)")
+    second = from_weights(tmp_path / "first", "AdaptiveLatentCoT(steps=0, halting='fixed')")
     assert second.dtype == torch.float32 and torch.equal(second(IDS).logits, first(IDS).logits)
 
 

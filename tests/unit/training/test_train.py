@@ -324,7 +324,7 @@ def test_progress_is_lines_without_a_terminal(text, tmp_path, capsys):
         ({"backbone.vocab_size": 999}, r"999 tokens .* 'bpe-300' has 300; leave backbone.vocab_size out"),
         ({"backbone.max_position_embeddings": 16}, "32 tokens exceed the 16 positions .*--data.context 16 or"),
         (
-            {"think": "AdaptiveLatentCoT(steps=1)", "train.gradient_checkpointing": True},
+            {"think": "AdaptiveLatentCoT(steps=1, halting='fixed')", "train.gradient_checkpointing": True},
             r"AdaptiveLatentCoT\(.*cannot be recomputed; leave gradient_checkpointing out",
         ),
     ],

@@ -140,7 +140,9 @@ class AdaPonderLM(PonderLM):
                 continue_BT = gate_BT >= tau
             else:
                 predict = partial(_likeliest, backbone, states[-1])
-                continue_BT = self.halting.continue_mask(depth, batch.position_ids, batch.labels_BT, predict)
+                continue_BT = self.halting.continue_mask(
+                    depth, batch.position_ids, batch.labels_BT, predict, batch.ids_BT
+                )
             if not passes.mask_active(continue_BT) and not self.dense:
                 break
             mixture_BTD = passes.of_active(partial(self.feedback, backbone), states[-1])

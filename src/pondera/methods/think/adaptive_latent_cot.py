@@ -62,10 +62,10 @@ class AdaptiveLatentCoT(ReachThink):
     paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220"
     cost: ClassVar[str] = "1 + mean steps taken passes and KV rows per token; training the same passes"
     examples: ClassVar[dict[str, str]] = {
-        "exact": "AdaptiveLatentCoT(steps=2)",
-        "identity": "AdaptiveLatentCoT(steps=0)",
-        "exact-router": "AdaptiveLatentCoT(steps=2, halting='router')",
-        "identity-router": "AdaptiveLatentCoT(steps=0, halting='router')",
+        "exact": "AdaptiveLatentCoT(steps=2, halting='fixed')",
+        "identity": "AdaptiveLatentCoT(steps=0, halting='fixed')",
+        "exact-router": "AdaptiveLatentCoT(steps=2, threshold=0.5)",
+        "identity-router": "AdaptiveLatentCoT(steps=0)",
         "exact-random": "AdaptiveLatentCoT(steps=2, halting='random')",
         "identity-random": "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.0)",
     }
@@ -74,11 +74,12 @@ class AdaptiveLatentCoT(ReachThink):
     def __init__(
         self,
         steps: int = 1,
-        halting: str = "fixed",
-        threshold: float = 0.5,
-        penalty: float = 0.05,
+        halting: str = "router",
+        threshold: float = 0.05,
+        penalty: float = 0.01,
         beta: float = 1.0,
         continue_prob: float = 0.5,
+        explore: float = 0.1,
     ) -> None:
         super().__init__()
         if steps < 0:
@@ -87,7 +88,9 @@ class AdaptiveLatentCoT(ReachThink):
             raise UserError(f"threshold={threshold}: give a probability between 0 and 1")
         if penalty < 0 or beta < 0:
             raise UserError(f"penalty={penalty}, beta={beta}: give 0 or more")
-        self.steps, self.threshold, self.penalty, self.beta = steps, threshold, penalty, beta
+        if not 0 <= explore <= 1:
+            raise UserError(f"explore={explore}: give a share from 0 to 1")
+        self.steps, self.threshold, self.penalty, self.beta, self.explore = steps, threshold, penalty, beta, explore
         self.slots_per_token = steps + 1
         self.feedback = Feedback("hidden")
         self.halting = Halting(halting, "router", continue_prob)
@@ -117,16 +120,16 @@ class AdaptiveLatentCoT(ReachThink):
         """Tokens whose probability to reach the step is at least the threshold."""
         return reach_BT >= budget.threshold(self.threshold)
 
-    def losses(self, passes: Passes, reach: list[Tensor], offered: list[Tensor]) -> tuple[Terms, DeferredLoss | None]:
+    def losses(self, passes: Passes, reach: list[Tensor]) -> tuple[Terms, DeferredLoss | None]:
         """The correctness-weighted penalty on continuing, which needs the logits."""
 
         def penalty(logits_BTV: Tensor, labels_BT: Tensor) -> Terms:
             known_BT = labels_BT >= 0
             true_BT = logits_BTV.detach().float().softmax(-1).gather(-1, labels_BT.clamp(min=0)[..., None])[..., 0]
-            cost_BT = true_BT**self.beta * torch.stack(offered).sum(0)
+            cost_BT = true_BT**self.beta * torch.stack(reach[1:]).sum(0)
             return {"thinking": LossTerm(cost_BT[known_BT].sum(), known_BT.sum(), self.penalty)}
 
-        return {}, penalty if offered else None
+        return {}, penalty if len(reach) > 1 else None
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
         """See `Think.slots`: skipped steps use no slots."""

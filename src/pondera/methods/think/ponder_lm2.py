@@ -20,7 +20,7 @@ from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, Think, TokenBatch
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
-from pondera.methods.think.common.jacobi import jacobi
+from pondera.methods.think.common.jacobi import Rounds, check_rounds, jacobi, priced_rounds, rounds_of
 from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 
@@ -39,14 +39,16 @@ class PonderLM2(Think):
     (K = 1, R in {2, 3}: 8 on average).
     When not to use it: when training compute is the bottleneck; `AdaptiveLatentCoT` needs a quarter of it.
     Resolved: hidden states are fed back unscaled if embeddings are at unit RMS, and RMS-matched otherwise (the paper
-    does not describe pretrained backbones). Prefill refines `eval_rounds` times, like the authors' code; this is an
-    approximation. ``eval_rounds="exact"`` rolls out token by token. A call with several tokens on a filled cache always
+    does not describe pretrained backbones). Prefill and scoring refine until
+    no thought of a sequence changes by more than a thousandth of the RMS of the embeddings, at most 64 times; the authors'
+    code refines 3 times, which is far from the decoding model where thoughts matter. ``eval_rounds="exact"`` rolls out
+    token by token. A call with several tokens on a filled cache always
     rolls out exactly. Sliding windows are K + 1 times wider, so that they span the same number of tokens.
 
     Args:
         thoughts: K, latent thoughts per token; 0 gives the plain backbone.
         train_rounds: (minimum, maximum) number of Jacobi rounds in training, drawn for each optimizer step.
-        eval_rounds: Jacobi rounds at evaluation and prefill, or ``"exact"``.
+        eval_rounds: Jacobi rounds at evaluation and prefill: a number, ``"converged"``, or ``"exact"``.
         feedback: ``"hidden"`` (the paper) or ``"vocab"``, the mixture of embeddings predicted by the state.
 
     Example:
@@ -66,7 +68,7 @@ class PonderLM2(Think):
         self,
         thoughts: int = 1,
         train_rounds: tuple[int, int] = (2, 3),
-        eval_rounds: int | str = 3,
+        eval_rounds: int | str = "converged",
         feedback: str = "hidden",
     ) -> None:
         super().__init__()
@@ -74,8 +76,7 @@ class PonderLM2(Think):
             raise UserError(f"thoughts={thoughts}: give 0 (no thinking) or more")
         if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
             raise UserError(f"train_rounds={train_rounds}: give (minimum, maximum), such as (2, 3)")
-        if eval_rounds != "exact" and not (isinstance(eval_rounds, int) and eval_rounds >= 0):
-            raise UserError(f"eval_rounds={eval_rounds!r}: give a number of rounds or 'exact'")
+        check_rounds(eval_rounds)
         self.thoughts = thoughts
         self.train_rounds = tuple(train_rounds)
         self.eval_rounds = eval_rounds
@@ -104,11 +105,9 @@ class PonderLM2(Think):
         h_BTD, cache, mask, position_ids = batch.h_BTD, batch.cache, batch.mask, batch.position_ids
         slots = slots_allowed(self.slots_per_token, batch.budget, cache)
         started = cache is not None and (cache.tokens > 0 or h_BTD.shape[1] == 1)
-        rounds = self._rounds_now if self.training else self.eval_rounds
-        if rounds == "exact" and not started and not self._can_roll_out(backbone, mask):
-            rounds = h_BTD.shape[1] * (slots - 1)  # this many rounds are exact too
+        exact = not self.training and self.eval_rounds == "exact"
         residuals: list[float] = []
-        if started or rounds == "exact":
+        if started or (exact and self._can_roll_out(backbone, mask)):
             cache = cache if cache is not None else self.new_cache(backbone)
             cache.slots_per_token = slots
             states = self._roll_out(backbone, h_BTD, cache, mask, position_ids)
@@ -118,7 +117,10 @@ class PonderLM2(Think):
                 return interleaved_pass(backbone, stages, mask, position_ids)
 
             watch = residuals if self.record else None
-            stages = jacobi(run, h_BTD, slots - 1, int(rounds), partial(self.feedback, backbone), watch)
+            unknowns = h_BTD.shape[1] * (slots - 1)
+            rounds = Rounds(self._rounds_now) if self.training else rounds_of(self.eval_rounds, unknowns)
+            real_BT = None if mask is None else mask > 0
+            stages = jacobi(run, h_BTD, slots - 1, rounds, partial(self.feedback, backbone), watch, real_BT)
             states = interleaved_pass(backbone, stages, mask, position_ids, cache)
             if cache is not None:
                 cache.record(_filled(h_BTD, slots))
@@ -158,7 +160,7 @@ class PonderLM2(Think):
         slots = len(shares or ()) or self.slots_per_token
         if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
             return [DecoderPass(1, row + 1, cached=True) for row in range(context * slots, (context + tokens) * slots)]
-        rounds = sum(self.train_rounds) / 2 if training else float(self.eval_rounds)
+        rounds = sum(self.train_rounds) / 2 if training else priced_rounds(self.eval_rounds)
         guess = [DecoderPass(tokens * n, tokens * n) for n in range(1, slots)]
         return [*guess, DecoderPass(tokens * slots, tokens * slots, repeats=(rounds if slots > 1 else 0) + 1)]
 

@@ -26,7 +26,7 @@ from pondera.methods.think.base import MethodOutput, Think, TokenBatch
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, router
 from pondera.methods.think.common.interleave import deinterleave, interleave, per_slot
-from pondera.methods.think.common.jacobi import jacobi
+from pondera.methods.think.common.jacobi import Rounds, check_rounds, jacobi, priced_rounds, rounds_of
 from pondera.methods.think.common.passes import SlotCache, new_slot_cache
 from pondera.methods.think.common.readout import mixture
 from pondera.models.backbone import Backbone
@@ -50,6 +50,7 @@ class New:
         most: maximum number of slots per token.
         threshold: a slot is kept if the probability to reach it is at least this value.
         soft: run all slots, however small their weight.
+        ids_BT: token ids, if they are known.
     """
 
     backbone: Backbone
@@ -60,13 +61,17 @@ class New:
     most: int
     threshold: float
     soft: bool
+    ids_BT: Tensor | None = None
 
     def at(self, token: int) -> New:
         """Selects one token."""
-        token_BT, position_BT, real_BT = (
-            x_BT[:, token : token + 1] for x_BT in (self.token_BT, self.position_BT, self.real_BT)
-        )
-        return replace(self, token_BT=token_BT, position_BT=position_BT, real_BT=real_BT)
+        parts = {
+            "token_BT": self.token_BT,
+            "position_BT": self.position_BT,
+            "real_BT": self.real_BT,
+            "ids_BT": self.ids_BT,
+        }
+        return replace(self, **{name: x_BT[:, token : token + 1] for name, x_BT in parts.items() if x_BT is not None})
 
 
 @dataclass
@@ -124,7 +129,7 @@ class PonderLM3(Think):
         thoughts: K, the maximum number of latent thoughts per token; 0 gives the plain backbone.
         threshold: tau; at inference a thought is generated if the probability to reach it is at least this value.
         train_rounds: (minimum, maximum) number of Jacobi rounds in training, drawn for each optimizer step.
-        eval_rounds: Jacobi rounds at evaluation and prefill, or ``"exact"``, which rolls out token by token.
+        eval_rounds: Jacobi rounds at evaluation and prefill: a number, ``"converged"``, or ``"exact"``, token by token.
         penalty: lambda, the cost of one expected thought in nats.
         warmup: optimizer steps over which the penalty grows from 0.
         halting: ``"router"`` (the paper), or a control with weights of 1 that predicts from the last state: ``"fixed"``
@@ -154,7 +159,7 @@ class PonderLM3(Think):
         thoughts: int = 3,
         threshold: float = 1e-4,
         train_rounds: tuple[int, int] = (2, 3),
-        eval_rounds: int | str = 3,
+        eval_rounds: int | str = "converged",
         penalty: float = 0.01,
         warmup: int = 100,
         halting: str = "router",
@@ -168,8 +173,7 @@ class PonderLM3(Think):
             raise UserError(f"threshold={threshold}: give a probability between 0 and 1")
         if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
             raise UserError(f"train_rounds={train_rounds}: give (minimum, maximum), such as (2, 3)")
-        if eval_rounds != "exact" and not (isinstance(eval_rounds, int) and eval_rounds >= 0):
-            raise UserError(f"eval_rounds={eval_rounds!r}: give a number of rounds or 'exact'")
+        check_rounds(eval_rounds)
         if penalty < 0 or warmup < 0:
             raise UserError(f"penalty={penalty}, warmup={warmup}: give 0 or more")
         for name, given, allowed in (("halting", halting, HALTING), ("refresh", refresh, REFRESH)):
@@ -225,6 +229,7 @@ class PonderLM3(Think):
             batch.budget.passes(self.slots_per_token, self.learned),
             batch.budget.threshold(self.threshold),
             soft=self.training and self.learned and cache is None,
+            ids_BT=batch.ids_BT,
         )
         self.halting.draw = self._draw_now if self.training else 0
         cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
@@ -250,9 +255,10 @@ class PonderLM3(Think):
                 route = self._route(new, states[0])
             return states
 
-        rounds = self._rounds_now if self.training else int(self.eval_rounds)
+        unknowns = h_BTD.shape[1] * (new.most - 1)
+        rounds = Rounds(self._rounds_now) if self.training else rounds_of(self.eval_rounds, unknowns)
         watch = residuals if self.record else None
-        stages = jacobi(run, h_BTD, new.most - 1, rounds, partial(self.feedback, new.backbone), watch)
+        stages = jacobi(run, h_BTD, new.most - 1, rounds, partial(self.feedback, new.backbone), watch, new.real_BT)
         states = self._pass(new, stages, route, cache)
         cache.record(route.passes())
         return states, route
@@ -336,7 +342,7 @@ class PonderLM3(Think):
         """The slots of each token under a control, ``[B, T, N]``."""
         kept = [new.real_BT]
         for number in range(1, new.most):
-            continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT)
+            continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT, new.ids_BT)
             kept.append(kept[-1] if continue_BT is None else kept[-1] & continue_BT)
         return torch.stack(kept, dim=-1)
 
@@ -363,7 +369,7 @@ class PonderLM3(Think):
                 schedule += [DecoderPass(1, seen * kept + k + 1, repeats=share) for k, share in enumerate(shares)]
             evaluations = 1.0
         else:
-            rounds = sum(self.train_rounds) / 2 if training else float(self.eval_rounds)
+            rounds = sum(self.train_rounds) / 2 if training else priced_rounds(self.eval_rounds)
             wider = self._wider if soft else 0
             for number in range(1, len(shares)):
                 rows = tokens * sum(shares[:number])

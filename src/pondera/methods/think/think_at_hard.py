@@ -134,7 +134,9 @@ class ThinkAtHard(HaltingThink):
                 continue_BT, decider_loss = self._decide(passes, state_BTD, batch, predict)
                 decider_losses += [decider_loss] if decider_loss is not None else []
             else:
-                continue_BT = self.halting.continue_mask(step, batch.position_ids, batch.labels_BT, predict)
+                continue_BT = self.halting.continue_mask(
+                    step, batch.position_ids, batch.labels_BT, predict, batch.ids_BT
+                )
             if not passes.mask_active(continue_BT):
                 break
             x_BTD = passes.of_active(partial(self.feedback, backbone), total_BTD)

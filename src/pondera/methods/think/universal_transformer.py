@@ -122,7 +122,7 @@ class UniversalTransformer(ReachThink):
         """Tokens whose remaining probability is above epsilon."""
         return reach_BT > budget.threshold(self.epsilon)
 
-    def losses(self, passes: Passes, reach: list[Tensor], offered: list[Tensor]) -> tuple[Terms, DeferredLoss | None]:
+    def losses(self, passes: Passes, reach: list[Tensor]) -> tuple[Terms, DeferredLoss | None]:
         """The ponder cost: passes + remainder, where the remainder is the weight of the token's last pass."""
         if not self.steps:
             return {}, None

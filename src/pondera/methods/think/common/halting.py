@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pondera.core.errors import UserError, unknown
 from pondera.core.stateless_random import stateless_uniform
 from pondera.models.backbone import Backbone
+from pondera.models.method import TokenBatch
 
 CONTROLS = ("fixed", "random", "oracle")
 
@@ -26,8 +27,8 @@ class Halting:
     prediction of the next token is wrong. Only training and scoring know the next token; where it is unknown, every
     token continues.
 
-    Random decisions depend only on the position, the depth and, in training, the step number. Caching, padding and
-    other sequences of the batch do not change them.
+    Random decisions depend only on the position, the token id, the depth and, in training, the step number. Caching,
+    padding and other sequences of the batch do not change them, and tokens at one position decide independently.
 
     Args:
         kind: the name of the method's own rule, or of a control.
@@ -52,7 +53,12 @@ class Halting:
         return self.kind != "fixed"
 
     def continue_mask(
-        self, depth: int, position_ids: Tensor, labels_BT: Tensor | None, predict: Callable[[], Tensor]
+        self,
+        depth: int,
+        position_ids: Tensor,
+        labels_BT: Tensor | None,
+        predict: Callable[[], Tensor],
+        ids_BT: Tensor | None = None,
     ) -> Tensor | None:
         """The mask of tokens that a control sends to `depth`; ``None``: all tokens.
 
@@ -60,13 +66,28 @@ class Halting:
             depth: the next pass, 1, 2, ...
             position_ids: ``[B or 1, T]``.
             labels_BT: the next token of each token; negative where unknown.
+            ids_BT: the token ids; default: ``None``, not known.
             predict: returns the most likely next token ``[B, T]`` at the current depth.
         """
         if self.kind == "random":
-            return stateless_uniform(position_ids, depth, self.draw) < self.continue_prob
+            return stateless_uniform(position_ids, depth, self.draw, ids_BT) < self.continue_prob
         if self.kind == "oracle" and labels_BT is not None:
             return (predict() != labels_BT) | (labels_BT < 0)
         return None
+
+    def explored(self, depth: int, batch: TokenBatch, share: float) -> Tensor | None:
+        """The mask of tokens that take the pass `depth` in a training step whatever the rule says, ``[B, T]``; ``None``: none.
+
+        Without them a rule that has learned to halt a token early would never see again what a further pass gains.
+
+        Args:
+            depth: the next pass, 1, 2, ...
+            batch: the tokens.
+            share: the probability of each token.
+        """
+        if not self.draw or not share:
+            return None
+        return stateless_uniform(batch.position_ids, depth, self.draw + 2**40, batch.ids_BT) < share
 
 
 def router(backbone: Backbone, start: float, outputs: int = 1, width: int | None = None) -> nn.Linear:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -54,37 +55,45 @@ class ReachThink(HaltingThink):
 
     The weight of a state is the probability that the token exits there: the probability to reach its pass less that to
     reach the next one. Under a control the prediction uses the last state.
+
+    Attributes:
+        explore: in training, the share of tokens that take a pass although the rule halts them there.
     """
+
+    explore: float = 0.0
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding share this loop."""
         passes, learned = self.new_passes(backbone, batch), self.halting.learned
         state_BTD = passes.run_first(batch.h_BTD)
         states, reach = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
-        offered: list[Tensor] = []  # the probability to reach each pass, before tokens halt
         for step in range(1, batch.budget.passes(self.slots_per_token, learned)):
-            offered.append(self.reach(state_BTD, reach[-1]) if learned else reach[-1])
-            if learned:
-                continue_BT = self.takes(offered[-1], batch.budget)
-            else:
-                continue_BT = self._controlled(backbone, batch, step, state_BTD)
-            if not passes.mask_active(continue_BT):
+            reach_BT = self.reach(state_BTD, reach[-1]) if learned else reach[-1]
+            if not passes.mask_active(self._continues(backbone, batch, step, state_BTD, reach_BT)):
                 break
             state_BTD = passes.run_pass(step, self.next_input(backbone, step, state_BTD), state_BTD)
             states.append(state_BTD)
-            reach.append(passes.where_active(offered[-1], 0.0))
+            reach.append(passes.where_active(reach_BT, 0.0))
         passes.finish()
         if learned:
             state_BTD = mixture(states, exit_probabilities(reach))
-        terms, deferred_loss = self.losses(passes, reach, offered) if self.training and learned else ({}, None)
+        terms, deferred_loss = self.losses(passes, reach) if self.training and learned else ({}, None)
         trace = {"states": states} if self.record else {}
         return MethodOutput(state_BTD, passes.passes_BT, terms, deferred_loss, trace)
 
-    def _controlled(self, backbone: Backbone, batch: TokenBatch, step: int, state_BTD: Tensor) -> Tensor | None:
-        """The tokens that a control sends to a pass; `None`: all tokens."""
-        return self.halting.continue_mask(
-            step, batch.position_ids, batch.labels_BT, lambda: backbone.head(state_BTD.detach()).argmax(-1)
-        )
+    def _continues(
+        self, backbone: Backbone, batch: TokenBatch, step: int, state_BTD: Tensor, reach_BT: Tensor
+    ) -> Tensor | None:
+        """The tokens that take a pass; `None`: all tokens."""
+        if batch.passes_BT is not None:
+            return batch.passes_BT > step
+        if not self.halting.learned:
+            predict = partial(_likeliest, backbone, state_BTD)
+            return self.halting.continue_mask(step, batch.position_ids, batch.labels_BT, predict, batch.ids_BT)
+        continue_BT, explored_BT = self.takes(reach_BT, batch.budget), None
+        if self.training:
+            explored_BT = self.halting.explored(step, batch, self.explore)
+        return continue_BT if explored_BT is None else continue_BT | explored_BT
 
     @abstractmethod
     def next_input(self, backbone: Backbone, step: int, state_BTD: Tensor) -> Tensor:
@@ -104,11 +113,14 @@ class ReachThink(HaltingThink):
         """Which tokens take the next pass, from the probability to reach it."""
 
     @abstractmethod
-    def losses(self, passes: Passes, reach: list[Tensor], offered: list[Tensor]) -> tuple[Terms, DeferredLoss | None]:
+    def losses(self, passes: Passes, reach: list[Tensor]) -> tuple[Terms, DeferredLoss | None]:
         """The loss terms in training, and those that need logits.
 
         Args:
             passes: the passes of the call.
             reach: ``[B, T]`` per pass, the probability to reach it; 0 from the first pass that a token did not take.
-            offered: ``[B, T]`` per pass after the first, the probability to reach it, before tokens halt.
         """
+
+
+def _likeliest(backbone: Backbone, state_BTD: Tensor) -> Tensor:
+    return backbone.head(state_BTD.detach()).argmax(-1)
