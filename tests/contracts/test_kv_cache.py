@@ -124,7 +124,7 @@ def state(cache: KVCache) -> list[torch.Tensor]:
             real = table.position.gather(2, order) >= 0
             found += [table.position.gather(2, order)[real]]
             found += [rows.gather(2, order[..., None].expand_as(rows))[real] for rows in (table.keys, table.values)]
-            found += [table.note(name).gather(2, order)[real] for name in table.notes]
+            found += [table.note[name].gather(2, order)[real] for name in table.notes]
         found += list(layer.state.values())
     return found
 
@@ -362,7 +362,7 @@ def test_the_order_of_slots_means_nothing(name: str):
             table.keys[:], table.values[:] = table.keys[:, :, order].clone(), table.values[:, :, order].clone()
             table.position[:] = table.position[:, :, order].clone()
             for note in table.notes:
-                table.note(note)[:] = table.note(note)[:, :, order].clone()
+                table.note[note][:] = table.note[note][:, :, order].clone()
     a, b = feed(lm, cache, x[:, 12:], [1, 1]), feed(lm, shuffled, x[:, 12:], [1, 1])
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert kept(cache) == kept(shuffled)
