@@ -23,7 +23,8 @@ from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core import spec
 from pondera.methods.kv_cache.base import KVCache, KVCacheMethod
 from pondera.methods.kv_cache.common.policy import BudgetedPolicy
-from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache, SinkWindowLayer
+from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
+from pondera.methods.kv_cache.common.windowed_layer import SinkWindowLayer
 
 FORMS = forms("kv_cache")
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
