@@ -17,7 +17,9 @@ MOST = {  # two layers, one sequence without padding; every step of an eviction 
     "A2SF(24)": 75,
     "StreamingLLM(24)": 63,
     "SnapKV(24, window=4)": 53,
-    "PreallocatedCache()": 65,
+    "PreallocatedCache()": 51,
+    "KIVI(2, group=4, window=4, sinks=1)": 195,
+    "VQKV(2, window=5, sinks=1, flush_size=2, codes=4, vectors=64, fitting='kmeans', branches=1)": 280,
 }
 
 

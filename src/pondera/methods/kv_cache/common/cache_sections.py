@@ -7,6 +7,7 @@ section, K tokens seen and new, D head width.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class CacheSection:
     first: list[int]
     held: list[tuple[int, int]]
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """S."""
         raise NotImplementedError
@@ -55,8 +56,8 @@ class CacheSection:
         """``[B, t or 1, S]``: the columns that these queries of a call may attend to; `None`: all."""
         device = call.query_BHTD.device
         if call.mask_B1TK is None and call.tokens == 1:
-            whole = all(held == (0, self.tokens) for held in self.held)
-            return None if whole else self.within(device)[:, None]
+            whole = [(0, self.tokens)] * len(self.held)
+            return None if self.held == whole else self.within(device)[:, None]
         number_BS = self.number(device)
         if call.mask_B1TK is None:
             query_t = torch.arange(call.start + part.start, call.start + part.stop, device=device)
@@ -75,7 +76,7 @@ class DenseSection(CacheSection):
     keys: Tensor
     values: Tensor
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """S."""
         return self.keys.shape[2]
@@ -103,7 +104,7 @@ class CodedSection(CacheSection):
     codes: tuple[Codes, Codes]
     position_BS: Tensor
 
-    @property
+    @cached_property
     def tokens(self) -> int:
         """S."""
         return self.position_BS.shape[1]
@@ -135,7 +136,8 @@ def attend_to_sections(call: AttentionCall, sections: list[CacheSection]) -> Ten
     G = call.key_BGTD.shape[1]
     query_BGRTD = grouped(call.query_BHTD, G) * call.scaling
     B, _, R, T, _ = query_BGRTD.shape
-    block = max(1, BLOCK // (B * G * R * sum(section.tokens for section in sections)))
+    widths = [section.tokens for section in sections]
+    block = max(1, BLOCK // (B * G * R * sum(widths)))
     outs = []
     for start in range(0, T, block):
         part = slice(start, min(T, start + block))
@@ -153,8 +155,8 @@ def attend_to_sections(call: AttentionCall, sections: list[CacheSection]) -> Ten
             score_BGRtS = score_BGNS.unflatten(2, (R, -1))
             score_BGNS = score_BGRtS.masked_fill(~allowed[:, None, None], -torch.inf).flatten(2, 3)
         weight_BGNS = call.softmax.weights(score_BGNS.unflatten(2, (R, -1))).flatten(2, 3)
-        split = weight_BGNS.split([section.tokens for section in sections], -1)
-        outs.append(sum(section.mix(weight) for section, weight in zip(sections, split, strict=True)))
+        split = weight_BGNS.split(widths, -1)
+        outs.append(sum([section.mix(weight) for section, weight in zip(sections, split, strict=True)]))
     out_BGRTD = torch.cat([out.unflatten(2, (R, -1)) for out in outs], 3)
     return out_BGRTD.flatten(1, 2).transpose(1, 2).to(call.query_BHTD.dtype).contiguous()
 

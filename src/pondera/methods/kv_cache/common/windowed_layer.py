@@ -133,19 +133,18 @@ class SinkWindowLayer(KVLayer):
                 self.sink_keys[row, :, place] = key_BGTD[row, :, new]
                 self.sink_values[row, :, place] = value_BGTD[row, :, new]
 
-    def _exact_after(self, row: int) -> int:
-        """The number of the first token of a row that is neither a sink nor encoded."""
-        return self.pads[row] + self.method.sinks + self.coded[row]
+    def _exact_after(self) -> list[int]:
+        """For each row, the number of the first token that is neither a sink nor encoded."""
+        return [pads + self.method.sinks + coded for pads, coded in zip(self.pads, self.coded, strict=True)]
 
     def _exact_from(self) -> int:
         """The minimum of `_exact_after` over all rows."""
-        return min(self.ring.end, *map(self._exact_after, range(self.batch())))
+        return min(self.ring.end, *self._exact_after())
 
     def _settle(self) -> None:
         """Encodes the tokens that left the recent window, and frees their keys and values."""
         every, window, room = self.method.flush_size, self.method.window, self._room
-        over = [self.ring.end - self._exact_after(row) - window for row in range(self.batch())]
-        due = [max(0, tokens) // every * every for tokens in over]
+        due = [max(0, self.ring.end - exact - window) // every * every for exact in self._exact_after()]
         if any(due):
             for row, start, tokens in self._alike(due):
                 self._code(row, start, tokens)
@@ -162,7 +161,7 @@ class SinkWindowLayer(KVLayer):
 
     def _alike(self, due: list[int]) -> Iterator[tuple[slice, int, int]]:
         """Batch slices to encode, all rows at once if they agree, with first token number and token count."""
-        plans = [(self._exact_after(row), tokens) for row, tokens in enumerate(due)]
+        plans = list(zip(self._exact_after(), due, strict=True))
         if len({(*plan, coded) for plan, coded in zip(plans, self.coded, strict=True)}) == 1:
             yield slice(None), *plans[0]
             return
@@ -198,7 +197,7 @@ class SinkWindowLayer(KVLayer):
         self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]], queries: int
     ) -> list[CacheSection]:
         """All sections of the cache, without those that are empty in every row."""
-        end, sinks, rows = call.start + call.tokens, self.method.sinks, range(self.batch())
+        end, sinks = call.start + call.tokens, self.method.sinks
         valid = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
         sections: list[CacheSection] = []
         if sinks:
@@ -206,10 +205,11 @@ class SinkWindowLayer(KVLayer):
         if any(self.coded):
             firsts, valid = [pads + sinks for pads in self.pads], [(0, coded) for coded in self.coded]
             coded = CodedSection(firsts, valid, self.coders, self.codes, self._position(0, max(self.coded)))
-            sections.append(coded if queries <= min(c.queries for c in self.coders) else coded.dense())
+            few = queries <= min(self.coders[0].queries, self.coders[1].queries)
+            sections.append(coded if few else coded.dense())
         for first, keys, values in pieces:
-            valid = [(max(0, self._exact_after(row) - first), keys.shape[2]) for row in rows]
-            sections.append(DenseSection([first] * len(rows), valid, keys, values))
+            valid = [(max(0, exact - first), keys.shape[2]) for exact in self._exact_after()]
+            sections.append(DenseSection([first] * len(valid), valid, keys, values))
         return sections
 
     def restored(self) -> tuple[Tensor, Tensor, Tensor]:
