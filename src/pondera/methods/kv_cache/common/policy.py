@@ -69,7 +69,7 @@ class Policy(KVCacheMethod):
         return None
 
     def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """Number of last queries of this call to observe; the layer calls it after `select_kv`."""
+        """Number of last queries of this call to observe; the layer asks once per call, after `select_kv` of all tables."""
         return self.observation_window
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:  # noqa: B027 (optional)
