@@ -31,10 +31,10 @@ class KVStore:
         note_defaults: the initial value of each note in a new slot, by name.
         used: the number of slots in use.
         whole: whether slot i contains token i in every batch row, that is, whether no token has been evicted.
-        heads: the indices of its KV heads in the layer, consecutive; default: empty, heads from 0.
+        first_head: the index of its first KV head in the layer; the others follow.
 
     Attributes:
-        part: its KV heads in the layer, as a slice.
+        heads, part: the indices of its KV heads in the layer, as a list and as a slice.
         keys, values: ``[B, G, S, D]``, views of the slots in use.
         position: ``[B, G, S]``, a view of the positions of the slots in use.
         note: ``[B, G, S]`` each, writable views of the notes of the slots in use, by name.
@@ -47,11 +47,11 @@ class KVStore:
     note_defaults: dict[str, float] = field(default_factory=dict)
     used: int = 0
     whole: bool = True
-    heads: list[int] = field(default_factory=list)
+    first_head: int = 0
 
     def __post_init__(self) -> None:
-        self.heads = self.heads or list(range(self.keys_BGSD.shape[1]))
-        self.part = slice(self.heads[0], self.heads[-1] + 1)
+        self.part = slice(self.first_head, self.first_head + self.keys_BGSD.shape[1])
+        self.heads = list(range(self.part.start, self.part.stop))
         self.show()
 
     @classmethod
@@ -189,7 +189,7 @@ class KVStore:
                 self.note_defaults,
                 self.used,
                 self.whole,
-                [head],
+                head,
             )
             for head in range(self.keys_BGSD.shape[1])
         ]
