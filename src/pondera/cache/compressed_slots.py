@@ -32,10 +32,8 @@ from pondera.core.hf import Cache
 class ColumnCall(AttentionCall):
     """An attention call of one sequence whose new keys are its next columns, with a mask over columns."""
 
-    @property
-    def in_order(self) -> bool:
-        """False: the mask over columns is not causal in general, so the model's own attention does not serve the call."""
-        return False
+    in_order = False
+    """The mask over columns is not causal in general, so the model's own attention does not serve the call."""
 
 
 @dataclass

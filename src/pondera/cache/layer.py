@@ -58,6 +58,9 @@ class AttentionCall:
     given_mask: Tensor | None = None
     key_bias_BK: Tensor | None = None
 
+    in_order: ClassVar[bool] = True
+    """Whether the new tokens continue the sequence, so that `stock` over all slots in order is correct."""
+
     @cached_property
     def softmax(self) -> Softmax:
         """The softmax of attention over KV slots, which need not be all tokens of a sequence in order.
@@ -78,15 +81,11 @@ class AttentionCall:
         """The number of new tokens, T."""
         return self.query_BHTD.shape[2]
 
-    @property
-    def in_order(self) -> bool:
-        """Whether the new tokens continue the sequence, so that `stock` over all slots in order is correct."""
-        return True
-
     @cached_property
     def position_BT(self) -> Tensor:
         """The index of each new token in its batch row; ``-1 - index`` for padding."""
-        B, T, device = len(self.query_BHTD), self.tokens, self.query_BHTD.device
+        B, _, T, _ = self.query_BHTD.shape
+        device = self.query_BHTD.device
         number_BT = torch.arange(self.start, self.start + T, device=device).expand(B, T)
         if self.mask_B1TK is None:
             return number_BT

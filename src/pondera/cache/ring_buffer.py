@@ -39,8 +39,9 @@ class RingBuffer:
 
     def append(self, key_BG1D: Tensor, value_BG1D: Tensor) -> None:
         """Appends one token."""
-        if self.borrowed or len(self) == self.room:
-            self.resize(len(self) + max(16, len(self) // 8))
+        tokens = self.end - self.first
+        if self.borrowed or tokens == self.room:
+            self.resize(tokens + max(16, tokens // 8))
         at = (self.end - self.origin) % self.room
         self.keys[:, :, at : at + 1], self.values[:, :, at : at + 1] = key_BG1D, value_BG1D
         self.end += 1
@@ -57,9 +58,10 @@ class RingBuffer:
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields one or two views of the tokens from `start` to ``stop - 1``: first index, keys, values."""
+        room = self.room
         while start < stop:
-            at = (start - self.origin) % self.room
-            count = min(stop - start, self.room - at)
+            at = (start - self.origin) % room
+            count = min(stop - start, room - at)
             yield start, self.keys[:, :, at : at + count], self.values[:, :, at : at + count]
             start += count
 

@@ -97,11 +97,15 @@ class WitnessCache(Cache):
     Args:
         layers: one per decoder layer.
         owner: the owner of the model.
+
+    Attributes:
+        kept: the witnesses.
     """
 
     def __init__(self, layers: list[Any], owner: Owner) -> None:
         super().__init__(layers=layers)
         self.owner = owner
+        self.kept = [layer for layer in layers if isinstance(layer, Witness)]
 
 
 def compare_with_stock(model: PreTrainedModel, owner: Owner, layers: list[int]) -> Verdict:

@@ -51,19 +51,6 @@ class KVCache(Cache):
         self.method, self.owner = method, owner
         self.kept: list[KVLayer] = [layer for layer in layers if isinstance(layer, KVLayer)]
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """See transformers; refuses to continue after a forward that ended in an error."""
-        first, last = self.kept[0], self.kept[-1]
-        layer: Any = self.layers[layer_idx]
-        if layer is first and (first.seen != last.seen or first.pending or last.pending):
-            raise UserError(
-                "this cache contains half of a call that ended in an error: its layers have seen different numbers of "
-                "tokens; create a new cache, or call cache.reset() first"
-            )
-        return layer.update(key_states, value_states, *args, **kwargs)
-
     def nbytes(self) -> int:
         """Bytes of the storage of all layers, including unused capacity."""
         from pondera.cost.measure import live_cache_bytes
