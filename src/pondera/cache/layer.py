@@ -212,8 +212,8 @@ class KVLayer(CacheLayer):
     def rollback(self, tokens: int) -> None:
         """See `CacheState.rollback`."""
 
-    def count(self, tokens: int) -> None:
-        """See `CacheState.count`."""
+    def set_length(self, tokens: int) -> None:
+        """See `CacheState.set_length`."""
         self.seen = tokens
 
     def keep_columns(self, keep_C: Tensor) -> None:

@@ -104,7 +104,7 @@ class CacheState(BatchState):
             raise UserError(f"crop({tokens_to_remove}): only {seen} tokens have been seen")
         if self.batch():
             self.rollback(kept)
-        self.count(kept)
+        self.set_length(kept)
 
     @abstractmethod
     def get_seq_length(self) -> int:
@@ -114,7 +114,7 @@ class CacheState(BatchState):
         """Rolls back to the first `tokens` tokens, then evicts what was kept only in case of a rollback."""
         raise NotImplementedError(f"{type(self).__name__}: its cache determines what it removes")
 
-    def count(self, tokens: int) -> None:
+    def set_length(self, tokens: int) -> None:
         """Sets the number of tokens seen, after a rollback."""
 
     @abstractmethod

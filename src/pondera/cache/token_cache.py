@@ -82,8 +82,8 @@ class TokenCache(CacheState, Cache):
         """See `CacheState.rollback`."""
         self.slots.crop((tokens - self.tokens) * self.slots_per_token)
 
-    def count(self, tokens: int) -> None:
-        """See `CacheState.count`."""
+    def set_length(self, tokens: int) -> None:
+        """See `CacheState.set_length`."""
         self.tokens = tokens
         if self.passes_BT is not None:
             self.passes_BT = self.passes_BT[:, :tokens]

@@ -67,7 +67,7 @@ class Nested(CacheState):
             raise UserError("crop: no")
         self.nothing = None
 
-    def count(self, tokens: int) -> None:
+    def set_length(self, tokens: int) -> None:
         self.number = tokens
 
 
