@@ -1,7 +1,7 @@
 """The contract tests of the state of a cache, for every think, chunk and memory method, also with a KV-cache method.
 
 A cache that was saved and loaded continues as if it had not been saved. What a cache names as its state is all that it
-stores, with one batch row per sequence. A file that is not of this method and model is refused.
+stores, with one batch row per sequence. Wrong arguments of `crop`, and files of another method or model, are refused.
 """
 
 from __future__ import annotations
@@ -145,6 +145,29 @@ def test_the_stated_state_is_all_that_is_stored(case: str):
         ]
         assert not passing, "a tensor that the state does not name"
     assert {size for size in batch_sizes(cache) if size} == {3} and cache.batch() == 3
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_a_wrong_number_of_tokens_to_remove_is_refused_and_changes_nothing(case: str):
+    model = build(case)
+    cache, other = filled(model), filled(model)
+    for tokens, match in ((1, "negative number, or 0"), (-SEEN - 1, f"only {SEEN} tokens have been seen")):
+        with pytest.raises(UserError, match=match):
+            cache.crop(tokens)
+    assert torch.equal(continued(model, cache), continued(model, other))
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_rows_are_repeated_before_and_after_there_are_any(case: str):
+    model, x_BT = build(case), ids(2, 9)
+    cache = model.new_cache()
+    cache.batch_repeat_interleave(2)
+    model(x_BT[:, :6], past_key_values=cache)
+    alone = copy.deepcopy(cache)
+    cache.batch_repeat_interleave(2)
+    found = model(x_BT[[0, 0, 1, 1], 6:], past_key_values=cache).logits
+    torch.testing.assert_close(found[::2], model(x_BT[:, 6:], past_key_values=alone).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found[1::2], found[::2], atol=1e-5, rtol=1e-5)
 
 
 def test_an_empty_cache_is_saved_and_loaded(tmp_path: Path):
