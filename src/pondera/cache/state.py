@@ -17,6 +17,7 @@ Shapes: B batch.
 from __future__ import annotations
 
 import copy
+import functools
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
@@ -28,6 +29,9 @@ from torch import LongTensor, Tensor
 from pondera.core.errors import UserError
 from pondera.core.hf import CacheLayerMixin
 from pondera.cost.measure import storage_bytes
+
+PLAIN = (bool, int, float, str, type(None))
+"""The types of values for all batch rows together."""
 
 
 class BatchState:
@@ -50,11 +54,16 @@ class BatchState:
         """
         if rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]
-        for name, value in state_of(self).items():
+        for name in names_of(type(self)):
+            value = getattr(self, name)
             if name in self.by_row:
-                setattr(self, name, [_copied(value[row]) for row in rows.tolist()])
+                selected = [_copied(value[row]) for row in rows.tolist()]
             else:
-                setattr(self, name, _selected(value, rows, f"{type(self).__name__}.{name}"))
+                try:
+                    selected = _selected(value, rows)
+                except _UnknownRows as error:
+                    raise TypeError(f"{type(self).__name__}.{name}: {error}; name it in by_row") from None
+            setattr(self, name, selected)
 
     def clone(self) -> Self:
         """A copy; it shares only the attributes in `shared`."""
@@ -150,10 +159,15 @@ class CacheLayer(CacheState, CacheLayerMixin):
         self.is_initialized = False
 
 
+@functools.cache
+def names_of(kind: type[BatchState]) -> tuple[str, ...]:
+    """The names of the attributes that are the state of a class."""
+    return tuple(field.name for field in fields(kind)) if is_dataclass(kind) else (*kind.holds, *kind.by_row)
+
+
 def state_of(state: BatchState) -> dict[str, Any]:
     """The attributes that are the state, by name."""
-    names = [field.name for field in fields(state)] if is_dataclass(state) else [*state.holds, *state.by_row]
-    return {name: getattr(state, name) for name in names}
+    return {name: getattr(state, name) for name in names_of(type(state))}
 
 
 def batch_sizes(value: Any) -> Iterator[int]:
@@ -161,21 +175,26 @@ def batch_sizes(value: Any) -> Iterator[int]:
     if isinstance(value, Tensor):
         yield len(value)
     elif isinstance(value, BatchState):
-        for name, part in state_of(value).items():
+        for name in names_of(type(value)):
+            part = getattr(value, name)
             if name in value.by_row:
                 yield len(part)
-            else:
+            elif not isinstance(part, PLAIN):
                 yield from batch_sizes(part)
-    elif isinstance(value, dict | list | tuple):
+    elif isinstance(value, (dict, list, tuple)):
         for part in value.values() if isinstance(value, dict) else value:
             yield from batch_sizes(part)
 
 
-def _selected(value: Any, rows: Tensor, name: str) -> Any:
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
+class _UnknownRows(Exception):
+    """A value whose batch rows are not known."""
+
+
+def _selected(value: Any, rows: Tensor) -> Any:
     if isinstance(value, Tensor):
         return value[rows.to(value.device)]
+    if isinstance(value, PLAIN):
+        return value
     if hasattr(value, "reorder_cache"):  # also a layer of transformers; one without tokens does nothing
         value.reorder_cache(rows)
         return value
@@ -183,10 +202,10 @@ def _selected(value: Any, rows: Tensor, name: str) -> Any:
         value.select(rows)
         return value
     if isinstance(value, dict):
-        return {key: _selected(part, rows, name) for key, part in value.items()}
-    if isinstance(value, list | tuple) and not any(isinstance(part, int | float | str) for part in value):
-        return type(value)(_selected(part, rows, name) for part in value)
-    raise TypeError(f"{name}: the batch rows of a {type(value).__name__} of this kind are not known; name it in by_row")
+        return {key: _selected(part, rows) for key, part in value.items()}
+    if isinstance(value, (list, tuple)) and not any(part is not None and isinstance(part, PLAIN) for part in value):
+        return type(value)(_selected(part, rows) for part in value)
+    raise _UnknownRows(f"the batch rows of a {type(value).__name__} of this kind are not known")
 
 
 def _copied(value: Any) -> Any:
