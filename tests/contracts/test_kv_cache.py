@@ -18,9 +18,10 @@ from helpers.declared import form, forms
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pondera import UserError
-from pondera.cache.io import _tensors
 from pondera.cache.slot_layer import KVStoreLayer
+from pondera.cache.state import state_of
 from pondera.core import spec
+from pondera.cost.measure import tensors_in
 from pondera.methods.kv_cache.base import KVCache, KVCacheMethod
 from pondera.methods.kv_cache.common.policy import BudgetedPolicy
 from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
@@ -341,7 +342,7 @@ def test_work_really_falls(name: str):
 
 def state_storage(cache: KVCache) -> list[torch.Tensor]:
     """All tensors in the declared state of the layers."""
-    return [part for layer in cache.kept for name in layer.holds for part in _tensors(getattr(layer, name))]
+    return [part for layer in cache.kept for part in tensors_in(state_of(layer))]
 
 
 @pytest.mark.parametrize(("name", "family"), REFUSED)

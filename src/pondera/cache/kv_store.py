@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pondera.cache.state import BatchState
+
 EMPTY = torch.iinfo(torch.int32).min
 """Position of an empty slot."""
 
 
 @dataclass(eq=False)
-class KVStore:
+class KVStore(BatchState):
     """Keys, values, positions and metadata of KV slots, for some of the KV heads of a layer.
 
     Storage is preallocated, so that appending a token needs no copy; later tokens reuse the slots of evicted ones. The order
@@ -50,6 +52,10 @@ class KVStore:
     first_head: int = 0
 
     def __post_init__(self) -> None:
+        self.derive()
+
+    def derive(self) -> None:
+        """See `BatchState.derive`: its heads, and the views of the slots in use."""
         self.part = slice(self.first_head, self.first_head + self.keys_BGSD.shape[1])
         self.heads = list(range(self.part.start, self.part.stop))
         self.show()
@@ -141,7 +147,7 @@ class KVStore:
         self.used, self.whole = slot_BGk.shape[2], False
         self.show()
 
-    def crop(self, tokens: int) -> None:
+    def truncate(self, tokens: int) -> None:
         """Rolls back to the first `tokens` tokens: empties the slots of later ones."""
         position = self.position
         number_BGS = torch.where(position < 0, -1 - position, position)
@@ -166,14 +172,6 @@ class KVStore:
         position.copy_(torch.where(keep, number_C[at], EMPTY))
         self.whole = self.whole and bool(keep_C.all())
 
-    def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order."""
-        rows = rows.to(self.keys_BGSD.device)
-        for name in ("keys_BGSD", "values_BGSD", "position_BGS"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.notes = {name: note[rows] for name, note in self.notes.items()}
-        self.show()
-
     def split_heads(self) -> list[KVStore]:
         """One store for each KV head, so that heads can have different numbers of slots."""
 
@@ -193,11 +191,6 @@ class KVStore:
             )
             for head in range(self.keys_BGSD.shape[1])
         ]
-
-    def nbytes(self) -> int:
-        """Bytes of the storage, including its unused part."""
-        storage = [self.keys_BGSD, self.values_BGSD, self.position_BGS, *self.notes.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in storage)
 
 
 def _as_wide(slot_BGk: Tensor, rows: Tensor) -> Tensor:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pondera.cache.state import BatchState
+
 
 @dataclass
-class RingBuffer:
+class RingBuffer(BatchState):
     """Keys and values of the tokens with index `first` to ``end - 1``, padding counted.
 
     Args:
@@ -87,12 +89,7 @@ class RingBuffer:
         """Deletes the tokens before index `first`."""
         self.first = min(max(first, self.first), self.end)
 
-    def crop(self, end: int) -> None:
+    def truncate(self, end: int) -> None:
         """Deletes the tokens from index `end` on."""
         self.end = min(self.end, end)
         self.first = min(self.first, self.end)
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order."""
-        rows = rows.to(self.keys.device)
-        self.keys, self.values, self.borrowed = self.keys[rows], self.values[rows], False

@@ -79,11 +79,15 @@ class KVStoreLayer(KVLayer):
         evicted_until: the number of tokens seen at the latest eviction; a rollback to fewer tokens is not possible.
     """
 
-    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "evicted_until")
+    holds: ClassVar[tuple[str, ...]] = (*KVLayer.holds, "tables", "state", "prompt", "evicted_until")
 
     def __init__(self, method: Policy | KeepAll, index: int, among: int) -> None:
         super().__init__()
         self.method, self.index, self.among = method, index, among
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
         self.tables: list[KVStore] = []
         self.state: dict[str, Tensor] = {}
         self.prompt = self.evicted_until = 0
@@ -230,7 +234,7 @@ class KVStoreLayer(KVLayer):
         """See `KVLayer.release`."""
         was_held, self._observed = self.hold, []
         super().release(prompt)
-        if not was_held or not self.batch():
+        if not was_held or not self.tables:
             return
         if prompt:
             self.prompt = self.seen
@@ -269,7 +273,7 @@ class KVStoreLayer(KVLayer):
         self.seen = tokens
         self.prompt = min(self.prompt, tokens)
         for table in self.tables:
-            table.crop(tokens)
+            table.truncate(tokens)
         for seen, table in self._drafts:
             if stays := int((seen.number_T < tokens).sum()):
                 self.method.observe(self, table, seen.first(stays, table.used))
@@ -283,25 +287,6 @@ class KVStoreLayer(KVLayer):
     def number(self, table: KVStore) -> Tensor:
         """``[B, G, S]``: the index of each slot's token in its sequence, padding not counted."""
         return table.position - self.state["padding"][:, None, None]
-
-    def nbytes(self) -> int:
-        """See `KVLayer.nbytes`."""
-        return sum(table.nbytes() for table in self.tables)
-
-    def select(self, rows: Tensor) -> None:
-        """See `KVLayer.select`."""
-        for table in self.tables:
-            table.select(rows)
-        self.state = {name: value[rows.to(value.device)] for name, value in self.state.items()}
-
-    def clear(self) -> None:
-        """See `KVLayer.clear`."""
-        self.tables, self.state, self._drafts, self.prompt, self.evicted_until = [], {}, [], 0, 0
-        self._observed = []
-
-    def batch(self) -> int:
-        """See `KVLayer.batch`."""
-        return len(self.tables[0].keys_BGSD) if self.tables else 0
 
 
 def _chosen(rows_BGSD: Tensor, slot_BGk: Tensor) -> Tensor:

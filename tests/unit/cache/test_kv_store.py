@@ -54,8 +54,8 @@ CHANGES: dict[str, Callable[[KVStore], object]] = {
     "keep": keep,
     "renumber": renumber,
     "evict": lambda table: table.evict(torch.zeros(len(table.keys), 2, min(1, table.used), dtype=torch.long)),
-    "crop": lambda table: table.crop(4),
-    "crop-all": lambda table: table.crop(0),
+    "crop": lambda table: table.truncate(4),
+    "crop-all": lambda table: table.truncate(0),
     "select": lambda table: table.select(torch.tensor([1, 0, 1])),
 }
 

@@ -41,7 +41,8 @@ class SinkWindowLayer(KVLayer):
         ring: exact keys and values of the latest tokens; of all tokens before the first encoding.
     """
 
-    holds: ClassVar[tuple[str, ...]] = ("pads", "begins", "coded", "codes", "sink_keys", "sink_values", "ring")
+    holds: ClassVar[tuple[str, ...]] = (*KVLayer.holds, "codes", "sink_keys", "sink_values", "ring")
+    by_row: ClassVar[tuple[str, ...]] = ("pads", "begins", "coded")
 
     def __init__(self, method: SinkWindowCache, keys: Codec, values: Codec) -> None:
         super().__init__()
@@ -50,20 +51,16 @@ class SinkWindowLayer(KVLayer):
             raise UserError(
                 f"flush_size={method.flush_size}: its codec encodes {odd[0]} tokens at once; give a multiple of it"
             )
-        self.clear()
 
     def clear(self) -> None:
-        """See `KVLayer.clear`."""
+        """See `CacheState.clear`."""
+        super().clear()
         self.pads: list[int] = []
         self.begins: list[int] = []
         self.coded: list[int] = []
         self.codes = (Codes(), Codes())
         self.sink_keys = self.sink_values = torch.empty(0)
         self.ring = RingBuffer(self.sink_keys, self.sink_values)
-
-    def batch(self) -> int:
-        """See `KVLayer.batch`."""
-        return len(self.pads)
 
     # Attention and encoding
 
@@ -267,29 +264,17 @@ class SinkWindowLayer(KVLayer):
             )
         self.coded, self.seen = coded, tokens
         self.pads = [min(pads, tokens) for pads in self.pads]
-        self.ring.crop(tokens)
+        self.ring.truncate(tokens)
         for codes in self.codes:
-            codes.crop(max(coded))
+            codes.truncate(max(coded))
         if not self.hold:
             self._settle()
 
     def select(self, rows: Tensor) -> None:
-        """See `KVLayer.select`."""
-        chosen = rows.tolist()
-        self.pads, self.begins, self.coded = (
-            [each[row] for row in chosen] for each in (self.pads, self.begins, self.coded)
-        )
-        self.sink_keys, self.sink_values = (kept[rows.to(kept.device)] for kept in (self.sink_keys, self.sink_values))
-        self.ring.select(rows)
+        """See `BatchState.select`; the longest row may be gone."""
+        super().select(rows)
         for codes in self.codes:
-            codes.select(rows)
-            codes.crop(max(self.coded))
-
-    def nbytes(self) -> int:
-        """See `KVLayer.nbytes`; codebooks belong to the method and do not count."""
-        exact = [self.sink_keys, self.sink_values, self.ring.keys, self.ring.values]
-        codes = [part for codes in self.codes for part in codes.parts.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in (*exact, *codes))
+            codes.truncate(max(self.coded))
 
     def code_bytes(self) -> int:
         """Bytes of the codes in use, without unused capacity and exact tokens."""
