@@ -32,6 +32,9 @@ METHODS = {
     "UniversalTransformer": {"think": "UniversalTransformer(steps=2, halting='random')"},
     "PonderLM3": {"think": "PonderLM3(thoughts=2)"},
     "ConceptLM": {"chunk": "ConceptLM(chunk=3, codes=8, segments=4)"},
+    "ConceptLM-think": {
+        "chunk": "ConceptLM(chunk=3, codes=8, segments=4, think=PonderLM2(thoughts=1, eval_rounds='exact'))"
+    },
 }
 EXACT = {
     "PreallocatedCache": "PreallocatedCache()",
@@ -105,7 +108,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_every_method_is_combined():
     known = spec.index()
-    assert METHODS.keys() == {name for name, each in known.items() if each.seam in ("think", "chunk")}
+    assert {case.partition("-")[0] for case in METHODS} == {
+        name for name, each in known.items() if each.seam in ("think", "chunk")
+    }
     assert EXACT.keys() | REFUSED.keys() == {name for name, each in known.items() if each.seam == "kv_cache"}
 
 

@@ -72,7 +72,7 @@ class AdaptiveLatentCoT(Think):
         "identity-random": "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.0)",
     }
     drops_window_rows: ClassVar[bool] = False
-    supports_recompute: ClassVar[bool] = False
+    supports_recompute: bool = False
 
     def __init__(
         self,
@@ -94,6 +94,8 @@ class AdaptiveLatentCoT(Think):
         self.slots_per_token = steps + 1
         self.feedback = Feedback("hidden")
         self.halting = Halting(halting, "router", continue_prob)
+        weighted = "weights its penalty with the probability of the next token" if self.halting.learned else ""
+        self.needs_vocabulary = weighted or self.halting.needs_vocabulary
         self.adaptive = self.halting.adaptive and steps > 0
 
     def bind(self, backbone: Backbone) -> None:

@@ -21,5 +21,9 @@ class Think(Method):
     adaptive: bool = False
     """True if the number of passes differs between tokens; cost estimates then need the measured shares."""
 
+    needs_vocabulary: str = ""
+    """What the method does with token embeddings or with logits of tokens; empty if nothing. Layers whose inputs are not
+    tokens (`Backbone.more_layers`) have neither, so a method that needs them is refused there."""
+
     packed: bool = True
     """True: gather the active tokens and run only those. False: run all tokens and mask (reference implementation)."""

@@ -79,7 +79,7 @@ class ThinkAtHard(Think):
         "identity": "ThinkAtHard(steps=0)",
     }
     drops_window_rows: ClassVar[bool] = False
-    supports_recompute: ClassVar[bool] = False
+    supports_recompute: bool = False
 
     def __init__(
         self,
@@ -111,6 +111,7 @@ class ThinkAtHard(Think):
         self.decider_width, self.decider_layers = decider_width, decider_layers
         self.slots_per_token = steps + 1
         self.feedback = Feedback("vocab", top_k)
+        self.needs_vocabulary = self.feedback.needs_vocabulary
         self.halting = Halting(halting, "decider", continue_prob)
         self.adaptive = self.halting.adaptive and steps > 0
 

@@ -74,7 +74,7 @@ class UniversalTransformer(Think):
         "identity-fixed": "UniversalTransformer(steps=0, halting='fixed')",
     }
     drops_window_rows: ClassVar[bool] = False
-    supports_recompute: ClassVar[bool] = False
+    supports_recompute: bool = False
 
     def __init__(
         self,
@@ -95,6 +95,7 @@ class UniversalTransformer(Think):
         self.slots_per_token = steps + 1
         self.feedback = Feedback("hidden")
         self.halting = Halting(halting, "act", continue_prob)
+        self.needs_vocabulary = self.halting.needs_vocabulary
         self.adaptive = self.halting.adaptive and steps > 0
 
     def bind(self, backbone: Backbone) -> None:
