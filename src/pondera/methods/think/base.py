@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pondera.models.method import Method, MethodOutput
@@ -27,3 +28,7 @@ class Think(Method):
 
     packed: bool = True
     """True: gather the active tokens and run only those. False: run all tokens and mask (reference implementation)."""
+
+    def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
+        """See `Method.slots`: with interleaved slots, a smaller budget leaves out the last slots of all tokens."""
+        return tokens * (sum(shares) if shares and self.interleaved else self.slots_per_token)
