@@ -36,8 +36,8 @@ ADAPTIVE = [case for case in EXACT if THINK[case].adaptive]
 FAMILIES = ("llama", "gpt2")
 EVERY = [(case, backbone) for case in EXACT for backbone in FAMILIES]
 K = 3
-PLAIN = f"ConceptLM(chunk={K}, codes=8, segments=4)"
-WITHIN = f"ConceptLM(chunk={K}, codes=8, segments=4, think={{}})"
+PLAIN = f"ConceptLM(chunk={K}, codes=8, segments=4, concept_layers=2)"
+WITHIN = PLAIN[:-1] + ", think={})"
 
 NEW = ("heads", "router", "halting_unit")
 """Parameters that start at zero."""
@@ -176,7 +176,7 @@ def test_a_ragged_batch_equals_each_sequence_alone(case: str, backbone: str):
         same_where_real(pieces(model, x, sizes, mask), expected, mask)
 
 
-@pytest.mark.parametrize("count", range(1, 8))
+@pytest.mark.parametrize("count", [1, 2, 4, 7])
 @pytest.mark.parametrize(("case", "backbone"), EVERY)
 def test_rollback_across_chunks(case: str, backbone: str, count: int):
     """In a batch whose sequences have their chunks at different tokens: a column goes in some of them."""
