@@ -25,6 +25,7 @@ from pondera.cost.model import CostModel
 from pondera.cost.schedule import CostSchedule
 from pondera.evaluation.cost_report import cost_report
 from pondera.methods.chunk.common.thinking_chunks import ThinkingChunks
+from pondera.models.self_check import check_method
 
 FORMS = {f"{case}-{kind}": text for case, kinds in forms("think").items() for kind, text in kinds.items()}
 THINK = {case: spec.build(text, "think") for case, text in FORMS.items()}
@@ -375,6 +376,13 @@ class TestScale:
 def test_layers_that_run_on_chunks_have_no_token_embeddings():
     with pytest.raises(UserError, match="not tokens"):
         build(PLAIN).chunk.module.embed(ids(1, 2))
+
+
+def test_the_self_check_of_an_unknown_architecture_replaces_approximate_prefill(monkeypatch):
+    monkeypatch.setattr("pondera.models.self_check._is_tested", lambda model: False)
+    model = build(WITHIN.format("PonderLM2(thoughts=2, eval_rounds=0)").replace(f"chunk={K}", "chunk=1"))
+    check_method(model)
+    assert model.chunk.think.eval_rounds == 0
 
 
 @pytest.mark.parametrize("think", ["UniversalTransformer(steps=1)", "PonderLM2(thoughts=1)"])

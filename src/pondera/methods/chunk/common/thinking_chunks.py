@@ -68,7 +68,8 @@ class ThinkingChunks:
         width = int(torch.where((mask_BC > 0).any(0), order_C, 0).amax())
         if not width:
             return self.reset()
-        self.slots.crop(width - mask_BC.shape[1])
+        if removed := mask_BC.shape[1] - width:
+            self.slots.crop(-removed)
         self.mask_BC, self.end_BC = mask_BC[:, :width], self.end_BC[:, :width]
 
     def reset(self) -> None:
