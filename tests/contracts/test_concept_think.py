@@ -270,6 +270,16 @@ def test_effort_lowers_the_passes_of_chunks(case: str):
         agree(pieces(model, x[:, :13], [5, *[1] * 8], **budget), model(x[:, :13], **budget).logits)
 
 
+@pytest.mark.parametrize("case", [case for case in EXACT if THINK[case].interleaved])
+def test_another_budget_is_refused_before_the_cache_changes(case: str):
+    model, x = made(case), ids(1, 9)
+    cache = model.new_cache()
+    model(x[:, :5], past_key_values=cache)
+    with pytest.raises(UserError, match="budget: .* passes per chunk"):
+        model(x[:, 5:6], past_key_values=cache, max_passes=1)
+    agree(pieces(model, x[:, 5:], [1, 3], cache=cache), model(x).logits[:, 5:])
+
+
 def test_passes_of_chunks_that_a_sequence_does_not_have_are_zero():
     model, (x, mask) = made("PonderLM2-exact"), ragged(10, 4)
     assert passes(model, x, attention_mask=mask).tolist() == [[3, 3, 3], [3, 0, 0]]

@@ -244,6 +244,8 @@ class ConceptLM(Chunk):
         passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
         if concept_cache is not None:
             concept_cache.check_silent(budget.effort == 0)
+            if self.think is not None and budget.effort:
+                cast(ThinkingChunks, concept_cache.concepts).check_budget(self.think, budget)
             seen = concept_cache.tokens
             concept_cache.record(passes_BT)
         if budget.effort == 0:

@@ -47,6 +47,20 @@ class ThinkingChunks:
         """The layers of the think method's cache, for counting bytes."""
         return self.slots.layers
 
+    def check_budget(self, think: Think, budget: Effort) -> None:
+        """Raises before a call that the think method would refuse after the cache has changed.
+
+        Raises:
+            UserError: all chunks have the same number of slots, and earlier calls had another budget.
+        """
+        if think.interleaved and self.slots.tokens:
+            held, wanted = self.slots.slots_per_token, budget.passes(think.slots_per_token)
+            if held != wanted:
+                raise UserError(
+                    f"budget: the cache was filled with {held} passes per chunk and this call wants {wanted}; keep effort "
+                    "and max_passes as they were, or start with a new cache"
+                )
+
     def append(self, mask_BM: Tensor, end_BM: Tensor) -> Tensor:
         """Adds the columns of new chunks; returns the mask over all columns."""
         if self.mask_BC is not None and self.end_BC is not None:
