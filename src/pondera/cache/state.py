@@ -134,6 +134,10 @@ class CacheState(BatchState):
     def clear(self) -> None:
         """Sets the attributes of the state to those of an empty cache or layer."""
 
+    def reset(self) -> None:
+        """Resets to the initial state."""
+        self.clear()
+
     def prepare(self, batch: int) -> None:
         """Called before a saved state with this many batch rows is loaded; creates what it is loaded into."""
 
@@ -159,7 +163,7 @@ class CacheLayer(CacheState, CacheLayerMixin):
 
     def reset(self) -> None:
         """Resets the layer to its initial state."""
-        self.clear()
+        super().reset()
         self.is_initialized = False
 
 

@@ -95,7 +95,7 @@ class TokenCache(CacheState, Cache):
 
     def reset(self) -> None:
         """Resets the cache and its layers to their initial state."""
-        super().reset()
+        Cache.reset(self)
         self.clear()
 
     def save(self, path: str | Path) -> Path:

@@ -232,7 +232,7 @@ def test_each_operation_is_written_once():
         "batch_repeat_interleave": ["state.CacheState"],
         "crop": ["state.CacheState"],
         # A cache also resets its layers.
-        "reset": ["state.CacheLayer", "token_cache.TokenCache"],
+        "reset": ["state.CacheState", "state.CacheLayer", "token_cache.TokenCache"],
         # Codes are stored up to the longest row, which may be gone afterwards.
         "select": ["state.BatchState", "windowed_layer.SinkWindowLayer"],
         # That of a quantizer is the bytes of a number of codes.

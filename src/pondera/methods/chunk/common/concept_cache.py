@@ -14,6 +14,7 @@ from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.core.hf import DynamicCache
+from pondera.methods.chunk.common.thinking_chunks import ThinkingChunks
 from pondera.methods.quantize.base import Quantizer
 from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
@@ -30,14 +31,14 @@ class ConceptCache(TokenCache):
 
     Args:
         backbone: the layers that run on tokens.
-        module: the layers that run on chunks.
+        concepts: an empty cache of the chunks: with the number of each chunk's last token, or of a think method.
         chunk: k, tokens per chunk.
         quantizer: a folded quantizer, which decodes the predictions while this cache is in use.
         table: its tables, concatenated once; ``None``: get them from the quantizer for each chunk.
         kv_cache: a KV-cache method that keeps the slots of tokens, or `None`. Slots of chunks are few and all kept.
 
     Attributes:
-        concepts: the KV slots of chunks; each has the number of its chunk's last token.
+        concepts: the KV slots of chunks.
         encoded_BWD: the encoder states of the last tokens.
         used_BWD: the prediction added to the state of each of these tokens.
         silent: true if the first call disabled concepts, so none are computed.
@@ -48,13 +49,13 @@ class ConceptCache(TokenCache):
     def __init__(
         self,
         backbone: Backbone,
-        module: Backbone,
+        concepts: DepthCache | ThinkingChunks,
         chunk: int,
         quantizer: Quantizer,
         table: Tensor | None = None,
         kv_cache: SlotMaker | None = None,
     ) -> None:
-        self.concepts = DepthCache(module.config.num_hidden_layers, 1)
+        self.concepts = concepts
         view = DynamicCache(config=backbone.config) if kv_cache is None else kv_cache.token_cache(backbone.lm, 1).slots
         super().__init__(view.layers, 1, None if kv_cache is None else view)
         self.chunk, self.quantizer, self.table = chunk, quantizer, table
