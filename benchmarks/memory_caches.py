@@ -91,9 +91,9 @@ def fill_slots(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
     table = KVStore.like(keys, values, layer.method.note_defaults)
     table.append(keys, values, torch.arange(keys.shape[2]).expand(len(keys), -1))
     for name in table.notes:
-        table.note(name).uniform_(generator=torch.Generator().manual_seed(0))
+        table.note[name].uniform_(generator=torch.Generator().manual_seed(0))
     layer.tables, layer.state = [table], {"padding": torch.zeros(len(keys), dtype=torch.int64)}
-    layer._evict()
+    layer.method.evict_layer(layer)
 
 
 def fill_regions(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -159,4 +159,4 @@ def grow(side: str, cache: Any, tokens: int, dtype: torch.dtype) -> None:
             start = layer.seen
             layer.update(keys, values)
             layer.tables[0].append(keys, values, torch.arange(start, start + tokens)[None])
-            layer._evict()
+            layer.method.evict_layer(layer)

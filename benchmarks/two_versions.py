@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 SIZES = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2)
-SMALL = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 JOBS = ("decode PreallocatedCache", "decode H2O", "decode PonderLM2", "decode AdaptiveLatentCoT", "train plain",
         "train PonderLM2", "train AdaptiveLatentCoT")  # fmt: skip
 CONTEXT, TOKENS = 1024, 24
@@ -82,24 +81,9 @@ def method(name: str) -> Any:
 
 def calls() -> int:
     """Python calls in Pondera of one decode step of H2O over two layers."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from python_calls import calls_of_step
 
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=97, **SMALL)).eval()
-    cache, count = method("H2O").cache(model), 0
-    with torch.no_grad():
-        model(torch.randint(97, (1, 600)), past_key_values=cache)
-        for _ in range(3):
-            model(torch.randint(97, (1, 1)), past_key_values=cache)
-
-        def profile(frame: Any, event: str, _: Any) -> None:
-            nonlocal count
-            count += event == "call" and f"{os.sep}pondera{os.sep}" in frame.f_code.co_filename
-
-        sys.setprofile(profile)
-        model(torch.randint(97, (1, 1)), past_key_values=cache)
-        sys.setprofile(None)
-    return count
+    return calls_of_step(method("H2O"), prompt=600).total()
 
 
 def serve() -> None:

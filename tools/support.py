@@ -31,7 +31,7 @@ from pondera.cache.self_check import difference
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core import spec
 from pondera.methods.kv_cache.base import KVCacheMethod
-from pondera.methods.kv_cache.common.windowed_codec import SinkWindowLayer
+from pondera.methods.kv_cache.common.windowed_layer import SinkWindowLayer
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 40

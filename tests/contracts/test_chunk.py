@@ -284,6 +284,23 @@ class TestCache:
             agree(torch.cat(pieces, 1), model(text).logits[:, 8:])
             assert cache.passes_BT.shape == (len(order), 13)
 
+    @pytest.mark.parametrize("row", range(3))
+    def test_one_row_is_left_of_a_batch_whose_chunks_end_at_different_tokens(self, method: str, row: int):
+        model = made(method)
+        x, mask = left_padded([ids(1, n, seed=n)[0] for n in (12, 11, 10)])
+        cache, seen = model.new_cache(), 0
+        for size in (5, 1, 1):
+            piece, seen = x[:, seen : seen + size], seen + size
+            model(piece, attention_mask=mask[:, :seen], past_key_values=cache)
+        cache.crop(-1)
+        cache.batch_select_indices(torch.tensor([row]))
+        text, real = x[row : row + 1], mask[row].bool()
+        rest = [
+            model(text[:, t : t + 1], attention_mask=mask[row : row + 1, : t + 1], past_key_values=cache).logits
+            for t in range(6, 12)
+        ]
+        agree(torch.cat(rest, 1)[0], model(text[:, real]).logits[0, -6:])
+
     @pytest.mark.parametrize("prompt", [1, 3])
     def test_rows_are_repeated_before_there_is_anything_to_repeat(self, method: str, prompt: int):
         model, x = made(method), ids(4, 9)

@@ -17,6 +17,8 @@ from helpers.architectures import BACKBONES, ids
 
 from pondera import UserError
 from pondera.core import spec
+from pondera.cost.measure import live_cache_bytes
+from pondera.evaluation.chunked_forward import chunked_forward
 from pondera.evaluation.cost_report import cost_report
 from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.config import IMPOSSIBLE, AdaptiveConfig
@@ -32,6 +34,9 @@ METHODS = {
     "UniversalTransformer": {"think": "UniversalTransformer(steps=2, halting='random')"},
     "PonderLM3": {"think": "PonderLM3(thoughts=2)"},
     "ConceptLM": {"chunk": "ConceptLM(chunk=3, codes=8, segments=4)"},
+    "ConceptLM-think": {
+        "chunk": "ConceptLM(chunk=3, codes=8, segments=4, think=PonderLM2(thoughts=1, eval_rounds='exact'))"
+    },
 }
 EXACT = {
     "PreallocatedCache": "PreallocatedCache()",
@@ -105,7 +110,9 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 def test_every_method_is_combined():
     known = spec.index()
-    assert METHODS.keys() == {name for name, each in known.items() if each.seam in ("think", "chunk")}
+    assert {case.partition("-")[0] for case in METHODS} == {
+        name for name, each in known.items() if each.seam in ("think", "chunk")
+    }
     assert EXACT.keys() | REFUSED.keys() == {name for name, each in known.items() if each.seam == "kv_cache"}
 
 
@@ -160,6 +167,16 @@ def test_bytes_fall_and_so_does_the_cost(method: str, kv_cache: str):
     assert small < 0.75 * large and caches[0].get_seq_length() == 90
     costs = [cost_report(each, 90)["kv_bytes_per_token"] for each in (model, own(model))]
     assert costs[0] < 0.75 * costs[1]
+
+
+@pytest.mark.parametrize("method", ["ConceptLM", "ConceptLM-think"])
+def test_slots_of_chunks_are_priced_beside_a_compressed_cache(method: str):
+    model = build(method, "StreamingLLM(10, sinks=2)")
+    cache = model.new_cache()
+    for _ in chunked_forward(model, cache, ids(1, 90), prompt=45):
+        pass
+    held = cache.nbytes() + live_cache_bytes(cache.concepts) + cache.encoded_BWD.nbytes + cache.used_BWD.nbytes
+    assert cost_report(model, 90)["kv_bytes_per_token"] * 90 == pytest.approx(held)
 
 
 @pytest.mark.parametrize("kv_cache", ["H2O", "SnapKV", "TreeKV", "KIVI", "VQKV"])

@@ -18,12 +18,14 @@ from helpers.declared import form, forms
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pondera import UserError
-from pondera.cache.io import _tensors
 from pondera.cache.slot_layer import KVStoreLayer
+from pondera.cache.state import state_of
 from pondera.core import spec
+from pondera.cost.measure import tensors_in
 from pondera.methods.kv_cache.base import KVCache, KVCacheMethod
 from pondera.methods.kv_cache.common.policy import BudgetedPolicy
-from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache, SinkWindowLayer
+from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
+from pondera.methods.kv_cache.common.windowed_layer import SinkWindowLayer
 
 FORMS = forms("kv_cache")
 FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
@@ -124,7 +126,7 @@ def state(cache: KVCache) -> list[torch.Tensor]:
             real = table.position.gather(2, order) >= 0
             found += [table.position.gather(2, order)[real]]
             found += [rows.gather(2, order[..., None].expand_as(rows))[real] for rows in (table.keys, table.values)]
-            found += [table.note(name).gather(2, order)[real] for name in table.notes]
+            found += [table.note[name].gather(2, order)[real] for name in table.notes]
         found += list(layer.state.values())
     return found
 
@@ -340,7 +342,7 @@ def test_work_really_falls(name: str):
 
 def state_storage(cache: KVCache) -> list[torch.Tensor]:
     """All tensors in the declared state of the layers."""
-    return [part for layer in cache.kept for name in layer.holds for part in _tensors(getattr(layer, name))]
+    return [part for layer in cache.kept for part in tensors_in(state_of(layer))]
 
 
 @pytest.mark.parametrize(("name", "family"), REFUSED)
@@ -362,7 +364,7 @@ def test_the_order_of_slots_means_nothing(name: str):
             table.keys[:], table.values[:] = table.keys[:, :, order].clone(), table.values[:, :, order].clone()
             table.position[:] = table.position[:, :, order].clone()
             for note in table.notes:
-                table.note(note)[:] = table.note(note)[:, :, order].clone()
+                table.note[note][:] = table.note[note][:, :, order].clone()
     a, b = feed(lm, cache, x[:, 12:], [1, 1]), feed(lm, shuffled, x[:, 12:], [1, 1])
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     assert kept(cache) == kept(shuffled)

@@ -17,9 +17,11 @@ from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.core import spec
+from pondera.core.effort import Effort
 from pondera.cost.measure import live_cache_bytes, measured_flops
 from pondera.cost.model import CostModel
 from pondera.cost.schedule import CostSchedule
+from pondera.evaluation.cost_report import cost_report
 
 FORMS = forms("think")
 METHODS = sorted(FORMS)
@@ -312,6 +314,18 @@ class TestCost:
             rows, drops_window_rows=think.drops_window_rows, newest=newest
         )
         assert live_cache_bytes(cache) == expected
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_passes_that_no_token_took_cost_nothing(self, method: str):
+        model, x = exact(method), ids(1, 9)
+        think, cache = model.think, model.new_cache()
+        assert think is not None
+        model(x[:, :8], past_key_values=cache, max_passes=1)
+        spent = measured_flops(lambda: model(x[:, 8:], past_key_values=cache, max_passes=1))
+        shares = [1.0] + [0.0] * (think.slots_per_token - 1)
+        found = cost_report(model, 16, shares=shares, budget=Effort(max_passes=1))["inference_flops_per_token"]
+        # Before it runs another pass, a method may evaluate the rule that would allow it.
+        assert spent == pytest.approx(found, rel=0.03)
 
     @pytest.mark.parametrize("method", METHODS)
     def test_passes_are_recorded_per_token(self, method: str):

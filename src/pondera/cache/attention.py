@@ -19,6 +19,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
 
@@ -87,20 +88,17 @@ Finder = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Server | None]
 """Finds the server of a call from the module and its arguments; returns `None` for the model's own attention function."""
 
 
+@dataclass(slots=True)
 class _Running:
     """A call of an attention module that a server takes over.
 
     Args:
         server: serves the call.
-
-    Attributes:
         served: whether the server has been called.
     """
 
-    __slots__ = ("served", "server")
-
-    def __init__(self, server: Server) -> None:
-        self.server, self.served = server, False
+    server: Server
+    served: bool = False
 
 
 _RUNNING: ContextVar[_Running | None] = ContextVar("pondera_attention", default=None)
@@ -175,14 +173,10 @@ def attention(
             "or 'eager'"
         )
     running.served = True
-    return running.server(base(module), module, query, key, value, attention_mask, **kwargs)
-
-
-def base(module: nn.Module) -> Attention:
-    """The attention function that a routed module calls without a server."""
     view: Any = module.config
     registry, eager = _functions(type(module))
-    return registry.get_interface(view.real._attn_implementation, eager)
+    base = registry.get_interface(view.real._attn_implementation, eager)
+    return running.server(base, module, query, key, value, attention_mask, **kwargs)
 
 
 def implementation(model: nn.Module) -> str | None:

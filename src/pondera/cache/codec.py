@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pondera.cache.state import BatchState
+
 Parts = dict[str, Tensor]
 """The tensors that hold codes, by name: ``[B, heads, S / tokens per entry, ...]`` each."""
 
@@ -56,7 +58,7 @@ class Codec(ABC):
 
 
 @dataclass
-class Codes:
+class Codes(BatchState):
     """The codes of one layer's keys or values, in preallocated storage.
 
     Args:
@@ -103,13 +105,9 @@ class Codes:
         """The codes in use."""
         return {name: part[:, :, : -(-self.used // codec.entry(name))] for name, part in self.parts.items()}
 
-    def crop(self, used: int) -> None:
+    def truncate(self, used: int) -> None:
         """Removes the codes after the first `used` tokens."""
         self.used = min(self.used, used)
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order."""
-        self.parts = {name: part[rows.to(part.device)] for name, part in self.parts.items()}
 
     def live_bytes(self, codec: Codec) -> int:
         """Bytes of the codes in use, without unused storage."""

@@ -1,15 +1,21 @@
-"""Columns of one sequence in the order in which they were written, and which of them a query attends to.
+"""Columns: the token of each KV slot, of one sequence in the order of writing, or of a batch at one depth.
 
-Shapes: C columns of one sequence, s queries of one sequence.
+Shapes: B batch, C columns of one sequence or one depth, s queries of one sequence.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from pondera.cache.state import BatchState
+
+FREE = -1
+"""Token index of an empty column."""
 
 Attend = Literal["all_shallower", "same_depth", "causal"]
 """The columns that a query at depth d sees. "all_shallower": of its own and earlier tokens, the columns of depths 0 to d.
@@ -62,3 +68,35 @@ class Columns:
         """``[C]``: the depth of the deepest column of each column's token."""
         deepest = self.depth_C.new_zeros(int(self.token_C.max()) + 1)
         return deepest.scatter_reduce(0, self.token_C, self.depth_C, "amax")[self.token_C]
+
+
+@dataclass
+class DepthSlots(BatchState):
+    """The token and the key bias of each column of one depth.
+
+    Args:
+        token_BC: the index of the token in its batch row (padding counts), or `FREE`.
+        log_weight_BC: added to the attention scores of each column; default: `None`, nothing is added.
+        next_B: for each batch row, the column after its last slot.
+    """
+
+    token_BC: Tensor
+    log_weight_BC: Tensor | None = None
+    next_B: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        # One additional column, so that the maximum is defined if there is no column.
+        order_C = torch.arange(self.token_BC.shape[1] + 1, device=self.token_BC.device)
+        self.next_B = torch.where(F.pad(self.token_BC, (1, 0), value=FREE) >= 0, order_C, 0).amax(-1)
+
+    def joined(self, other: DepthSlots) -> DepthSlots:
+        """These columns, followed by those of `other`."""
+        weights = [slots.log_weight_BC for slots in (self, other) if slots.log_weight_BC is not None]
+        token_BC = torch.cat([self.token_BC, other.token_BC], dim=1)
+        return DepthSlots(token_BC, torch.cat(weights, dim=1) if weights else None)
+
+    def before(self, token: int) -> DepthSlots:
+        """The columns of tokens before this index."""
+        token_BC = torch.where(self.token_BC < token, self.token_BC, FREE)
+        width = int(DepthSlots(token_BC).next_B.amax()) if token_BC.numel() else 0
+        return DepthSlots(token_BC[:, :width], None if self.log_weight_BC is None else self.log_weight_BC[:, :width])

@@ -13,13 +13,12 @@ heads, D head width (of `run`: width of hidden states).
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
 from pondera.cache.attention import Attention
 from pondera.cache.columns import Attend, Columns
@@ -32,10 +31,8 @@ from pondera.core.hf import Cache
 class ColumnCall(AttentionCall):
     """An attention call of one sequence whose new keys are its next columns, with a mask over columns."""
 
-    @property
-    def in_order(self) -> bool:
-        """False: the mask over columns is not causal in general, so the model's own attention does not serve the call."""
-        return False
+    in_order = False
+    """The mask over columns is not causal in general, so the model's own attention does not serve the call."""
 
 
 @dataclass
@@ -69,13 +66,21 @@ class SequencesLayer(KVLayer):
         now: the current pass; `CompressedSlotCache` sets it.
     """
 
-    holds = ("rows",)
+    by_row: ClassVar[tuple[str, ...]] = ("rows",)
 
     def __init__(self, make: Callable[[], KVLayer], windowed: bool) -> None:
         super().__init__()
         self.make, self.windowed = make, windowed
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
         self.rows: list[KVLayer] = []
         self.now: Pass | None = None
+
+    def prepare(self, batch: int) -> None:
+        """See `CacheState.prepare`: creates the layers of a new batch."""
+        self.rows = [self.make() for _ in range(batch)]
 
     def __call__(
         self,
@@ -135,7 +140,7 @@ class SequencesLayer(KVLayer):
     def begin(self, batch: int, now: Pass) -> None:
         """Creates the layers of a new batch, and sets the current pass."""
         if not self.rows:
-            self.rows = [self.make() for _ in range(batch)]
+            self.prepare(batch)
         for layer in self.rows:
             layer.record_past, layer.hold = self.record_past, True
         self.now = now
@@ -160,25 +165,9 @@ class SequencesLayer(KVLayer):
         """See `get_seq_length`."""
         return query_length, 0
 
-    def nbytes(self) -> int:
-        """See `KVLayer.nbytes`."""
-        return sum(layer.nbytes() for layer in self.rows)
-
     def rollback(self, tokens: int) -> None:
-        """Never called: `CompressedSlotCache.crop` determines the columns that stay."""
+        """Never called: `CompressedSlotCache.rollback` determines the columns that stay."""
         raise NotImplementedError
-
-    def select(self, rows: Tensor) -> None:
-        """See `KVLayer.select`."""
-        self.rows = [self.rows[row].clone() for row in rows.tolist()]
-
-    def clear(self) -> None:
-        """See `KVLayer.clear`."""
-        self.rows, self.now = [], None
-
-    def batch(self) -> int:
-        """See `KVLayer.batch`."""
-        return len(self.rows)
 
 
 class CompressedSlotCache(TokenCache):
@@ -196,6 +185,8 @@ class CompressedSlotCache(TokenCache):
     Attributes:
         columns: the columns of each sequence.
     """
+
+    by_row: ClassVar[tuple[str, ...]] = ("columns",)
 
     def __init__(
         self,
@@ -217,6 +208,10 @@ class CompressedSlotCache(TokenCache):
         layers = [SequencesLayer(lambda index=index: layer(index), narrow) for index, narrow in enumerate(windowed)]
         super().__init__(layers, slots_per_token, view(layers))
         self.window = window
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
         self.columns: list[Columns] = []
 
     @property
@@ -303,42 +298,11 @@ class CompressedSlotCache(TokenCache):
             layer.release(prompt and not layer.record_past)
         super().record(passes_BT)
 
-    def nbytes(self) -> int:
-        """Bytes of the storage of all layers and of `columns`."""
-        noted = sum(value.nbytes for known in self.columns for value in vars(known).values())
-        return noted + sum(layer.nbytes() for layer in self._layers)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Rolls back the last tokens (a negative number, as in transformers); 0 keeps all recorded tokens, and evicts."""
-        kept = self.tokens - abs(tokens_to_remove)
-        keep = [known.token_C < kept for known in self.columns]
+    def rollback(self, tokens: int) -> None:
+        """See `CacheState.rollback`."""
+        keep = [known.token_C < tokens for known in self.columns]
         for layer in self._layers:
             layer.keep(keep)
         self.columns = [known.at(keep_C) for known, keep_C in zip(self.columns, keep, strict=True)]
         for layer in self._layers:
             layer.seen = sum(len(known.token_C) for known in self.columns)
-        self.evict(abs(tokens_to_remove))
-
-    def reset(self) -> None:
-        """Resets the cache to its initial state."""
-        super().reset()
-        self.columns = []
-
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Reorders the batch rows for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each batch row."""
-        if self.columns:
-            self.batch_select_indices(torch.arange(len(self.columns)).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these batch rows."""
-        for layer in self._layers:
-            layer.batch_select_indices(indices)
-        self._rows(indices)
-
-    def _rows(self, indices: Tensor) -> None:
-        super()._rows(indices)
-        self.columns = [copy.copy(self.columns[row]) for row in indices.tolist()]

@@ -11,20 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import cast
+from dataclasses import dataclass
+from typing import ClassVar, cast
 
 import torch
-from torch import LongTensor, Tensor
-from torch.nn import functional as F
+from torch import Tensor
 
+from pondera.cache.columns import FREE, DepthSlots
 from pondera.cache.masks import SlotMask, token_positions
 from pondera.cache.packing import PackedRows
+from pondera.cache.state import CacheLayer
 from pondera.cache.token_cache import TokenCache
-from pondera.core.hf import Cache, CacheLayerMixin
-
-FREE = -1
-"""Token index of an empty column."""
+from pondera.core.hf import Cache
 
 
 @dataclass
@@ -50,21 +48,19 @@ class DepthWrite:
     kept_BT: Tensor | None = None
 
 
-class DepthLayer(CacheLayerMixin):
+class DepthLayer(CacheLayer):
     """The KV slots of one decoder layer, by depth; `DepthCache.writing` sets how a call writes and reads them."""
 
-    is_sliding = False
-    is_croppable = True
+    holds: ClassVar[tuple[str, ...]] = ("parts",)
 
     def __init__(self, depths: int) -> None:
+        self.depths = depths
         super().__init__()
-        self.parts: list[tuple[Tensor, Tensor] | None] = [None] * depths
-        self.write = DepthWrite(0, range(1))
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Sets dtype and device to those of the first keys."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        self.parts: list[tuple[Tensor, Tensor] | None] = [None] * self.depths
+        self.write = DepthWrite(0, range(1))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Stores the new keys and values; returns those of the depths that the call reads, ``[B, H, K, d]``."""
@@ -99,32 +95,11 @@ class DepthLayer(CacheLayerMixin):
         """Width and offset of the call's mask."""
         return self.get_seq_length() + query_length, 0
 
-    def get_max_length(self) -> int:
-        """-1: the length is unlimited."""
-        return -1
-
-    def reset(self) -> None:
-        """Resets to the initial state."""
-        for depth in range(len(self.parts)):
-            self.parts[depth] = None
-        self.is_initialized = False
-
     def trim(self, widths: list[int]) -> None:
         """Keeps the first columns of each depth; `widths` has the number for each depth."""
         for depth, (part, width) in enumerate(zip(self.parts, widths, strict=True)):
             if part is not None:
                 self.parts[depth] = (part[0][:, :, :width], part[1][:, :, :width])
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order."""
-        for depth, part in enumerate(self.parts):
-            if part is not None:
-                chosen = rows.to(part[0].device)
-                self.parts[depth] = (part[0][chosen], part[1][chosen])
-
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Reorders the batch rows for beam search."""
-        self.select(beam_idx)
 
 
 def _entered(write: DepthWrite, old: Tensor | None, below: Tensor | None, new: Tensor) -> Tensor:
@@ -149,43 +124,6 @@ def _entered(write: DepthWrite, old: Tensor | None, below: Tensor | None, new: T
     return buffer
 
 
-@dataclass
-class DepthSlots:
-    """The token and the key bias of each column of one depth.
-
-    Args:
-        token_BC: the index of the token in its batch row (padding counts), or `FREE`.
-        log_weight_BC: added to the attention scores of each column; default: `None`, nothing is added.
-        next_B: for each batch row, the column after its last slot.
-    """
-
-    token_BC: Tensor
-    log_weight_BC: Tensor | None = None
-    next_B: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        # One additional column, so that the maximum is defined if there is no column.
-        order_C = torch.arange(self.token_BC.shape[1] + 1, device=self.token_BC.device)
-        self.next_B = torch.where(F.pad(self.token_BC, (1, 0), value=FREE) >= 0, order_C, 0).amax(-1)
-
-    def joined(self, other: DepthSlots) -> DepthSlots:
-        """These columns, followed by those of `other`."""
-        weights = [slots.log_weight_BC for slots in (self, other) if slots.log_weight_BC is not None]
-        token_BC = torch.cat([self.token_BC, other.token_BC], dim=1)
-        return DepthSlots(token_BC, torch.cat(weights, dim=1) if weights else None)
-
-    def select(self, rows: Tensor) -> DepthSlots:
-        """The columns of these batch rows."""
-        rows = rows.to(self.token_BC.device)
-        return DepthSlots(self.token_BC[rows], None if self.log_weight_BC is None else self.log_weight_BC[rows])
-
-    def before(self, token: int) -> DepthSlots:
-        """The columns of tokens before this index."""
-        token_BC = torch.where(self.token_BC < token, self.token_BC, FREE)
-        width = int(DepthSlots(token_BC).next_B.amax()) if token_BC.numel() else 0
-        return DepthSlots(token_BC[:, :width], None if self.log_weight_BC is None else self.log_weight_BC[:, :width])
-
-
 class DepthCache(TokenCache):
     """A cache that counts tokens for `generate` and gives KV slots by depth to the backbone.
 
@@ -197,9 +135,15 @@ class DepthCache(TokenCache):
         depths: the columns of each depth; `None` for a depth without slots.
     """
 
+    holds: ClassVar[tuple[str, ...]] = (*TokenCache.holds, "depths")
+
     def __init__(self, num_layers: int, depths: int) -> None:
         super().__init__([DepthLayer(depths) for _ in range(num_layers)], depths)
-        self.depths: list[DepthSlots | None] = [None] * depths
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
+        self.depths: list[DepthSlots | None] = [None] * self.slots_per_token
 
     @property
     def _layers(self) -> list[DepthLayer]:
@@ -258,38 +202,11 @@ class DepthCache(TokenCache):
         for layer in self._layers:
             layer.repeat_below(depth, tokens)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Rolls back the last tokens (a negative number, as in transformers)."""
-        kept = self.tokens - abs(tokens_to_remove)
-        self.depths = [depth and depth.before(kept) for depth in self.depths]
+    def rollback(self, tokens: int) -> None:
+        """See `CacheState.rollback`."""
+        self.depths = [depth and depth.before(tokens) for depth in self.depths]
         for layer in self._layers:
             layer.trim([0 if depth is None else depth.token_BC.shape[1] for depth in self.depths])
-        self.evict(abs(tokens_to_remove))
-
-    def reset(self) -> None:
-        """Resets to the initial state."""
-        super().reset()
-        self.depths = [None] * len(self.depths)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these batch rows."""
-        for layer in self._layers:
-            layer.select(indices)
-        self._rows(indices)
-
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Reorders the batch rows for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each batch row."""
-        first = next((depth.token_BC for depth in self.depths if depth is not None), None)
-        if first is not None:  # else the cache is empty
-            self.batch_select_indices(torch.arange(first.shape[0], device=first.device).repeat_interleave(repeats))
-
-    def _rows(self, indices: Tensor) -> None:
-        super()._rows(indices)
-        self.depths = [depth and depth.select(indices) for depth in self.depths]
 
 
 def slot_mask(

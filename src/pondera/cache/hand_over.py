@@ -49,7 +49,11 @@ class Finder:
     place: int
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> KVLayer | None:
-        """See `pondera.cache.attention.Finder`."""
+        """See `pondera.cache.attention.Finder`.
+
+        Raises:
+            UserError: the cache belongs to another model object, or contains half of a call that ended in an error.
+        """
         cache: Any = kwargs.get(self.argument)
         if cache is None and len(args) > self.place:
             cache = args[self.place]
@@ -63,6 +67,12 @@ class Finder:
         layer = cache.layers[module.layer_idx]
         if not isinstance(layer, KVLayer):
             return None
+        first, last = cache.kept[0], cache.kept[-1]
+        if layer is first and (first.seen != last.seen or first.pending or last.pending):
+            raise UserError(
+                "this cache contains half of a call that ended in an error: its layers have seen different numbers of "
+                "tokens; create a new cache, or call cache.reset() first"
+            )
         layer.expected = True
         return layer
 

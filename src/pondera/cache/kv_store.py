@@ -12,12 +12,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pondera.cache.state import BatchState
+
 EMPTY = torch.iinfo(torch.int32).min
 """Position of an empty slot."""
 
 
-@dataclass
-class KVStore:
+@dataclass(eq=False)
+class KVStore(BatchState):
     """Keys, values, positions and metadata of KV slots, for some of the KV heads of a layer.
 
     Storage is preallocated, so that appending a token needs no copy; later tokens reuse the slots of evicted ones. The order
@@ -31,6 +33,13 @@ class KVStore:
         note_defaults: the initial value of each note in a new slot, by name.
         used: the number of slots in use.
         whole: whether slot i contains token i in every batch row, that is, whether no token has been evicted.
+        first_head: the index of its first KV head in the layer; the others follow.
+
+    Attributes:
+        heads, part: the indices of its KV heads in the layer, as a list and as a slice.
+        keys, values: ``[B, G, S, D]``, views of the slots in use.
+        position: ``[B, G, S]``, a view of the positions of the slots in use.
+        note: ``[B, G, S]`` each, writable views of the notes of the slots in use, by name.
     """
 
     keys_BGSD: Tensor
@@ -40,6 +49,16 @@ class KVStore:
     note_defaults: dict[str, float] = field(default_factory=dict)
     used: int = 0
     whole: bool = True
+    first_head: int = 0
+
+    def __post_init__(self) -> None:
+        self.derive()
+
+    def derive(self) -> None:
+        """See `BatchState.derive`: its heads, and the views of the slots in use."""
+        self.part = slice(self.first_head, self.first_head + self.keys_BGSD.shape[1])
+        self.heads = list(range(self.part.start, self.part.stop))
+        self.show()
 
     @classmethod
     def like(cls, key_BGTD: Tensor, value_BGTD: Tensor, note_defaults: dict[str, float]) -> KVStore:
@@ -54,75 +73,59 @@ class KVStore:
             note_defaults,
         )
 
-    @property
-    def keys(self) -> Tensor:
-        """``[B, G, S, D]``: the keys of the slots in use."""
-        return self.keys_BGSD[:, :, : self.used]
-
-    @property
-    def values(self) -> Tensor:
-        """``[B, G, S, D]``: the values of the slots in use."""
-        return self.values_BGSD[:, :, : self.used]
-
-    @property
-    def position(self) -> Tensor:
-        """``[B, G, S]``: the positions of the slots in use."""
-        return self.position_BGS[:, :, : self.used]
-
-    def note(self, name: str) -> Tensor:
-        """``[B, G, S]``: a note of the slots in use, as a writable view."""
-        return self.notes[name][:, :, : self.used]
+    def show(self) -> None:
+        """Sets the views of the slots in use; follows every change of the storage or of `used`."""
+        self.keys, self.values = self.keys_BGSD[:, :, : self.used], self.values_BGSD[:, :, : self.used]
+        self.position = self.position_BGS[:, :, : self.used]
+        self.note: dict[str, Tensor] = {}
+        for name, note in self.notes.items():
+            self.note[name] = note[:, :, : self.used]
 
     @property
     def real(self) -> Tensor:
         """``[B, G, S]``: true for slots of tokens that are not padding."""
-        return self.position_BGS[:, :, : self.used] >= 0
+        return self.position >= 0
 
     def append(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BT: Tensor) -> None:
-        """Stores the keys and values of new tokens.
+        """Stores the keys and values of new tokens: in empty slots if all of them fit there, else after the last slot.
 
         Args:
             key_BGTD, value_BGTD: the keys and values.
             position_BT: positions in the form of `position_BGS`.
         """
         B, G, T = key_BGTD.shape[:3]
-        new = {
-            "keys_BGSD": key_BGTD,
-            "values_BGSD": value_BGTD,
-            "position_BGS": position_BT[:, None].expand(B, G, T).to(torch.int32),
-        }
-        free_BGT = self._free(T) if not self.whole and self.used else None
-        if free_BGT is not None:
-            for name, rows in new.items():
-                getattr(self, name).scatter_(2, _as_wide(free_BGT, rows), rows)
+        position_BGT = position_BT[:, None].expand(B, G, T).to(torch.int32)
+        free_BGT = None
+        if not self.whole and 0 < T <= self.used:
+            lowest_BGT, slot_BGT = self.position.topk(T, largest=False)  # EMPTY is the lowest position
+            free_BGT = slot_BGT if bool((lowest_BGT == EMPTY).all()) else None
+        if free_BGT is None:
+            self._extend(key_BGTD, value_BGTD, position_BGT)
+        else:
+            self.keys_BGSD.scatter_(2, free_BGT[..., None].expand_as(key_BGTD), key_BGTD)
+            self.values_BGSD.scatter_(2, free_BGT[..., None].expand_as(value_BGTD), value_BGTD)
+            self.position_BGS.scatter_(2, free_BGT, position_BGT)
             for name, start in self.note_defaults.items():
                 self.notes[name].scatter_(2, free_BGT, start)
-            return
-        self.reserve(self.used + T)
-        end = slice(self.used, self.used + T)
-        for name, rows in new.items():
-            getattr(self, name)[:, :, end] = rows
+        self.show()  # also if `used` is the same: a view is valid only in the gradient mode in which it was made
+
+    def _extend(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BGT: Tensor) -> None:
+        """Stores new tokens after the last slot in use."""
+        end = slice(self.used, self.used + key_BGTD.shape[2])
+        if end.stop > self.keys_BGSD.shape[2]:
+            self._reserve(end.stop)
+        self.keys_BGSD[:, :, end], self.values_BGSD[:, :, end] = key_BGTD, value_BGTD
+        self.position_BGS[:, :, end] = position_BGT
         for name, start in self.note_defaults.items():
             self.notes[name][:, :, end] = start
-        self.used += T
+        self.used = end.stop
 
-    def _free(self, count: int) -> Tensor | None:
-        """``[B, G, count]``: indices of empty slots; `None` if some batch row and head has fewer than `count`."""
-        if count > self.used:
-            return None
-        lowest_BGT, slot_BGT = self.position.topk(count, largest=False)  # EMPTY is the lowest position
-        return slot_BGT if bool((lowest_BGT == EMPTY).all()) else None
-
-    def reserve(self, slots: int) -> None:
+    def _reserve(self, slots: int) -> None:
         """Allocates storage for this number of slots, and an eighth more, so that it is seldom called again."""
-        if slots <= self.keys_BGSD.shape[2]:
-            return
         room = slots + max(16, slots // 8)
-        self._resize(room)
-
-    def _resize(self, room: int) -> None:
         for name in ("keys_BGSD", "values_BGSD", "position_BGS"):
             setattr(self, name, _resized(getattr(self, name), self.used, room))
+            self.show()  # releases the earlier storage before the next allocation
         self.notes = {name: _resized(note, self.used, room) for name, note in self.notes.items()}
 
     def evict(self, slot_BGk: Tensor) -> None:
@@ -140,10 +143,11 @@ class KVStore:
         self.keys_BGSD = self.keys.gather(2, _as_wide(slot_BGk, self.keys))
         self.values_BGSD = self.values.gather(2, _as_wide(slot_BGk, self.values))
         self.position_BGS = torch.where(kept_BGk, self.position.gather(2, slot_BGk), EMPTY)
-        self.notes = {name: self.note(name).gather(2, slot_BGk) for name in self.notes}
+        self.notes = {name: note.gather(2, slot_BGk) for name, note in self.note.items()}
         self.used, self.whole = slot_BGk.shape[2], False
+        self.show()
 
-    def crop(self, tokens: int) -> None:
+    def truncate(self, tokens: int) -> None:
         """Rolls back to the first `tokens` tokens: empties the slots of later ones."""
         position = self.position
         number_BGS = torch.where(position < 0, -1 - position, position)
@@ -153,6 +157,7 @@ class KVStore:
         used = int(last[-1]) + 1 if len(last) else 0
         self.whole = self.whole and used == tokens
         self.used = used
+        self.show()
 
     def renumber(self, keep_C: Tensor, number_C: Tensor) -> None:
         """Empties the slots of removed tokens, and sets the new positions of the others.
@@ -166,13 +171,6 @@ class KVStore:
         keep = torch.cat([keep_C, keep_C.new_zeros(1)])[at]
         position.copy_(torch.where(keep, number_C[at], EMPTY))
         self.whole = self.whole and bool(keep_C.all())
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order."""
-        rows = rows.to(self.keys_BGSD.device)
-        for name in ("keys_BGSD", "values_BGSD", "position_BGS"):
-            setattr(self, name, getattr(self, name)[rows])
-        self.notes = {name: note[rows] for name, note in self.notes.items()}
 
     def split_heads(self) -> list[KVStore]:
         """One store for each KV head, so that heads can have different numbers of slots."""
@@ -189,14 +187,10 @@ class KVStore:
                 self.note_defaults,
                 self.used,
                 self.whole,
+                head,
             )
             for head in range(self.keys_BGSD.shape[1])
         ]
-
-    def nbytes(self) -> int:
-        """Bytes of the storage, including its unused part."""
-        storage = [self.keys_BGSD, self.values_BGSD, self.position_BGS, *self.notes.values()]
-        return sum(tensor.untyped_storage().nbytes() for tensor in storage)
 
 
 def _as_wide(slot_BGk: Tensor, rows: Tensor) -> Tensor:

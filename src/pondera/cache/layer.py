@@ -10,20 +10,20 @@ Shapes: B batch, H query heads, G KV heads, R = H / G, T new tokens, K tokens se
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 
 from pondera.cache.attention import Attention
 from pondera.cache.slot_attention import PLAIN, Softmax
+from pondera.cache.state import CacheLayer
 from pondera.cache.stock_attention import stock_attention
 from pondera.core.errors import UserError
-from pondera.core.hf import CacheLayerMixin, sdpa_attention
+from pondera.core.hf import sdpa_attention
 
 CAP, SINK, BIAS = "softcap", "s_aux", "position_bias"
 """The names in transformers of further arguments of attention functions: score capping, sink logits, position bias."""
@@ -58,6 +58,9 @@ class AttentionCall:
     given_mask: Tensor | None = None
     key_bias_BK: Tensor | None = None
 
+    in_order: ClassVar[bool] = True
+    """Whether the new tokens continue the sequence, so that `stock` over all slots in order is correct."""
+
     @cached_property
     def softmax(self) -> Softmax:
         """The softmax of attention over KV slots, which need not be all tokens of a sequence in order.
@@ -78,15 +81,11 @@ class AttentionCall:
         """The number of new tokens, T."""
         return self.query_BHTD.shape[2]
 
-    @property
-    def in_order(self) -> bool:
-        """Whether the new tokens continue the sequence, so that `stock` over all slots in order is correct."""
-        return True
-
     @cached_property
     def position_BT(self) -> Tensor:
         """The index of each new token in its batch row; ``-1 - index`` for padding."""
-        B, T, device = len(self.query_BHTD), self.tokens, self.query_BHTD.device
+        B, _, T, _ = self.query_BHTD.shape
+        device = self.query_BHTD.device
         number_BT = torch.arange(self.start, self.start + T, device=device).expand(B, T)
         if self.mask_B1TK is None:
             return number_BT
@@ -134,7 +133,7 @@ class AttentionCall:
         return out
 
 
-class KVLayer(CacheLayerMixin):
+class KVLayer(CacheLayer):
     """Base class of the layers of KV-cache methods: the length counts all tokens seen, and `attend` computes attention.
 
     Attributes:
@@ -147,27 +146,19 @@ class KVLayer(CacheLayerMixin):
         pending: the layer has new keys whose attention call has not been served yet.
     """
 
-    holds: ClassVar[tuple[str, ...]]
-    """The names of the attributes that, in addition to `seen`, are the state of the layer."""
-
+    holds: ClassVar[tuple[str, ...]] = ("seen",)
     shared: ClassVar[tuple[str, ...]] = ("method", "coders")
-    """The names of attributes that `clone` does not copy."""
-
-    is_sliding = False
-    is_croppable = True
     supports_early_init = False
 
     def __init__(self) -> None:
         super().__init__()
+        self.slots_per_token = 1
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
         self.seen = 0
         self.record_past = self.expected = self.pending = self.hold = False
         self.positions: Tensor | None = None
-        self.slots_per_token = 1
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Sets dtype and device to those of the first keys."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Returns the new keys and values unchanged; `__call__` serves the attention call that follows."""
@@ -217,12 +208,12 @@ class KVLayer(CacheLayerMixin):
         """Stores the new tokens and attends to the kept slots; returns ``[B, T, H, D]``."""
 
     @abstractmethod
-    def nbytes(self) -> int:
-        """Bytes of the layer's storage."""
-
-    @abstractmethod
     def rollback(self, tokens: int) -> None:
-        """Rolls back to the first `tokens` tokens, then evicts what was kept only in case of a rollback."""
+        """See `CacheState.rollback`."""
+
+    def set_length(self, tokens: int) -> None:
+        """See `CacheState.set_length`."""
+        self.seen = tokens
 
     def keep_columns(self, keep_C: Tensor) -> None:
         """Rolls back the slots where `keep_C` is false; they are among the newest, and later slots move up.
@@ -242,25 +233,6 @@ class KVLayer(CacheLayerMixin):
         """
         self.hold = False
 
-    def clone(self) -> Self:
-        """A copy; it shares only the attributes in `shared`, which no call changes."""
-        keep = {id(value): value for name in self.shared if (value := getattr(self, name, None)) is not None}
-        copied = copy.copy(self)
-        vars(copied).update(copy.deepcopy(vars(self), keep))
-        return copied
-
-    @abstractmethod
-    def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order."""
-
-    @abstractmethod
-    def clear(self) -> None:
-        """Deletes all stored tokens."""
-
-    @abstractmethod
-    def batch(self) -> int:
-        """The number of batch rows; 0 before the first call."""
-
     def get_seq_length(self) -> int:
         """The number of tokens seen, which determines positions, masks and stopping."""
         return self.seen
@@ -269,45 +241,9 @@ class KVLayer(CacheLayerMixin):
         """Width and offset of masks, which cover all tokens, evicted or not; the layer selects the columns of kept ones."""
         return self.seen + query_length, 0
 
-    def get_max_length(self) -> int:
-        """-1: the length is unlimited."""
-        return -1
-
     def activate_past_recording(self) -> None:
         """Declares that new tokens may be draft tokens: nothing is evicted until `crop`."""
         self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Rolls back the last tokens (a negative number, as in transformers); 0 keeps all recorded tokens, and evicts."""
-        if tokens_to_remove > 0:
-            raise UserError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number, or 0")
-        kept = self.seen + tokens_to_remove
-        if kept < 0:
-            raise UserError(f"crop({tokens_to_remove}): only {self.seen} tokens have been seen")
-        if self.batch():
-            self.rollback(kept)
-        self.seen = kept
-
-    def reset(self) -> None:
-        """Resets the layer to its initial state."""
-        self.clear()
-        self.seen = 0
-        self.is_initialized = self.record_past = self.expected = self.pending = self.hold = False
-        self.positions = None
-
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Reorders the batch rows for beam search."""
-        if self.batch():
-            self.select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these batch rows."""
-        if self.batch():
-            self.select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each batch row."""
-        self.batch_select_indices(torch.arange(self.batch()).repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Not supported: the kept slots are few, and every step needs them."""

@@ -72,7 +72,9 @@ def attend_natively(
         with_scores: whether to return the scores as well, ``-inf`` where a query may not attend.
     """
     B, G, R, T, D = query_BGRTD.shape
-    kernel = library("attention") if T <= FEW and _fit(query_BGRTD, keys_BGSD, values_BGSD, position_BGS) else None
+    fits = position_BGS.dtype == torch.int32 and position_BGS.device.type == "cpu" and position_BGS.stride(-1) == 1
+    fits = fits and T <= FEW and fit_rows(query_BGRTD, keys_BGSD, values_BGSD)
+    kernel = library("attention") if fits else None
     if kernel is None:
         return None
     S, E = values_BGSD.shape[2:]
@@ -99,13 +101,3 @@ def attend_natively(
     if kernel.attention(ctypes.byref(arguments)):
         raise MemoryError(f"attention to {S} slots")
     return Attended(out_BTHE, score_BGRTS)
-
-
-def _fit(query_BGRTD: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, position_BGS: Tensor) -> bool:
-    """Whether the kernel supports the dtypes, devices and strides of these tensors."""
-    return (
-        fit_rows(query_BGRTD, keys_BGSD, values_BGSD)
-        and position_BGS.dtype == torch.int32
-        and position_BGS.device.type == "cpu"
-        and position_BGS.stride(-1) == 1
-    )

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pondera.cache.state import BatchState
+
 
 @dataclass
-class RingBuffer:
+class RingBuffer(BatchState):
     """Keys and values of the tokens with index `first` to ``end - 1``, padding counted.
 
     Args:
@@ -39,8 +41,9 @@ class RingBuffer:
 
     def append(self, key_BG1D: Tensor, value_BG1D: Tensor) -> None:
         """Appends one token."""
-        if self.borrowed or len(self) == self.room:
-            self.resize(len(self) + max(16, len(self) // 8))
+        tokens = self.end - self.first
+        if self.borrowed or tokens == self.room:
+            self.resize(tokens + max(16, tokens // 8))
         at = (self.end - self.origin) % self.room
         self.keys[:, :, at : at + 1], self.values[:, :, at : at + 1] = key_BG1D, value_BG1D
         self.end += 1
@@ -57,9 +60,10 @@ class RingBuffer:
 
     def pieces(self, start: int, stop: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yields one or two views of the tokens from `start` to ``stop - 1``: first index, keys, values."""
+        room = self.room
         while start < stop:
-            at = (start - self.origin) % self.room
-            count = min(stop - start, self.room - at)
+            at = (start - self.origin) % room
+            count = min(stop - start, room - at)
             yield start, self.keys[:, :, at : at + count], self.values[:, :, at : at + count]
             start += count
 
@@ -85,12 +89,7 @@ class RingBuffer:
         """Deletes the tokens before index `first`."""
         self.first = min(max(first, self.first), self.end)
 
-    def crop(self, end: int) -> None:
+    def truncate(self, end: int) -> None:
         """Deletes the tokens from index `end` on."""
         self.end = min(self.end, end)
         self.first = min(self.first, self.end)
-
-    def select(self, rows: Tensor) -> None:
-        """Keeps these batch rows, in this order."""
-        rows = rows.to(self.keys.device)
-        self.keys, self.values, self.borrowed = self.keys[rows], self.values[rows], False

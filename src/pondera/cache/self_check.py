@@ -48,10 +48,11 @@ class Witness(KVLayer):
         apart: the largest difference, relative to the largest output.
     """
 
-    holds: ClassVar[tuple[str, ...]] = ()
+    holds: ClassVar[tuple[str, ...]] = (*KVLayer.holds, "rows")
 
-    def __init__(self) -> None:
-        super().__init__()
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
         self.rows: tuple[Tensor, Tensor] | None = None
         self.apart = 0.0
 
@@ -73,22 +74,8 @@ class Witness(KVLayer):
         self.apart = max(self.apart, difference(found_BTHE[real_BT], out_BTHE[real_BT]))
         return out_BTHE
 
-    def nbytes(self) -> int:
-        """See `KVLayer.nbytes`."""
-        return 0 if self.rows is None else sum(rows.nbytes for rows in self.rows)
-
     def rollback(self, tokens: int) -> None:
         """Not used by the self-check."""
-
-    def select(self, rows: Tensor) -> None:
-        """Not used by the self-check."""
-
-    def clear(self) -> None:
-        """Not used by the self-check."""
-
-    def batch(self) -> int:
-        """See `KVLayer.batch`."""
-        return 0 if self.rows is None else len(self.rows[0])
 
 
 class WitnessCache(Cache):
@@ -97,11 +84,15 @@ class WitnessCache(Cache):
     Args:
         layers: one per decoder layer.
         owner: the owner of the model.
+
+    Attributes:
+        kept: the witnesses.
     """
 
     def __init__(self, layers: list[Any], owner: Owner) -> None:
         super().__init__(layers=layers)
         self.owner = owner
+        self.kept = [layer for layer in layers if isinstance(layer, Witness)]
 
 
 def compare_with_stock(model: PreTrainedModel, owner: Owner, layers: list[int]) -> Verdict:

@@ -83,11 +83,7 @@ class AttentionObservation:
     @cached_property
     def weight_BGRTS(self) -> Tensor:
         """Attention weights in float32 or wider: with the sink they sum to 1 per query; those of padding queries are 0."""
-        return self.weights(self.score_BGRTS)
-
-    def weights(self, score_BGRTS: Tensor) -> Tensor:
-        """Attention weights as in `weight_BGRTS`, from other scores."""
-        weight = self.softmax.weights(score_BGRTS)
+        weight = self.softmax.weights(self.score_BGRTS)
         # The softmax of a query that may attend to no slot is NaN.
         return torch.where(self.real_BT[:, None, None, :, None], weight, 0)
 

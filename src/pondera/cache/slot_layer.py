@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -54,9 +53,8 @@ class KeepAll:
         """0: observes no query."""
         return 0
 
-    def evict_layer(self, layer: KVStoreLayer) -> bool:
+    def evict_layer(self, layer: KVStoreLayer) -> None:
         """Evicts nothing."""
-        return False
 
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> None:
         """Selects all slots."""
@@ -81,11 +79,15 @@ class KVStoreLayer(KVLayer):
         evicted_until: the number of tokens seen at the latest eviction; a rollback to fewer tokens is not possible.
     """
 
-    holds: ClassVar[tuple[str, ...]] = ("tables", "state", "prompt", "evicted_until")
+    holds: ClassVar[tuple[str, ...]] = (*KVLayer.holds, "tables", "state", "prompt", "evicted_until")
 
     def __init__(self, method: Policy | KeepAll, index: int, among: int) -> None:
         super().__init__()
         self.method, self.index, self.among = method, index, among
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
         self.tables: list[KVStore] = []
         self.state: dict[str, Tensor] = {}
         self.prompt = self.evicted_until = 0
@@ -94,50 +96,48 @@ class KVStoreLayer(KVLayer):
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `KVLayer.attend`. Attends to all stored slots, including the new ones, before it evicts."""
-        first = not self.tables
-        if first:
-            self.tables = [KVStore.like(call.key_BGTD, call.value_BGTD, self.method.note_defaults)]
-            if self.method.by_head:
-                self.tables = self.tables[0].split_heads()
-        if call.start == 0 or (call.tokens > 1 and not self.record_past):
+        if not self.tables:
+            self._begin(call)
+        T = call.query_BHTD.shape[2]
+        if call.start == 0 or (T > 1 and not self.record_past):
             self.prompt = self.seen
-        position_BT = call.position_BT
-        if first:
-            self.state["padding"] = torch.zeros(len(position_BT), dtype=torch.int64, device=position_BT.device)
-        self.state["padding"] = self.state["padding"] + call.padding_B
+        if call.mask_B1TK is not None:
+            self.state["padding"] = self.state["padding"] + call.padding_B
         query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
-        exact = (self.method.exact or call.tokens > FEW) and call.in_order
+        exact = (self.method.exact or T > FEW) and call.in_order
         chosen: list[Tensor | None] = []
-        for heads, table in self.parts():
-            table.append(call.key_BGTD[:, heads], call.value_BGTD[:, heads], position_BT)
-            slot_BGk = self._choice(call, query_BGRTD[:, heads], table) if self.method.sparse_attention else None
+        for table in self.tables:
+            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position_BT)
+            slot_BGk = None
+            if self.method.sparse_attention:
+                slot_BGk = self.method.select_kv(self, table, query_BGRTD[:, table.part], call)
             chosen.append(slot_BGk)
             exact = exact and table.whole and slot_BGk is None
+        observed = self.method.observed_queries(self, call)
         if exact:
             out_BTHD = call.stock(*self._joined())
-            self._watch(call, query_BGRTD, position_BT)
+            for table in self.tables if observed else ():
+                self._observe(call, query_BGRTD[:, table.part], table, observed)
         else:
-            out_BTHD = self._by_table(call, query_BGRTD, position_BT, chosen)
+            outputs = []
+            for table, slot_BGk in zip(self.tables, chosen, strict=True):
+                outputs.append(self._by_table(call, query_BGRTD[:, table.part], table, slot_BGk, observed))
+            out_BTHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         if not (self.record_past or self.hold):
-            self._evict()
+            self.method.evict_layer(self)
         return out_BTHD
+
+    def _begin(self, call: AttentionCall) -> None:
+        """Creates the stores and the state for the first call."""
+        self.tables = [KVStore.like(call.key_BGTD, call.value_BGTD, self.method.note_defaults)]
+        if self.method.by_head:
+            self.tables = self.tables[0].split_heads()
+        self.state["padding"] = torch.zeros(len(call.key_BGTD), dtype=torch.int64, device=call.key_BGTD.device)
 
     @property
     def at_prompt(self) -> bool:
         """Whether the latest token is the last one of a prompt."""
         return self.seen == self.prompt
-
-    def parts(self) -> list[tuple[slice, KVStore]]:
-        """The KV heads of each store, and the store."""
-        if len(self.tables) == 1:
-            return [(slice(None), self.tables[0])]
-        return [(slice(head, head + 1), table) for head, table in enumerate(self.tables)]
-
-    def heads(self, part: slice) -> list[int]:
-        """The indices of the KV heads of a store."""
-        if len(self.tables) == 1:
-            return list(range(self.tables[0].keys_BGSD.shape[1]))
-        return list(range(sum(table.keys_BGSD.shape[1] for table in self.tables)))[part]
 
     def _joined(self) -> tuple[Tensor, Tensor]:
         if len(self.tables) == 1:
@@ -145,34 +145,20 @@ class KVStoreLayer(KVLayer):
         keys, values = zip(*((table.keys, table.values) for table in self.tables), strict=True)
         return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
-    def _choice(self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore) -> Tensor | None:
-        return self.method.select_kv(self, table, query_BGRTD, call)
-
     def _by_table(
-        self, call: AttentionCall, query_BGRTD: Tensor, position_BT: Tensor, chosen: list[Tensor | None]
+        self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, slot_BGk: Tensor | None, observed: int
     ) -> Tensor:
-        """Attention over slots that are not all tokens of the sequence in order."""
-        if len(chosen) == 1:
-            return self._of_table(call, query_BGRTD, self.tables[0], position_BT, chosen[0])
-        outputs = [
-            self._of_table(call, query_BGRTD[:, heads], table, position_BT, slot_BGk)
-            for (heads, table), slot_BGk in zip(self.parts(), chosen, strict=True)
-        ]
-        return torch.cat(outputs, dim=2)
-
-    def _of_table(
-        self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, position_BT: Tensor, slot_BGk: Tensor | None
-    ) -> Tensor:
-        if slot_BGk is None and self.method.observed_queries(self, call) >= call.tokens:
-            observed = self._observe(call, query_BGRTD, table, position_BT)
-            outputs = list(map(attend_seen, observed, itertools.repeat(table.values)))
+        """Attention over the slots of a store, which are not all tokens of the sequence in order."""
+        T = query_BGRTD.shape[3]
+        if slot_BGk is None and observed >= T:
+            outputs = self._observe(call, query_BGRTD, table, observed, attends=True)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         keys, values, position = table.keys, table.values, table.position
         if slot_BGk is not None:
             there_BGk = slot_BGk.clamp(min=0)
             keys, values = (_chosen(rows, there_BGk) for rows in (keys, values))
             position = torch.where(slot_BGk < 0, EMPTY, position.gather(2, there_BGk))
-        every, softmax = slice(0, call.tokens), call.softmax
+        every, softmax = slice(0, T), call.softmax
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
         attended = None
@@ -184,49 +170,46 @@ class KVStoreLayer(KVLayer):
             out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling, softmax, bias)
         else:
             out_BTHD = attended.out_BTHD
-        for _ in self._observe(call, query_BGRTD, table, position_BT):
-            pass
+        if observed:
+            self._observe(call, query_BGRTD, table, observed)
         return out_BTHD
 
-    def _watch(self, call: AttentionCall, query_BGRTD: Tensor, position_BT: Tensor) -> None:
-        """Passes attention scores to the policy after attention that did not compute them."""
-        for heads, table in self.parts():
-            for _ in self._observe(call, query_BGRTD[:, heads], table, position_BT):
-                pass
-
     def _observe(
-        self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, position_BT: Tensor
-    ) -> Iterator[AttentionObservation]:
-        """Passes the scores of the last queries of a call to the policy, in blocks of at most about `BLOCK` scores."""
+        self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, observed: int, attends: bool = False
+    ) -> list[Tensor]:
+        """Passes the scores of the last `observed` queries to the policy, in blocks of at most about `BLOCK` scores.
+
+        Returns the output of attention of each block if `attends`, else nothing; the scores of one block exist at a time.
+        """
         T = query_BGRTD.shape[3]
-        begin = T - min(T, self.method.observed_queries(self, call))
-        if begin == T:
-            return
+        begin = max(0, T - observed)
         block = max(1, BLOCK // max(1, math.prod(query_BGRTD.shape[:3]) * table.used))
         # Observations of possible draft tokens wait for `crop`, in separate blocks.
         drafts = max(begin, T - DRAFTS) if self.record_past else T
         edges = [*range(begin, drafts, block), *range(drafts, T, block), T]
+        outputs = []
         for first, last in itertools.pairwise(edges):
             # Only the first of several passes of a call begins an observation.
-            begins = first == begin and not any(table is known for known in self._observed)
-            seen = self._seen(call, query_BGRTD, table, position_BT, slice(first, last), begins)
+            begins = first == begin and table not in self._observed
+            seen = self._seen(call, query_BGRTD, table, slice(first, last), begins)
             if self.hold:
                 self._observed.append(table)
             if first >= drafts:
                 self._drafts.append((seen, table))
             else:
                 self.method.observe(self, table, seen)
-            yield seen
+            if attends:
+                outputs.append(attend_seen(seen, table.values))
+        return outputs
 
     def _softmax(self, call: AttentionCall, table: KVStore) -> Softmax:
         """The softmax for the heads of a store."""
         if call.softmax.sink_H is None or len(self.tables) == 1:
             return call.softmax
-        head = next(head for head, other in enumerate(self.tables) if other is table)
-        return call.softmax.of(slice(head, head + 1), len(self.tables))
+        return call.softmax.of(table.part, len(self.tables))
 
     def _seen(
-        self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, position_BT: Tensor, part: slice, begins: bool
+        self, call: AttentionCall, query_BGRTD: Tensor, table: KVStore, part: slice, begins: bool
     ) -> AttentionObservation:
         """The observation of some queries."""
         query_BGRTD, number, softmax = query_BGRTD[:, :, :, part], call.start + part.start, call.softmax
@@ -242,26 +225,21 @@ class KVStoreLayer(KVLayer):
             allowed = slots_allowed(call.written_mask(part), table.position)
             score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling, softmax, bias)
         number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
-        real_BT = position_BT[:, part] >= 0
+        real_BT = call.position_BT[:, part] >= 0
         return AttentionObservation(
             query_BGRTD, score_BGRTS, number_T, real_BT, call.scaling, begins, out_BTHD, softmax
         )
-
-    def _evict(self) -> None:
-        """Evicts slots until every store is within its budget."""
-        if self.method.evict_layer(self):
-            self.evicted_until = self.seen
 
     def release(self, prompt: bool) -> None:
         """See `KVLayer.release`."""
         was_held, self._observed = self.hold, []
         super().release(prompt)
-        if not was_held or not self.batch():
+        if not was_held or not self.tables:
             return
         if prompt:
             self.prompt = self.seen
         if not self.record_past:
-            self._evict()
+            self.method.evict_layer(self)
 
     def keep_columns(self, keep_C: Tensor) -> None:
         """See `KVLayer.keep_columns`. Rolled-back draft tokens do not influence evictions."""
@@ -283,7 +261,7 @@ class KVStoreLayer(KVLayer):
         self.prompt = int(keep_C[: self.prompt].sum())
         self.evicted_until = int(keep_C[: self.evicted_until].sum())
         self.seen = int(keep_C.sum())
-        self._evict()
+        self.method.evict_layer(self)
 
     def rollback(self, tokens: int) -> None:
         """See `KVLayer.rollback`."""
@@ -295,12 +273,12 @@ class KVStoreLayer(KVLayer):
         self.seen = tokens
         self.prompt = min(self.prompt, tokens)
         for table in self.tables:
-            table.crop(tokens)
+            table.truncate(tokens)
         for seen, table in self._drafts:
             if stays := int((seen.number_T < tokens).sum()):
                 self.method.observe(self, table, seen.first(stays, table.used))
         self._drafts = []
-        self._evict()
+        self.method.evict_layer(self)
 
     def real_tokens(self, budget_from_prompt: bool = False) -> list[int]:
         """For each batch row, the number of tokens seen, or of its prompt, without padding."""
@@ -309,25 +287,6 @@ class KVStoreLayer(KVLayer):
     def number(self, table: KVStore) -> Tensor:
         """``[B, G, S]``: the index of each slot's token in its sequence, padding not counted."""
         return table.position - self.state["padding"][:, None, None]
-
-    def nbytes(self) -> int:
-        """See `KVLayer.nbytes`."""
-        return sum(table.nbytes() for table in self.tables)
-
-    def select(self, rows: Tensor) -> None:
-        """See `KVLayer.select`."""
-        for table in self.tables:
-            table.select(rows)
-        self.state = {name: value[rows.to(value.device)] for name, value in self.state.items()}
-
-    def clear(self) -> None:
-        """See `KVLayer.clear`."""
-        self.tables, self.state, self._drafts, self.prompt, self.evicted_until = [], {}, [], 0, 0
-        self._observed = []
-
-    def batch(self) -> int:
-        """See `KVLayer.batch`."""
-        return len(self.tables[0].keys_BGSD) if self.tables else 0
 
 
 def _chosen(rows_BGSD: Tensor, slot_BGk: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def _run(query_BH1D: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, scaling: fl
     out_B1HD = query_BH1D.new_empty(B, 1, H, D)
     arguments = _Stock(
         gemm,
-        *(x.data_ptr() for x in (query_BH1D, keys_BGSD, values_BGSD)),
+        *(query_BH1D.data_ptr(), keys_BGSD.data_ptr(), values_BGSD.data_ptr()),
         *(B, G, R, S, D, -(-R // parts), threads),
         *query_BH1D.stride()[:2],
         *keys_BGSD.stride()[:3],
@@ -85,15 +85,15 @@ def _run(query_BH1D: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor, scaling: fl
     return None if kernel.stock(ctypes.byref(arguments)) else out_B1HD
 
 
-def _fits(*tensors: Tensor) -> bool:
+def _fits(query_BH1D: Tensor, keys_BGSD: Tensor, values_BGSD: Tensor) -> bool:
     """Whether torch would use its fused kernel in float32 for these tensors, and the native kernel supports them."""
     return (
         torch.get_float32_matmul_precision() == "highest"
         and torch.backends.cuda.flash_sdp_enabled()
-        and fit_rows(*tensors)
-        and tensors[1].shape == tensors[2].shape
-        and all(rows.stride(2) >= rows.shape[-1] for rows in tensors[1:])
-        and tensors[0].shape[-1] <= WIDEST
+        and fit_rows(query_BH1D, keys_BGSD, values_BGSD)
+        and keys_BGSD.shape == values_BGSD.shape
+        and min(keys_BGSD.stride(2), values_BGSD.stride(2)) >= keys_BGSD.shape[-1]
+        and query_BH1D.shape[-1] <= WIDEST
     )
 
 

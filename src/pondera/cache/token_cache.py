@@ -5,18 +5,20 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
+from pondera.cache.io import save
 from pondera.cache.layer import KVLayer
+from pondera.cache.state import CacheState
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache
-from pondera.cost.measure import live_cache_bytes
 
 
-class TokenCache(Cache):
+class TokenCache(CacheState, Cache):
     """A cache that counts tokens for `generate` and KV slots for the backbone.
 
     transformers uses the length of a cache for positions, masks, slicing and stopping. With several slots per token, the
@@ -32,14 +34,17 @@ class TokenCache(Cache):
         slots: the cache for the backbone, over the same layers.
         tokens: the number of tokens seen.
         passes_BT: the number of passes of each cached token; `None` before the first token.
+        methods: the spec strings of the methods that fill the cache; `None`: not known.
     """
+
+    holds: ClassVar[tuple[str, ...]] = ("tokens", "passes_BT", "slots_per_token", "layers")
 
     def __init__(self, layers: list, slots_per_token: int, slots: Cache | None = None) -> None:
         super().__init__(layers=layers)
         self.slots = Cache(layers=layers) if slots is None else slots
         self.slots_per_token = slots_per_token
-        self.tokens = 0
-        self.passes_BT: Tensor | None = None
+        self.methods: str | None = None
+        self.clear()
 
     @property
     def slots_per_token(self) -> int:
@@ -51,10 +56,6 @@ class TokenCache(Cache):
         self._slots_per_token = slots
         for layer in self.layers:
             layer.slots_per_token = slots  # type: ignore[attr-defined]
-
-    def nbytes(self) -> int:
-        """Bytes of the storage of all layers, including its unused part."""
-        return live_cache_bytes(self)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The number of tokens seen; ``slots.get_seq_length()`` is the number of slots."""
@@ -77,46 +78,32 @@ class TokenCache(Cache):
         self.tokens += passes_BT.shape[1]
         self.passes_BT = passes_BT if self.passes_BT is None else torch.cat([self.passes_BT, passes_BT], dim=1)
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Rolls back the last tokens (a negative number, as in transformers)."""
-        count = abs(tokens_to_remove)
-        self.slots.crop(-count * self.slots_per_token)
-        self.evict(count)
+    def rollback(self, tokens: int) -> None:
+        """See `CacheState.rollback`."""
+        self.slots.crop((tokens - self.tokens) * self.slots_per_token)
 
-    def evict(self, count: int) -> None:
-        """Removes the last tokens from the count and from `passes_BT`."""
-        self.tokens -= count
-        if self.passes_BT is not None and count:
-            self.passes_BT = self.passes_BT[:, :-count]
+    def set_length(self, tokens: int) -> None:
+        """See `CacheState.set_length`."""
+        self.tokens = tokens
+        if self.passes_BT is not None:
+            self.passes_BT = self.passes_BT[:, :tokens]
+
+    def clear(self) -> None:
+        """See `CacheState.clear`; `reset` also resets the layers."""
+        self.tokens = 0
+        self.passes_BT: Tensor | None = None
 
     def reset(self) -> None:
-        """Resets the cache to its initial state."""
-        super().reset()
-        self.tokens, self.passes_BT = 0, None
+        """Resets the cache and its layers to their initial state."""
+        Cache.reset(self)
+        self.clear()
 
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Reorders the batch rows for beam search."""
-        super().reorder_cache(beam_idx)
-        self._rows(beam_idx)
+    def save(self, path: str | Path) -> Path:
+        """Writes the cache into a safetensors file; `AdaptiveLM.load_cache` reads it.
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps these batch rows."""
-        super().batch_select_indices(indices)
-        self._rows(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each batch row."""
-        super().batch_repeat_interleave(repeats)
-        if self.passes_BT is not None:
-            self.passes_BT = self.passes_BT.repeat_interleave(repeats, dim=0)
-
-    def save(self, *args: object, **kwargs: object) -> NoReturn:
-        """Not supported: the state of a think or chunk method has no file format."""
-        raise UserError(
-            f"save: a {type(self).__name__} cannot be saved to a file; save the token ids, and run them again with "
-            "model(input_ids, use_cache=True)"
-        )
-
-    def _rows(self, indices: Tensor) -> None:
-        if self.passes_BT is not None:
-            self.passes_BT = self.passes_BT[indices.to(self.passes_BT.device)]
+        Raises:
+            UserError: some tokens may still be rolled back, or the methods of the cache are not known.
+        """
+        if self.methods is None:
+            raise UserError("save: only a cache from model.new_cache() knows its methods; fill and save such a cache")
+        return save(self, self.methods, path)

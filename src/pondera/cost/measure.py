@@ -65,20 +65,33 @@ def live_cache_bytes(cache: Cache) -> int:
         >>> live_cache_bytes(cache)
         640
     """
-    storages = (tensor.untyped_storage() for layer in cache.layers for tensor in _tensors(vars(layer)))
+    return storage_bytes([vars(layer) for layer in cache.layers])
+
+
+def storage_bytes(value: Any) -> int:
+    """Bytes of every tensor storage in a value (see `tensors_in`), each storage once.
+
+    Example:
+        >>> import torch
+        >>> rows = torch.zeros(4, 8)
+        >>> storage_bytes({"all": rows, "some": [rows[:2], None, 3]})
+        128
+    """
+    storages = (tensor.untyped_storage() for tensor in tensors_in(value))
     return sum({(storage.device, storage.data_ptr()): storage.nbytes() for storage in storages}.values())
 
 
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a value: in lists, tuples, dicts, dataclasses, caches and cache layers of any depth."""
     import torch
 
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item)
-    elif hasattr(value, "get_seq_length") or is_dataclass(value):  # a layer within a layer, or a part of one
-        yield from _tensors(vars(value))
+            yield from tensors_in(item)
+    elif hasattr(value, "reorder_cache") or is_dataclass(value):  # a cache, a layer, or a part of one
+        yield from tensors_in(vars(value))

@@ -40,6 +40,7 @@ def cost_report(
     """
     prices = CostModel(model.backbone.config, None if model.head is None else model.head.weights)
     method = None if model.method is None else model.method.at_budget(budget)
+    shares = shares and [share for share in shares if share]  # measured shares end with the passes that no token took
     cached, newest, slots = context // 2, 1.0, float(context)
     if method is None:
         decoding, training = [DecoderPass(1, cached + 1, cached=True)], [DecoderPass(context, context)]
@@ -58,7 +59,7 @@ def cost_report(
     cache_bytes = prices.cache_bytes(round(slots), number_bytes, drops_window_rows, newest=round(newest))
     if model.kv_cache is not None and model.kv_cache.fitted and model.device.type != "meta":
         cache_bytes = _kept_bytes(model, context, budget)
-    elif method is not None:
+    if method is not None:
         cache_bytes += method.extra_cache_bytes(context, number_bytes)
     return {
         "inference_flops_per_token": prices.forward(CostSchedule(tuple(decoding), head_rows=1, tokens=1)),

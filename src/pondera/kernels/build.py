@@ -56,27 +56,19 @@ def library(name: str) -> ctypes.CDLL | None:
         >>> kernels is None or hasattr(kernels, "nearest")
         True
     """
-    if _off():
-        return None
-    found = _found(name)
+    found = OFF if os.environ.get("PONDERA_NATIVE") == "0" else _found(name)
     return None if isinstance(found, str) else found
 
 
 def why_not(name: str) -> str:
     """The reason why `library` returns `None`; empty if the kernel is available. Compiles it if necessary."""
-    if _off():
-        return OFF
-    found = _found(name)
+    found = OFF if os.environ.get("PONDERA_NATIVE") == "0" else _found(name)
     return found if isinstance(found, str) else ""
 
 
 def kernels() -> list[str]:
     """The names of all kernels."""
     return sorted(source.stem for source in HERE.glob("*.c"))
-
-
-def _off() -> bool:
-    return os.environ.get("PONDERA_NATIVE", "1") == "0"
 
 
 @functools.cache

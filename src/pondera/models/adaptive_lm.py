@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import inspect
 import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
 
+from pondera.cache.io import load
 from pondera.cache.masks import token_positions
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
@@ -210,10 +212,33 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     def new_cache(self) -> Cache:
         """An empty cache of the type that the method needs."""
         if self.method is not None:
-            return self.method.new_cache(self.backbone, self.kv_cache)
+            cache = self.method.new_cache(self.backbone, self.kv_cache)
+            cache.methods = self._methods
+            return cache
         if self.kv_cache is not None:
             return self.kv_cache.cache(self.backbone.lm)
         return DynamicCache(config=self.backbone.config)
+
+    @property
+    def _methods(self) -> str:
+        """The spec strings of the methods that fill a cache."""
+        seam = [] if self._seam is None else [getattr(self.config, self._seam)]
+        return " with ".join(seam + ([] if self.kv_cache is None else [repr(self.kv_cache)]))
+
+    def load_cache(self, path: str | Path) -> Cache:
+        """Reads a cache that its `save` has written, onto the device of the model; calls and `generate` continue from it.
+
+        Args:
+            path: the file.
+
+        Raises:
+            UserError: there is no such file, it belongs to another method or model, or this model has no method.
+        """
+        if not self._methods:
+            raise UserError("load_cache: this model has no method, and the stock cache has no file format")
+        cache = self.new_cache()
+        load(cache, self._methods, path, self.device)
+        return cache
 
     def begin_step(self, step: int, seed: int) -> None:
         """Announces an optimizer step to the method, so that all ranks make the same random choices."""

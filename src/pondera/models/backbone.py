@@ -40,6 +40,7 @@ class Backbone(nn.Module):
     Args:
         lm: any transformers causal LM.
         unit_rms: the initialisation gives token embeddings unit RMS, the same as final hidden states.
+        sample_BTD: typical inputs of layers whose inputs are not tokens; default: `None`, token embeddings.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -53,10 +54,10 @@ class Backbone(nn.Module):
     decoder: nn.Module
     """The decoder stack without the head."""
 
-    def __init__(self, lm: PreTrainedModel, unit_rms: bool = False) -> None:
+    def __init__(self, lm: PreTrainedModel, unit_rms: bool = False, sample_BTD: Tensor | None = None) -> None:
         super().__init__()
         self.lm = lm
-        self.unit_rms = unit_rms
+        self.unit_rms, self._sample_BTD = unit_rms, sample_BTD
         self.config: PreTrainedConfig = lm.config.get_text_config(decoder=True)
         # Looked up once, because it is called for every token; not registered as a submodule, since `lm` contains it.
         object.__setattr__(self, "decoder", lm.get_decoder())
@@ -74,6 +75,17 @@ class Backbone(nn.Module):
     def embed(self, ids_BT: Tensor) -> Tensor:
         """Token embeddings, the inputs of the decoder, ``[B, T, D]``."""
         return self.lm.get_input_embeddings()(ids_BT)
+
+    def random_tokens(self, length: int = 64) -> Tensor:
+        """Token ids ``[4, length]`` on which scales are measured, the same in every call; shorter if positions end earlier."""
+        length = min(length, getattr(self.config, "max_position_embeddings", length))
+        draw = torch.Generator("cpu").manual_seed(0)
+        ids_BT = torch.randint(self.config.vocab_size, (4, length), generator=draw, device="cpu")
+        return ids_BT.to(next(self.parameters()).device)
+
+    def typical_inputs(self, ids_BT: Tensor) -> Tensor:
+        """Inputs of the usual RMS, ``[B, T, D]``: the embeddings of these tokens, or `sample_BTD` if inputs are not tokens."""
+        return self.embed(ids_BT) if self._sample_BTD is None else self._sample_BTD
 
     def mix_embeddings(self, weights_BTV: Tensor, ids_BTV: Tensor | None = None) -> Tensor:
         """Weighted sums of token embeddings, ``[B, T, D]``, with the scale of `embed`.
@@ -252,7 +264,7 @@ class Backbone(nn.Module):
         cos_BSr, sin_BSr = getattr(self.decoder, parts.rotary)(h_BSD, position_ids, *of_kind)
         return Rotary(cos_BSr, sin_BSr, family(self.config).interleaved)
 
-    def more_layers(self, count: int) -> Backbone:
+    def more_layers(self, count: int, sample_BTD: Tensor | None = None) -> Backbone:
         """Creates new layers of the same architecture with a final norm, for inputs that are not tokens.
 
         They use full attention, also if the layers of the backbone have windows. Learned position embeddings are already in
@@ -260,6 +272,8 @@ class Backbone(nn.Module):
 
         Args:
             count: number of layers.
+            sample_BTD: typical inputs of these layers, on which a think method measures its scales; default: `None`,
+                unknown.
         """
         config = copy.deepcopy(self.config)
         config.num_hidden_layers = count
@@ -271,10 +285,10 @@ class Backbone(nn.Module):
         decoder: PreTrainedModel = cast(Any, type(self.decoder))(config).to(self.lm.dtype)
         if self.unit_rms:
             scaled_init(decoder)
-        decoder.set_input_embeddings(nn.Identity())
+        decoder.set_input_embeddings(_NoTokens())
         if positions := self._mapped_modules().positions:
             setattr(decoder, positions, _NoPositions())
-        return Backbone(decoder)
+        return Backbone(decoder, self.unit_rms, sample_BTD)
 
     def _mapped_modules(self) -> Modules:
         parts = modules(self.config)
@@ -353,6 +367,13 @@ class Backbone(nn.Module):
 
 def _all_real(h_BSD: Tensor) -> Tensor:
     return torch.ones(h_BSD.shape[:2], dtype=torch.bool, device=h_BSD.device)
+
+
+class _NoTokens(nn.Module):
+    """Replaces the token embeddings of layers whose inputs are not tokens."""
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        raise UserError("these layers run on vectors that are not tokens, so there are no token embeddings to look up")
 
 
 class _NoPositions(nn.Module):

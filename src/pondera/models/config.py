@@ -22,7 +22,8 @@ SETTINGS = ("backbone", *spec.SEAMS, "init", "embed_scale", "dtype")
 
 IMPOSSIBLE = {
     ("think", "chunk"): (
-        "both decide what the decoder layers run on: the same tokens again, or chunks of tokens; leave one of them out"
+        "both decide what the decoder layers run on: the same tokens again, or chunks of tokens; leave one of them out, or "
+        "think within the concept module: ConceptLM(think=...)"
     ),
     ("think", "memory"): (
         "a trained memory runs the layers once per block and keeps a state in place of older slots, and a later pass of a "

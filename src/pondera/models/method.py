@@ -104,7 +104,7 @@ class Method(nn.Module, ABC):
     drops_window_rows: ClassVar[bool] = True
     """The cache drops rows outside of a sliding window; false if it keeps and masks them."""
 
-    supports_recompute: ClassVar[bool] = True
+    supports_recompute: bool = True
     """Gradient checkpointing can recompute its passes; false if a pass reads KV slots of an earlier one."""
 
     unbounded_positions: ClassVar[bool] = False

@@ -35,17 +35,19 @@ def check_method(model: AdaptiveLM) -> None:
     """
     if model.method is None or _is_tested(model):
         return
-    rounds = getattr(model.method, "eval_rounds", None)
+    rounds = {part: cast(Any, part).eval_rounds for part in model.method.modules() if hasattr(part, "eval_rounds")}
     try:
         with as_it_was(model):
+            for part in rounds:  # prefill may be approximate, which a cache does not have to reproduce
+                cast(Any, part).eval_rounds = "exact"
             wrong = _wrong(model)
     except UserError as error:
         wrong = str(error)
     except Exception as error:  # an architecture can raise anything
         wrong = f"a call of a few tokens fails ({described(error)})"
     finally:
-        if rounds is not None:
-            cast(Any, model.method).eval_rounds = rounds
+        for part, number in rounds.items():
+            cast(Any, part).eval_rounds = number
     if wrong:
         raise _misfit(model, wrong)
 
@@ -87,9 +89,6 @@ def _wrong(model: AdaptiveLM) -> str | None:
     ids_BT = (torch.arange(2 * TOKENS, device=model.device).view(2, TOKENS) * 7 + 5) % vocabulary
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[0, :PADS] = 0
-    method: Any = model.method
-    if hasattr(method, "eval_rounds"):  # prefill may be approximate, which a cache does not have to reproduce
-        method.eval_rounds = "exact"
     whole = model(ids_BT, attention_mask=mask_BT).logits
     bound = max(1e-4, 8 * torch.finfo(whole.dtype).eps) * float(whole.float().abs().max())
 

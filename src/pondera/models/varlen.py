@@ -14,8 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from pondera.cache.columns import FREE
 from pondera.cache.compressed_slots import CompressedSlotCache
-from pondera.cache.depth_cache import FREE, DepthCache, DepthWrite, slot_mask
+from pondera.cache.depth_cache import DepthCache, DepthWrite, slot_mask
 from pondera.cache.masks import SlotMask, has_documents
 from pondera.cache.packing import PackedRows
 from pondera.models.backbone import Backbone
@@ -115,11 +116,16 @@ class VarlenPass:
         return cast(DepthCache, self.cache)
 
     def _plain(self) -> bool:
-        """Whether the plain causal mask of the backbone is correct: one document, no gaps, and no slot bias or at most one
-        slot per token."""
+        """Whether the plain causal mask of the backbone is correct: one document, no free column, no slot whose token became
+        padding, and no slot bias or at most one slot per token."""
         held = self._depths.depths[0]
         assert held is not None
         if not self.packed or not self._one_text:
+            return False
+        unseen_BC = held.token_BC == FREE
+        if self.mask_BT is not None:
+            unseen_BC = unseen_BC | (self.mask_BT.gather(1, held.token_BC.clamp(min=0)) == 0)
+        if bool(unseen_BC.any()):
             return False
         if held.log_weight_BC is None and not self._by_position:
             return True

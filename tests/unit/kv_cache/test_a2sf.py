@@ -18,7 +18,7 @@ def test_with_alpha_1_it_is_h2o():
     for ours, theirs in zip(a.kept, b.kept, strict=True):
         for one, other in zip(ours.tables, theirs.tables, strict=True):
             assert torch.equal(one.position, other.position) and torch.equal(
-                one.note("received"), other.note("received")
+                one.note["received"], other.note["received"]
             )
 
 
@@ -35,7 +35,7 @@ def test_the_recursion_is_the_closed_form_and_conserves_attention(pieces: list[i
     cache = run(A2SF(64, alpha=alpha), x, pieces)
     for layer, weight in zip(cache.kept, weights(x), strict=True):
         for head in range(2):
-            note_S = layer.tables[0].note("received")[0, head]
+            note_S = layer.tables[0].note["received"][0, head]
             closed = [sum(alpha ** (19 - i) * r[i][j] for r in weight[head] for i in range(20)) for j in range(20)]
             torch.testing.assert_close(note_S, torch.tensor(closed), atol=1e-5, rtol=1e-5)
             assert float(note_S.sum()) == pytest.approx(2 * (1 - alpha**20) / (1 - alpha), rel=1e-5)

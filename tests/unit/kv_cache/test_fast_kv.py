@@ -91,7 +91,7 @@ def test_it_is_what_dropping_hidden_states_gives(packed: bool):
             assert kept(cache)[number][group] == [chosen(cache)[0][t] for t in stay]
             received = torch.tensor([sum(head[query][t] for head in heads for query in range(11, 15)) for t in stay])
             table = cast(KVStoreLayer, cache.kept[number]).tables[0]
-            torch.testing.assert_close(table.note("received")[0, group], received, atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(table.note["received"][0, group], received, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(found, lm.lm_head(lm.model.norm(h))[0, -4:], atol=1e-5, rtol=1e-5)
 
 

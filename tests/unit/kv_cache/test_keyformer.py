@@ -17,7 +17,7 @@ def test_without_noise_and_at_temperature_1_it_is_h2o():
     for ours, theirs in zip(a.kept, b.kept, strict=True):
         for one, other in zip(ours.tables, theirs.tables, strict=True):
             assert torch.equal(one.position, other.position) and torch.equal(
-                one.note("received"), other.note("received")
+                one.note["received"], other.note["received"]
             )
 
 
@@ -34,8 +34,8 @@ def test_scores_are_those_of_noisy_logits_and_conserve_attention():
                 for i in range(12):
                     logits = [seen.score_BGRTS[0, head, r, i, j] + noise[0, head, r, i, j] for j in range(i + 1)]
                     expected[head, : i + 1] += torch.softmax(torch.stack(logits) / 2.0, 0).float()
-        torch.testing.assert_close(table.note("received")[0], expected, atol=1e-5, rtol=1e-5)
-        assert table.note("received").sum().allclose(torch.tensor(2.0 * 2 * 12))
+        torch.testing.assert_close(table.note["received"][0], expected, atol=1e-5, rtol=1e-5)
+        assert table.note["received"].sum().allclose(torch.tensor(2.0 * 2 * 12))
 
 
 def test_noise_is_gumbel_and_differs_by_seed_layer_head_query_and_key():
@@ -56,7 +56,7 @@ def test_pieces_of_a_prompt_change_nothing_and_the_seed_something():
     x = ids(1, 30)
     whole, pieces = (run(Keyformer(64), x, one) for one in ([30], [11, 19]))
     for a, b in zip(whole.kept, pieces.kept, strict=True):
-        torch.testing.assert_close(a.tables[0].note("received"), b.tables[0].note("received"), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(a.tables[0].note["received"], b.tables[0].note["received"], atol=1e-5, rtol=1e-5)
     assert kept(run(Keyformer(8), x, [30])) == kept(run(Keyformer(8), x, [30]))
     assert kept(run(Keyformer(8), x, [30])) != kept(run(Keyformer(8, seed=1), x, [30]))
 

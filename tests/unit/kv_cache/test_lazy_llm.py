@@ -217,7 +217,7 @@ def test_a_table_whose_rows_take_turns_holds_no_more_slots_than_a_row_needs():
     ]
     real = table.real
     assert torch.equal(table.keys[real][:, 0], table.position[real].float()) and bool(
-        (table.note("note")[real] == 0.5).all()
+        (table.note["note"][real] == 0.5).all()
     )
     assert table.used <= 22 and bool(table.keys.isfinite().all())
 

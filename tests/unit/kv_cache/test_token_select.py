@@ -65,8 +65,8 @@ def test_drafts_do_not_change_what_was_chosen():
     lm(x[:, 30:31], past_key_values=cache)
     layer = cache.kept[0]
     assert isinstance(layer, KVStoreLayer)
-    before = layer.tables[0].note("chosen").clone()
+    before = layer.tables[0].note["chosen"].clone()
     cache.activate_past_recording()
     lm(x[:, 31:34], past_key_values=cache)
     cache.crop(-3)
-    assert before.sum() == 2 * 5 and torch.equal(layer.tables[0].note("chosen"), before)
+    assert before.sum() == 2 * 5 and torch.equal(layer.tables[0].note["chosen"], before)

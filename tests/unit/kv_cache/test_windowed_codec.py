@@ -14,7 +14,8 @@ from pondera.cache.codec import Codec
 from pondera.cache.ring_buffer import RingBuffer
 from pondera.core.hf import sdpa_attention
 from pondera.methods.kv_cache.common.codebooks import Codebooks
-from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache, SinkWindowLayer
+from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
+from pondera.methods.kv_cache.common.windowed_layer import SinkWindowLayer
 from pondera.methods.kv_cache.kivi import KIVI
 
 B, G, R, D = 2, 2, 3, 8

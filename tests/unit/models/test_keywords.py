@@ -102,10 +102,6 @@ class TestForward:
         with pytest.raises(UserError, match=f"{call}.*generate"):
             getattr(build(), call)([[1, 2, 3]], generation_config=GenerationConfig(max_new_tokens=2))
 
-    def test_a_cache_of_a_method_says_that_it_has_no_file_format(self):
-        with pytest.raises(UserError, match="save: a TokenCache"):
-            build(think="PonderLM2(thoughts=1)").new_cache().save("RUN")
-
     def test_two_caches_are_refused(self):
         model = build()
         with pytest.raises(UserError, match="two names of one argument"):

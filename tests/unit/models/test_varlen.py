@@ -8,7 +8,8 @@ from helpers.architectures import BACKBONES
 from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM
-from pondera.cache.depth_cache import FREE, DepthCache, DepthSlots
+from pondera.cache.columns import FREE, DepthSlots
+from pondera.cache.depth_cache import DepthCache
 from pondera.models.backbone import Backbone
 from pondera.models.varlen import VarlenPass, VarlenSlots
 
@@ -107,17 +108,17 @@ def test_all_slots_of_a_token_are_taken_back_together():
 
 def test_reordered_texts_keep_their_weights():
     _, cache = all_at_once(backbone("llama"), True)
-    before = cache.depths[0]
+    before = cache.depths[0].log_weight_BC
     cache.reorder_cache(torch.tensor([1, 1]))
-    assert torch.equal(cache.depths[0].log_weight_BC, before.log_weight_BC[[1, 1]])
+    assert torch.equal(cache.depths[0].log_weight_BC, before[[1, 1]])
     assert cache.depths[0].next_B.tolist() == [4, 4]
 
 
 def test_texts_are_repeated_with_their_weights_and_none_where_none_are_held():
     _, cache = all_at_once(backbone("llama"), True)
-    before, keys = cache.depths[0], cache.layers[0].parts[0][0]
+    before, keys = cache.depths[0].log_weight_BC, cache.layers[0].parts[0][0]
     cache.batch_repeat_interleave(2)
-    assert torch.equal(cache.depths[0].log_weight_BC, before.log_weight_BC[[0, 0, 1, 1]])
+    assert torch.equal(cache.depths[0].log_weight_BC, before[[0, 0, 1, 1]])
     assert torch.equal(cache.layers[0].parts[0][0], keys[[0, 0, 1, 1]])
     cache.reset()
     cache.batch_repeat_interleave(2)

@@ -17,6 +17,11 @@ from pondera.training.train import train
 CONCEPTS = "ConceptLM(chunk=2, codes=4, segments=2)"
 # With statistics, a warm-up and respawn: everything that a quantizer notes while it trains.
 NOTES = "ConceptLM(chunk=2, quantizer=Product(VQ(4, update='ema', init='kmeans', start_step=2, respawn=0.1), groups=2))"
+# With loss terms and random choices of a think method.
+THINKING = [
+    f"ConceptLM(chunk=2, quantizer=Product(VQ(4), groups=2), think={think})"
+    for think in ("UniversalTransformer(steps=2)", "PonderLM3(thoughts=1, train_rounds=(1, 2), warmup=2)")
+]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +29,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return training_worker.write_text(tmp_path_factory.mktemp("concepts") / "text")
 
 
-@pytest.mark.parametrize("chunk", [CONCEPTS, NOTES])
+@pytest.mark.parametrize("chunk", [CONCEPTS, NOTES, *THINKING])
 def test_resumed_is_what_it_would_have_been(chunk: str, text: Path, tmp_path: Path):
     config = training_worker.tiny(text, {"think": None, "chunk": chunk, "train.keep": 2})
     straight = train(config, tmp_path / "straight", progress=False)
@@ -50,6 +55,17 @@ def test_counting_a_step_of_micro_batches_teaches_codebooks_nothing(text: Path, 
     assert len(hits[0]) == 2
     torch.testing.assert_close(hits[0], hits[1], rtol=1e-5, atol=1e-5)
     assert hits[0][0] == pytest.approx(64, rel=0.02)  # 4 windows of 16 chunks
+
+
+@pytest.mark.parametrize("chunk", THINKING)
+def test_micro_batches_change_no_loss_term(chunk: str, text: Path, tmp_path: Path):
+    runs = []
+    for size in (4, 1):
+        config = training_worker.tiny(text, {"think": None, "chunk": chunk, "train.micro_batch_size": size})
+        runs.append(train(config, tmp_path / str(size), progress=False).metrics())
+    for whole, parts in zip(*runs, strict=True):
+        assert any(name.startswith("think_") for name in whole["terms"])
+        assert parts["terms"] == pytest.approx(whole["terms"], rel=1e-3)
 
 
 def test_without_effort_the_concepts_are_left_out(text: Path, tmp_path: Path):

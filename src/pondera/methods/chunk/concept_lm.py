@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, M chunks, D width, G segments (groups of a quantizer)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, ClassVar, cast
 
@@ -13,18 +14,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera.arch.families import listed, modules
+from pondera.cache.depth_cache import DepthCache
 from pondera.cache.masks import has_documents, needed
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
-from pondera.core.effort import Effort
+from pondera.core.effort import FULL, Effort
 from pondera.core.errors import UserError, unknown
+from pondera.core.evaluation_mode import as_it_was
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.model import CostModel
 from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.chunk.base import Chunk, MethodOutput, TokenBatch
 from pondera.methods.chunk.common.chunks import POOLINGS, Chunks, behind
 from pondera.methods.chunk.common.concept_cache import REWIND, ConceptCache
+from pondera.methods.chunk.common.thinking_chunks import ThinkingChunks, check_think, think_about, thinking_calls
 from pondera.methods.quantize.base import ABSENT, MERGES, Quantized, Quantizer
+from pondera.methods.think.base import Think
 from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 from pondera.models.varlen import VarlenPass, VarlenSlots
@@ -39,7 +44,10 @@ class ConceptLM(Chunk):
     prediction is added to the encoded states of the tokens that predict the tokens of the next chunk, and the last
     layers decode.
 
-    ``effort=0`` skips the concepts; the output is then bit-identical to the backbone.
+    With `think`, a think method runs the concept module, so each chunk gets several passes; its tokens are chunks.
+
+    ``effort=0`` skips the concepts; the output is then bit-identical to the backbone. The think method gets any other
+    effort, and `max_passes`.
 
     Source: Next Concept Prediction, arXiv 2602.08984. There are three losses: the next-token loss; ``concept``, the
     squared error between a predicted concept and the pooled vector of the actual chunk (detached); and the losses of
@@ -49,6 +57,8 @@ class ConceptLM(Chunk):
     K D multiplications). The concept module's cache has 1/k as many KV slots. In addition the cache keeps the encoder
     states of the last 32 tokens (2 D numbers each), so that draft tokens can be rolled back across chunk boundaries.
     Only the sequences of a batch whose chunk is complete run the module. Training also maps and searches the codebooks.
+    With `think`, the passes, KV slots and parameters of the think method are added, at 1/k of the rate. All sequences of
+    a batch then run the module whenever one completes a chunk; to the others this is padding, which occupies slots.
     When not to use it: when k tokens are not a natural unit, or when the backbone is so small that L_c layers at 1/k of
     the rate are expensive; on architectures whose layers cannot run separately (raises an error).
     Resolved: a chunk's concept is used from the chunk's last token on, following the paper's index rule (p + 1) // k -
@@ -59,6 +69,11 @@ class ConceptLM(Chunk):
     ``hard`` gives the scores no gradient. There the heads learn by cross-entropy with the codes of the actual chunk,
     and the codebooks learn only from their own losses. With a cache, or at the end of a sequence, the concept loss
     covers only pairs of chunks that lie completely within the call.
+    Thinking about concepts is not in the paper. A token counts one pass, because the layers of the backbone run once per
+    token; the passes of each chunk are in the trace (``concept_passes``). Loss terms of the think method are called
+    ``think_<name>``. Feedback scales are measured on the pooled vectors of random tokens, like those of a think method of
+    tokens on its embeddings; with ``init: scaled`` they are 1. Approximations of a think method remain: one that prefills
+    in a few rounds (``eval_rounds``) does so for the chunks of a call before which no chunk was complete.
 
     Args:
         chunk: k, tokens per chunk.
@@ -73,6 +88,8 @@ class ConceptLM(Chunk):
         vq_weight: weight of the quantizer losses.
         quantizer: a quantizer whose tables all have the same size; it replaces `codes` and `segments`. Default:
             ``None``, the paper's product of SimVQ codebooks with a two-layer map, matched to the first batch.
+        think: a think method that runs the concept module, e.g. ``PonderLM2(thoughts=1)``, but none that uses token
+            embeddings or logits of tokens; default: ``None``, one pass per chunk.
 
     Example:
         >>> ConceptLM(chunk=4, concept_layers=2).cost_schedule(tokens=8, context=64)[0]
@@ -86,6 +103,8 @@ class ConceptLM(Chunk):
         "exact-softmax": "ConceptLM(chunk=4, codes=8, segments=2, encoder_layers=2, concept_layers=2, merge='softmax')",
         "exact-hard": "ConceptLM(chunk=2, codes=8, segments=2, merge='hard', pooling='last')",
         "exact-levels": "ConceptLM(chunk=1, quantizer=Residual(VQ(8), levels=2))",
+        "exact-think": "ConceptLM(chunk=3, codes=8, segments=4, "
+        "think=PonderLM2(thoughts=1, train_rounds=(2, 2), eval_rounds='exact'))",
     }
 
     def __init__(
@@ -100,6 +119,7 @@ class ConceptLM(Chunk):
         ncp_weight: float = 1.0,
         vq_weight: float = 1.0,
         quantizer: Quantizer | None = None,
+        think: Think | None = None,
     ) -> None:
         super().__init__()
         for name, value in {"chunk": chunk, "segments": segments, "concept_layers": concept_layers}.items():
@@ -112,19 +132,27 @@ class ConceptLM(Chunk):
             raise unknown("merge", merge, MERGES)
         if pooling not in POOLINGS:
             raise unknown("pooling", pooling, POOLINGS)
+        if think is not None:
+            check_think(think)
+            self.supports_recompute = think.supports_recompute
         self.chunk, self.codes, self.segments = chunk, codes, segments
         self.encoder_layers, self.concept_layers = encoder_layers, concept_layers
         self.merge, self.pooling = merge, pooling
         self.ncp_weight, self.vq_weight = ncp_weight, vq_weight
         self._described = quantizer
+        self.think = think
+        self._priced = FULL
         self.sizes: tuple[int, int, int] = (segments, 1, codes)
         self.width = 0
 
     def bind(self, backbone: Backbone) -> None:
-        """Creates the concept module, the codebooks and the heads."""
+        """Creates the concept module, the codebooks and the heads, and binds the think method to the concept module."""
         self._check(backbone)
         self.width = backbone.config.hidden_size
-        self.module = backbone.more_layers(self.concept_layers)
+        sample_BMD = None if self.think is None else self._sample(backbone)
+        self.module = backbone.more_layers(self.concept_layers, sample_BMD)
+        if self.think is not None:
+            self.think.bind(self.module)
         self.quantizer = self._description().build(self.width)
         del self._described
         first = next(backbone.lm.parameters())
@@ -163,6 +191,16 @@ class ConceptLM(Chunk):
                 f"{', '.join(map(str, near))}"
             )
 
+    def _sample(self, backbone: Backbone) -> Tensor:
+        """Pooled vectors of random tokens, ``[4, M, D]``, on which the think method measures its scales."""
+        ids_BT = backbone.random_tokens(max(64, self.chunk))
+        if ids_BT.device.type == "meta":
+            return torch.empty(*ids_BT.shape, self.width, dtype=backbone.lm.dtype, device="meta")
+        with as_it_was(backbone):
+            h_BTD = backbone.run(backbone.embed(ids_BT), range(cast(int, self.encoder_layers)))
+        chunks = Chunks.of(self.chunk, len(ids_BT), ids_BT.shape[1], device=ids_BT.device)
+        return chunks.pool(behind(None, h_BTD, self.chunk - 1), self.pooling) if chunks.most else h_BTD
+
     def _description(self) -> Quantizer:
         if self._described is not None:
             return self._described
@@ -174,6 +212,8 @@ class ConceptLM(Chunk):
         """See `Method.begin_step`."""
         if self.width:
             self.quantizer.begin_step(step, seed)
+        if self.think is not None:
+            self.think.begin_step(step, seed)
 
     def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
         """A cache with one slot per token and per chunk; it stores a folded copy of the current codebooks."""
@@ -182,16 +222,22 @@ class ConceptLM(Chunk):
             table = quantizer.table()
         except UserError:  # during warm-up the quantizer cannot be folded; compute its tables for each chunk instead
             quantizer, table = self.quantizer, None
-        return ConceptCache(backbone, self.module, self.chunk, quantizer, table, kv_cache)
+        if self.think is None:
+            concepts = DepthCache(self.concept_layers, 1)
+        else:
+            concepts = ThinkingChunks(self.think.new_cache(self.module))
+        return ConceptCache(backbone, concepts, self.chunk, quantizer, table, kv_cache)
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
-        """See `Method.forward`. An effort of 0 skips the concepts; any other effort changes nothing."""
+        """See `Method.forward`. An effort of 0 skips the concepts; any other budget is that of the think method."""
         h_BTD, position_ids, mask, labels_BT = batch.h_BTD, batch.position_ids, batch.mask, batch.labels_BT
         concept_cache, seen = cast("ConceptCache | None", batch.cache), 0
         rows = None if concept_cache is None else concept_cache.slots
         passes_BT = torch.ones(h_BTD.shape[:2], dtype=torch.long, device=h_BTD.device)
         if concept_cache is not None:
             concept_cache.check_silent(batch.budget.effort == 0)
+            if self.think is not None and batch.budget.effort:
+                cast(ThinkingChunks, concept_cache.concepts).check_budget(self.think, batch.budget)
             seen = concept_cache.tokens
             concept_cache.record(passes_BT)
         if batch.budget.effort == 0:
@@ -210,13 +256,14 @@ class ConceptLM(Chunk):
             # Quantize first, because the first batch may initialize the codebooks.
             learning = self.training and labels_BT is not None
             quantized = self.quantizer(pooled_BMD.detach(), chunks.valid_BM) if learning else None
-            states_BMD = self._states(pooled_BMD, chunks, position_ids, concept_cache, mask, seen)
-            scores = self.heads(states_BMD).unflatten(-1, self.sizes)
+            thought = self._states(pooled_BMD, chunks, position_ids, concept_cache, mask, seen, batch.budget)
+            scores = self.heads(thought.h_BTD).unflatten(-1, self.sizes)
             tables = (self.quantizer, None) if concept_cache is None else (concept_cache.quantizer, concept_cache.table)
             concept_BMD = self._merged(scores, *tables).to(h_BTD.dtype)
             if labels_BT is not None:
                 terms = self._terms(pooled_BMD.detach(), scores, concept_BMD, chunks, quantized)
-            trace = self._trace(pooled_BMD, scores, chunks) if self.record else {}
+            terms |= {f"think_{name}": term for name, term in thought.terms.items()}
+            trace = self._trace(pooled_BMD, scores, chunks, thought.passes_BT) if self.record else {}
         last_BD = (
             None
             if concept_cache is None or concept_cache.used_BWD is None or not seen
@@ -236,19 +283,26 @@ class ConceptLM(Chunk):
         cache: ConceptCache | None,
         mask: Tensor | None,
         seen: int,
-    ) -> Tensor:
+        budget: Effort,
+    ) -> MethodOutput:
         """The concept module's states of the chunks, ``[B, M, D]``; values at invalid chunks are undefined."""
+        passes_BM = torch.ones_like(chunks.end_BM)
         if not chunks.most:
-            return pooled_BMD
+            return MethodOutput(pooled_BMD, passes_BM)
         batch, tokens = chunks.position_BT.shape
         position_BM = position_ids.expand(batch, -1).gather(1, chunks.end_BM) - (self.chunk - 1)
         position_BM = position_BM.clamp(min=0)
-        if cache is None:
+        concepts = None if cache is None else cache.concepts
+        if self.think is not None:
+            thinking = cast("ThinkingChunks | None", concepts)
+            return think_about(chunks, self.think, self.module, pooled_BMD, position_BM, thinking, seen, budget)
+        if concepts is None:
             # Invalid chunks come last, and no valid chunk attends to them, so only documents need a mask.
             apart = chunks.document_BM.clamp(min=1) if has_documents(mask) else None
-            return self.module.step(pooled_BMD, None, apart, position_BM)
+            return MethodOutput(self.module.step(pooled_BMD, None, apart, position_BM), passes_BM)
         slots = VarlenSlots(seen + chunks.end_BM, position_BM, chunks.valid_BM)
-        return VarlenPass(self.module, cache.concepts, mask, seen + tokens).run(pooled_BMD, slots)
+        ragged = VarlenPass(self.module, cast(DepthCache, concepts), mask, seen + tokens)
+        return MethodOutput(ragged.run(pooled_BMD, slots), passes_BM)
 
     def _merged(self, scores: Tensor, quantizer: Quantizer, table: Tensor | None = None) -> Tensor:
         """Decodes scores ``[B, M, G, R, K]`` to vectors ``[B, M, D]``."""
@@ -272,15 +326,17 @@ class ConceptLM(Chunk):
             terms[f"vq_{name}"] = LossTerm(term.sum, term.count, term.weight * self.vq_weight)
         return terms
 
-    def _trace(self, pooled_BMD: Tensor, scores: Tensor, chunks: Chunks) -> dict[str, Any]:
+    def _trace(self, pooled_BMD: Tensor, scores: Tensor, chunks: Chunks, passes_BM: Tensor) -> dict[str, Any]:
         """``chunk``: k; ``ends``: the column of each chunk's last token, or -1 if the chunk is invalid; ``concepts``
         and ``predicted``: the codes of the chunk and the codes predicted for the next one, ``[B, M, G, R]``;
+        ``concept_passes``: the passes of each chunk through the concept module, or 0 if it is invalid, ``[B, M]``;
         ``quantized``: the segments of all chunks, and the tables."""
         valid_BM, table = chunks.valid_BM, self.quantizer.table()
         assert table is not None
         return {
             "chunk": self.chunk,
             "ends": torch.where(valid_BM, chunks.end_BM, -1),
+            "concept_passes": torch.where(valid_BM, passes_BM, 0),
             "concepts": self.quantizer.encode(pooled_BMD, valid_BM),
             "predicted": torch.where(valid_BM[..., None, None], scores.argmax(-1), ABSENT),
             "quantized": (pooled_BMD[valid_BM].unflatten(-1, (self.sizes[0], -1)), table),
@@ -289,14 +345,12 @@ class ConceptLM(Chunk):
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
     ) -> list[DecoderPass | MatMul]:
-        """See `Method.cost_schedule`."""
+        """See `Method.cost_schedule`. A chunk runs all passes of the think method; `shares` only describes tokens."""
         groups, levels, codes = self.sizes
         cached = context > 0
         chunks = tokens / self.chunk if cached else tokens // self.chunk
-        rows = max(1.0, chunks)  # chunks per call; below one chunk per call, the call repeats less often instead
-        keys = max(rows, (context + tokens) // self.chunk)
         schedule: list[DecoderPass | MatMul] = [
-            DecoderPass(rows, keys, repeats=chunks / rows, layers=self.concept_layers),
+            *self._module_calls(chunks, (context + tokens) // self.chunk, training),
             MatMul(chunks, self.width * groups * levels * codes),
         ]
         if self.merge != "hard":
@@ -307,9 +361,25 @@ class ConceptLM(Chunk):
             schedule.append(MatMul(chunks, levels * codes * self.width, trained=False))
         return [*schedule, DecoderPass(tokens, context + tokens, cached=cached)]
 
+    def _module_calls(self, chunks: float, keys: int, training: bool) -> list[DecoderPass | MatMul]:
+        """The concept module on `chunks` new chunks, `keys` with earlier ones. Below one chunk per call it runs less often."""
+        if self.think is None:
+            rows = max(1.0, chunks)
+            return [DecoderPass(rows, max(rows, keys), repeats=chunks / rows, layers=self.concept_layers)]
+        return thinking_calls(self.think, self.concept_layers, chunks, keys, training, self._shares())
+
+    def _shares(self) -> list[float]:
+        """The share of chunks that takes each pass of the think method: all chunks take all passes of the budget."""
+        assert self.think is not None
+        return [1.0] * self._priced.passes(self.think.slots_per_token, self.think.adaptive)
+
     def at_budget(self, budget: Effort) -> ConceptLM | None:
         """See `Method.at_budget`: concepts are not passes, so `shares` cannot describe a call without them."""
-        return self if budget.effort else None
+        if not budget.effort or self.think is None:
+            return self if budget.effort else None
+        priced = copy.copy(self)
+        priced._priced = budget
+        return priced
 
     def _map_weights(self) -> int:
         """Number of weights of the linear maps that compute the codebooks."""
@@ -319,5 +389,7 @@ class ConceptLM(Chunk):
 
     def extra_cache_bytes(self, tokens: int, number_bytes: int) -> float:
         """The KV slots of chunks, and the encoder states of the last tokens."""
-        rows = CostModel(self.module.config).cache_bytes(tokens // self.chunk, number_bytes)
+        chunks = tokens // self.chunk
+        slots = chunks if self.think is None else round(self.think.slots(chunks, self._shares()))
+        rows = CostModel(self.module.config).cache_bytes(slots, number_bytes)
         return rows + 2 * min(tokens, REWIND + self.chunk - 1) * self.width * number_bytes

@@ -63,8 +63,8 @@ class A2SF(EvictionPolicy):
         queries = len(seen.number_T)
         age_T = torch.arange(queries - 1, -1, -1, device=seen.number_T.device, dtype=seen.weight_BGRTS.dtype)
         new_BGS = (seen.weight_BGRTS * self.alpha ** age_T[:, None]).sum((2, 3))
-        table.note("received").mul_(self.alpha**queries).add_(new_BGS)
+        table.note["received"].mul_(self.alpha**queries).add_(new_BGS)
 
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """See `EvictionPolicy.score`."""
-        return table.note("received")
+        return table.note["received"]

@@ -74,15 +74,15 @@ class AdaKV(PolicyWrapper):
         """See `Policy.by_head`."""
         return True
 
-    def evict_layer(self, layer: KVStoreLayer) -> bool:
+    def evict_layer(self, layer: KVStoreLayer) -> None:
         """See `Policy.evict_layer`."""
         if self.policy.prefill_only and not layer.at_prompt:
-            return False
-        tables, heads = layer.tables, layer.heads(slice(None))
+            return
+        tables, heads = layer.tables, list(range(len(layer.tables)))
         count_BG = torch.cat([table.real.sum(-1) for table in tables], dim=1)
         even_BG = self.policy.slots(layer, tables[0], heads)
         if int((count_BG.sum(-1) - even_BG.sum(-1)).amax()) < self.policy.slack:
-            return False
+            return
         protected_score = [
             self.policy.protected_score(layer, table, even_BG[:, [head]]) for head, table in enumerate(tables)
         ]
@@ -94,7 +94,7 @@ class AdaKV(PolicyWrapper):
         share_BG = shares(protected_score_BGS, torch.cat(position, dim=1), count_BG, even_BG, self.safeguard)
         for head, table in enumerate(tables):
             evict_lowest(table, protected_score[head], (count_BG - share_BG)[:, [head]])
-        return True
+        layer.evicted_until = layer.seen
 
 
 def shares(

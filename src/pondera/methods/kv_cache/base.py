@@ -19,6 +19,7 @@ from pondera.cache.hand_over import Owner, hand_over, name
 from pondera.cache.io import load, save
 from pondera.cache.layer import KVLayer
 from pondera.cache.slot_layer import KeepAll, KVStoreLayer
+from pondera.cache.state import BatchState
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -34,7 +35,7 @@ class NoCache(UserError, AttributeError):
     """Raised if a method is passed where its cache is expected; `hasattr` treats it as a missing attribute."""
 
 
-class KVCache(Cache):
+class KVCache(BatchState, Cache):
     """The cache of a KV cache method: a transformers cache, for `generate` and for plain calls of any model.
 
     Args:
@@ -46,29 +47,12 @@ class KVCache(Cache):
         kept: the layers that the method created.
     """
 
+    holds: ClassVar[tuple[str, ...]] = ("layers",)
+
     def __init__(self, layers: list, method: KVCacheMethod, owner: Owner) -> None:
         super().__init__(layers=layers)
         self.method, self.owner = method, owner
         self.kept: list[KVLayer] = [layer for layer in layers if isinstance(layer, KVLayer)]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """See transformers; refuses to continue after a forward that ended in an error."""
-        first, last = self.kept[0], self.kept[-1]
-        layer: Any = self.layers[layer_idx]
-        if layer is first and (first.seen != last.seen or first.pending or last.pending):
-            raise UserError(
-                "this cache contains half of a call that ended in an error: its layers have seen different numbers of "
-                "tokens; create a new cache, or call cache.reset() first"
-            )
-        return layer.update(key_states, value_states, *args, **kwargs)
-
-    def nbytes(self) -> int:
-        """Bytes of the storage of all layers, including unused capacity."""
-        from pondera.cost.measure import live_cache_bytes
-
-        return live_cache_bytes(self)
 
     def save(self, path: str | Path) -> Path:
         """Writes the cache into a safetensors file; `KVCacheMethod.load_cache` reads it.
@@ -76,7 +60,7 @@ class KVCache(Cache):
         Raises:
             UserError: some tokens may still be rolled back.
         """
-        return save(self.layers, repr(self.method), path)
+        return save(self, repr(self.method), path)
 
 
 class KVCacheMethod(SpecRepr, nn.Module, ABC):
@@ -268,7 +252,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
             UserError: there is no such file, or it belongs to another method or model.
         """
         cache = self.cache(model)
-        load(cache.layers, repr(self), path)
+        load(cache, repr(self), path, model.device)
         return cache
 
 

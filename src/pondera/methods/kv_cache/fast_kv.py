@@ -125,11 +125,11 @@ class FastKV(PolicyWrapper):
         if self.packed:
             pack(model, cache)
 
-    def evict_layer(self, layer: KVStoreLayer) -> bool:
+    def evict_layer(self, layer: KVStoreLayer) -> None:
         """See `Policy.evict_layer`: selects the tokens that continue before the policy evicts."""
         if isinstance(layer, SelectorLayer) and layer.new_BT is not None and layer.at_prompt:
             layer.choice = self.choose(layer, layer.new_BT)
-        return super().evict_layer(layer)
+        super().evict_layer(layer)
 
     def choose(self, layer: SelectorLayer, new_BT: Tensor) -> Selector | None:
         """Selects the tokens of a call that continue; `None`: all of them.
@@ -145,7 +145,7 @@ class FastKV(PolicyWrapper):
             return None
         begin, among = layer.seen - T, self.innermost
         score_BT = torch.zeros(new_BT.shape, device=new_BT.device)
-        for _, table in layer.parts():
+        for table in layer.tables:
             place_BGS = table.position.long() - begin
             protected_score_BGS = among.score(layer, table).masked_fill(place_BGS < 0, 0)
             score_BT.scatter_add_(1, place_BGS.clamp(min=0).flatten(1), protected_score_BGS.flatten(1).float())

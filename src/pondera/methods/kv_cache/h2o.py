@@ -50,8 +50,8 @@ class H2O(EvictionPolicy):
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
-        table.note("received").add_(seen.weight_BGRTS.sum((2, 3)))
+        table.note["received"].add_(seen.weight_BGRTS.sum((2, 3)))
 
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """See `EvictionPolicy.score`."""
-        return table.note("received")
+        return table.note["received"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import ClassVar
 
 import torch
@@ -78,15 +79,16 @@ class Keyformer(EvictionPolicy):
         score_BGRTS = seen.score_BGRTS
         if self.noise:
             score_BGRTS = score_BGRTS + self.noise * self.gumbel(layer, table, seen).to(score_BGRTS.dtype)
-        table.note("received").add_(seen.weights(score_BGRTS / tau_T1).sum((2, 3)))
+        noisy = dataclasses.replace(seen, score_BGRTS=score_BGRTS / tau_T1)
+        table.note["received"].add_(noisy.weight_BGRTS.sum((2, 3)))
 
     def gumbel(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> Tensor:
         """``[B, G, R, T, S]``: the noise for each product."""
         pads_B1 = layer.state["padding"][:, None]
         query_BT, key_BGS = seen.number_T - pads_B1, layer.number(table)
-        R, G = seen.score_BGRTS.shape[2], key_BGS.shape[1]
-        first = next(part.start or 0 for part, one in layer.parts() if one is table)
-        head_GR = (first + torch.arange(G, device=key_BGS.device))[:, None] * R + torch.arange(R, device=key_BGS.device)
+        R = seen.score_BGRTS.shape[2]
+        head_G = torch.tensor(table.heads, device=key_BGS.device)
+        head_GR = head_G[:, None] * R + torch.arange(R, device=key_BGS.device)
         # A unique number per head, query and key, for sequences shorter than 2^24 tokens.
         at_BGRT = head_GR[:, :, None] * 2**48 + query_BT[:, None, None] * 2**24
         uniform = stateless_uniform(at_BGRT[..., None] + key_BGS[:, :, None, None], layer.index, self.seed)
@@ -94,4 +96,4 @@ class Keyformer(EvictionPolicy):
 
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """See `EvictionPolicy.score`."""
-        return table.note("received")
+        return table.note["received"]

@@ -79,7 +79,7 @@ class RefreshKV(Policy):
         due_BG = torch.where(looks_B[:, None], count_BG, count_BG.minimum(part_B[:, None]))
         if call.tokens > 1 or bool((due_BG == count_BG).all()):
             return None
-        rank_BGS = table.note("rank").masked_fill(~table.real, -torch.inf)
+        rank_BGS = table.note["rank"].masked_fill(~table.real, -torch.inf)
         slot_BGk, kept_BGk = highest(rank_BGS, table.position, due_BG)
         return torch.where(kept_BGk, slot_BGk, -1)
 
@@ -95,7 +95,7 @@ class RefreshKV(Policy):
         tokens = int(seen.number_T[-1]) + 1
         looks_B = self._looks(layer, seen.query_BGRTD, tokens) & seen.real_BT[:, -1]
         rank_BGS = pooled(seen.weight_BGRTS[:, :, :, -1], table.position, self.kernel, "max").amax(2)
-        note_BGS = table.note("rank")
+        note_BGS = table.note["rank"]
         note_BGS.copy_(torch.where(looks_B[:, None, None], rank_BGS, note_BGS))
         query_BD = _mean_query(seen.query_BGRTD)
         layer.state["query"] = torch.where(looks_B[:, None], query_BD, layer.state.get("query", query_BD))

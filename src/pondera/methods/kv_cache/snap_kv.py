@@ -70,7 +70,7 @@ class SnapKV(EvictionPolicy):
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
-        received = table.note("received")
+        received = table.note["received"]
         if seen.begins:
             received.zero_()
         received.add_(seen.weight_BGRTS.sum((2, 3)))
@@ -78,4 +78,4 @@ class SnapKV(EvictionPolicy):
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """See `EvictionPolicy.score`."""
         in_window_BGS = table.position >= layer.seen - self.observation_window
-        return pooled(table.note("received").masked_fill(in_window_BGS, 0), table.position, self.kernel, self.pool)
+        return pooled(table.note["received"].masked_fill(in_window_BGS, 0), table.position, self.kernel, self.pool)

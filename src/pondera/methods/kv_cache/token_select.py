@@ -83,11 +83,11 @@ class TokenSelect(Policy):
         again_B = self._alike(layer, query_BGRD) & many_B
         vote_BS = vote(query_BGRD, table.keys, free_BGS, call.scaling) if not bool(again_B.all()) else None
         if vote_BS is None:
-            choice_BS = table.note("chosen")[:, 0] > 0
+            choice_BS = table.note["chosen"][:, 0] > 0
         else:
             best_Bc = vote_BS.masked_fill(~free_BGS[:, 0], -torch.inf).topk(self.chosen, dim=-1).indices
             choice_BS = torch.zeros_like(free_BGS[:, 0]).scatter(1, best_Bc, True)
-            choice_BS = torch.where(again_B[:, None], table.note("chosen")[:, 0] > 0, choice_BS)
+            choice_BS = torch.where(again_B[:, None], table.note["chosen"][:, 0] > 0, choice_BS)
             if not layer.record_past:
                 self._remember(layer, table, query_BGRD, choice_BS, many_B & ~again_B)
         wanted_BGS = table.real & (always_BGS | choice_BS[:, None])
@@ -108,7 +108,7 @@ class TokenSelect(Policy):
     ) -> None:
         """Stores a selection and its query, for these batch rows."""
         layer.state["query"] = torch.where(rows_B[:, None, None, None], query_BGRD, layer.state["query"])
-        note_BGS = table.note("chosen")
+        note_BGS = table.note["chosen"]
         note_BGS.copy_(torch.where(rows_B[:, None, None], choice_BS[:, None].to(note_BGS.dtype), note_BGS))
 
 

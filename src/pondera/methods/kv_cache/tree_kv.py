@@ -64,19 +64,17 @@ class TreeKV(BudgetedPolicy):
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
-        table.note("received").add_(seen.weight_BGRTS.sum((2, 3)))
+        table.note["received"].add_(seen.weight_BGRTS.sum((2, 3)))
 
-    def evict_over_budget(
-        self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor
-    ) -> None:
+    def evict_over_budget(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor, over_BG: Tensor) -> None:
         """See `BudgetedPolicy.evict_over_budget`."""
         position_BGS, real_BGS = table.position, table.real
-        mean_BGS = table.note("received") / (layer.seen - position_BGS).clamp(min=1)
+        mean_BGS = table.note["received"] / (layer.seen - position_BGS).clamp(min=1)
         # Slots in the order of the sequence, empty slots last.
         order_BGS = position_BGS.masked_fill(~real_BGS, torch.iinfo(position_BGS.dtype).max).argsort(dim=-1)
-        count_BG, pair_BG = real_BGS.sum(-1), self._pair(layer)[:, heads]
+        count_BG, pair_BG = real_BGS.sum(-1), self._pair(layer)[:, table.part]
         kept_BGC, pair_BG = compete(order_BGS, mean_BGS, count_BG, limit_BG, pair_BG, self.sinks, int(self.recent))
-        layer.state["pair"][:, heads] = pair_BG
+        layer.state["pair"][:, table.part] = pair_BG
         rank_C = torch.arange(kept_BGC.shape[2], device=kept_BGC.device)
         stays_BGC = rank_C < limit_BG.minimum(count_BG)[..., None]
         stays_BGS = torch.zeros_like(mean_BGS).scatter(2, kept_BGC, stays_BGC.to(mean_BGS.dtype))
@@ -86,7 +84,8 @@ class TreeKV(BudgetedPolicy):
         """``[B, G]``: rank in the sequence of the older slot of the next pair, for all heads of the layer."""
         if "pair" not in layer.state:
             padding_B = layer.state["padding"]
-            layer.state["pair"] = padding_B.new_full((len(padding_B), len(layer.heads(slice(None)))), self.sinks)
+            heads = sum(len(table.heads) for table in layer.tables)
+            layer.state["pair"] = padding_B.new_full((len(padding_B), heads), self.sinks)
         return layer.state["pair"]
 
 

@@ -76,7 +76,7 @@ class AdaPonderLM(PonderLM):
         "exact-dense": "AdaPonderLM(steps=2, top_k=None, threshold=0.3, halted='dense')",
         "identity-dense": "AdaPonderLM(steps=0, halted='dense')",
     }
-    supports_recompute: ClassVar[bool] = False
+    supports_recompute: bool = False
 
     def __init__(
         self,

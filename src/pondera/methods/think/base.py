@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from pondera.models.method import Method, MethodOutput, TokenBatch
@@ -21,5 +22,13 @@ class Think(Method):
     adaptive: bool = False
     """True if the number of passes differs between tokens; cost estimates then need the measured shares."""
 
+    needs_vocabulary: str = ""
+    """What the method does with token embeddings or with logits of tokens; empty if nothing. Layers whose inputs are not
+    tokens (`Backbone.more_layers`) have neither, so a method that needs them is refused there."""
+
     packed: bool = True
     """True: gather the active tokens and run only those. False: run all tokens and mask (reference implementation)."""
+
+    def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
+        """See `Method.slots`: with interleaved slots, a smaller budget leaves out the last slots of all tokens."""
+        return tokens * (sum(shares) if shares and self.interleaved else self.slots_per_token)

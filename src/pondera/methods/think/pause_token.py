@@ -6,7 +6,7 @@ Shapes: B batch, T tokens, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -51,12 +51,13 @@ class PauseToken(Think):
         self.slots_per_token = pauses + 1
 
     def bind(self, backbone: Backbone) -> None:
-        """Creates the pause vectors with the RMS of the token embeddings."""
-        weight = cast(nn.Embedding, backbone.lm.get_input_embeddings()).weight
-        pause_PD = torch.empty(self.pauses, weight.shape[1], dtype=weight.dtype, device=weight.device)
-        if weight.device.type != "meta":
-            ids_1V = torch.arange(min(256, weight.shape[0]), device=weight.device)[None]
-            nn.init.normal_(pause_PD, std=backbone.embed(ids_1V).detach().float().square().mean().sqrt().item())
+        """Creates the pause vectors with the RMS of the inputs, which are token embeddings or `Backbone.typical_inputs`."""
+        device = next(backbone.parameters()).device
+        ids_1V = torch.arange(min(256, backbone.config.vocab_size), device=device)[None]
+        inputs_BTD = backbone.typical_inputs(ids_1V).detach()
+        pause_PD = inputs_BTD.new_empty(self.pauses, inputs_BTD.shape[-1])
+        if device.type != "meta":
+            nn.init.normal_(pause_PD, std=inputs_BTD.float().square().mean().sqrt().item())
         self.pause_PD = nn.Parameter(pause_PD)
 
     def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:

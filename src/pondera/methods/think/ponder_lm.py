@@ -73,6 +73,7 @@ class PonderLM(Think):
         self.steps = steps
         self.slots_per_token = steps + 1
         self.feedback = Feedback("vocab", top_k)
+        self.needs_vocabulary = self.feedback.needs_vocabulary
         self.first_scale = max(1, steps) if start == "steps" else 1
 
     def bind(self, backbone: Backbone) -> None:

@@ -82,6 +82,7 @@ class PonderLM2(Think):
         self.eval_rounds = eval_rounds
         self.slots_per_token = thoughts + 1
         self.feedback = Feedback(feedback)
+        self.needs_vocabulary = self.feedback.needs_vocabulary
         self._rounds_now = self.train_rounds[0]
 
     def bind(self, backbone: Backbone) -> None:

@@ -152,7 +152,7 @@ class PonderLM3(Think):
         "identity-random": "PonderLM3(thoughts=2, halting='random', continue_prob=0.0)",
     }
     drops_window_rows: ClassVar[bool] = False
-    supports_recompute: ClassVar[bool] = False
+    supports_recompute: bool = False
 
     def __init__(
         self,

@@ -108,6 +108,7 @@ class ThinkAtHard(HaltingThink):
         self.decider_width, self.decider_layers = decider_width, decider_layers
         self.slots_per_token = steps + 1
         self.feedback = Feedback("vocab", top_k)
+        self.needs_vocabulary = self.feedback.needs_vocabulary
         self.halting = Halting(halting, "decider", continue_prob)
         self.adaptive = self.halting.adaptive and steps > 0
 

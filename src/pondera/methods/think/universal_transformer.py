@@ -92,6 +92,7 @@ class UniversalTransformer(ReachThink):
         self.slots_per_token = steps + 1
         self.feedback = Feedback("hidden")
         self.halting = Halting(halting, "act", continue_prob)
+        self.needs_vocabulary = self.halting.needs_vocabulary
         self.adaptive = self.halting.adaptive and steps > 0
 
     def bind(self, backbone: Backbone) -> None:

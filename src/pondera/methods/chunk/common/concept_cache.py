@@ -5,6 +5,8 @@ Shapes: B batch, T new tokens, W tokens with stored encoder states, D width.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from pondera.cache.depth_cache import DepthCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.core.hf import DynamicCache
+from pondera.methods.chunk.common.thinking_chunks import ThinkingChunks
 from pondera.methods.quantize.base import Quantizer
 from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
@@ -28,32 +31,39 @@ class ConceptCache(TokenCache):
 
     Args:
         backbone: the layers that run on tokens.
-        module: the layers that run on chunks.
+        concepts: an empty cache of the chunks: with the number of each chunk's last token, or of a think method.
         chunk: k, tokens per chunk.
         quantizer: a folded quantizer, which decodes the predictions while this cache is in use.
         table: its tables, concatenated once; ``None``: get them from the quantizer for each chunk.
         kv_cache: a KV-cache method that keeps the slots of tokens, or `None`. Slots of chunks are few and all kept.
 
     Attributes:
-        concepts: the KV slots of chunks; each has the number of its chunk's last token.
+        concepts: the KV slots of chunks.
         encoded_BWD: the encoder states of the last tokens.
         used_BWD: the prediction added to the state of each of these tokens.
         silent: true if the first call disabled concepts, so none are computed.
     """
 
+    holds: ClassVar[tuple[str, ...]] = (*TokenCache.holds, "concepts", "encoded_BWD", "used_BWD", "silent")
+
     def __init__(
         self,
         backbone: Backbone,
-        module: Backbone,
+        concepts: DepthCache | ThinkingChunks,
         chunk: int,
         quantizer: Quantizer,
         table: Tensor | None = None,
         kv_cache: SlotMaker | None = None,
     ) -> None:
+        self.concepts = concepts
         view = DynamicCache(config=backbone.config) if kv_cache is None else kv_cache.token_cache(backbone.lm, 1).slots
         super().__init__(view.layers, 1, None if kv_cache is None else view)
-        self.concepts = DepthCache(module.config.num_hidden_layers, 1)
         self.chunk, self.quantizer, self.table = chunk, quantizer, table
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
+        self.concepts.reset()
         self.encoded_BWD: Tensor | None = None
         self.used_BWD: Tensor | None = None
         self.silent = False
@@ -81,43 +91,24 @@ class ConceptCache(TokenCache):
             used_BTD = torch.cat([self.used_BWD, used_BTD], dim=1)
         self.encoded_BWD, self.used_BWD = encoded_BTD[:, -wanted:], used_BTD[:, -wanted:]
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Rolls back the last tokens; the count is a negative number, as in transformers.
+    def rollback(self, tokens: int) -> None:
+        """See `CacheState.rollback`.
 
         Raises:
             UserError: more tokens than can be rolled back.
         """
-        count = abs(tokens_to_remove)
-        if self.encoded_BWD is not None and self.used_BWD is not None and count:
+        count = self.tokens - tokens
+        if self.encoded_BWD is not None and count:
             width = self.encoded_BWD.shape[1]
             most = width if width == self.tokens else width - self.chunk + 1
             if count > most:
                 raise UserError(
                     f"crop: cannot roll back {count} tokens; encoder states are kept for {most}; start with a new cache"
                 )
-            self.encoded_BWD, self.used_BWD = self.encoded_BWD[:, :-count], self.used_BWD[:, :-count]
-        self.concepts.tokens = self.tokens
-        self.concepts.crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        super().reset()
-        self.concepts.reset()
-        self.encoded_BWD, self.used_BWD = None, None
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence of the batch."""
-        super().batch_repeat_interleave(repeats)
-        self.concepts.batch_repeat_interleave(repeats)
+        super().rollback(tokens)  # may refuse, too; nothing has changed yet
         if self.encoded_BWD is not None and self.used_BWD is not None:
             self.encoded_BWD, self.used_BWD = (
-                kept_BWD.repeat_interleave(repeats, dim=0) for kept_BWD in (self.encoded_BWD, self.used_BWD)
+                kept[:, : kept.shape[1] - count] for kept in (self.encoded_BWD, self.used_BWD)
             )
-
-    def _rows(self, indices: Tensor) -> None:
-        super()._rows(indices)
-        self.concepts.batch_select_indices(indices)
-        if self.encoded_BWD is not None and self.used_BWD is not None:
-            indices = indices.to(self.encoded_BWD.device)
-            self.encoded_BWD, self.used_BWD = self.encoded_BWD[indices], self.used_BWD[indices]
+        self.concepts.tokens = self.tokens
+        self.concepts.crop(-count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pondera.core.errors import UserError
@@ -54,6 +55,11 @@ class SlotBudget:
     def by_head(self) -> bool:
         """Whether the heads of a layer have budgets of their own."""
         return isinstance(self.amount, (list, tuple)) and any(isinstance(part, (list, tuple)) for part in self.amount)
+
+    @cached_property
+    def relative(self) -> bool:
+        """Whether the number of slots depends on the number of tokens seen."""
+        return any(isinstance(amount, float) for amount in _leaves(self.amount))
 
     def check(self, layers: int, heads: int) -> None:
         """Raises if a list has the wrong length.

@@ -69,22 +69,21 @@ class Policy(KVCacheMethod):
         return None
 
     def observed_queries(self, layer: KVStoreLayer, call: AttentionCall) -> int:
-        """Number of last queries of this call to observe; the layer calls it after `select_kv`."""
+        """Number of last queries of this call to observe; the layer asks once per call, after `select_kv` of all tables."""
         return self.observation_window
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:  # noqa: B027 (optional)
         """Receives the attention of the observed queries; may change notes and the layer's state, but not the slots."""
 
-    def evict(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
+    def evict(self, layer: KVStoreLayer, table: KVStore) -> bool:
         """Evicts slots, by default none; returns True if eviction makes earlier rollback impossible."""
         return False
 
-    def evict_layer(self, layer: KVStoreLayer) -> bool:
-        """Evicts from every table of a layer; returns True if any table evicted slots."""
-        evicted = False
-        for part, table in layer.parts():
-            evicted |= self.evict(layer, table, layer.heads(part))
-        return evicted
+    def evict_layer(self, layer: KVStoreLayer) -> None:
+        """Evicts from every table of a layer, and sets `KVStoreLayer.evicted_until` if any of them evicted slots."""
+        for table in layer.tables:
+            if self.evict(layer, table):
+                layer.evicted_until = layer.seen
 
 
 class BudgetedPolicy(Policy):
@@ -134,26 +133,26 @@ class BudgetedPolicy(Policy):
     def slots(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> Tensor:
         """``[B, g]``: the current budget of these heads in slots."""
         row_bytes = table.keys_BGSD.element_size() * (table.keys_BGSD.shape[-1] + table.values_BGSD.shape[-1])
-        limits = []
-        for tokens in layer.real_tokens(self.budget_from_prompt):
-            limits.append(self.budget.slots(layer.index, heads, tokens, row_bytes, layer.among))
+        if self.budget.relative:
+            tokens = layer.real_tokens(self.budget_from_prompt)
+            limits = [self.budget.slots(layer.index, heads, seen, row_bytes, layer.among) for seen in tokens]
+        else:  # the same for every sequence
+            limits = [self.budget.slots(layer.index, heads, 0, row_bytes, layer.among)] * len(table.keys_BGSD)
         return torch.tensor(limits, device=table.keys_BGSD.device)
 
-    def evict(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> bool:
+    def evict(self, layer: KVStoreLayer, table: KVStore) -> bool:
         """See `Policy.evict`."""
         if self.prefill_only and not layer.at_prompt:
             return False
-        limit_BG = self.slots(layer, table, heads)
-        over_BG = table.real.sum(-1) - limit_BG
+        limit_BG = self.slots(layer, table, table.heads)
+        over_BG = (table.position >= 0).sum(-1) - limit_BG
         if int(over_BG.amax()) < self.slack:
             return False
-        self.evict_over_budget(layer, table, heads, limit_BG, over_BG)
+        self.evict_over_budget(layer, table, limit_BG, over_BG)
         return True
 
     @abstractmethod
-    def evict_over_budget(
-        self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor
-    ) -> None:
+    def evict_over_budget(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor, over_BG: Tensor) -> None:
         """Evicts until no head has more slots than its limit; `over_BG` is the excess, or negative."""
 
     def protected(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor) -> Tensor:
@@ -178,16 +177,14 @@ class EvictionPolicy(BudgetedPolicy):
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """``[B, G, S]``: the score of each slot; the policy evicts the lowest."""
 
-    def evict_over_budget(
-        self, layer: KVStoreLayer, table: KVStore, heads: list[int], limit_BG: Tensor, over_BG: Tensor
-    ) -> None:
+    def evict_over_budget(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor, over_BG: Tensor) -> None:
         """See `BudgetedPolicy.evict_over_budget`."""
         evict_lowest(table, self.protected_score(layer, table, limit_BG), over_BG)
 
     def protected_score(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor) -> Tensor:
         """``[B, G, S]``: `score`, but ``inf`` for protected slots and ``-inf`` for empty ones."""
         score_BGS = self.score(layer, table).masked_fill(self.protected(layer, table, limit_BG), torch.inf)
-        return score_BGS.masked_fill(~table.real, -torch.inf)
+        return score_BGS.masked_fill(table.position < 0, -torch.inf)
 
 
 def evict_lowest(table: KVStore, score_BGS: Tensor, over_BG: Tensor) -> None:
@@ -199,18 +196,15 @@ def evict_lowest(table: KVStore, score_BGS: Tensor, over_BG: Tensor) -> None:
         over_BG: number of slots that each head must evict; a negative number evicts nothing.
     """
     fewest, most = torch.stack(torch.aminmax(over_BG)).tolist()
+    position_BGS = table.position
     if fewest == most <= FEW and not table.whole:
         for _ in range(most):
-            table.evict(_lowest(score_BGS.masked_fill(~table.real, torch.inf), table.position))
+            real_score_BGS = score_BGS.masked_fill(position_BGS < 0, torch.inf)
+            lowest_BGS = real_score_BGS == real_score_BGS.amin(-1, keepdim=True)
+            newest = torch.iinfo(position_BGS.dtype).max
+            table.evict(torch.where(lowest_BGS, position_BGS, newest).argmin(-1, keepdim=True))
     elif most > 0:
-        table.keep(*highest(score_BGS, table.position, table.real.sum(-1) - over_BG.clamp(min=0)))
-
-
-def _lowest(score_BGS: Tensor, position_BGS: Tensor) -> Tensor:
-    """``[B, G, 1]``: the slot with the lowest score; among equal scores the oldest."""
-    lowest_BG1 = score_BGS.amin(-1, keepdim=True)
-    newest = torch.iinfo(position_BGS.dtype).max
-    return torch.where(score_BGS == lowest_BG1, position_BGS, newest).argmin(-1, keepdim=True)
+        table.keep(*highest(score_BGS, position_BGS, table.real.sum(-1) - over_BG.clamp(min=0)))
 
 
 def highest(score_BGS: Tensor, position_BGS: Tensor, count_BG: Tensor) -> tuple[Tensor, Tensor]:

@@ -181,7 +181,7 @@ class SelectorLayer(KVStoreLayer):
         return self.choice.rows(h_BTD, 1)
 
     def clear(self) -> None:
-        """See `KVLayer.clear`."""
+        """See `CacheState.clear`."""
         super().clear()
         self.choice = self.new_BT = None
         self.rotary = ()

@@ -64,8 +64,9 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
 
     holds: ClassVar[tuple[str, ...]] = (*KVStoreLayer.holds, "stopped")
 
-    def __init__(self, method: ProgressivePruning, index: int, among: int) -> None:
-        super().__init__(method, index, among)
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
         self.stopped: list[KVStore] = []
 
     @property
@@ -143,21 +144,6 @@ class RevivalLayer(PrunedLayer, SelectorLayer):
         if stops_Bj.shape[1]:
             table.append(_rows(h_B1nD, stops_Bj), _rows(beside_B1nr, stops_Bj), leaves_Bn.gather(1, stops_Bj))
         return h_BkD
-
-    def nbytes(self) -> int:
-        """See `KVLayer.nbytes`."""
-        return super().nbytes() + sum(table.nbytes() for table in self.stopped)
-
-    def select(self, rows: Tensor) -> None:
-        """See `KVLayer.select`."""
-        super().select(rows)
-        for table in self.stopped:
-            table.select(rows)
-
-    def clear(self) -> None:
-        """See `KVLayer.clear`."""
-        super().clear()
-        self.stopped = []
 
 
 def _among(position_BS: Tensor, present_BK: Tensor | None) -> Tensor:

@@ -56,8 +56,7 @@ class UniformQuantizer(Codec):
         """See `Codec.decode`."""
         axis = 3 if self.by_channel else 4
         levels = self._in_groups(self._unpacked(parts["codes"]).float())
-        least, step = (parts[name].float().unsqueeze(axis) for name in ("least", "step"))
-        x = torch.addcmul(least, levels, step)
+        x = torch.addcmul(parts["least"].float().unsqueeze(axis), levels, parts["step"].float().unsqueeze(axis))
         return x.flatten(2, 3) if self.by_channel else x.flatten(3, 4)
 
     def _in_groups(self, x_BGSD: Tensor) -> Tensor:

@@ -71,6 +71,6 @@ class PolicyWrapper(Policy):
         """See `Policy.observe`."""
         self.policy.observe(layer, table, seen)
 
-    def evict_layer(self, layer: KVStoreLayer) -> bool:
+    def evict_layer(self, layer: KVStoreLayer) -> None:
         """See `Policy.evict_layer`."""
-        return self.policy.evict_layer(layer)
+        self.policy.evict_layer(layer)

@@ -9,11 +9,11 @@ Shapes: B sequences, A active sequences of a call, S tokens of a call, L block, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import ClassVar
 
 import torch
-from torch import LongTensor, Tensor
+from torch import Tensor
 
 from pondera.cache.masks import SlotMask
 from pondera.cache.token_cache import TokenCache
@@ -39,6 +39,9 @@ class SegmentCache(TokenCache):
         closed: closed blocks of each sequence.
     """
 
+    holds: ClassVar[tuple[str, ...]] = (*TokenCache.holds, "_real_BW")
+    by_row: ClassVar[tuple[str, ...]] = ("fill", "closed", "_reopens")
+
     def __init__(
         self,
         block: int,
@@ -50,6 +53,10 @@ class SegmentCache(TokenCache):
     ) -> None:
         super().__init__(layers, 1)
         self.block, self.kinds, self.rows, self.tbptt, self.keeps = block, kinds, rows, tbptt, keeps
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
+        super().clear()
         self.fill: list[int] = []
         self.closed: list[int] = []
         self._reopens: list[bool] = []
@@ -161,13 +168,13 @@ class SegmentCache(TokenCache):
         self.tokens += tokens
         self.passes_BT = passes_BT.new_ones(()).expand(batch, self.tokens)  # one stored number for any length
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Rolls back the last tokens, at most across one block boundary; the count is negative, as in transformers.
+    def rollback(self, tokens: int) -> None:
+        """See `CacheState.rollback`; rolls back at most across one block boundary.
 
         Raises:
             UserError: more tokens than can be rolled back.
         """
-        count = abs(tokens_to_remove)
+        count = self.tokens - tokens
         if not count:
             return
         counts = [count] * len(self.fill)
@@ -194,52 +201,3 @@ class SegmentCache(TokenCache):
             layer.trim(max(self.fill))
         if self._real_BW is not None:
             self._real_BW = self._real_BW[:, :-count]
-        self.evict(count)
-
-    def reset(self) -> None:
-        """Empties the cache."""
-        super().reset()
-        self.fill, self.closed, self._reopens, self._real_BW = [], [], [], None
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps the sequences with these batch indices."""
-        for layer in self._layers:
-            layer.select(indices)
-        self._rows(indices)
-
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Rearranges the batch for beam search."""
-        self.batch_select_indices(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats each sequence of the batch."""
-        self.batch_select_indices(torch.arange(len(self.fill)).repeat_interleave(repeats))
-
-    def _rows(self, indices: Tensor) -> None:
-        super()._rows(indices)
-        order = indices.tolist()
-        self.fill, self.closed, self._reopens = (
-            [each[sequence] for sequence in order] for each in (self.fill, self.closed, self._reopens)
-        )
-        if self._real_BW is not None:
-            self._real_BW = self._real_BW[indices.to(self._real_BW.device)]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The complete state, as plain values and tensors, for saving and resuming."""
-        return {
-            "tokens": self.tokens,
-            "passes": self.passes_BT,
-            "texts": {"fill": self.fill, "closed": self.closed, "reopens": self._reopens, "real": self._real_BW},
-            "layers": [{"held": dict(layer.held), "before": dict(layer.before)} for layer in self._layers],
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores a result of `state_dict` from a model with the same method and backbone."""
-        self.tokens, self.passes_BT = state["tokens"], state["passes"]
-        sequences = state["texts"]
-        self.fill, self.closed, self._reopens = (list(sequences[name]) for name in ("fill", "closed", "reopens"))
-        self._real_BW = sequences["real"]
-        for layer, own in zip(self._layers, state["layers"], strict=True):
-            layer.held, layer.before = dict(own["held"]), dict(own["before"])
-            if "block_k" in layer.held:
-                layer.lazy_initialization(layer.held["block_k"], layer.held["block_v"])

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import LongTensor, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera.cache.attention import Attention
-from pondera.core.hf import CacheLayerMixin
+from pondera.cache.state import CacheLayer
 from pondera.models.rotary import Rotary
 
 RecurrentState = dict[str, Tensor]
@@ -143,7 +143,7 @@ def newest(state: RecurrentState, key_AHWd: Tensor, value_AHWd: Tensor, most: in
     return new
 
 
-class SegmentLayer(CacheLayerMixin):
+class SegmentLayer(CacheLayer):
     """The open blocks of one decoder layer and the state of its closed blocks.
 
     Args:
@@ -151,20 +151,17 @@ class SegmentLayer(CacheLayerMixin):
         mems: number of last tokens before a block whose keys and values are kept exactly.
     """
 
-    is_sliding = False
-    is_croppable = True
+    holds: ClassVar[tuple[str, ...]] = ("held", "before")
 
     def __init__(self, update_memory: Remember | None, mems: int) -> None:
         super().__init__()
         self.update_memory, self.mems = update_memory, mems
+
+    def clear(self) -> None:
+        """See `CacheState.clear`."""
         self.held: RecurrentState = {}
         self.before: RecurrentState = {}
         self.turn: SegmentStep | None = None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Takes dtype and device from the first keys."""
-        self.dtype, self.device = key_states.dtype, key_states.device
-        self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Appends new keys and values; returns those of memory, local context and open blocks, ``[A, H, K, d]``."""
@@ -227,12 +224,6 @@ class SegmentLayer(CacheLayerMixin):
             if name in self.held:
                 self.held[name] = self.held[name][:, :, :width]
 
-    def select(self, rows: Tensor) -> None:
-        """Keeps these sequences of the batch, in this order."""
-        self.held, self.before = (
-            {name: x[rows.to(x.device)] for name, x in d.items()} for d in (self.held, self.before)
-        )
-
     def get_seq_length(self) -> int:
         """Number of columns of the open blocks."""
         return self.held["block_k"].shape[-2] if "block_k" in self.held else 0
@@ -240,18 +231,6 @@ class SegmentLayer(CacheLayerMixin):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Width and offset of the call's mask."""
         return sum(self.widths()) + self.get_seq_length() + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    def reset(self) -> None:
-        """Empties the layer."""
-        self.held, self.before, self.is_initialized = {}, {}, False
-
-    def reorder_cache(self, beam_idx: LongTensor) -> None:
-        """Rearranges the batch for beam search."""
-        self.select(beam_idx)
 
 
 def fewer_rows(

@@ -69,7 +69,7 @@ class SegmentRecurrence(Method):
         layers: indices of the layers with memory; default: ``None``, all layers without a sliding window.
     """
 
-    supports_recompute: ClassVar[bool] = False
+    supports_recompute: bool = False
     drops_window_rows: ClassVar[bool] = False
     unbounded_positions: ClassVar[bool] = True
 

@@ -24,8 +24,9 @@ class Feedback(nn.Module):
     ``hidden`` feeds the state back after the final norm, without projector or residual. ``vocab`` feeds back the
     mixture of token embeddings that the state predicts; this evaluates the head.
 
-    If the RMS of the embeddings differs from the RMS of the final states (in every pretrained backbone), hidden states
-    are multiplied by the ratio of the two. The ratio is measured once, in `bind`, and saved with the weights.
+    If the RMS of the inputs differs from the RMS of the final states (in every pretrained backbone), hidden states are
+    multiplied by the ratio of the two. The ratio is measured once, in `bind`, and saved with the weights. Inputs are token
+    embeddings, or the typical inputs of layers whose inputs are not tokens (`Backbone.typical_inputs`).
 
     Args:
         kind: ``"hidden"`` or ``"vocab"``.
@@ -45,23 +46,25 @@ class Feedback(nn.Module):
         self._whole = top_k is None
         self.register_buffer("scale", torch.ones(()))
 
+    @property
+    def needs_vocabulary(self) -> str:
+        """See `Think.needs_vocabulary`."""
+        return "feeds back a mixture of token embeddings" if self.kind == "vocab" else ""
+
     def embed_scale(self, width: int) -> float:
         """The embedding multiplier for this feedback: sqrt(5D/2) for states, sqrt(D) for mixtures."""
         return math.sqrt(2.5 * width) if self.kind == "hidden" else math.sqrt(width)
 
     @torch.no_grad()
     def bind(self, backbone: Backbone) -> None:
-        """Measures the RMS ratio on random tokens, unless the embeddings are scaled to unit RMS."""
+        """Measures the RMS ratio on random tokens, unless the initialisation scales the embeddings to unit RMS."""
         self._whole = self.top_k is None or self.top_k >= backbone.config.vocab_size
         device = next(backbone.parameters()).device
         if device.type == "meta" or backbone.unit_rms or self.kind == "vocab":
             return
-        generator = torch.Generator("cpu").manual_seed(0)
-        length = min(64, getattr(backbone.config, "max_position_embeddings", 64))
-        ids_BT = torch.randint(backbone.config.vocab_size, (4, length), generator=generator, device="cpu").to(device)
         was_training = backbone.training
         backbone.eval()
-        h_BTD = backbone.embed(ids_BT)
+        h_BTD = backbone.typical_inputs(backbone.random_tokens())
         self.scale.copy_(_rms(h_BTD) / _rms(backbone.step(h_BTD)))
         backbone.train(was_training)
 

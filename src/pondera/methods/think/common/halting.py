@@ -52,6 +52,11 @@ class Halting:
         """True if the number of passes can differ between tokens."""
         return self.kind != "fixed"
 
+    @property
+    def needs_vocabulary(self) -> str:
+        """See `Think.needs_vocabulary`."""
+        return "compares the predicted token with the next one" if self.kind == "oracle" else ""
+
     def continue_mask(
         self,
         depth: int,

@@ -32,7 +32,7 @@ class HaltingThink(Think):
     """The slots that a pass attends to; see `Passes`."""
 
     drops_window_rows: ClassVar[bool] = False
-    supports_recompute: ClassVar[bool] = False
+    supports_recompute: bool = False
     halting: Halting
 
     def begin_step(self, step: int, seed: int) -> None:

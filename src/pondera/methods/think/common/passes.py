@@ -16,8 +16,9 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from pondera.cache.columns import FREE
 from pondera.cache.compressed_slots import CompressedSlotCache
-from pondera.cache.depth_cache import FREE, DepthCache, DepthWrite, slot_mask
+from pondera.cache.depth_cache import DepthCache, DepthWrite, slot_mask
 from pondera.cache.masks import SlotMask, has_documents
 from pondera.cache.packing import PackedRows
 from pondera.cost.schedule import DecoderPass
