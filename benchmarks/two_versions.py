@@ -44,7 +44,10 @@ def work(job: str) -> float:
 
     kind, name = job.split()
     torch.manual_seed(0)
-    think = {"PonderLM2": "PonderLM2(thoughts=1)", "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2, halting='fixed')"}.get(name)
+    think = {
+        "PonderLM2": "PonderLM2(thoughts=1)",
+        "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2, halting='fixed')",
+    }.get(name)
     key = job.partition(" ")[2] + kind
     if key not in MODELS:
         backbone = {"model_type": "llama", "vocab_size": 2048, "max_position_embeddings": 4096, **SIZES}

@@ -33,7 +33,7 @@ def groups(extra: int, steps: int) -> dict[str, dict[str, str | None]]:
         extra: maximum passes after the first.
         steps: training steps; AdaPonderLM increases its penalty over a part of them.
     """
-    ramp = f"ramp=({steps // 4}, {steps // 2})"
+    ramp = "ramp=(0.25, 0.5)"
     return {
         "latentcot": {
             "plain": None,
@@ -50,7 +50,7 @@ def groups(extra: int, steps: int) -> dict[str, dict[str, str | None]]:
             "universaltransformer": f"UniversalTransformer(steps={extra})",
             "thinkathard": "ThinkAtHard(steps=1)",
         },
-        "ponderlm3": {"plain": None, "ponderlm3": "PonderLM3(thoughts=1, penalty=0.05, warmup=50)"},
+        "ponderlm3": {"plain": None, "ponderlm3": "PonderLM3(thoughts=1, penalty=0.05, warmup=0.25)"},
     }
 
 

@@ -27,7 +27,7 @@ ARMS = {
     "plain-on": None,
     "latentcot": "AdaptiveLatentCoT(steps=1, halting='fixed')",
     "ponderlm": "PonderLM(steps=1)",
-    "ponderlm3": "PonderLM3(thoughts=1, penalty=0.05, warmup=25)",
+    "ponderlm3": "PonderLM3(thoughts=1, penalty=0.05, warmup=0.25)",
     "thinkathard": "ThinkAtHard(steps=1)",
 }
 LEARN_ALONE = ("ponderlm3", "thinkathard")

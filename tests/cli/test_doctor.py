@@ -169,7 +169,9 @@ def test_a_checkpoint_is_examined_without_its_weights(examine, tmp_path):
     )
 
 
-@pytest.mark.parametrize("think", [None, "PonderLM2(thoughts=1, train_rounds=(2, 2))", "AdaptiveLatentCoT(steps=2, halting='fixed')"])
+@pytest.mark.parametrize(
+    "think", [None, "PonderLM2(thoughts=1, train_rounds=(2, 2))", "AdaptiveLatentCoT(steps=2, halting='fixed')"]
+)
 def test_memory_is_about_what_autograd_keeps(think):
     config = run_config.load("plain", {"data.context": 64, "train.batch_size": 2, "think": think})
     model = new_model(config, 97).train()

@@ -240,10 +240,10 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         load(cache, self._methods, path, self.device)
         return cache
 
-    def begin_step(self, step: int, seed: int) -> None:
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Announces an optimizer step to the method, so that all ranks make the same random choices."""
         if self.method is not None:
-            self.method.begin_step(step, seed)
+            self.method.begin_step(step, seed, progress)
 
     def passes(self) -> float:
         """Mean passes per token at inference."""

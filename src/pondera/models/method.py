@@ -123,8 +123,14 @@ class Method(nn.Module, ABC):
         """The factor of the embeddings with ``init: scaled``, which gives them unit RMS."""
         return math.sqrt(2.5 * width)
 
-    def begin_step(self, step: int, seed: int) -> None:  # noqa: B027 (optional: only randomised methods need it)
-        """Called before each optimizer step, so that all ranks and micro-batches make the same random choices."""
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:  # noqa: B027 (optional)
+        """Called before each optimizer step, so that all ranks and micro-batches make the same random choices.
+
+        Args:
+            step: the number of completed steps; -1 ends the choices of training.
+            seed: the seed of the run.
+            progress: the share of the training that is completed, for ramps; default: 1, the end of all ramps.
+        """
 
     def train(self, mode: bool = True) -> Self:
         """Like `nn.Module`; eval mode also resets the random choices of the last step, which are not saved."""

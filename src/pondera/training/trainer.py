@@ -202,7 +202,7 @@ class PonderaTrainer(Trainer):
         """The micro-batches of the next step; also seeds the step and counts its loss terms."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         seed, step = self.settings.seed, self.state.global_step
-        self.lm.begin_step(step, seed)
+        self.lm.begin_step(step, seed, step / self.settings.steps)
         torch.manual_seed(mixed_seed(seed, step, self.args.process_index))
         self._sums, self._took = {}, []
         self._counts = self._count(batches) if len(batches) > 1 else {}

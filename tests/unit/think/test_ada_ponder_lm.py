@@ -270,10 +270,10 @@ class TestGradients:
         agree(term.sum, gates[asked].sort().values[:count].sum())
 
     def test_before_the_ramp_there_is_no_penalty_and_then_it_grows(self):
-        model, x = build("AdaPonderLM(ramp=(10, 20), bottom=0.5)").train(), ids(3, 12)
+        model, x = build("AdaPonderLM(ramp=(0.1, 0.2), bottom=0.5)").train(), ids(3, 12)
         counts = []
         for step in (0, 10, 12, 15, 20, 99):
-            model.begin_step(step, 0)
+            model.begin_step(step, 0, step / 100)
             out = model(x, shift_labels=x)
             asked = int(sum((out.passes >= depth).sum() for depth in (1, 2, 3)))
             term = out.terms["thinking"]
@@ -389,8 +389,8 @@ def test_it_goes_on_from_a_ponderlm(tmp_path):
         ("AdaPonderLM(threshold=0)", "threshold=0"),
         ("AdaPonderLM(penalty=-1)", "penalty=-1"),
         ("AdaPonderLM(bottom=1.5)", "bottom=1.5"),
-        ("AdaPonderLM(ramp=(300, 100))", "ramp="),
-        ("AdaPonderLM(ramp=(300,))", "ramp="),
+        ("AdaPonderLM(ramp=(0.6, 0.2))", "ramp="),
+        ("AdaPonderLM(ramp=(0.3,))", "ramp="),
         ("AdaPonderLM(halting='gates')", "did you mean 'gate'"),
         ("AdaPonderLM(halted='frozen')", "halted 'frozen'"),
         ("AdaPonderLM(start='step')", "did you mean 'steps'"),

@@ -273,12 +273,12 @@ def test_a_weight_is_taught_by_later_tokens():
 
 
 def test_the_penalty_is_the_expected_number_and_grows():
-    model, x = build("PonderLM3(thoughts=3, penalty=0.2, warmup=10)").train(), ids(2, 8)
+    model, x = build("PonderLM3(thoughts=3, penalty=0.2, warmup=0.1)").train(), ids(2, 8)
     mask = torch.ones_like(x)
     mask[0, :5] = 0
     weights = []
     for step in (0, 5, 10, 99):
-        model.begin_step(step, seed=0)
+        model.begin_step(step, seed=0, progress=step / 100)
         term = model(x, attention_mask=mask, labels=x).terms["thinking"]
         weights.append(term.weight)
     assert weights == pytest.approx([0.0, 0.1, 0.2, 0.2]) and int(term.count) == 11

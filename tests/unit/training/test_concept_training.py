@@ -20,7 +20,7 @@ NOTES = "ConceptLM(chunk=2, quantizer=Product(VQ(4, update='ema', init='kmeans',
 # With loss terms and random choices of a think method.
 THINKING = [
     f"ConceptLM(chunk=2, quantizer=Product(VQ(4), groups=2), think={think})"
-    for think in ("UniversalTransformer(steps=2)", "PonderLM3(thoughts=1, train_rounds=(1, 2), warmup=2)")
+    for think in ("UniversalTransformer(steps=2)", "PonderLM3(thoughts=1, train_rounds=(1, 2), warmup=0.5)")
 ]
 
 

@@ -98,7 +98,12 @@ def line(caplog: pytest.LogCaptureFixture) -> str:
 
 @pytest.mark.parametrize(
     "think",
-    [None, "AdaptiveLatentCoT(steps=0, halting='fixed')", "PonderLM2(thoughts=0, feedback='vocab')", "PauseToken(pauses=0)"],
+    [
+        None,
+        "AdaptiveLatentCoT(steps=0, halting='fixed')",
+        "PonderLM2(thoughts=0, feedback='vocab')",
+        "PauseToken(pauses=0)",
+    ],
 )
 def test_without_extra_passes_it_is_the_old_model(think, text, trained):
     config = onto(text, trained, think)

@@ -155,7 +155,9 @@ def test_price_of_recomputing_is_what_is_measured(think, text):
     assert found["training_flops_per_token"] > cost_report(model, context=32)["training_flops_per_token"]
 
 
-@pytest.mark.parametrize("think", [None, "PonderLM2(thoughts=1, train_rounds=(2, 2))", "AdaptiveLatentCoT(steps=1, halting='fixed')"])
+@pytest.mark.parametrize(
+    "think", [None, "PonderLM2(thoughts=1, train_rounds=(2, 2))", "AdaptiveLatentCoT(steps=1, halting='fixed')"]
+)
 def test_price_is_what_is_measured(think, text):
     model = new_model(tiny(text, {"think": think}), 300)
     found = cost_report(model, context=32)

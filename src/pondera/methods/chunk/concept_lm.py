@@ -208,12 +208,12 @@ class ConceptLM(Chunk):
         book = f"SimVQ({self.codes}, hidden={hidden}, init='match', detach_input=True)"
         return spec.build(f"Product({book}, groups={self.segments})", "quantize")
 
-    def begin_step(self, step: int, seed: int) -> None:
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """See `Method.begin_step`."""
         if self.width:
             self.quantizer.begin_step(step, seed)
         if self.think is not None:
-            self.think.begin_step(step, seed)
+            self.think.begin_step(step, seed, progress)
 
     def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
         """A cache with one slot per token and per chunk; it stores a folded copy of the current codebooks."""

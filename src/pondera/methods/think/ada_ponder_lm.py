@@ -53,7 +53,7 @@ class AdaPonderLM(PonderLM):
         top_k: number of most likely tokens in the mixture, or ``None`` for the whole vocabulary; default: 100.
         penalty: lambda, the cost in nats of one fully open gate among the lowest.
         bottom: k_max, the share of gates that are penalized at the end of the ramp.
-        ramp: (start, end), the optimizer steps between which this share grows from 0 to `bottom`.
+        ramp: (start, end), the shares of the training between which this share of gates grows from 0 to `bottom`.
         halting: ``"gate"`` (the paper), or a control: ``"fixed"`` (equal to `PonderLM`), ``"random"``, ``"oracle"``
             (`pondera.methods.think.common.halting`). Controls add the mixture with weight 1.
         continue_prob: for ``"random"``: the probability that a token takes the next pass.
@@ -85,7 +85,7 @@ class AdaPonderLM(PonderLM):
         top_k: int | None = 100,
         penalty: float = 0.1,
         bottom: float = 0.1,
-        ramp: tuple[int, int] = (100, 300),
+        ramp: tuple[float, float] = (0.2, 0.6),
         halting: str = "gate",
         continue_prob: float = 0.5,
         halted: str = "freeze",
@@ -97,8 +97,8 @@ class AdaPonderLM(PonderLM):
             raise UserError(f"threshold={threshold}: give a number between 0 and 1")
         if penalty < 0 or not 0 <= bottom <= 1:
             raise UserError(f"penalty={penalty}, bottom={bottom}: give a penalty of 0 or more, and a share from 0 to 1")
-        if len(ramp) != 2 or not 0 <= ramp[0] <= ramp[1]:
-            raise UserError(f"ramp={ramp}: give (start step, end step), such as (100, 300)")
+        if len(ramp) != 2 or not 0 <= ramp[0] <= ramp[1] <= 1:
+            raise UserError(f"ramp={ramp}: give two shares of the training, such as (0.2, 0.6)")
         if halted not in HALTED:
             raise unknown("halted", halted, HALTED)
         self.threshold, self.penalty, self.bottom, self.ramp = threshold, penalty, bottom, tuple(ramp)
@@ -106,7 +106,7 @@ class AdaPonderLM(PonderLM):
         self.dense, self.shared_gate = halted == "dense", shared_gate
         self.adaptive = self.halting.adaptive and steps > 0 and not self.dense
         self.gates = nn.ModuleList()
-        self._share_now = self._share(0)
+        self._share_now = self._share(1.0)
 
     def bind(self, backbone: Backbone) -> None:
         """See `PonderLM.bind`; creates the gates."""
@@ -115,14 +115,16 @@ class AdaPonderLM(PonderLM):
             count = min(1, self.steps) if self.shared_gate else self.steps
             self.gates.extend(mlp_gate(backbone, start=0.99) for _ in range(count))
 
-    def begin_step(self, step: int, seed: int) -> None:
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Sets the share of penalized gates and the random draw of this step."""
-        self._share_now = self._share(step)
+        self._share_now = self._share(progress)
         self.halting.draw = 1 + step
 
-    def _share(self, step: int) -> float:
+    def _share(self, progress: float) -> float:
         start, end = self.ramp
-        return self.bottom * min(1.0, (step - start) / max(1, end - start)) if step > start else 0.0
+        if progress <= start < 1:
+            return 0.0
+        return self.bottom * (min(1.0, (progress - start) / (end - start)) if end > start else 1.0)
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding share this loop."""

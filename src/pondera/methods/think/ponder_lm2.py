@@ -93,7 +93,7 @@ class PonderLM2(Think):
         """The embedding multiplier for this feedback."""
         return self.feedback.embed_scale(width)
 
-    def begin_step(self, step: int, seed: int) -> None:
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Draws the number of rounds for this optimizer step; all ranks and micro-batches use the same number."""
         self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
 

@@ -131,7 +131,7 @@ class PonderLM3(Think):
         train_rounds: (minimum, maximum) number of Jacobi rounds in training, drawn for each optimizer step.
         eval_rounds: Jacobi rounds at evaluation and prefill: a number, ``"converged"``, or ``"exact"``, token by token.
         penalty: lambda, the cost of one expected thought in nats.
-        warmup: optimizer steps over which the penalty grows from 0.
+        warmup: the share of the training in which the penalty grows from 0.
         halting: ``"router"`` (the paper), or a control with weights of 1 that predicts from the last state: ``"fixed"``
             (`PonderLM2`), ``"random"`` (`pondera.methods.think.common.halting`).
         continue_prob: for ``"random"``: the probability that a token gets the next thought.
@@ -161,7 +161,7 @@ class PonderLM3(Think):
         train_rounds: tuple[int, int] = (2, 3),
         eval_rounds: int | str = "converged",
         penalty: float = 0.01,
-        warmup: int = 100,
+        warmup: float = 0.3,
         halting: str = "router",
         continue_prob: float = 0.5,
         refresh: str = "round",
@@ -174,8 +174,8 @@ class PonderLM3(Think):
         if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
             raise UserError(f"train_rounds={train_rounds}: give (minimum, maximum), such as (2, 3)")
         check_rounds(eval_rounds)
-        if penalty < 0 or warmup < 0:
-            raise UserError(f"penalty={penalty}, warmup={warmup}: give 0 or more")
+        if penalty < 0 or not 0 <= warmup <= 1:
+            raise UserError(f"penalty={penalty}, warmup={warmup}: give a penalty of 0 or more, and a share from 0 to 1")
         for name, given, allowed in (("halting", halting, HALTING), ("refresh", refresh, REFRESH)):
             if given not in allowed:
                 raise unknown(name, given, allowed)
@@ -205,10 +205,10 @@ class PonderLM3(Think):
         """The embedding multiplier for this feedback."""
         return self.feedback.embed_scale(width)
 
-    def begin_step(self, step: int, seed: int) -> None:
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Draws the number of rounds (the same on all ranks), updates the penalty and the random draw of this step."""
         self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
-        self._penalty_now = self.penalty * min(1.0, step / self.warmup) if self.warmup else self.penalty
+        self._penalty_now = self.penalty * min(1.0, progress / self.warmup) if self.warmup else self.penalty
         self._draw_now = 1 + step
 
     def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:

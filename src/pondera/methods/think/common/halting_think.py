@@ -35,7 +35,7 @@ class HaltingThink(Think):
     supports_recompute: bool = False
     halting: Halting
 
-    def begin_step(self, step: int, seed: int) -> None:
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Sets the random draw of this step."""
         self.halting.draw = 1 + step
 
