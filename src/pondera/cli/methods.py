@@ -12,9 +12,10 @@ from pondera.cli.output import print_json
 from pondera.cli.parser import Parser
 from pondera.core import spec
 from pondera.core.cards import Card, cards
+from pondera.core.errors import unknown
 from pondera.core.spec import MethodInfo
 
-SUMMARY = "lists all methods, or describes one"
+SUMMARY = "lists all methods and tasks, or describes one"
 EXAMPLES = """
 pondera methods
 pondera methods PonderLM2
@@ -32,15 +33,17 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the list of methods, or the documentation of one method."""
+    methods = spec.index(spec.SEAMS + spec.PARTS + spec.TASKS)
     if args.name is None:
-        methods = list(spec.index().values())
         if args.json:
-            print_json([_plain(method) for method in methods])
+            print_json([_plain(method) for method in methods.values()])
         else:
-            print("\n\n".join(map(_entry, methods)))
+            print("\n\n".join(map(_entry, methods.values())))
             print('\nuse one:  pondera train plain --think "PonderLM2(thoughts=1)"   more:  pondera methods NAME')
         return 0
-    method = spec.find(args.name)
+    method = methods.get(args.name)
+    if method is None:
+        raise unknown("method", args.name, methods)
     text = documentation(method)
     if args.json:
         print_json(_plain(method) | {"documentation": text})

@@ -42,7 +42,7 @@ class DataConfig:
     max_bytes: int | None = option(None, "limit of training text in bytes; whole documents are used, in a fixed order")
     task: str | None = option(
         None,
-        "a synthetic task in place of text, e.g. StateTracking(group='S3', reset=0.25); see `pondera methods task`",
+        "a synthetic task in place of text, e.g. StateTracking(group='S3', reset=0.25); `pondera methods` lists them",
     )
     windows: int = option(100_000, "training windows of a task; fewer are drawn again in another order")
 

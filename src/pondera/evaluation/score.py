@@ -56,7 +56,7 @@ def score(
     Returns:
         ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), the number of
         predicted ``tokens`` and their ``bytes``, ``passes_per_token``, and ``pass_shares``, the share of the tokens
-        that took each pass. On a task there are no bytes, and `task_measures` says what there is in addition.
+        that took each pass. On a task there are no bytes, and `task_measures` lists the further scores.
     """
     windows, on_task = split.windows(context, document_mask), isinstance(split, TaskSplit)
     chosen = spread_evenly(max(1, max_tokens // context), len(windows))

@@ -75,7 +75,7 @@ class Task(SpecRepr, ABC):
     @property
     @abstractmethod
     def answers(self) -> int:
-        """The number of possible answers; guessing among them is right in 1 of so many cases."""
+        """The number of possible answers; a guess is right with the probability 1 / `answers`."""
 
     @abstractmethod
     def sample(self, rng: np.random.Generator, count: int, context: int) -> TaskSamples:

@@ -41,9 +41,10 @@ class AdaptiveLatentCoT(ReachThink):
     with gradient checkpointing, because checkpointing cannot keep the sub-caches.
     Resolved: the feedback is the last hidden state, RMS-matched on backbones whose embeddings are not at unit RMS. The
     method mixes states, not probabilities. The penalty is lambda * mean of sg(p_true)^beta * (sum of the probabilities
-    to reach steps 1..L, including the first pruned step, so that the router always gets a gradient), with p_true from
-    the final prediction. The last step of a token gets all remaining probability. The paper's feedback, threshold and
-    penalty were not available to us.
+    to reach the steps that were taken), with p_true from the final prediction. In training a random tenth of the tokens
+    takes a step that the router would not take. Otherwise a router that has learned to halt a token early would never
+    see again what a step gains, and in the end every token would take one pass. The last step of a token gets all
+    remaining probability. The paper's feedback, threshold and penalty were not available to us.
 
     Args:
         steps: L, the maximum number of extra passes per token; 0 gives the plain backbone.
@@ -53,6 +54,7 @@ class AdaptiveLatentCoT(ReachThink):
         penalty: lambda, the cost of one full step in nats; larger values prune more.
         beta: exponent of the correctness weight; larger values lower the penalty on wrong predictions; 0: no weighting.
         continue_prob: for ``"random"``: the probability that a token takes the next step.
+        explore: in training, the share of the halted tokens that take the next step anyway; 0: none.
 
     Example:
         >>> AdaptiveLatentCoT(steps=1).cost_schedule(tokens=8)[-1]
