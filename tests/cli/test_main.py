@@ -178,7 +178,7 @@ def test_a_prompt_that_is_no_text():
     ],
 )
 def test_failures_end_without_a_traceback(raised, code, message, said, monkeypatch):
-    def fail():
+    def fail(seams):
         raise raised
 
     monkeypatch.setattr(spec, "index", fail)
@@ -189,14 +189,14 @@ def test_a_terminal_obeys_no_message(said, monkeypatch):
     """Messages quote what files hold: a document's name may carry anything."""
     evil = "windows 3 (a\x1b[2J\x9b31m\u202e)\r\nWhat to try"
     for error in (Failure(evil), ValueError(evil)):
-        monkeypatch.setattr(spec, "index", lambda error=error: (_ for _ in ()).throw(error))
+        monkeypatch.setattr(spec, "index", lambda seams, error=error: (_ for _ in ()).throw(error))
         code, _, err = said("methods")
         assert code == 1 and r"windows 3 (a\x1b[2J\x9b31m\u202e)\r" in err
         assert all(character.isprintable() or character == "\n" for character in err)
 
 
 def test_a_bug_keeps_its_traceback(said, monkeypatch):
-    monkeypatch.setattr(spec, "index", lambda: 1 // 0)
+    monkeypatch.setattr(spec, "index", lambda seams: 1 // 0)
     code, _, err = said("methods")
     assert code == 1 and "Traceback" in err and "ZeroDivisionError" in err
     assert "please report it" in err.splitlines()[-1]
@@ -217,8 +217,8 @@ def test_methods_as_json(said):
     code, out, err = said("methods", "--json")
     listed = json.loads(out)
     assert code == 0 and err == ""
-    assert [entry["name"] for entry in listed] == list(spec.index())
-    assert all(entry["seam"] in spec.SEAMS + spec.PARTS and entry["summary"] for entry in listed)
+    assert [entry["name"] for entry in listed] == list(spec.index(spec.SEAMS + spec.PARTS + spec.TASKS))
+    assert all(entry["seam"] in spec.SEAMS + spec.PARTS + spec.TASKS and entry["summary"] for entry in listed)
     one = json.loads(said("methods", "PonderLM2", "--json")[1])
     assert one["paper"] == "PonderLM-2, arXiv 2509.23184"
     assert one["documentation"].startswith(one["summary"]) and "Args:" in one["documentation"]

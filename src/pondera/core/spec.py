@@ -274,7 +274,9 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
             f"case is {wanted!r}; rename the class or the file (start the file name with an underscore if it is no method)"
         )
     module = f"pondera.data.tasks.{file.stem}" if seam in ELSEWHERE else f"pondera.methods.{seam}.{file.stem}"
-    if not file.is_relative_to(PACKAGE.parent):  # several folders may have a file of the same name
+    if not any(
+        file.is_relative_to(folder) for folder in (PACKAGE, *ELSEWHERE.values())
+    ):  # several folders may have a file of the same name
         module = f"pondera_{file.stem}_{zlib.crc32(str(file).encode()):08x}"
     texts = _texts(cls)
     return MethodInfo(

@@ -5,7 +5,6 @@ Shapes: B batch, C context.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -14,15 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-
-def mixed_seed(*parts: int) -> int:
-    """Hashes several numbers to one seed.
-
-    Example:
-        >>> mixed_seed(0, 1) == mixed_seed(1, 0)
-        False
-    """
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+from pondera.core.mixed_seed import mixed_seed
 
 
 class StepSampler(Sampler[list[int]]):

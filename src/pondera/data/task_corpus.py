@@ -20,9 +20,9 @@ import numpy as np
 
 from pondera.core import spec
 from pondera.core.errors import UserError
+from pondera.core.mixed_seed import mixed_seed
 from pondera.core.paths import cache_folder
 from pondera.core.run_config import DataConfig
-from pondera.data.sampler import mixed_seed
 from pondera.data.tasks.base import FILL, Task, TaskSamples
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from transformers import PrinterCallback, Trainer, TrainingArguments
 
 from pondera.core.errors import Failure
 from pondera.core.hf import checkpointing_arguments
+from pondera.core.mixed_seed import mixed_seed
 from pondera.core.run_config import TrainConfig
-from pondera.data.sampler import StepSampler, collate, mixed_seed
+from pondera.data.sampler import StepSampler, collate
 from pondera.evaluation.score import pass_counts
 from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.next_token import IGNORED

@@ -141,7 +141,7 @@ def test_runs_of_earlier_versions_have_their_speed(tmp_path):
 def test_what_a_comparison_leaves(compared):
     found = json.loads((compared / "found.json").read_text())["tokens"]
     assert found == json.loads((compared / "out" / "results.json").read_text())
-    assert {"equal", "seeds", "command", "baseline", "rows", "verdict"} == set(found)
+    assert {"equal", "seeds", "command", "baseline", "score", "rows", "verdict"} == set(found)
     assert found["baseline"] == "plain" and len(found["verdict"]) == 1
     for row, name in zip(found["rows"], ("plain", "ponder"), strict=True):
         assert row["name"] == name and row["seeds"] == [0, 1] and row["steps"] == STEPS

@@ -131,7 +131,7 @@ def test_methods_are_told_each_step(unfinished, text, monkeypatch):
     monkeypatch.setattr(AdaptiveLM, "begin_step", lambda self, *step_and_seed: told.append(step_and_seed))
     shutil.rmtree(unfinished.checkpoints()[-1])
     train(tiny(text), unfinished.path, resume=True, progress=False)
-    assert told == [(step, 0) for step in range(4, 8)]
+    assert told == [(step, 0, step / 8) for step in range(4, 8)]
 
 
 def test_asked_to_stop(straight, text, tmp_path, monkeypatch, capfd):
@@ -300,7 +300,9 @@ def test_progress_is_lines_without_a_terminal(text, tmp_path, capsys):
     train(config, tmp_path / "run")
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 2/4", "step 4/4"]
-    assert all(re.search(r"loss \d\.\d+  bits/byte \d\.\d+  [\d,]+ tokens/s  \d+:\d\d left", line) for line in lines)
+    assert all(
+        re.search(r"loss \d\.\d+  bits per byte \d\.\d+  [\d,]+ tokens/s  \d+:\d\d left", line) for line in lines
+    )
 
 
 @pytest.mark.parametrize(
