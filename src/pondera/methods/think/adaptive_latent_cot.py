@@ -66,8 +66,8 @@ class AdaptiveLatentCoT(ReachThink):
     examples: ClassVar[dict[str, str]] = {
         "exact": "AdaptiveLatentCoT(steps=2, halting='fixed')",
         "identity": "AdaptiveLatentCoT(steps=0, halting='fixed')",
-        "exact-router": "AdaptiveLatentCoT(steps=2, threshold=0.5)",
-        "identity-router": "AdaptiveLatentCoT(steps=0)",
+        "exact-router": "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.5)",
+        "identity-router": "AdaptiveLatentCoT(steps=0, halting='router')",
         "exact-random": "AdaptiveLatentCoT(steps=2, halting='random')",
         "identity-random": "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.0)",
     }
@@ -76,7 +76,7 @@ class AdaptiveLatentCoT(ReachThink):
     def __init__(
         self,
         steps: int = 1,
-        halting: str = "router",
+        halting: str = "fixed",
         threshold: float = 0.05,
         penalty: float = 0.01,
         beta: float = 1.0,
