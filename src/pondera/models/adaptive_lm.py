@@ -28,6 +28,7 @@ from pondera.core.hf import (
     PreTrainedModel,
 )
 from pondera.core.loss_terms import LossTerm
+from pondera.models.attention_mask import token_mask
 from pondera.models.backbone import Backbone
 from pondera.models.causal_lm import causal_lm, put_head, saved_model
 from pondera.models.config import SETTINGS, AdaptiveConfig
@@ -272,9 +273,10 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``[B, T]`` token ids; alternative to `inputs_embeds`.
             attention_mask: ``[B, seen + T]`` over tokens (not KV slots), 1 = real, 0 = padding.
-            position_ids: ``[B, T]`` token positions; default: `None`, counted from the first real token of each sequence.
-                Without a mask and a cache, a document starts where a position is not the previous one plus 1, and
-                attention is limited to the document.
+            position_ids: ``[B, T]`` token positions; default: `None`. A model with a method then counts from the first real
+                token of each sequence; one without a method counts as its backbone does, padding included. Without a mask
+                and a cache, a document starts where a position is not the previous one plus 1, and attention is limited to
+                the document.
             past_key_values: a cache from `new_cache` or an earlier call.
             inputs_embeds: ``[B, T, D]`` instead of `input_ids`.
             labels: ``[B, T]``, same as `input_ids`; shifted here. -100 is ignored.
@@ -368,6 +370,10 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             budget: compute per token.
         """
         h_BTD = self.backbone.embed(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
+        if 0 in h_BTD.shape[:2]:
+            raise UserError(
+                f"input_ids: {h_BTD.shape[0]} sequences of {h_BTD.shape[1]} tokens; give at least one token"
+            )
         if position_ids is not None and attention_mask is None and document_ids is None:
             if cache is None:
                 document_ids = documents(position_ids.expand(h_BTD.shape[0], -1))
@@ -378,6 +384,9 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                 raise UserError("document_ids: not supported with a cache; leave past_key_values out")
             attention_mask = document_ids
         method = self.method
+        if attention_mask is not None:
+            seen = cache.get_seq_length() if cache is not None else 0
+            attention_mask = token_mask(attention_mask, h_BTD.shape[0], h_BTD.shape[1], seen, self.chosen)
         if position_ids is None and (method is not None or document_ids is not None):
             seen = cache.get_seq_length() if cache is not None else 0
             position_ids = token_positions(h_BTD.shape[1], attention_mask, seen, h_BTD.device)

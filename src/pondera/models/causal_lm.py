@@ -38,7 +38,13 @@ def causal_lm(config: AdaptiveConfig, think: Think | None, old: AdaptiveLM | Non
         return type(lm).from_pretrained(None, config=backbone, state_dict=known, dtype=config.dtype or lm.dtype)
     if config._checkpoint is not None:
         return saved_model(config._checkpoint, config=backbone)
-    lm = AutoModelForCausalLM.from_config(backbone)
+    try:
+        lm = AutoModelForCausalLM.from_config(backbone)
+    except Exception as error:  # an architecture can raise anything
+        raise UserError(
+            f"backbone: a {backbone.model_type} with these settings cannot be built ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:120]}); check its sizes, names of activations and rates"
+        ) from error
     if config.init == "scaled":
         scaled_init(lm)
     return lm

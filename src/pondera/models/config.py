@@ -17,6 +17,15 @@ from pondera.models.peft_defaults import announce_to_peft
 INITS = ("hf", "scaled")
 DTYPES = ("auto", "bfloat16", "float16", "float32", "float64")
 TEXT_CONFIG = "text_config"
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+"""Fields of a backbone that must be positive."""
 SETTINGS = ("backbone", *spec.SEAMS, "init", "embed_scale", "dtype")
 
 
@@ -128,6 +137,8 @@ class AdaptiveConfig(PreTrainedConfig, SeamSettings):
                 "config.json names another checkpoint as backbone, whose weights would be downloaded; a model saved by "
                 "Pondera does not: give the folder of a trained model"
             )
+        if "backbone" in config_dict and config_dict["backbone"] is None:
+            raise UserError("config.json: the backbone is null, and a saved model has one; copy the folder again")
         if isinstance(backbone := config_dict.get("backbone"), dict):
             config_dict = {**config_dict, "backbone": backbone_config(backbone, saved=True)}
         if config_dict.get("transformers_version") not in (None, installed()):
@@ -228,6 +239,9 @@ def backbone_config(tree: dict[str, Any], saved: bool = False) -> PreTrainedConf
 def _check_fields(tree: dict[str, Any], name: str) -> None:
     default = CONFIG_MAPPING[name]()
     allowed = set(default.to_dict()) | set(type(default).attribute_map) | {"attn_implementation", "dtype"}
+    for key in SIZES:
+        if isinstance(value := tree.get(key), (int, float)) and value < 1:
+            raise UserError(f"backbone.{key}={value}: give 1 or more")
     for key in tree:
         # transformers can write fields with a leading underscore and generation fields into config.json.
         if key not in allowed and not key.startswith("_") and not hasattr(default, key):

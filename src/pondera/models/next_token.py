@@ -38,4 +38,4 @@ def total_loss(terms: dict[str, LossTerm], items: Tensor | int | None = None) ->
     loss = torch.stack([term.weight * term.mean() for term in terms.values()]).sum()
     if items is None:
         return loss
-    return loss * (terms["next_token"].count / torch.as_tensor(items, device=loss.device).reshape(-1)[0])
+    return loss * (terms["next_token"].count / torch.as_tensor(items, device=loss.device).reshape(-1)[0].clamp(min=1))

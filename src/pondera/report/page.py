@@ -176,6 +176,9 @@ def view_run(path: str | Path, name: str | None = None) -> RunView:
     config = attempt(lambda: run.config, RunConfig(name=run.path.name))
     metrics = attempt(run.metrics, [])
     result = attempt(run.result, None) or {}
+    for key in [key for key, _, _ in COLUMNS if not isinstance(result.get(key), (int, float, type(None)))]:
+        problems.append(f"result.json: {key} is not a number")
+        del result[key]
     if not metrics:
         problems.append("no metrics (metrics.jsonl is missing or empty)")
     if not result:

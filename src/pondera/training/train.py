@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 FREE = {"log_every", "eval_every", "eval_tokens", "save_every", "keep"}
 """Settings of ``train`` that may change when a run is resumed: they affect logging and saving, not the weights."""
 
+MOST_STEPS = 10**9
+
 log = logging.getLogger(__name__)
 
 
@@ -128,6 +130,8 @@ def check_settings(settings: TrainConfig) -> None:
     for name in ("steps", "batch_size", "log_every", "eval_every", "eval_tokens", "save_every", "keep"):
         if getattr(settings, name) < 1:
             raise UserError(f"train.{name}: at least 1, got {getattr(settings, name)}")
+    if settings.steps > MOST_STEPS:
+        raise UserError(f"train.steps: at most {MOST_STEPS:,}, got {settings.steps:.3g}")
     if settings.micro_batch_size is not None and settings.micro_batch_size < 1:
         raise UserError(f"train.micro_batch_size: at least 1, or null; got {settings.micro_batch_size}")
     for name in ("lr", "grad_clip"):

@@ -128,6 +128,13 @@ class ConceptLM(Chunk):
         for name, value in {"ncp_weight": ncp_weight, "vq_weight": vq_weight}.items():
             if value < 0:
                 raise UserError(f"{name}={value}: give 0 (without this loss) or more")
+        if codes < 2:
+            raise UserError(f"codes={codes}: give 2 or more; one code cannot tell chunks apart")
+        if quantizer is not None and not isinstance(quantizer, Quantizer):
+            kind = f"{type(quantizer).__name__} object"
+            raise UserError(
+                f"quantizer: got a {kind}; give a quantizer, such as quantizer=Product(SimVQ(64), groups=8)"
+            )
         if merge not in MERGES:
             raise unknown("merge", merge, MERGES)
         if pooling not in POOLINGS:
@@ -240,6 +247,11 @@ class ConceptLM(Chunk):
                 cast(ThinkingChunks, concept_cache.concepts).check_budget(self.think, batch.budget)
             seen = concept_cache.tokens
             concept_cache.record(passes_BT)
+        if self.training and labels_BT is not None and concept_cache is not None and torch.is_grad_enabled():
+            raise UserError(
+                "use_cache: a cache of ConceptLM has a folded copy of the codebooks, which get no gradient; train without "
+                "a cache"
+            )
         if batch.budget.effort == 0:
             return MethodOutput(backbone.step(h_BTD, rows, mask, position_ids), passes_BT)
 
