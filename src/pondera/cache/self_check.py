@@ -19,7 +19,7 @@ from pondera.cache.layer import AttentionCall, KVLayer
 from pondera.cache.slot_attention import attend, grouped
 from pondera.core.errors import UserError, described
 from pondera.core.evaluation_mode import as_it_was
-from pondera.core.hf import Cache, DynamicCache, PreTrainedModel
+from pondera.core.hf import CACHE, Cache, DynamicCache, PreTrainedModel
 
 if TYPE_CHECKING:
     from pondera.cache.hand_over import Owner
@@ -173,7 +173,7 @@ def _run(model: PreTrainedModel, cache: Cache, pads: int, pieces: tuple[int, ...
     for piece in ids_BT.split(pieces, 1):
         seen += piece.shape[1]
         given = {"attention_mask": mask_BT[:, :seen]} if pads else {}
-        logits.append(model(input_ids=piece, past_key_values=cache, use_cache=True, **given).logits)
+        logits.append(model(input_ids=piece, **{CACHE: cache}, use_cache=True, **given).logits)
     return torch.cat(logits, 1)[mask_BT.bool()]
 
 

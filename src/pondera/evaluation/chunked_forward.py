@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pondera.core.hf import CACHE
+
 if TYPE_CHECKING:
     from pondera.core.hf import Cache
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -54,5 +56,5 @@ def chunked_forward(
     """
     start = 0
     for part_BT in ids_BT.split(pieces(ids_BT.shape[1], prompt, piece), dim=1):
-        yield start, model(part_BT, past_key_values=cache, **(budget or {})).logits
+        yield start, model(part_BT, **{CACHE: cache}, **(budget or {})).logits
         start += part_BT.shape[1]

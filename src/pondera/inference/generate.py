@@ -102,7 +102,7 @@ def generate(
         )
         passes = [1.0] * ids_BT.shape[1]
         if isinstance(cache, TokenCache):
-            model(ids_BT[:, cache.tokens :], past_key_values=cache, **budget)
+            model(ids_BT[:, cache.tokens :], **{CACHE: cache}, **budget)
             passes = cast("Tensor", cache.passes_BT)[0].double().tolist()
     return Generated(stream.text, stream.tokens, passes, len(ids), ids_BT[0].tolist())
 

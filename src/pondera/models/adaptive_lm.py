@@ -328,7 +328,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             out["terms"], out["trace"] = terms, found.trace
         else:
             out.__dict__.update(terms=terms, trace=found.trace)
-        out.__dict__.update(cache=cache, past_key_values=cache)
+        out.__dict__.update({"cache": cache, CACHE: cache})
         return cast(AdaptiveOutput, out.to_tuple()) if return_dict is False else out
 
     def _head_has_loss(self, found: MethodOutput) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pondera.core.hf import Cache, ModelOutput
+from pondera.core.hf import CACHE, Cache, ModelOutput
 from pondera.core.loss_terms import LossTerm
 
 
@@ -33,7 +33,8 @@ class AdaptiveOutput(ModelOutput):
 
     loss: Tensor | None = None
     logits: Tensor | None = None
-    past_key_values: Cache | None = None
+    if CACHE == "past_key_values":  # since 5.24 ModelOutput reads the old name from `cache`
+        past_key_values: Cache | None = None
     cache: Cache | None = None
     passes: Tensor | None = None
     terms: dict[str, LossTerm] | None = None

@@ -16,6 +16,7 @@ from pondera.cache.masks import SlotMask
 from pondera.cache.packing import PackedRows
 from pondera.core.errors import UserError, described
 from pondera.core.evaluation_mode import as_it_was
+from pondera.core.hf import CACHE
 from pondera.models.backbone import Backbone
 
 if TYPE_CHECKING:
@@ -131,5 +132,5 @@ def _in_pieces(model: AdaptiveLM, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
     cache, seen, found = model.new_cache(), 0, []
     for piece in ids_BT.split(PIECES, 1):
         seen += piece.shape[1]
-        found.append(model(piece, attention_mask=mask_BT[:, :seen], past_key_values=cache).logits)
+        found.append(model(piece, attention_mask=mask_BT[:, :seen], **{CACHE: cache}).logits)
     return torch.cat(found, 1)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.core.errors import UserError
-from pondera.core.hf import DynamicCache, PreTrainedModel
+from pondera.core.hf import CACHE, DynamicCache, PreTrainedModel
 from pondera.methods.quantize.base import Quantizer
 from pondera.methods.quantize.common.kmeans import kmeans
 from pondera.methods.quantize.common.nearest import nearest
@@ -83,7 +83,7 @@ def _slots(model: Any, ids_BT: Tensor, layers: list[int]) -> Iterator[_Slots]:
     """Runs a model on some sequences and yields their KV slots: one per token, or one per pass of a think method."""
     thinks = getattr(model, "method", None) is not None
     cache: Any = _exact_cache(model) if thinks else DynamicCache(config=model.config.get_text_config(decoder=True))
-    model(input_ids=ids_BT, past_key_values=cache, logits_to_keep=1)
+    model(input_ids=ids_BT, logits_to_keep=1, **{CACHE: cache})
     for number in layers:
         layer = cache.layers[number] if number < len(cache.layers) else None
         if not thinks and getattr(layer, "keys", None) is None:
