@@ -28,8 +28,8 @@ def parser() -> Parser:
     """The argument parser of ``pondera compress``."""
     about = (
         "Measures KV cache methods on a model against its full cache: bytes, bits per byte of held-out text, top-1 agreement "
-        "(next tokens equal to those with the full cache) and recall of an early passage. Recommends the elbow, and with "
-        "--out saves the model with that method."
+        "(next tokens equal to those with the full cache) and recall of an early passage. Recommends the elbow, or the only "
+        "--kv-cache, and with --out saves the model with that method."
     )
     arguments = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("evaluation text"))
     arguments.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
@@ -103,8 +103,9 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         print_table(
             list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"KV cache of {done.context} tokens"
         )
+        named = "elbow" if len(rows) > 2 else "chosen"
         print(
-            f"elbow: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes of the full cache, "
+            f"{named}: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes of the full cache, "
             f"{chosen.bits_per_byte - rows[0].bits_per_byte:+.4f} bits per byte"
         )
     if args.plot is not None:

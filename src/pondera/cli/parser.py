@@ -76,11 +76,13 @@ class Parser(argparse.ArgumentParser):
                 return [*rest, word, *words], overrides
             option, equals, value = word.partition("=")
             own = self._option_string_actions.get(option)
+            if own is None and option.startswith("--"):  # settings have the names of Python; dashes are usual, too
+                option = "--" + option.removeprefix("--").replace("-", "_")
             if not option.startswith("--") or (own is not None and (own.nargs == 0 or equals)):
                 rest.append(word)
                 continue
             if own is None and not self._is_setting(option):
-                raise self._unknown_option(option)
+                raise self._unknown_option(word.partition("=")[0])
             if not equals:
                 if not words or words[0].startswith("--"):
                     raise UserError(f"{option} needs a value: {option} VALUE")

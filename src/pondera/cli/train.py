@@ -13,6 +13,7 @@ from typing import Any
 from pondera.cli.config import load_config
 from pondera.cli.parser import Parser
 from pondera.core import run_config
+from pondera.core.metric import SCORES, score_name
 from pondera.core.run_folder import Run, is_run
 
 SUMMARY = "trains one model and writes a run folder"
@@ -59,17 +60,23 @@ def run(args: argparse.Namespace) -> int:
 
 def _summary(done: Run) -> str:
     result = done.result() or {}
-    score = f"  ({result['bits_per_byte']:.4f} bits per byte)" if result.get("bits_per_byte") else ""
+    name = score_name([result])
+    score = f"  ({result[name]:.4f} {SCORES[name]})" if name in result else ""
     path = shlex.quote(str(done.path))
     rows = [
         ("scores and costs", f"{done.result_file}{score}"),
         ("model", str(done.model_dir)),
         ("training curve", str(done.metrics_file)),
-        ("generate", f'pondera generate {path} --prompt "Once upon a time" --show-compute'),
+        ("generate", f'pondera generate {path} --prompt "Once upon a time"{_shows(done)}'),
         ("evaluate", f"pondera eval {path} --data.text FILE"),
         ("report", f"pondera report {path}"),
     ]
     return "\n".join(f"  {name + ':':19}{text}" for name, text in rows)
+
+
+def _shows(run: Run) -> str:
+    """The option that shows what the method of a run does."""
+    return " --show-compute" if run.config.think else " --show-concepts" if run.config.chunk else ""
 
 
 def recipes() -> str:

@@ -20,6 +20,7 @@ To try a method without changing the package, put its file into a folder with th
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -166,7 +167,12 @@ def find(name: str, seam: str | None = None) -> MethodInfo:
     method = methods.get(name)
     if method is None:
         allowed = [known.name for known in methods.values() if seam in (None, known.seam)]
-        raise unknown(f"{seam} method" if seam else "method", name, allowed)
+        error = unknown(f"{seam} method" if seam else "method", name, allowed)
+        if not difflib.get_close_matches(name.lower(), [known.lower() for known in allowed], cutoff=0.7):
+            error = UserError(
+                f"{error}; if it is a method of your own, set PONDERA_METHODS to the folder that has {seam or 'its'}/"
+            )
+        raise error
     if seam not in (None, method.seam):
         raise UserError(
             f"{name} is a {method.seam} method; write {method.seam}: {name}(...) instead of {seam}: {name}(...)"

@@ -25,7 +25,7 @@ class Compression:
         name: of the model.
         context: tokens that each cache has read when it is measured.
         rows: one per method, the full cache first.
-        elbow: the row to take, see `pondera.evaluation.kv_sweep.elbow`.
+        elbow: the row to take, see `pondera.evaluation.kv_sweep.elbow`; with one method, the row of that method.
         written: the spec string that the model in `out` has; `None`: nothing was written.
     """
 
@@ -88,7 +88,8 @@ def compress(
     held = held_out(loaded, data, windows)
     tokens = held.ids_NT.shape[1] - 1
     rows, methods = sweep(loaded, wanted, held, calibration(loaded, calibrate, calibrate_tokens, tokens), say)
-    chosen, written = elbow(rows), None
+    # Who names one method wants that one.
+    chosen, written = rows[-1] if len(wanted) == 1 else elbow(rows), None
     if out is not None:
         written = chosen.method if keep is None else _text(keep)
         save(loaded, methods[written], written, Path(out))

@@ -211,11 +211,16 @@ def _recall(model: AdaptiveLM, method: KVCacheMethod, windows: HeldOutWindows) -
     return right / total
 
 
+NEAR = 0.01
+"""How much worse than the best score a smaller cache may be, as a share, if there are too few rows for a curve."""
+
+
 def elbow(rows: Sequence[SweepRow]) -> SweepRow:
     """The recommended row: the elbow of the curve of bits per byte over bytes.
 
     Both axes are scaled to [0, 1]. Among the Pareto-optimal rows, the elbow is the one furthest below the straight line
-    from the smallest cache to the best score. With fewer than three such rows, it is the row with the best score.
+    from the smallest cache to the best score. With fewer than three such rows there is no curve; then it is the smallest
+    cache whose bits per byte are within 1 % of the best score.
 
     Example:
         >>> row = lambda share, bits: SweepRow(f"{share}", share, share, bits, 1.0, 1.0, 1.0)
@@ -224,7 +229,8 @@ def elbow(rows: Sequence[SweepRow]) -> SweepRow:
     """
     front = sorted((row for row in rows if not any(_beats(other, row) for other in rows)), key=lambda row: row.of_full)
     if len(front) < 3:
-        return min(front, key=lambda row: row.bits_per_byte)
+        best = min(row.bits_per_byte for row in front)
+        return next(row for row in front if row.bits_per_byte <= (1 + NEAR) * best)
     wide = front[-1].of_full - front[0].of_full
     high = front[0].bits_per_byte - front[-1].bits_per_byte
 

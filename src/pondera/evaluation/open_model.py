@@ -10,18 +10,20 @@ from pondera.core.errors import UserError
 from pondera.inference import load as loading
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerFast
 
     from pondera.methods.kv_cache.base import KVCacheMethod
+    from pondera.methods.think.base import Think
     from pondera.models.adaptive_lm import AdaptiveLM
 
 
 def load(
     name: str | Path,
     kv_cache: str | KVCacheMethod | None = None,
-    think: str | None = None,
+    think: str | Think | None = None,
     device: str | None = None,
-    dtype: str | None = None,
+    dtype: str | torch.dtype | None = None,
     *,
     calibrate: str | None = None,
     calibrate_tokens: int = 65536,
@@ -34,10 +36,10 @@ def load(
     Args:
         name: a run folder, a model folder, or a hub name of any causal LM of transformers.
         kv_cache: how much of the KV cache to keep, as text or as an object, e.g. ``"SnapKV(1024)"`` or ``SnapKV(1024)``.
-        think: how much to compute for each token, e.g. ``"PonderLM2(thoughts=1)"``. On a checkpoint that was not trained
-            with it, what it adds is untrained.
+        think: how much to compute for each token, as text or as an object, e.g. ``"PonderLM2(thoughts=1)"``. On a checkpoint
+            that was not trained with it, what it adds is untrained.
         device: where the model goes; default: the accelerator if there is one, else the CPU.
-        dtype: of the weights, e.g. ``"bfloat16"``; default: as they are saved.
+        dtype: of the weights, e.g. ``"bfloat16"`` or ``torch.bfloat16``; default: as they are saved.
         calibrate: a text file, folder or dataset, for a KV cache method that is fitted to the model first, such as VQKV.
         calibrate_tokens: how many of its tokens are read.
         tokenizer, revision, trust_remote_code: see `pondera.inference.load.load`.
@@ -57,7 +59,9 @@ def load(
         print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
     """
     if think is not None:
-        spec.find(spec.parse(think).name, "think")
+        think = _think(think)
+    if dtype is not None:
+        dtype = str(dtype).removeprefix("torch.")
     method = _kv_cache(kv_cache)
     if method is None and calibrate is not None:
         raise UserError("calibrate: text to fit a KV cache method to, and none is named; add kv_cache='VQKV(2.75)'")
@@ -80,8 +84,20 @@ def load(
     return found.model, found.tokenizer
 
 
+def _think(given: str | Think) -> str:
+    """The spec string of a think method."""
+    from pondera.methods.think.base import Think
+
+    if not isinstance(given, (str, Think)):
+        raise UserError(f"think: expected text such as 'PonderLM2(thoughts=1)' or a think method, got {given!r}")
+    text = given if isinstance(given, str) else repr(given)
+    spec.find(spec.parse(text).name, "think")
+    return text
+
+
 def _kv_cache(given: str | KVCacheMethod | None) -> KVCacheMethod | None:
     """The method that was given, built if it is text."""
+
     from pondera.methods.kv_cache.base import KVCacheMethod
 
     if given is None or isinstance(given, KVCacheMethod):

@@ -18,6 +18,7 @@ from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
 from pondera.core.hf import PreTrainedModel
 from pondera.core.loss_terms import LossTerm
+from pondera.core.spec_repr import SpecRepr
 from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.models.backbone import Backbone
 
@@ -86,7 +87,7 @@ class SlotMaker(Protocol):
         ...
 
 
-class Method(nn.Module, ABC):
+class Method(SpecRepr, nn.Module, ABC):
     """Computes hidden states from embeddings with the layers of a backbone, in place of one plain pass.
 
     A method is constructed from its spec string, then bound to a backbone. It must be causal, and its results must not depend

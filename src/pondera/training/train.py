@@ -184,7 +184,7 @@ def _open(config: RunConfig, out: Path) -> Run:
     if changed:
         listing = ", ".join(f"{name} ({old.get(name)} before, {new.get(name)} now)" for name in changed)
         raise UserError(
-            f"{out} was started with other settings: {listing}; resume with {run.config_file}, or use --out"
+            f"{out} was started with other settings: {listing}; resume with {_again(run)}, or use another --out"
         )
     return run
 
@@ -237,7 +237,7 @@ def _explained(error: NotFinite, run: Run, split: AnySplit, config: RunConfig) -
 
 
 def _again(run: Run) -> str:
-    return f"pondera train {shlex.quote(str(run.config_file))} --out {shlex.quote(str(run.path))} --resume"
+    return f"pondera train {shlex.quote(str(run.path))} --resume"
 
 
 def _num_processes() -> int:

@@ -12,6 +12,7 @@ from helpers.fresh_process import copies
 from torch.nn import functional as F
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
+from pondera.core import spec
 from pondera.methods.chunk.common.chunks import Chunks, behind
 
 SPEC = "ConceptLM(chunk={chunk}, codes=8, segments=4, merge='{merge}')"
@@ -404,3 +405,26 @@ def test_what_does_not_fit_is_refused_with_what_would(chunk: str, message: str):
 def seeded() -> Iterator[None]:
     torch.manual_seed(0)
     yield
+
+
+@pytest.mark.parametrize(
+    ("spec_text", "said"),
+    [
+        ("ConceptLM(codes=1)", "2 or more"),
+        ("ConceptLM(quantizer=H2O(3))", "quantizer"),
+        ("ConceptLM(quantizer=3)", "quantizer"),
+        ("ConceptLM(quantizer=PonderLM2())", "quantizer"),
+    ],
+)
+def test_what_cannot_be_a_quantizer_is_refused(spec_text: str, said: str):
+    with pytest.raises(UserError, match=said):
+        spec.build(spec_text, "chunk")
+
+
+def test_training_through_a_cache_is_refused_because_codebooks_get_no_gradient():
+    model = AdaptiveLM(
+        AdaptiveConfig(backbone=dict(BACKBONES["llama"]), chunk="ConceptLM(chunk=3, codes=8, segments=4)")
+    )
+    x = ids(2, 9)
+    with pytest.raises(UserError, match="folded copy"):
+        model.train()(x, labels=x, use_cache=True)

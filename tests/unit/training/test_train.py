@@ -28,7 +28,8 @@ from pondera.data.sampler import collate
 from pondera.inference.load import load
 from pondera.models import checkpoints
 from pondera.models.adaptive_lm import AdaptiveLM
-from pondera.training.train import train
+from pondera.training.build import new_model
+from pondera.training.train import check_settings, train
 from pondera.training.trainer import PonderaTrainer
 
 QWEN3_NEXT = {**BACKBONES["qwen3_next"], "vocab_size": 300}
@@ -382,3 +383,19 @@ def test_isolated_documents_are_trained_and_read_apart(text: Path, tmp_path: Pat
         alone = model(batch["input_ids"][:, start:], document_ids=batch["document_ids"][:, start:] - 1).logits[0]
     torch.testing.assert_close(apart, alone, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(apart, together, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"backbone.hidden_size": -32}, "backbone.hidden_size=-32"),
+        ({"backbone.num_hidden_layers": 0}, "backbone.num_hidden_layers=0"),
+        ({"backbone.hidden_act": "foo"}, "cannot be built"),
+        ({"train.steps": 10**12}, "at most"),
+    ],
+)
+def test_an_impossible_model_is_refused(change, said, text, tmp_path):
+    with pytest.raises(UserError, match=said):
+        config = tiny(text, change)
+        check_settings(config.train)
+        new_model(config, 300)
