@@ -172,3 +172,34 @@ def test_compress_measures_and_writes(checkpoint: Path, text: Path, tmp_path: Pa
         pondera.compress(checkpoint, methods, str(text), out=tmp_path / "small")
     with pytest.raises(UserError, match="did you mean 'H2O'"):
         pondera.compress(checkpoint, "H20(0.5)", str(text))
+
+
+def test_compress_takes_the_only_method_that_is_named(checkpoint: Path, text: Path, tmp_path: Path):
+    found = pondera.compress(checkpoint, "StreamingLLM(9)", str(text), windows=2, out=tmp_path / "one", device="cpu")
+    assert found.elbow.method == found.written == "StreamingLLM(9)"
+
+
+def test_without_a_curve_the_smallest_cache_near_the_best_score_is_taken():
+    from pondera.evaluation.kv_sweep import SweepRow, elbow
+
+    def row(share: float, bits: float) -> SweepRow:
+        return SweepRow(f"{share}", share, share, bits, 1.0, 1.0, 1.0)
+
+    assert elbow([row(1.0, 2.0), row(0.5, 2.01)]).method == "0.5"
+    assert elbow([row(1.0, 2.0), row(0.5, 2.1)]).method == "1.0"
+
+
+def test_load_takes_methods_and_dtypes_as_objects(checkpoint: Path):
+    think = pondera.PonderLM2(thoughts=2)
+    model, _ = pondera.load(checkpoint, think=think, kv_cache=pondera.H2O(16), device="cpu", dtype=torch.bfloat16)
+    assert model.config.think == "PonderLM2(2)" and model.config.kv_cache == "H2O(16)" and model.dtype == torch.bfloat16
+    with pytest.raises(UserError, match="think: expected text"):
+        pondera.load(checkpoint, think=3, device="cpu")
+    config = pondera.AdaptiveConfig(backbone=str(checkpoint), chunk=pondera.ConceptLM(chunk=3, codes=8, segments=4))
+    assert config.chunk == "ConceptLM(3, codes=8, segments=4)"
+
+
+def test_effort_without_passes_is_refused(checkpoint: Path):
+    model, _ = pondera.load(checkpoint, device="cpu")
+    with pytest.raises(UserError, match="always runs one pass"):
+        model.generate(torch.tensor([[1, 2]]), max_new_tokens=1, effort="low")

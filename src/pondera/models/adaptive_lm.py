@@ -309,7 +309,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             cache,
             inputs_embeds,
             shift_labels,
-            Effort.of(effort, max_passes) if self._seam else FULL,
+            self._budget(effort, max_passes),
             document_ids,
         )
         h_BTD, loss, terms = found.h_BTD, None, found.terms
@@ -330,6 +330,13 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             out.__dict__.update(terms=terms, trace=found.trace)
         out.__dict__.update({"cache": cache, CACHE: cache})
         return cast(AdaptiveOutput, out.to_tuple()) if return_dict is False else out
+
+    def _budget(self, effort: str | float | None, max_passes: int | None) -> Effort:
+        budget = Effort.of(effort, max_passes)
+        if self._seam is None and budget != FULL:
+            name = "max_passes" if effort is None else "effort"
+            raise UserError(f"{name}: this model always runs one pass per token; leave it out")
+        return budget
 
     def _head_has_loss(self, found: MethodOutput) -> bool:
         """Whether the head computes the next-token loss itself, without logits."""
