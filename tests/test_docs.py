@@ -223,6 +223,23 @@ def test_the_picture_shows_every_length_of_every_cache_in_both_charts():
     assert "prefers-color-scheme: dark" in svg and svg.count("<style>") == 1
 
 
+def test_the_headline_says_the_numbers_format_of_each_figure_and_names_the_strongest_stock_cache():
+    said = [front.headline("results/memory.json"), front.gains("")]
+    for wanted in ("float32", "13.4", "7.0", "bfloat16", "`StaticCache`", "5.6"):
+        assert all(wanted in text for text in said), wanted
+    rows = json.loads((scripts.ROOT / "results/memory.json").read_text())["rows"]["decode 65536 x 1"]
+    stock = [one for one in rows if one.endswith("Cache") and one != "DynamicCache"]
+    assert max(stock, key=lambda one: rows[one]["times_as_fast_as_dynamic"]) == "StaticCache"
+
+
+def test_an_equal_score_is_said_once():
+    def score(value: float) -> Any:
+        return scripts.load("tools.measured").Measure("score", value, "", "a.json", "python a.py", "small")
+
+    assert front._kept(score(2.1911), score(2.1909)) == "2.191 bits per byte in both cases"
+    assert front._kept(score(2.3), score(2.2)) == "2.300 bits per byte against 2.200"
+
+
 PAGES = sorted((scripts.ROOT / "docs/results").glob("*.md"))
 
 

@@ -166,7 +166,13 @@ CACHES = {
     "PreallocatedCache": Claim(
         "A control: transformers' cache without its copies.",
         "control",
-        lambda: [decoding("PreallocatedCache()", (16384, 65536))],
+        lambda: [
+            decoding("PreallocatedCache()", (16384, 65536)),
+            decoding("StaticCache", (16384, 65536)),
+            capacity("PreallocatedCache()", "float32"),
+            capacity("PreallocatedCache()"),
+        ],
+        "StaticCache is that of transformers: it needs the length in advance and is not bit-identical.",
     ),
     "KIVI": Claim(
         "Keys want rounding per channel and values per token, at 2 bits.",
@@ -189,6 +195,7 @@ CACHES = {
         "partly",
         lambda: [
             decoding("VQKV()", (16384, 65536)),
+            capacity("VQKV()", "float32"),
             capacity("VQKV()"),
             codes(
                 "stories",
