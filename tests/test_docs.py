@@ -13,8 +13,9 @@ from helpers import scripts
 
 from pondera.core import spec
 
-build, docstrings, front, models, names, pages, study = (
-    scripts.load(f"tools.docs.{name}") for name in ("build", "docstrings", "front", "models", "names", "pages", "study")
+build, docstrings, findings, front, models, names, pages, study = (
+    scripts.load(f"tools.docs.{name}")
+    for name in ("build", "docstrings", "findings", "front", "models", "names", "pages", "study")
 )
 
 HEALTHY = {"split_error": 0.1, "reachable_error": 0.09, "perplexity": 60.0, "reachable_perplexity": 64.0, "width": 16}
@@ -202,6 +203,13 @@ def test_every_argument_of_a_method_is_explained_on_its_page():
         assert wanted == set(docstrings.of_method(method).arguments), method.name
 
 
+def test_an_argument_refers_only_to_what_has_a_page():
+    methods = spec.index() | spec.index(spec.PROBES)
+    for method in methods.values():
+        for argument, meaning in docstrings.of_method(method).arguments.items():
+            assert set(re.findall(r"see `(\w+)", meaning)) <= set(methods), f"{method.name}: {argument}"
+
+
 def test_a_package_of_methods_has_a_heading_and_a_guide():
     for seam in (*spec.SEAMS, *spec.PARTS, *spec.PROBES):
         assert seam in pages.SEAMS and (scripts.ROOT / "docs/guides" / f"{pages.GUIDES[seam]}.md").is_file()
@@ -230,6 +238,13 @@ def test_the_headline_says_the_numbers_format_of_each_figure_and_names_the_stron
     rows = json.loads((scripts.ROOT / "results/memory.json").read_text())["rows"]["decode 65536 x 1"]
     stock = [one for one in rows if one.endswith("Cache") and one != "DynamicCache"]
     assert max(stock, key=lambda one: rows[one]["times_as_fast_as_dynamic"]) == "StaticCache"
+
+
+def test_a_finding_over_models_has_its_spread():
+    said = findings._eviction()
+    for policy, number in (("SnapKV", "54 ± 25 %"), ("H2O", "32 ± 11 %")):
+        assert f"{number} ({policy})" in said
+    assert "3 models" in said
 
 
 def test_an_equal_score_is_said_once():
