@@ -18,6 +18,7 @@ build, docstrings, findings, front, models, names, pages, study = (
     for name in ("build", "docstrings", "findings", "front", "models", "names", "pages", "study")
 )
 
+FOLDERS = ("src", "tests", "tools", "experiments", "benchmarks")
 HEALTHY = {"split_error": 0.1, "reachable_error": 0.09, "perplexity": 60.0, "reachable_perplexity": 64.0, "width": 16}
 
 
@@ -253,6 +254,20 @@ def test_an_equal_score_is_said_once():
 
     assert front._kept(score(2.1911), score(2.1909)) == "2.191 bits per byte in both cases"
     assert front._kept(score(2.3), score(2.2)) == "2.300 bits per byte against 2.200"
+
+
+PROSE = [
+    *sorted((scripts.ROOT / "docs").rglob("*.md")),
+    scripts.ROOT / "CONTRIBUTING.md",
+    scripts.ROOT / "pyproject.toml",
+]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(scripts.ROOT)))
+def test_a_python_file_that_is_named_exists(page: Path):
+    files = {str(file.relative_to(scripts.ROOT)) for one in FOLDERS for file in (scripts.ROOT / one).rglob("*.py")}
+    named = set(re.findall(r"(?<![\w/.-])(?!my_methods/)(?:[\w-]+/)+[\w-]+\.py\b", page.read_text()))
+    assert not {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)}
 
 
 PAGES = sorted((scripts.ROOT / "docs/results").glob("*.md"))
