@@ -13,7 +13,12 @@ from tools.measured import SPEED, Measure, capacity, decoding, effort, first_tok
 
 FASTEST_PREFILL = "FastKV(SnapKV(0.25), tsp=0.2)"
 PICTURE = ROOT / "docs" / "figures" / "long-context.svg"
-DRAWN = {"DynamicCache": "DynamicCache", "PreallocatedCache()": "PreallocatedCache", "VQKV()": "VQKV"}
+DRAWN = {
+    "DynamicCache": "DynamicCache",
+    "PreallocatedCache()": "PreallocatedCache",
+    "VQKV()": "VQKV",
+    "StaticCache": "StaticCache",
+}
 """Caches in the picture and their labels, in the order of their colours."""
 LONG = 65536
 GAP = 20  # between two charts
