@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,18 @@ def test_it_passes_the_contract_suite_of_its_seam(name: str, tmp_path: Path):
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 10
     skipped = re.findall(r"SKIPPED.*?: (.*)", done.stdout)
     assert set(skipped) <= {"ReadTwice declares no identity form", "Grid has no table; it refuses scores by name"}
+
+
+def test_the_guide_shows_the_same_example():
+    file = "my_methods/kv_cache/key_norm.py"
+    guide = (ROOT / "docs/guides/add-a-method.md").read_text()
+    assert re.findall(r"```python\n(.*?)```", guide, re.DOTALL) == [f"# {file}\n{block(file)}"]
+
+
+def test_the_contract_command_comes_after_what_it_needs():
+    before, command, _ = TEXT.partition("PONDERA_METHODS=my_methods python -m pytest tests/contracts/")
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert command and 'pip install ".[dev]"' in before and any(one.startswith("pytest>") for one in extras["dev"])
 
 
 def test_its_command_trains(methods: Path, monkeypatch: pytest.MonkeyPatch):

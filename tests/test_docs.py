@@ -13,10 +13,12 @@ from helpers import scripts
 
 from pondera.core import spec
 
-build, docstrings, front, models, names, pages, study = (
-    scripts.load(f"tools.docs.{name}") for name in ("build", "docstrings", "front", "models", "names", "pages", "study")
+build, docstrings, findings, front, models, names, pages, study = (
+    scripts.load(f"tools.docs.{name}")
+    for name in ("build", "docstrings", "findings", "front", "models", "names", "pages", "study")
 )
 
+FOLDERS = ("src", "tests", "tools", "experiments", "benchmarks")
 HEALTHY = {"split_error": 0.1, "reachable_error": 0.09, "perplexity": 60.0, "reachable_perplexity": 64.0, "width": 16}
 
 
@@ -202,6 +204,13 @@ def test_every_argument_of_a_method_is_explained_on_its_page():
         assert wanted == set(docstrings.of_method(method).arguments), method.name
 
 
+def test_an_argument_refers_only_to_what_has_a_page():
+    methods = spec.index() | spec.index(spec.PROBES)
+    for method in methods.values():
+        for argument, meaning in docstrings.of_method(method).arguments.items():
+            assert set(re.findall(r"see `(\w+)", meaning)) <= set(methods), f"{method.name}: {argument}"
+
+
 def test_a_package_of_methods_has_a_heading_and_a_guide():
     for seam in (*spec.SEAMS, *spec.PARTS, *spec.PROBES):
         assert seam in pages.SEAMS and (scripts.ROOT / "docs/guides" / f"{pages.GUIDES[seam]}.md").is_file()
@@ -221,6 +230,44 @@ def test_the_picture_shows_every_length_of_every_cache_in_both_charts():
     assert {"VQKV: 24.0000 at 4.1K", "VQKV: 3.0000 at 65.5K", "DynamicCache: 100.0000 at 65.5K"} <= set(notes)
     assert len([note for note in notes if note and " at " in note]) == 2 * 2 * len(front.DRAWN)
     assert "prefers-color-scheme: dark" in svg and svg.count("<style>") == 1
+
+
+def test_the_headline_says_the_numbers_format_of_each_figure_and_names_the_strongest_stock_cache():
+    said = [front.headline("results/memory.json"), front.gains("")]
+    for wanted in ("float32", "13.4", "7.0", "bfloat16", "`StaticCache`", "5.6"):
+        assert all(wanted in text for text in said), wanted
+    rows = json.loads((scripts.ROOT / "results/memory.json").read_text())["rows"]["decode 65536 x 1"]
+    stock = [one for one in rows if one.endswith("Cache") and one != "DynamicCache"]
+    assert max(stock, key=lambda one: rows[one]["times_as_fast_as_dynamic"]) == "StaticCache"
+
+
+def test_a_finding_over_models_has_its_spread():
+    said = findings._eviction()
+    for policy, number in (("SnapKV", "54 ± 25 %"), ("H2O", "32 ± 11 %")):
+        assert f"{number} ({policy})" in said
+    assert "3 models" in said
+
+
+def test_an_equal_score_is_said_once():
+    def score(value: float) -> Any:
+        return scripts.load("tools.measured").Measure("score", value, "", "a.json", "python a.py", "small")
+
+    assert front._kept(score(2.1911), score(2.1909)) == "2.191 bits per byte in both cases"
+    assert front._kept(score(2.3), score(2.2)) == "2.300 bits per byte against 2.200"
+
+
+PROSE = [
+    *sorted((scripts.ROOT / "docs").rglob("*.md")),
+    scripts.ROOT / "CONTRIBUTING.md",
+    scripts.ROOT / "pyproject.toml",
+]
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(scripts.ROOT)))
+def test_a_python_file_that_is_named_exists(page: Path):
+    files = {str(file.relative_to(scripts.ROOT)) for one in FOLDERS for file in (scripts.ROOT / one).rglob("*.py")}
+    named = set(re.findall(r"(?<![\w/.-])(?!my_methods/)(?:[\w-]+/)+[\w-]+\.py\b", page.read_text()))
+    assert not {name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)}
 
 
 PAGES = sorted((scripts.ROOT / "docs/results").glob("*.md"))

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import yaml
 import pondera
 from pondera.cli.main import main
 from pondera.core import run_config, spec
+from pondera.core.effort import Effort
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs/quickstart.md", *sorted((ROOT / "docs/guides").glob("*.md"))]
@@ -133,6 +135,16 @@ def test_the_first_screen_installs_loads_and_shows_a_number():
     first = "\n".join((ROOT / "README.md").read_text().splitlines()[:45])
     for wanted in ("pip install", "from pondera import load", "](docs/figures/", "| what you get |", "times as fast"):
         assert wanted in first, wanted
+
+
+def test_the_readme_begins_with_the_description_of_the_package():
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["description"]
+    bold = re.search(r"\*\*(.*?)\*\*", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert bold and " ".join(bold[1].split()) == about
+
+
+def test_the_advice_on_effort_is_what_effort_does():
+    assert [Effort(share).passes(2) for share in (0, 0.25, 0.5, 0.51, 1)] == [1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)

@@ -40,6 +40,7 @@ WORDS = {  # a phrase with no other use in this field -> what to write instead
     r"(had|has|have) a say": "influences",
     r"held (against|together)": "compared with",
     r"knees?": "elbow",
+    r"KV rows?": "KV slot",
     r"laid (over|beside|end to end)": "merged, packed",
     r"(leaves?|leaving|left) off": "halts",
     r"no (cache|codebooks?|number|run|config|model|method) that (was|were|is|are)": "not a ...",
@@ -146,6 +147,7 @@ def test_prose_uses_the_terms_of_the_field():
         (".md", "A line.\n\n```\ntwin\n```\nRows stand beside it, `twin`.\n", [6, 6]),
         (".c", "int twin; /* The\n * price of it. */\n", [2]),
         (".yaml", "a: 1  # none: all of them\n", [1]),
+        (".py", 'class A:\n    cost = "2 passes and KV rows per token"\n', [2]),
     ],
 )
 def test_a_phrase_is_found_in_comments_strings_and_text(tmp_path: Path, suffix: str, text: str, lines: list[int]):

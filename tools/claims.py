@@ -26,7 +26,7 @@ from tools.measured import (
     slow_signal,
 )
 
-VERDICTS = ("reproduced", "partly", "not reproduced", "not tried", "control")
+VERDICTS = ("reproduced", "partly", "not reproduced", "claim not tested here", "control")
 """Whether we could reproduce the claim of the paper; a control has no claim."""
 
 
@@ -61,7 +61,7 @@ PROMPT = "The policy inside is SnapKV. " + SMALL
 
 def policy(name: str, claim: str, note: str = SMALL, more: Callable[[], list[Measure]] = list) -> Claim:
     """An eviction or selection policy: its recall with a quarter of the KV slots, and that of random eviction."""
-    return Claim(claim, "not tried", lambda: recall(name) + more(), note)
+    return Claim(claim, "claim not tested here", lambda: recall(name) + more(), note)
 
 
 THINK = {
@@ -166,7 +166,13 @@ CACHES = {
     "PreallocatedCache": Claim(
         "A control: transformers' cache without its copies.",
         "control",
-        lambda: [decoding("PreallocatedCache()", (16384, 65536))],
+        lambda: [
+            decoding("PreallocatedCache()", (16384, 65536)),
+            decoding("StaticCache", (16384, 65536)),
+            capacity("PreallocatedCache()", "float32"),
+            capacity("PreallocatedCache()"),
+        ],
+        "StaticCache is that of transformers: it needs the length in advance and is not bit-identical.",
     ),
     "KIVI": Claim(
         "Keys want rounding per channel and values per token, at 2 bits.",
@@ -182,13 +188,14 @@ CACHES = {
                 "stories", ["2 bits, keys by token, groups of 32"], 6.0, "loss against exact, 2 bits, keys per token"
             ),
         ],
-        "One model; that large models keep their quality at 2 bits was not tried.",
+        "One model; that large models keep their quality at 2 bits was not tested.",
     ),
     "VQKV": Claim(
         "Codebooks cut the KV cache by 82.8 % at 2.75 bits per number, nearly without loss.",
         "partly",
         lambda: [
             decoding("VQKV()", (16384, 65536)),
+            capacity("VQKV()", "float32"),
             capacity("VQKV()"),
             codes(
                 "stories",
@@ -210,7 +217,7 @@ CACHES = {
             difference(ELASTIC, "plain", "blocks", "books, full attention against no memory"),
             *slow_signal("elastic-16", "mean-pool", "blocks"),
         ],
-        "The paper's claims are about texts of 32 thousand tokens and more, which were not tried.",
+        "The paper's claims are about texts of 32 thousand tokens and more, which were not tested.",
     ),
     "MeanPool": Claim(
         "A control: means of past keys and values.",
@@ -253,7 +260,7 @@ MODULES = {
             difference(HEADS, "vqlogits-2", "plain", "two codes per token, against plain"),
             ratio(HEADS, "vqlogits-1", "plain", "inference_flops_per_token", "inference FLOPs against plain"),
         ],
-        "Saves parameters and FLOPs as claimed; quality is not kept from scratch. Clustering a trained matrix was not tried.",
+        "Saves parameters and FLOPs as claimed; quality is not kept from scratch. Clustering a trained matrix was not tested.",
     ),
 }
 
@@ -292,7 +299,7 @@ QUANTIZE = {
     ),
     "Scalar": Claim(
         "Rounding every dimension codes wide features of frozen encoders.",
-        "not tried",
+        "claim not tested here",
         lambda: [
             absolute(
                 QUANTIZERS,

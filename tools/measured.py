@@ -200,15 +200,16 @@ def codes(model: str, names: list[str], bits: float, what: str) -> Measure:
 def decoding(cache_name: str, tokens: tuple[int, int]) -> Measure:
     """Decoding speed relative to transformers' DynamicCache at batch 1, at two context lengths."""
     speed = [read(SPEED)["rows"][f"decode {n} x 1"][cache_name]["times_as_fast_as_dynamic"] for n in tokens]
-    what = f"decoding speed against DynamicCache at {tokens[0] // 1024}k and {tokens[1] // 1024}k tokens"
+    of = f" of {cache_name}" if cache_name == "StaticCache" else ""
+    what = f"decoding speed{of} in float32 against DynamicCache at {tokens[0] // 1024}k and {tokens[1] // 1024}k tokens"
     return Measure(what, (speed[0], speed[1]), "×", **_timed())
 
 
-def capacity(cache_name: str) -> Measure:
-    """Tokens that fit into the memory of the benchmark, relative to DynamicCache, in bfloat16."""
+def capacity(cache_name: str, numbers: str = "bfloat16") -> Measure:
+    """Tokens that fit into the memory of the benchmark, relative to DynamicCache, in bfloat16 or float32."""
     rows = next(rows for name, rows in read(SPEED)["rows"].items() if name.startswith("capacity"))
-    times = rows[f"{cache_name} bfloat16"]["tokens"] / rows["DynamicCache bfloat16"]["tokens"]
-    return Measure("tokens in the same memory against DynamicCache, bfloat16", times, "×", **_timed())
+    times = rows[f"{cache_name} {numbers}"]["tokens"] / rows[f"DynamicCache {numbers}"]["tokens"]
+    return Measure(f"tokens in the same memory against DynamicCache, {numbers}", times, "×", **_timed())
 
 
 def first_token(cache_name: str) -> Measure:

@@ -4,7 +4,7 @@
     python -m experiments.elastic.run --scale gpu --text books.long.jsonl.xz --minutes 8.5   call it again until it says "done"
     python -m experiments.elastic.run --scale cpu --smoke      a check that it runs
 
-The language models read windows of eight blocks: without memory (``blocks``); with the last KV rows before each block
+The language models read windows of eight blocks: without memory (``blocks``); with the last KV slots before each block
 (``transformer-xl``); with mean rows (``mean-pool``); with 16 samples of 16 or 64 Legendre coefficients (``elastic-16``,
 ``elastic-64``); with all rows before the block, where each query of the last layer attends to its nearest 16
 (``memorizing``); and with attention to the whole window (``plain``). All use the same text, the same number of tokens and

@@ -16,6 +16,7 @@ from pathlib import Path
 from tools.docs import blocks, combined, findings, front, models, pages, past, study, times  # noqa: F401  (these register makers)
 from tools.docs.tables import MAKERS, ROOT, generated
 
+EXAMPLE = "<!-- worked example: {} -->\n```python\n"
 PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -23,6 +24,15 @@ PART = re.compile(r"(<!-- generated: (\w+) ?(\S*) -->\n).*?(<!-- end -->)", re.D
 def output(path: str) -> str:
     """The recorded output of a command."""
     return f"```text\n{(ROOT / path).read_text().rstrip()}\n```"
+
+
+@generated
+def worked_example(path: str) -> str:
+    """The code of a worked example of CONTRIBUTING.md, by ``PAGE#FILE``; its first line is the name of the file."""
+    page, _, file = path.partition("#")
+    _, found, rest = (ROOT / page).read_text().partition(EXAMPLE.format(file))
+    assert found, f"{page} has no worked example {file}"
+    return f"```python\n# {file}\n{rest.partition('```')[0]}```"
 
 
 def built(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from statistics import mean
+from statistics import mean, stdev
 
 from tools.docs.tables import generated, read
 from tools.measured import RECALL, Measure, arm, codes, difference, ratio
@@ -44,12 +44,14 @@ def _concepts() -> str:
 
 def _eviction() -> str:
     policies = {"SnapKV": 0.25, "H2O": 0.25, "RandomEviction": 0.25, "TokenSelect": 0.25, "PreallocatedCache": 1.0}
-    found = {policy: f"{_needle(policy, share):.0f} %" for policy, share in policies.items()}
+    recalls = {policy: _needle(policy, share) for policy, share in policies.items()}
+    found = {policy: f"{mean(each):.0f} ± {stdev(each):.0f} %" for policy, each in recalls.items()}
     return (
         "**Eviction loses recall.** With a quarter of the KV slots tiny models find a needle in "
         f"{found['SnapKV']} (SnapKV) and {found['H2O']} (H2O) of the cases, against {found['RandomEviction']} with random "
         f"eviction and {found['PreallocatedCache']} with the full cache. TokenSelect keeps all slots, attends to a quarter of "
-        f"them and stays at {found['TokenSelect']}. [Eviction](docs/results/eviction.md)"
+        f"them and stays at {found['TokenSelect']}. (Mean ± standard deviation over "
+        f"{len(recalls['SnapKV'])} models.) [Eviction](docs/results/eviction.md)"
     )
 
 
@@ -64,12 +66,10 @@ def _codes() -> str:
     )
 
 
-def _needle(policy: str, share: float) -> float:
-    """Recall in percent, over seeds."""
+def _needle(policy: str, share: float) -> list[float]:
+    """Recall in percent, of each model."""
     wanted = (policy, share, "needle")
-    return mean(
-        100 * row["recall"] for row in read(RECALL)["rows"] if (row["policy"], row["share"], row["task"]) == wanted
-    )
+    return [100 * row["recall"] for row in read(RECALL)["rows"] if (row["policy"], row["share"], row["task"]) == wanted]
 
 
 def _worse(found: Measure) -> str:

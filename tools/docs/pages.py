@@ -50,7 +50,8 @@ def files() -> dict[Path, str]:
 def index(methods: list[MethodInfo]) -> str:
     """The page that lists all methods."""
     verdict = (
-        "*Verdict* says whether the paper's claim showed at our small scale; the page of the method has the numbers."
+        "*Verdict* says whether the paper's claim showed at our small scale; the page of the method has the numbers. "
+        "*Claim not tested here* means that the method was measured, but not under the conditions of the claim."
     )
     parts = ["# Methods", NOTE, f"One page per method, one table per package. {verdict}"]
     for seam in dict.fromkeys(method.seam for method in methods):

@@ -205,7 +205,8 @@ def memory(path: str) -> str:
     rates = found["rates"]
     about = (
         f"`{found['command']}`: {rates['parameters'] / 1e6:.3g} M parameters, float32, {found['threads']} threads, medians of "
-        f"{found['rounds']} interleaved rounds; each call measures the memory bandwidth for its bounds."
+        f"{found['rounds']} interleaved rounds; each call measures the memory bandwidth for its bounds. A speed-up is the "
+        "median of the ratios within a round, so it differs from the ratio of the median times."
     )
     return "\n\n".join([*parts, about])
 

@@ -16,7 +16,7 @@ ABOUT = """\
 Registers Pondera's models as --model pondera and runs the command lm-eval with all arguments unchanged.
 Its help: `pondera lm-eval run --help`. Arguments of the model go into --model_args: pretrained (a run folder, a model folder or
 a hub name), dtype, tokenizer, revision, effort, max_passes, max_length and others.
-Requires lm-eval: pip install "pondera[eval]"."""
+Requires lm-eval: in a clone of the repository, pip install ".[eval]"."""
 EXAMPLES = """
 pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm2-seed0 --tasks lambada_openai
 pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm3-seed0,effort=0.5 --tasks arc_easy --batch_size 8
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.api.registry import model_registry
     except ImportError as error:
-        raise UserError(f'lm-eval is not installed ({error}); type: pip install "pondera[eval]"') from None
+        raise UserError(f'lm-eval is not installed ({error}); type in a clone: pip install ".[eval]"') from None
     if MODEL not in model_registry:
         model_registry.register(MODEL, target=ADAPTER)
     given, sys.argv = sys.argv, ["lm-eval", *args.words]

@@ -205,7 +205,7 @@ def _data(data: DataConfig) -> Iterator[Finding]:
     elif not HUB_NAME.fullmatch(data.text):
         yield Finding("problem", "text", f"data.text: no such file or folder: {data.text!r}")
     elif importlib.util.find_spec("datasets") is None:
-        text = f"{data.text!r} is not a local file or folder; to load it as a HF dataset: pip install pondera[hf]"
+        text = f"{data.text!r} is not a local file or folder; to load it as a HF dataset: pip install datasets"
         yield Finding("problem", "text", text)
     else:
         text = f"{data.text!r} is not a local file or folder; it will be loaded as a HF dataset"

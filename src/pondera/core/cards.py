@@ -17,7 +17,8 @@ class Card:
 
     Args:
         claim: the claim of the paper in one line.
-        verdict: ``reproduced``, ``partly``, ``not reproduced`` or ``not tried``; ``control`` for a method without a claim.
+        verdict: ``reproduced``, ``partly``, ``not reproduced`` or ``claim not tested here``; ``control`` for a method
+            without a claim.
         measured: the measurements in one line.
     """
 

@@ -122,9 +122,7 @@ def _parquet(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(
-            f'data.text: {place}: reading .parquet needs pyarrow; type: pip install "pondera[hf]"'
-        ) from None
+        raise UserError(f"data.text: {place}: reading .parquet needs pyarrow; type: pip install pyarrow") from None
     try:
         table = ParquetFile(file)
         if columns[0] not in table.schema_arrow.names:

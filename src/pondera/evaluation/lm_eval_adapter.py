@@ -1,4 +1,4 @@
-"""Adapter for EleutherAI's lm-evaluation-harness (``pip install "pondera[eval]"``).
+"""Adapter for EleutherAI's lm-evaluation-harness (in a clone: ``pip install ".[eval]"``).
 
     pondera lm-eval --model pondera --model_args pretrained=runs/ponderlm2-seed0 --tasks lambada_openai
 

@@ -19,7 +19,7 @@ from pondera.inference.load import load
 from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.config import AdaptiveConfig
 
-pytest.importorskip("lm_eval", reason="pip install pondera[eval]")
+pytest.importorskip("lm_eval", reason='in a clone: pip install ".[eval]"')
 
 from lm_eval import simple_evaluate  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
@@ -187,7 +187,7 @@ def test_mistakes_on_the_command_line(models: dict[str, Path], tmp_path: Path, c
 def test_without_lm_eval_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setitem(sys.modules, "lm_eval.models", None)
     assert main(["lm-eval", "ls", "tasks"]) == 2
-    assert 'pip install "pondera[eval]"' in capsys.readouterr().err
+    assert 'pip install ".[eval]"' in capsys.readouterr().err
 
 
 # Arguments of the model

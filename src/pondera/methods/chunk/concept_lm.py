@@ -97,7 +97,7 @@ class ConceptLM(Chunk):
     """
 
     paper: ClassVar[str] = "ConceptLM, arXiv 2602.08984"
-    cost: ClassVar[str] = "1 pass per token, and concept layers, heads and KV rows at 1/k of the rate"
+    cost: ClassVar[str] = "1 pass per token, and concept layers, heads and KV slots at 1/k of the rate"
     examples: ClassVar[dict[str, str]] = {
         "exact": "ConceptLM(chunk=3, codes=8, segments=4)",
         "exact-softmax": "ConceptLM(chunk=4, codes=8, segments=2, encoder_layers=2, concept_layers=2, merge='softmax')",

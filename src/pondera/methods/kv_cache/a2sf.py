@@ -26,7 +26,8 @@ class A2SF(EvictionPolicy):
     weights over the query heads of a KV head, and treats sinks and recent tokens as `H2O` does.
 
     Args:
-        budget: KV slots per layer and KV head; see `EvictionPolicy`.
+        budget: KV slots per layer and KV head: a number (512), a share of the tokens seen (0.25) or bytes of a sequence
+            ("64MiB"); a list has one per layer, a list of lists one per head.
         alpha: factor per later query, from 0 to 1. The paper tunes it by hand.
         recent: number of latest tokens that are never evicted, or their share of the budget.
         sinks: number of first tokens that are never evicted; the paper has none.

@@ -23,7 +23,8 @@ class H2O(EvictionPolicy):
     never decay, which favors early tokens: more queries have seen them. Tokens keep their positions in the sequence.
 
     Args:
-        budget: KV slots per layer and KV head; see `EvictionPolicy`.
+        budget: KV slots per layer and KV head: a number (512), a share of the tokens seen (0.25) or bytes of a sequence
+            ("64MiB"); a list has one per layer, a list of lists one per head.
         recent: number of latest tokens that are never evicted, or their share of the budget.
         sinks: number of first tokens that are never evicted; the paper has none.
     """

@@ -33,7 +33,8 @@ class Keyformer(EvictionPolicy):
     heads of a KV head.
 
     Args:
-        budget: KV slots per layer and KV head; see `EvictionPolicy`.
+        budget: KV slots per layer and KV head: a number (512), a share of the tokens seen (0.25) or bytes of a sequence
+            ("64MiB"); a list has one per layer, a list of lists one per head.
         recent: number of latest tokens that are never evicted, or their share of the budget.
         tau: temperature in prefill.
         tau_step: increase of the temperature per generated token.

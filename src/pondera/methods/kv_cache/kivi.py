@@ -35,7 +35,7 @@ class KIVI(SinkWindowCache):
     Args:
         bits: 1, 2, 4 or 8 per number.
         group: number of values that share a step; for values at most the head width.
-        window: number of latest tokens that stay exact; see `SinkWindowCache`.
+        window: number of latest tokens that stay exact; up to ``window + group - 1`` of them do.
         sinks: number of first tokens that stay exact.
         keys: ``"channel"``, or ``"token"`` to quantize keys in the way of values (a control).
 

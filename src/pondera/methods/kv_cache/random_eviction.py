@@ -24,7 +24,8 @@ class RandomEviction(EvictionPolicy):
     Results therefore do not depend on padding, batch or chunked prefill, and an evicted token never has to return.
 
     Args:
-        budget: KV slots per layer and KV head; see `BudgetedPolicy`.
+        budget: KV slots per layer and KV head: a number (512), a share of the tokens seen (0.25) or bytes of a sequence
+            ("64MiB"); a list has one per layer, a list of lists one per head.
         recent: number of latest tokens that are never evicted, or their share of the budget.
         sinks: number of first tokens that are never evicted.
         seed: seed of the scores.

@@ -31,7 +31,8 @@ class SnapKV(EvictionPolicy):
     conversation counts as one more chunk.
 
     Args:
-        budget: KV slots of the prompt per layer and KV head; see `EvictionPolicy`.
+        budget: KV slots of the prompt per layer and KV head: a number (512), a share of the prompt (0.25) or bytes of a
+            sequence ("64MiB"); a list has one per layer, a list of lists one per head.
         window: number of observed queries; their tokens are never evicted.
         kernel: pooling width in tokens, an odd number.
         pool: ``"max"`` or ``"mean"``.

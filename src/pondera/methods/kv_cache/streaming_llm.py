@@ -20,7 +20,8 @@ class StreamingLLM(EvictionPolicy):
     When not to use it: if later tokens need information from the middle of the sequence.
 
     Args:
-        budget: KV slots per layer and KV head; see `EvictionPolicy`.
+        budget: KV slots per layer and KV head: a number (512), a share of the tokens seen (0.25) or bytes of a sequence
+            ("64MiB"); a list has one per layer, a list of lists one per head.
         sinks: number of first tokens that are never evicted.
 
     Example:

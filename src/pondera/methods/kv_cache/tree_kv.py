@@ -38,7 +38,8 @@ class TreeKV(BudgetedPolicy):
     of a pair have equal means, the policy evicts the older.
 
     Args:
-        budget: KV slots per layer and KV head; see `BudgetedPolicy`.
+        budget: KV slots per layer and KV head: a number (512), a share of the tokens seen (0.25) or bytes of a sequence
+            ("64MiB"); a list has one per layer, a list of lists one per head.
         sinks: number of first tokens that are never evicted.
         recent: number of latest tokens that are never evicted.
 

@@ -69,7 +69,7 @@ class VQKV(SinkWindowCache):
 
     Args:
         bits: per cached number, without exact tokens and codebooks.
-        window: number of latest tokens that stay exact; see `SinkWindowCache`.
+        window: number of latest tokens that stay exact; up to ``window + flush_size - 1`` of them do.
         sinks: number of first tokens that stay exact.
         codes: K.
         branches: 2: separate codebooks for key dimensions with high and low rotary frequencies; 1: the same for all.
@@ -79,7 +79,7 @@ class VQKV(SinkWindowCache):
         width: ``"head"`` or ``"layer"``: the extent of one vector.
         fitting: ``"simvq"``, by gradient descent, or ``"kmeans"``.
         quantizer: quantizer of a trained stage, with `codes` codes; default: `None`, ``SimVQ(codes, init="match")``.
-        flush_size: number of tokens that the cache encodes at a time; see `SinkWindowCache`.
+        flush_size: number of tokens that the cache encodes at a time, counted from the first token of their sequence.
         steps: number of training steps per stage.
         vectors: maximum number of calibration vectors per codebook; default: `None`, 65,536, or more if K codes need
             more.

@@ -1,4 +1,4 @@
-"""What a model learns to carry from one segment of a sequence to the next: one file per method."""
+"""Trained memories, carried from block to block of a sequence. One file per method; the base class is in `common/`."""
 
 from pondera.core.lazy_names import lazy_names
 

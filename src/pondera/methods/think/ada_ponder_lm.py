@@ -67,7 +67,7 @@ class AdaPonderLM(PonderLM):
     """
 
     paper: ClassVar[str] = "AdaPonderLM, arXiv 2603.01914"
-    cost: ClassVar[str] = "mean passes taken, s+1 KV rows per token; training the same passes"
+    cost: ClassVar[str] = "mean passes taken, s+1 KV slots per token; training the same passes"
     examples: ClassVar[dict[str, str]] = {
         "exact": "AdaPonderLM(steps=3, top_k=9, threshold=0.3)",
         "identity": "AdaPonderLM(steps=0)",

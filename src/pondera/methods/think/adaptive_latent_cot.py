@@ -62,7 +62,7 @@ class AdaptiveLatentCoT(ReachThink):
     """
 
     paper: ClassVar[str] = "Token-level adaptive latent CoT, arXiv 2602.08220"
-    cost: ClassVar[str] = "1 + mean steps taken passes and KV rows per token; training the same passes"
+    cost: ClassVar[str] = "1 + mean steps taken passes and KV slots per token; training the same passes"
     examples: ClassVar[dict[str, str]] = {
         "exact": "AdaptiveLatentCoT(steps=2, halting='fixed')",
         "identity": "AdaptiveLatentCoT(steps=0, halting='fixed')",

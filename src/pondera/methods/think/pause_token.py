@@ -39,7 +39,7 @@ class PauseToken(Think):
     """
 
     paper: ClassVar[str] = "Pause tokens, arXiv 2310.02226"
-    cost: ClassVar[str] = "P+1 passes and KV rows per token; training the same"
+    cost: ClassVar[str] = "P+1 passes and KV slots per token; training the same"
     examples: ClassVar[dict[str, str]] = {"exact": "PauseToken(pauses=2)", "identity": "PauseToken(pauses=0)"}
     interleaved: ClassVar[bool] = True
 

@@ -55,7 +55,7 @@ class PonderLM(Think):
     """
 
     paper: ClassVar[str] = "PonderLM, arXiv 2505.20674"
-    cost: ClassVar[str] = "s+1 passes and KV rows, and s+1 heads, per token; training the same"
+    cost: ClassVar[str] = "s+1 passes and KV slots, and s+1 heads, per token; training the same"
     examples: ClassVar[dict[str, str]] = {
         "exact": "PonderLM(steps=2, top_k=None)",
         "identity": "PonderLM(steps=0)",

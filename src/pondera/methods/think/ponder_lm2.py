@@ -57,7 +57,7 @@ class PonderLM2(Think):
     """
 
     paper: ClassVar[str] = "PonderLM-2, arXiv 2509.23184"
-    cost: ClassVar[str] = "K+1 passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    cost: ClassVar[str] = "K+1 passes and KV slots per token; training K(K+1)/2 + (R+1)(K+1) passes"
     examples: ClassVar[dict[str, str]] = {
         "exact": "PonderLM2(thoughts=2, eval_rounds='exact', train_rounds=(2, 2))",
         "identity": "PonderLM2(thoughts=0)",

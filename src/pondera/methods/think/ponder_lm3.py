@@ -144,7 +144,7 @@ class PonderLM3(Think):
     """
 
     paper: ClassVar[str] = "PonderLM-3, arXiv 2603.02023"
-    cost: ClassVar[str] = "1 + mean thoughts kept passes and KV rows per token; training K(K+1)/2 + (R+1)(K+1) passes"
+    cost: ClassVar[str] = "1 + mean thoughts kept passes and KV slots per token; training K(K+1)/2 + (R+1)(K+1) passes"
     examples: ClassVar[dict[str, str]] = {
         "exact": "PonderLM3(thoughts=2, threshold=0.1, train_rounds=(2, 2), eval_rounds='exact')",
         "identity": "PonderLM3(thoughts=0)",

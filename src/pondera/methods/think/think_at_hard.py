@@ -71,7 +71,7 @@ class ThinkAtHard(HaltingThink):
     """
 
     paper: ClassVar[str] = "Think-at-Hard, arXiv 2511.08577"
-    cost: ClassVar[str] = "1 + share of hard tokens passes and KV rows per token, decider, head per mixture"
+    cost: ClassVar[str] = "1 + share of hard tokens passes and KV slots per token, decider, head per mixture"
     examples: ClassVar[dict[str, str]] = {
         "exact": "ThinkAtHard(steps=2, threshold=0.5, top_k=8)",
         "identity": "ThinkAtHard(steps=0)",

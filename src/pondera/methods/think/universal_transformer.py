@@ -64,7 +64,7 @@ class UniversalTransformer(ReachThink):
     """
 
     paper: ClassVar[str] = "Universal Transformers, arXiv 1807.03819"
-    cost: ClassVar[str] = "1 + mean extra passes, R KV rows per token; training the same passes"
+    cost: ClassVar[str] = "1 + mean extra passes, R KV slots per token; training the same passes"
     examples: ClassVar[dict[str, str]] = {
         "exact": "UniversalTransformer(steps=2, epsilon=0.3)",
         "identity": "UniversalTransformer(steps=0)",
