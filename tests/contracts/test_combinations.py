@@ -192,6 +192,33 @@ def test_drafts_that_are_rolled_back_leave_no_trace(method: str, kv_cache: str):
     close(model(x_BT[:, 12:13], past_key_values=drafted).logits, model(x_BT[:, 12:13], past_key_values=plain).logits)
 
 
+@pytest.mark.parametrize(
+    "kv_cache", ["H2O(10)", "A2SF(10, alpha=0.5)", "Keyformer(10)", TIGHT["TreeKV"], TIGHT["KIVI"]]
+)
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "UniversalTransformer", "PonderLM3"])
+def test_drafts_that_are_rolled_back_change_no_later_eviction(method: str, kv_cache: str):
+    model, x_BT = build(method, kv_cache), ids(2, 20, seed=2)
+
+    def logits(drafts: bool, after: int) -> torch.Tensor:
+        """Of single steps, each followed by drafts that are rolled back, or run together with `after` of them."""
+        cache, found = model.new_cache(), []
+        cache.activate_past_recording()
+        model(x_BT[:, :12], past_key_values=cache)
+        cache.crop(0)
+        for number in range(12, 20):
+            step = torch.cat([x_BT[:, number : number + 1], ids(2, after, seed=number)], 1)
+            found.append(model(step, past_key_values=cache).logits[:, :1])
+            cache.crop(-after)
+            if drafts:
+                model(ids(2, 2, seed=77), past_key_values=cache)
+                cache.crop(-2)
+        return torch.cat(found, 1)
+
+    plain = logits(drafts=False, after=0)
+    close(logits(drafts=True, after=0), plain)
+    close(logits(drafts=False, after=2), plain)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_part_of_the_drafts_stays(method: str):
     model, x_BT = build(method, "H2O(200)"), ids(1, 16)

@@ -284,6 +284,26 @@ def test_draft_tokens_that_are_rolled_back_have_no_effect(name: str):
     assert cache.get_seq_length() == 15 and all(max(map(max, layer)) == 14 for layer in kept(cache))
 
 
+@pytest.mark.parametrize("order", [[1, 0], [1], [0, 1, 1]], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_rows_are_selected_while_drafts_are_pending(name: str, order: list[int]):
+    lm, x = model(), ids(2, 20, seed=5)
+    found = []
+    for before in (True, False):
+        cache = small(name, lm).cache(lm)
+        first = x[order] if before else x
+        feed(lm, cache, first[:, :10], [10])
+        cache.activate_past_recording()
+        feed(lm, cache, first[:, 10:14], [4])
+        if not before:
+            cache.batch_select_indices(torch.tensor(order))
+        cache.crop(-1)
+        feed(lm, cache, x[order][:, 13:16], [3])
+        cache.crop(0)
+        found.append(feed(lm, cache, x[order][:, 16:], [1] * 4))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_prompt_lookup_with_room_for_all_is_greedy(name: str):
     lm, x = model(), ids(1, 5).repeat(1, 3)

@@ -233,8 +233,8 @@ def test_each_operation_is_written_once():
         "crop": ["state.CacheState"],
         # A cache also resets its layers.
         "reset": ["state.CacheState", "state.CacheLayer", "token_cache.TokenCache"],
-        # Codes are stored up to the longest row, which may be gone afterwards.
-        "select": ["state.BatchState", "windowed_layer.SinkWindowLayer"],
+        # Codes are stored up to the longest row, which may be gone afterwards; observations of draft tokens are no state.
+        "select": ["state.BatchState", "windowed_layer.SinkWindowLayer", "slot_layer.KVStoreLayer"],
         # That of a quantizer is the bytes of a number of codes.
         "nbytes": ["state.BatchState", "base.Quantizer"],
         "clone": ["state.BatchState"],
