@@ -8,6 +8,7 @@ storage becomes smaller.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -487,6 +488,20 @@ def test_a_saved_cache_goes_on_as_if_it_had_never_left(name: str, family: str, t
         return torch.cat(found, 1)
 
     assert torch.equal(rest(cache), rest(again))
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_copy_of_a_prefix_goes_on_and_leaves_the_prefix_as_it_is(name: str):
+    lm, x = model(), ids(2, 30)
+    memory = small(name, lm) if name in SMALL else large(name, lm)
+    cache = memory.cache(lm)
+    feed(lm, cache, x[:, :20], [18, 1, 1])
+    copies = copy.deepcopy(cache), cache.clone()
+    assert all(each.method is memory and each.owner is cache.owner for each in copies)
+    found = [feed(lm, each, x[:, 20:], [1] * 10) for each in (*copies, cache)]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+    with pytest.raises(UserError, match=r"cache\.save\(path\)"):
+        pickle.dumps(cache)
 
 
 def test_what_is_no_cache_of_this_memory_and_model_is_refused(tmp_path: Path):

@@ -154,6 +154,12 @@ class KVLayer(CacheLayer):
         super().__init__()
         self.slots_per_token = 1
 
+    def __getstate__(self) -> Any:
+        raise UserError(
+            "a cache of a KV-cache method is not pickled, because it belongs to a model object: write it with cache.save(path) "
+            "and read it with load_cache, or copy it with copy.deepcopy(cache)"
+        )
+
     def clear(self) -> None:
         """See `CacheState.clear`."""
         self.seen = 0
