@@ -219,6 +219,19 @@ def test_drafts_that_are_rolled_back_change_no_later_eviction(method: str, kv_ca
     close(logits(drafts=False, after=2), plain)
 
 
+@pytest.mark.parametrize("kv_cache", ["H2O", "KIVI"])
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "PonderLM3"])
+def test_decoding_after_generate_with_drafts_keeps_the_budget(method: str, kv_cache: str):
+    model, x_BT = build(method, TIGHT[kv_cache]), ids(1, 5).repeat(1, 4)
+    options: dict[str, Any] = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    caches: list[Any] = [model.new_cache(), model.new_cache()]
+    for cache, lookup in zip(caches, ({"prompt_lookup_num_tokens": 3}, {}), strict=True):
+        found = model.generate(x_BT, past_key_values=cache, max_new_tokens=6, **options, **lookup)
+        model.generate(found, past_key_values=cache, max_new_tokens=60, **options)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+    assert live_cache_bytes(caches[0]) <= 1.5 * live_cache_bytes(caches[1])
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_part_of_the_drafts_stays(method: str):
     model, x_BT = build(method, "H2O(200)"), ids(1, 16)

@@ -285,6 +285,36 @@ def test_draft_tokens_that_are_rolled_back_have_no_effect(name: str):
     assert cache.get_seq_length() == 15 and all(max(map(max, layer)) == 14 for layer in kept(cache))
 
 
+@pytest.mark.parametrize("name", EVICTING)
+def test_recording_ends_with_two_calls_that_no_crop_follows(name: str):
+    lm, x = model(), ids(2, 30)
+    recorded, plain = (small(name, lm).cache(lm) for _ in range(2))
+    feed(lm, plain, x[:, :12], [12])
+    feed(lm, recorded, x[:, :12], [12])
+    recorded.activate_past_recording()
+    for number in range(12, 15):
+        feed(lm, plain, x[:, number : number + 1], [1])
+        feed(lm, recorded, x[:, number : number + 1], [1])
+        recorded.crop(0)
+    assert torch.equal(feed(lm, recorded, x[:, 15:], [1] * 15), feed(lm, plain, x[:, 15:], [1] * 15))
+    assert all(torch.equal(*pair) for pair in zip(state(recorded), state(plain), strict=True))
+    assert not any(layer.record_past for layer in recorded.kept)
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_decoding_after_generate_with_drafts_keeps_the_budget(name: str):
+    lm, x = model(), ids(1, 5).repeat(1, 4)
+    cache = small(name, lm).cache(lm)
+    options = dict(past_key_values=cache, do_sample=False, pad_token_id=0, eos_token_id=None)
+    found = lm.generate(x, max_new_tokens=6, prompt_lookup_num_tokens=3, **options)
+    alone = small(name, lm).cache(lm)
+    feed(lm, alone, found[:, :-1], [20, *[1] * 5])
+    lm.generate(found, max_new_tokens=30, **options)
+    feed(lm, alone, ids(1, 30), [1] * 30)
+    sizes = [sum(len(head) for layer in kept(each) for head in layer) for each in (cache, alone)]
+    assert sizes[0] == sizes[1]
+
+
 @pytest.mark.parametrize("order", [[1, 0], [1], [0, 1, 1]], ids=str)
 @pytest.mark.parametrize("name", SMALL)
 def test_rows_are_selected_while_drafts_are_pending(name: str, order: list[int]):
@@ -519,5 +549,8 @@ def test_what_is_no_cache_of_this_memory_and_model_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="another kind of model"):
         memory.load_cache(model("gemma3"), file)
     cache.activate_past_recording()
+    feed(lm, cache, ids(1, 2), [2])
     with pytest.raises(UserError, match="contains draft tokens"):
         cache.save(file)
+    cache.crop(0)
+    cache.save(file)
