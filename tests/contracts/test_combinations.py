@@ -232,6 +232,36 @@ def test_decoding_after_generate_with_drafts_keeps_the_budget(method: str, kv_ca
     assert live_cache_bytes(caches[0]) <= 1.5 * live_cache_bytes(caches[1])
 
 
+@pytest.mark.parametrize("kv_cache", ["H2O", "KIVI"])
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "UniversalTransformer", "PonderLM3"])
+def test_a_cache_from_inference_mode_is_continued_outside_of_it(method: str, kv_cache: str):
+    model, x_BT = build(method, TIGHT[kv_cache]), ids(2, 20)
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        cache: Any = model.new_cache()
+        cache.activate_past_recording()
+        with mode():
+            model(x_BT[:, :12], past_key_values=cache)
+        cache.crop(-2)
+        steps = [model(x_BT[:, t : t + 1], past_key_values=cache).logits for t in range(10, 20)]
+        found.append(torch.cat(steps, 1))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "UniversalTransformer", "PonderLM3"])
+def test_gradients_of_several_calls_equal_those_of_one(method: str):
+    model, x_BT = build(method, "H2O(200)"), ids(2, 10)
+    weight = model.get_input_embeddings().weight
+
+    def gradient(pieces: list[int]) -> torch.Tensor:
+        cache = model.new_cache()
+        with torch.enable_grad():
+            logits = [model(piece, past_key_values=cache).logits for piece in x_BT.split(pieces, 1)]
+            return torch.autograd.grad(torch.cat(logits, 1).square().sum(), weight)[0]  # type: ignore[arg-type]
+
+    torch.testing.assert_close(gradient([5, 1, 1, 3]), gradient([10]), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_part_of_the_drafts_stays(method: str):
     model, x_BT = build(method, "H2O(200)"), ids(1, 16)

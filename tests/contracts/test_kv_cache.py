@@ -520,6 +520,40 @@ def test_a_saved_cache_goes_on_as_if_it_had_never_left(name: str, family: str, t
     assert torch.equal(rest(cache), rest(again))
 
 
+@pytest.mark.parametrize("crops", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_cache_from_inference_mode_is_continued_outside_of_it(name: str, crops: bool):
+    lm, x = model(), ids(2, 30)
+    memory = small(name, lm) if name in SMALL else large(name, lm)
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        cache = memory.cache(lm)
+        cache.activate_past_recording()
+        with mode():
+            feed(lm, cache, x[:, :20], [12, 8])
+        if crops:
+            cache.crop(-2)
+        first = feed(lm, cache, x[:, 20:25], [1] * 5)
+        with mode():
+            feed(lm, cache, x[:, 25:27], [2])
+        found.append(torch.cat([first, feed(lm, cache, x[:, 27:], [1] * 3)], 1))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in CODED])
+def test_gradients_of_several_calls_equal_those_of_one(name: str):
+    lm, x = model(), ids(2, 14)
+    memory = large(name, lm)
+    weight = lm.get_input_embeddings().weight
+
+    def gradient(pieces: list[int]) -> torch.Tensor:
+        with torch.enable_grad():
+            logits = feed(lm, memory.cache(lm), x, pieces)
+            return torch.autograd.grad(logits.square().sum(), weight)[0]
+
+    torch.testing.assert_close(gradient([6, 1, 1, 6]), gradient([14]), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_a_copy_of_a_prefix_goes_on_and_leaves_the_prefix_as_it_is(name: str):
     lm, x = model(), ids(2, 30)

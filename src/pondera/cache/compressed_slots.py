@@ -158,8 +158,14 @@ class SequencesLayer(KVLayer):
             layer.record_past = False
         self.keep([torch.ones(layer.seen, dtype=torch.bool, device=self.device) for layer in self.rows])
 
+    def copy_storage(self) -> None:
+        """See `KVLayer.copy_storage`; applies to each sequence."""
+        for layer in self.rows:
+            layer.copy_storage()
+
     def keep(self, keep: list[Tensor]) -> None:
         """Keeps the columns of each sequence where its ``[C]`` booleans are true."""
+        self.renew()
         for layer, keep_C in zip(self.rows, keep, strict=True):
             if layer.batch():
                 layer.keep_columns(keep_C)

@@ -141,6 +141,8 @@ class KVLayer(CacheLayer):
         record_past: new tokens may be draft tokens, so nothing is evicted before `crop`; see `activate_past_recording`.
         drafted: the tokens of the latest call may be draft tokens, and no `crop` has followed.
         cropped: a `crop` has followed since `activate_past_recording`.
+        in_graph: backward passes may need the storage as it is.
+        in_inference: some of the storage may be inference tensors.
         hold: further passes of the same tokens follow, so nothing is evicted before `release`.
         positions: position id of each slot; `None` if positions follow from the index of a slot; see `slots_per_token`.
         slots_per_token: the number of consecutive slots with the same position.
@@ -166,6 +168,7 @@ class KVLayer(CacheLayer):
         """See `CacheState.clear`."""
         self.seen = 0
         self.record_past = self.drafted = self.cropped = self.expected = self.pending = self.hold = False
+        self.in_graph = self.in_inference = False
         self.positions: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -177,8 +180,12 @@ class KVLayer(CacheLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.in_graph or self.in_inference:
+            self.renew()
         if self.drafted and self.cropped:
             self.end_recording()
+        self.in_graph = self.in_graph or key_states.requires_grad or value_states.requires_grad
+        self.in_inference = self.in_inference or torch.is_inference_mode_enabled()
         self.expected, self.pending = False, True
         self.seen += key_states.shape[2]
         return key_states, value_states
@@ -269,8 +276,21 @@ class KVLayer(CacheLayer):
         if self.batch():
             self.rollback(self.seen)
 
+    def renew(self) -> None:
+        """Copies the storage if it may not be changed in place: see `in_graph` and `in_inference`."""
+        if self.in_graph or (self.in_inference and not torch.is_inference_mode_enabled()):
+            self.copy_storage()
+            self.in_graph = self.in_graph and torch.is_grad_enabled()
+            self.in_inference = torch.is_inference_mode_enabled()
+
+    def copy_storage(self) -> None:
+        """Replaces every tensor of the state by a copy, through which gradients pass."""
+        if rows := self.batch():
+            self.select(torch.arange(rows))
+
     def crop(self, tokens_to_remove: int) -> None:
         """See `CacheState.crop`."""
+        self.renew()
         super().crop(tokens_to_remove)
         self.drafted, self.cropped = False, self.record_past
 
