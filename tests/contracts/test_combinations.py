@@ -192,6 +192,76 @@ def test_drafts_that_are_rolled_back_leave_no_trace(method: str, kv_cache: str):
     close(model(x_BT[:, 12:13], past_key_values=drafted).logits, model(x_BT[:, 12:13], past_key_values=plain).logits)
 
 
+@pytest.mark.parametrize(
+    "kv_cache", ["H2O(10)", "A2SF(10, alpha=0.5)", "Keyformer(10)", TIGHT["TreeKV"], TIGHT["KIVI"]]
+)
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "UniversalTransformer", "PonderLM3"])
+def test_drafts_that_are_rolled_back_change_no_later_eviction(method: str, kv_cache: str):
+    model, x_BT = build(method, kv_cache), ids(2, 20, seed=2)
+
+    def logits(drafts: bool, after: int) -> torch.Tensor:
+        """Of single steps, each followed by drafts that are rolled back, or run together with `after` of them."""
+        cache, found = model.new_cache(), []
+        cache.activate_past_recording()
+        model(x_BT[:, :12], past_key_values=cache)
+        cache.crop(0)
+        for number in range(12, 20):
+            step = torch.cat([x_BT[:, number : number + 1], ids(2, after, seed=number)], 1)
+            found.append(model(step, past_key_values=cache).logits[:, :1])
+            cache.crop(-after)
+            if drafts:
+                model(ids(2, 2, seed=77), past_key_values=cache)
+                cache.crop(-2)
+        return torch.cat(found, 1)
+
+    plain = logits(drafts=False, after=0)
+    close(logits(drafts=True, after=0), plain)
+    close(logits(drafts=False, after=2), plain)
+
+
+@pytest.mark.parametrize("kv_cache", ["H2O", "KIVI"])
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "PonderLM3"])
+def test_decoding_after_generate_with_drafts_keeps_the_budget(method: str, kv_cache: str):
+    model, x_BT = build(method, TIGHT[kv_cache]), ids(1, 5).repeat(1, 4)
+    options: dict[str, Any] = dict(do_sample=False, pad_token_id=0, eos_token_id=None)
+    caches: list[Any] = [model.new_cache(), model.new_cache()]
+    for cache, lookup in zip(caches, ({"prompt_lookup_num_tokens": 3}, {}), strict=True):
+        found = model.generate(x_BT, past_key_values=cache, max_new_tokens=6, **options, **lookup)
+        model.generate(found, past_key_values=cache, max_new_tokens=60, **options)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+    assert live_cache_bytes(caches[0]) <= 1.5 * live_cache_bytes(caches[1])
+
+
+@pytest.mark.parametrize("kv_cache", ["H2O", "KIVI"])
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "UniversalTransformer", "PonderLM3"])
+def test_a_cache_from_inference_mode_is_continued_outside_of_it(method: str, kv_cache: str):
+    model, x_BT = build(method, TIGHT[kv_cache]), ids(2, 20)
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        cache: Any = model.new_cache()
+        cache.activate_past_recording()
+        with mode():
+            model(x_BT[:, :12], past_key_values=cache)
+        cache.crop(-2)
+        steps = [model(x_BT[:, t : t + 1], past_key_values=cache).logits for t in range(10, 20)]
+        found.append(torch.cat(steps, 1))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("method", ["PonderLM2", "AdaptiveLatentCoT", "UniversalTransformer", "PonderLM3"])
+def test_gradients_of_several_calls_equal_those_of_one(method: str):
+    model, x_BT = build(method, "H2O(200)"), ids(2, 10)
+    weight = model.get_input_embeddings().weight
+
+    def gradient(pieces: list[int]) -> torch.Tensor:
+        cache = model.new_cache()
+        with torch.enable_grad():
+            logits = [model(piece, past_key_values=cache).logits for piece in x_BT.split(pieces, 1)]
+            return torch.autograd.grad(torch.cat(logits, 1).square().sum(), weight)[0]  # type: ignore[arg-type]
+
+    torch.testing.assert_close(gradient([5, 1, 1, 3]), gradient([10]), atol=1e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_part_of_the_drafts_stays(method: str):
     model, x_BT = build(method, "H2O(200)"), ids(1, 16)

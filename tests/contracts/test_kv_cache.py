@@ -8,6 +8,7 @@ storage becomes smaller.
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -284,6 +285,56 @@ def test_draft_tokens_that_are_rolled_back_have_no_effect(name: str):
     assert cache.get_seq_length() == 15 and all(max(map(max, layer)) == 14 for layer in kept(cache))
 
 
+@pytest.mark.parametrize("name", EVICTING)
+def test_recording_ends_with_two_calls_that_no_crop_follows(name: str):
+    lm, x = model(), ids(2, 30)
+    recorded, plain = (small(name, lm).cache(lm) for _ in range(2))
+    feed(lm, plain, x[:, :12], [12])
+    feed(lm, recorded, x[:, :12], [12])
+    recorded.activate_past_recording()
+    for number in range(12, 15):
+        feed(lm, plain, x[:, number : number + 1], [1])
+        feed(lm, recorded, x[:, number : number + 1], [1])
+        recorded.crop(0)
+    assert torch.equal(feed(lm, recorded, x[:, 15:], [1] * 15), feed(lm, plain, x[:, 15:], [1] * 15))
+    assert all(torch.equal(*pair) for pair in zip(state(recorded), state(plain), strict=True))
+    assert not any(layer.record_past for layer in recorded.kept)
+
+
+@pytest.mark.parametrize("name", SLOTS)
+def test_decoding_after_generate_with_drafts_keeps_the_budget(name: str):
+    lm, x = model(), ids(1, 5).repeat(1, 4)
+    cache = small(name, lm).cache(lm)
+    options = dict(past_key_values=cache, do_sample=False, pad_token_id=0, eos_token_id=None)
+    found = lm.generate(x, max_new_tokens=6, prompt_lookup_num_tokens=3, **options)
+    alone = small(name, lm).cache(lm)
+    feed(lm, alone, found[:, :-1], [20, *[1] * 5])
+    lm.generate(found, max_new_tokens=30, **options)
+    feed(lm, alone, ids(1, 30), [1] * 30)
+    sizes = [sum(len(head) for layer in kept(each) for head in layer) for each in (cache, alone)]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("order", [[1, 0], [1], [0, 1, 1]], ids=str)
+@pytest.mark.parametrize("name", SMALL)
+def test_rows_are_selected_while_drafts_are_pending(name: str, order: list[int]):
+    lm, x = model(), ids(2, 20, seed=5)
+    found = []
+    for before in (True, False):
+        cache = small(name, lm).cache(lm)
+        first = x[order] if before else x
+        feed(lm, cache, first[:, :10], [10])
+        cache.activate_past_recording()
+        feed(lm, cache, first[:, 10:14], [4])
+        if not before:
+            cache.batch_select_indices(torch.tensor(order))
+        cache.crop(-1)
+        feed(lm, cache, x[order][:, 13:16], [3])
+        cache.crop(0)
+        found.append(feed(lm, cache, x[order][:, 16:], [1] * 4))
+    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_prompt_lookup_with_room_for_all_is_greedy(name: str):
     lm, x = model(), ids(1, 5).repeat(1, 3)
@@ -469,6 +520,54 @@ def test_a_saved_cache_goes_on_as_if_it_had_never_left(name: str, family: str, t
     assert torch.equal(rest(cache), rest(again))
 
 
+@pytest.mark.parametrize("crops", [False, True])
+@pytest.mark.parametrize("name", FORMS)
+def test_a_cache_from_inference_mode_is_continued_outside_of_it(name: str, crops: bool):
+    lm, x = model(), ids(2, 30)
+    memory = small(name, lm) if name in SMALL else large(name, lm)
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        cache = memory.cache(lm)
+        cache.activate_past_recording()
+        with mode():
+            feed(lm, cache, x[:, :20], [12, 8])
+        if crops:
+            cache.crop(-2)
+        first = feed(lm, cache, x[:, 20:25], [1] * 5)
+        with mode():
+            feed(lm, cache, x[:, 25:27], [2])
+        found.append(torch.cat([first, feed(lm, cache, x[:, 27:], [1] * 3)], 1))
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("name", [name for name in FORMS if name not in CODED])
+def test_gradients_of_several_calls_equal_those_of_one(name: str):
+    lm, x = model(), ids(2, 14)
+    memory = large(name, lm)
+    weight = lm.get_input_embeddings().weight
+
+    def gradient(pieces: list[int]) -> torch.Tensor:
+        with torch.enable_grad():
+            logits = feed(lm, memory.cache(lm), x, pieces)
+            return torch.autograd.grad(logits.square().sum(), weight)[0]
+
+    torch.testing.assert_close(gradient([6, 1, 1, 6]), gradient([14]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_copy_of_a_prefix_goes_on_and_leaves_the_prefix_as_it_is(name: str):
+    lm, x = model(), ids(2, 30)
+    memory = small(name, lm) if name in SMALL else large(name, lm)
+    cache = memory.cache(lm)
+    feed(lm, cache, x[:, :20], [18, 1, 1])
+    copies = copy.deepcopy(cache), cache.clone()
+    assert all(each.method is memory and each.owner is cache.owner for each in copies)
+    found = [feed(lm, each, x[:, 20:], [1] * 10) for each in (*copies, cache)]
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
+    with pytest.raises(UserError, match=r"cache\.save\(path\)"):
+        pickle.dumps(cache)
+
+
 def test_what_is_no_cache_of_this_memory_and_model_is_refused(tmp_path: Path):
     lm, memory = model(), small("H2O")
     cache = memory.cache(lm)
@@ -484,5 +583,8 @@ def test_what_is_no_cache_of_this_memory_and_model_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="another kind of model"):
         memory.load_cache(model("gemma3"), file)
     cache.activate_past_recording()
+    feed(lm, cache, ids(1, 2), [2])
     with pytest.raises(UserError, match="contains draft tokens"):
         cache.save(file)
+    cache.crop(0)
+    cache.save(file)

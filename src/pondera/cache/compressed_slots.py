@@ -149,13 +149,27 @@ class SequencesLayer(KVLayer):
         """See `KVLayer.release`; applies to each sequence."""
         for layer in self.rows:
             layer.release(prompt)
-        self.now = None
+        self.now, self.drafted, self.cropped = None, self.record_past, False
+
+    def end_recording(self) -> None:
+        """See `KVLayer.end_recording`; applies to each sequence."""
+        self.record_past = self.drafted = self.cropped = False
+        for layer in self.rows:
+            layer.record_past = False
+        self.keep([torch.ones(layer.seen, dtype=torch.bool, device=self.device) for layer in self.rows])
+
+    def copy_storage(self) -> None:
+        """See `KVLayer.copy_storage`; applies to each sequence."""
+        for layer in self.rows:
+            layer.copy_storage()
 
     def keep(self, keep: list[Tensor]) -> None:
         """Keeps the columns of each sequence where its ``[C]`` booleans are true."""
+        self.renew()
         for layer, keep_C in zip(self.rows, keep, strict=True):
             if layer.batch():
                 layer.keep_columns(keep_C)
+        self.drafted, self.cropped = False, self.record_past
 
     def get_seq_length(self) -> int:
         """0: the decoder's own mask is not used, so it covers the new inputs only."""

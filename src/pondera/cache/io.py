@@ -19,6 +19,7 @@ from torch import Tensor
 from pondera.cache.codec import Codes
 from pondera.cache.columns import Columns, DepthSlots
 from pondera.cache.kv_store import KVStore
+from pondera.cache.layer import KVLayer
 from pondera.cache.ring_buffer import RingBuffer
 from pondera.cache.state import BatchState, CacheState, batch_sizes, state_of
 from pondera.core.errors import UserError
@@ -27,8 +28,8 @@ from pondera.core.run_folder import write_atomic
 from pondera.cost.measure import tensors_in
 
 HOLDERS = {holder.__name__: holder for holder in (KVStore, RingBuffer, Codes, DepthSlots, Columns)}
-NOT_STATE = ("dtype", "device", "hold")
-"""Attributes of layers of transformers that are not saved: they follow from the tensors, or belong to a running call."""
+NOT_STATE = ("dtype", "device", "hold", "record_past")
+"""Attributes of layers of transformers that are not saved: they follow from the tensors, or belong to running calls."""
 _TENSOR, _HOLDER, _STATE, _TUPLE, _DICT, _OF = "tensor", "holder", "state", "tuple", "dict", "of"
 
 
@@ -45,7 +46,7 @@ def save(cache: Any, methods: str, path: str | Path) -> Path:
     """
     from safetensors.torch import save as to_bytes
 
-    if any(getattr(layer, "record_past", False) for layer in cache.layers):
+    if any(_may_roll_back(layer) for layer in cache.layers):
         raise UserError(
             "a cache that contains draft tokens is not saved: crop(0) keeps them, crop(-n) rolls back the last n"
         )
@@ -55,6 +56,17 @@ def save(cache: Any, methods: str, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, to_bytes(tensors, metadata))
     return path
+
+
+def _may_roll_back(layer: Any) -> bool:
+    """Whether a layer contains tokens that may be draft tokens."""
+    if isinstance(layer, KVLayer) or not getattr(layer, "record_past", False):
+        return getattr(layer, "drafted", False)
+    # Layers of transformers: the next `crop` shortens what they contain in case of a rollback.
+    keys, states = getattr(layer, "keys", None), getattr(layer, "conv_states", {})
+    widths = getattr(layer, "conv_kernel_size", {})
+    longer = keys is not None and keys.shape[-2] >= getattr(layer, "sliding_window", torch.inf)
+    return longer or any(part is not None and part.shape[-1] > widths[at] for at, part in states.items())
 
 
 def load(cache: Any, methods: str, path: str | Path, device: torch.device) -> None:

@@ -138,7 +138,11 @@ class KVLayer(CacheLayer):
 
     Attributes:
         seen: the number of tokens seen, including padding and evicted tokens.
-        record_past: new tokens may be draft tokens, so nothing is evicted before `crop`.
+        record_past: new tokens may be draft tokens, so nothing is evicted before `crop`; see `activate_past_recording`.
+        drafted: the tokens of the latest call may be draft tokens, and no `crop` has followed.
+        cropped: a `crop` has followed since `activate_past_recording`.
+        in_graph: backward passes may need the storage as it is.
+        in_inference: some of the storage may be inference tensors.
         hold: further passes of the same tokens follow, so nothing is evicted before `release`.
         positions: position id of each slot; `None` if positions follow from the index of a slot; see `slots_per_token`.
         slots_per_token: the number of consecutive slots with the same position.
@@ -154,10 +158,17 @@ class KVLayer(CacheLayer):
         super().__init__()
         self.slots_per_token = 1
 
+    def __getstate__(self) -> Any:
+        raise UserError(
+            "a cache of a KV-cache method is not pickled, because it belongs to a model object: write it with cache.save(path) "
+            "and read it with load_cache, or copy it with copy.deepcopy(cache)"
+        )
+
     def clear(self) -> None:
         """See `CacheState.clear`."""
         self.seen = 0
-        self.record_past = self.expected = self.pending = self.hold = False
+        self.record_past = self.drafted = self.cropped = self.expected = self.pending = self.hold = False
+        self.in_graph = self.in_inference = False
         self.positions: Tensor | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -169,6 +180,12 @@ class KVLayer(CacheLayer):
             )
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.in_graph or self.in_inference:
+            self.renew()
+        if self.drafted and self.cropped:
+            self.end_recording()
+        self.in_graph = self.in_graph or key_states.requires_grad or value_states.requires_grad
+        self.in_inference = self.in_inference or torch.is_inference_mode_enabled()
         self.expected, self.pending = False, True
         self.seen += key_states.shape[2]
         return key_states, value_states
@@ -201,6 +218,8 @@ class KVLayer(CacheLayer):
             AttentionCall(module, query, key, value, mask, scaling, start, kwargs, base, attention_mask)
         )
         self.pending = False
+        if not self.hold:
+            self.drafted = self.record_past
         return out_BTHD, None
 
     @abstractmethod
@@ -232,6 +251,7 @@ class KVLayer(CacheLayer):
             prompt: whether the tokens of the call were a prompt.
         """
         self.hold = False
+        self.drafted, self.cropped = self.record_past, False  # one call of a think method may end several times
 
     def get_seq_length(self) -> int:
         """The number of tokens seen, which determines positions, masks and stopping."""
@@ -242,8 +262,37 @@ class KVLayer(CacheLayer):
         return self.seen + query_length, 0
 
     def activate_past_recording(self) -> None:
-        """Declares that new tokens may be draft tokens: nothing is evicted until `crop`."""
-        self.record_past = True
+        """Declares that new tokens may be draft tokens: nothing is evicted until `crop`.
+
+        `generate` calls it once, before several calls that a `crop` follows each, and does not tell when it ends. Recording
+        therefore ends with two calls in a row that no `crop` follows, or, in a cache of a think or chunk method, with the
+        next `generate`. Before the first `crop`, the tokens of any number of calls may be draft tokens.
+        """
+        self.record_past, self.cropped = True, False
+
+    def end_recording(self) -> None:
+        """Ends recording, and evicts or codes: the tokens since the latest `crop` were no draft tokens."""
+        self.record_past = self.drafted = self.cropped = False
+        if self.batch():
+            self.rollback(self.seen)
+
+    def renew(self) -> None:
+        """Copies the storage if it may not be changed in place: see `in_graph` and `in_inference`."""
+        if self.in_graph or (self.in_inference and not torch.is_inference_mode_enabled()):
+            self.copy_storage()
+            self.in_graph = self.in_graph and torch.is_grad_enabled()
+            self.in_inference = torch.is_inference_mode_enabled()
+
+    def copy_storage(self) -> None:
+        """Replaces every tensor of the state by a copy, through which gradients pass."""
+        if rows := self.batch():
+            self.select(torch.arange(rows))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `CacheState.crop`."""
+        self.renew()
+        super().crop(tokens_to_remove)
+        self.drafted, self.cropped = False, self.record_past
 
     def offload(self) -> None:
         """Not supported: the kept slots are few, and every step needs them."""
@@ -255,6 +304,17 @@ class KVLayer(CacheLayer):
     def prefetch(self) -> None:
         """See `offload`."""
         self.offload()
+
+
+def begin_generate(cache: Any) -> None:
+    """Ends recording in all layers where every call was followed by a `crop`: an earlier `generate` began to record.
+
+    Args:
+        cache: the cache that is passed to `generate`.
+    """
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, KVLayer) and layer.cropped:
+            layer.end_recording()
 
 
 def as_boolean(module: nn.Module, mask: Tensor, seen: int) -> Tensor:

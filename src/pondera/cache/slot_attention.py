@@ -5,7 +5,7 @@ Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, D he
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -87,19 +87,35 @@ class AttentionObservation:
         # The softmax of a query that may attend to no slot is NaN.
         return torch.where(self.real_BT[:, None, None, :, None], weight, 0)
 
-    def first(self, queries: int, slots: int) -> AttentionObservation:
-        """The observation of the first `queries` queries over `slots` slots; scores of later slots are ``-inf``."""
-        score_BGRTS = self.score_BGRTS[:, :, :, :queries, :slots]
+    def some(self, queries: slice | Tensor, slots: int) -> AttentionObservation:
+        """The observation of some of the queries, over `slots` slots; scores of later slots are ``-inf``.
+
+        Args:
+            queries: a slice, or indices.
+            slots: the number of slots.
+        """
+        score_BGRTS = self.score_BGRTS[:, :, :, queries, :slots]
         if later := slots - score_BGRTS.shape[-1]:
             score_BGRTS = F.pad(score_BGRTS, (0, later), value=-torch.inf)
         return AttentionObservation(
-            self.query_BGRTD[:, :, :, :queries],
+            self.query_BGRTD[:, :, :, queries],
             score_BGRTS,
-            self.number_T[:queries],
-            self.real_BT[:, :queries],
+            self.number_T[queries],
+            self.real_BT[:, queries],
             self.scaling,
             self.begins,
             softmax=self.softmax,
+        )
+
+    def rows(self, rows: Tensor) -> AttentionObservation:
+        """The observation of these batch rows, in this order."""
+        rows = rows.to(self.real_BT.device)
+        return replace(
+            self,
+            query_BGRTD=self.query_BGRTD[rows],
+            score_BGRTS=self.score_BGRTS[rows],
+            real_BT=self.real_BT[rows],
+            out_BTHD=None,
         )
 
 

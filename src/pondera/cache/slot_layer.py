@@ -250,17 +250,17 @@ class KVStoreLayer(KVLayer):
                 "evicted after them; call cache.activate_past_recording() before a call with draft tokens"
             )
         number_C = torch.cat([keep_C.cumsum(0) - 1, keep_C.new_zeros(1, dtype=torch.long)]).to(torch.int32)
-        for seen, table in self._drafts:
-            stays_T = keep_C[seen.number_T]
-            self.method.observe(
-                self, table, replace(seen, real_BT=seen.real_BT & stays_T).first(len(stays_T), table.used)
-            )
-        self._drafts = []
-        for table in self.tables:
-            table.renumber(keep_C, number_C)
         self.prompt = int(keep_C[: self.prompt].sum())
         self.evicted_until = int(keep_C[: self.evicted_until].sum())
         self.seen = int(keep_C.sum())
+        for table in self.tables:
+            table.renumber(keep_C, number_C)
+        for seen, table in self._drafts:
+            stays = keep_C[seen.number_T].nonzero()[:, 0]
+            if len(stays):
+                seen = seen.some(stays, table.used)
+                self.method.observe(self, table, replace(seen, number_T=number_C[seen.number_T].long()))
+        self._drafts = []
         self.method.evict_layer(self)
 
     def rollback(self, tokens: int) -> None:
@@ -276,9 +276,16 @@ class KVStoreLayer(KVLayer):
             table.truncate(tokens)
         for seen, table in self._drafts:
             if stays := int((seen.number_T < tokens).sum()):
-                self.method.observe(self, table, seen.first(stays, table.used))
+                self.method.observe(self, table, seen.some(slice(stays), table.used))
         self._drafts = []
         self.method.evict_layer(self)
+
+    def select(self, rows: Tensor) -> None:
+        """See `BatchState.select`; also the observations of draft tokens."""
+        super().select(rows)
+        if rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        self._drafts = [(seen.rows(rows), table) for seen, table in self._drafts]
 
     def real_tokens(self, budget_from_prompt: bool = False) -> list[int]:
         """For each batch row, the number of tokens seen, or of its prompt, without padding."""

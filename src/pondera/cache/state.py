@@ -44,7 +44,7 @@ class BatchState:
     """The names of further attributes of the state: lists of any Python values, one for each batch row."""
 
     shared: ClassVar[tuple[str, ...]] = ()
-    """The names of attributes that `clone` does not copy, because no call changes them."""
+    """The names of attributes that copies share, because no call changes them."""
 
     def select(self, rows: Tensor) -> None:
         """Keeps these batch rows, in this order; a row may occur several times.
@@ -71,9 +71,14 @@ class BatchState:
 
     def clone(self) -> Self:
         """A copy; it shares only the attributes in `shared`."""
-        keep = {id(value): value for name in self.shared if (value := getattr(self, name, None)) is not None}
-        copied = copy.copy(self)
-        vars(copied).update(copy.deepcopy(vars(self), keep))
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        for name in self.shared:
+            if (value := getattr(self, name, None)) is not None:
+                memo.setdefault(id(value), value)  # copied already if the same call of deepcopy copies its owner
+        memo[id(self)] = copied = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(vars(self), memo))
         return copied
 
     def nbytes(self) -> int:

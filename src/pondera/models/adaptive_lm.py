@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pondera.cache.io import load
+from pondera.cache.layer import begin_generate
 from pondera.cache.masks import token_positions
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
@@ -469,6 +470,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                     "creates its own cache; leave cache_implementation out"
                 )
             model_kwargs[CACHE] = self.new_cache()
+        elif model_kwargs.get(CACHE) is not None:
+            begin_generate(model_kwargs[CACHE])
 
 
 def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:

@@ -230,11 +230,12 @@ def test_each_operation_is_written_once():
         "reorder_cache": ["state.CacheState"],
         "batch_select_indices": ["state.CacheState"],
         "batch_repeat_interleave": ["state.CacheState"],
-        "crop": ["state.CacheState"],
+        # A layer of a KV-cache method also notes that a crop came.
+        "crop": ["state.CacheState", "layer.KVLayer"],
         # A cache also resets its layers.
         "reset": ["state.CacheState", "state.CacheLayer", "token_cache.TokenCache"],
-        # Codes are stored up to the longest row, which may be gone afterwards.
-        "select": ["state.BatchState", "windowed_layer.SinkWindowLayer"],
+        # Codes are stored up to the longest row, which may be gone afterwards; observations of draft tokens are no state.
+        "select": ["state.BatchState", "windowed_layer.SinkWindowLayer", "slot_layer.KVStoreLayer"],
         # That of a quantizer is the bytes of a number of codes.
         "nbytes": ["state.BatchState", "base.Quantizer"],
         "clone": ["state.BatchState"],

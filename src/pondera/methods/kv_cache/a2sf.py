@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from pondera.cache.kv_store import KVStore
@@ -60,11 +59,12 @@ class A2SF(EvictionPolicy):
         return {"received": 0.0}
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
-        """See `Policy.observe`: the recursion of the paper, applied to a block of queries at a time."""
-        queries = len(seen.number_T)
-        age_T = torch.arange(queries - 1, -1, -1, device=seen.number_T.device, dtype=seen.weight_BGRTS.dtype)
-        new_BGS = (seen.weight_BGRTS * self.alpha ** age_T[:, None]).sum((2, 3))
-        table.note["received"].mul_(self.alpha**queries).add_(new_BGS)
+        """See `Policy.observe`: the recursion of the paper, applied to a block of queries at a time. Only real queries age."""
+        real_BT = seen.real_BT.to(seen.weight_BGRTS.dtype)
+        age_BT = real_BT.sum(-1, keepdim=True) - real_BT.cumsum(-1)
+        factor_BT, decay_B = self.alpha**age_BT, self.alpha ** real_BT.sum(-1)
+        new_BGS = (seen.weight_BGRTS * factor_BT[:, None, None, :, None]).sum((2, 3))
+        table.note["received"].mul_(decay_B[:, None, None]).add_(new_BGS)
 
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """See `EvictionPolicy.score`."""

@@ -48,6 +48,7 @@ class KVCache(BatchState, Cache):
     """
 
     holds: ClassVar[tuple[str, ...]] = ("layers",)
+    shared: ClassVar[tuple[str, ...]] = ("method", "owner")
 
     def __init__(self, layers: list, method: KVCacheMethod, owner: Owner) -> None:
         super().__init__(layers=layers)
