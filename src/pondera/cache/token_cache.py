@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pondera.cache.io import save
 from pondera.cache.layer import KVLayer
+from pondera.cache.rollback import check_layers, roll_back
 from pondera.cache.state import CacheState
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache
@@ -78,9 +79,15 @@ class TokenCache(CacheState, Cache):
         self.tokens += passes_BT.shape[1]
         self.passes_BT = passes_BT if self.passes_BT is None else torch.cat([self.passes_BT, passes_BT], dim=1)
 
+    def check_rollback(self, tokens: int) -> None:
+        """See `CacheState.check_rollback`."""
+        slots = self.slots_per_token
+        check_layers(self.layers, tokens * slots, (self.tokens - tokens) * slots)
+
     def rollback(self, tokens: int) -> None:
         """See `CacheState.rollback`."""
-        self.slots.crop((tokens - self.tokens) * self.slots_per_token)
+        slots = self.slots_per_token
+        roll_back(self.layers, tokens * slots, (self.tokens - tokens) * slots)
 
     def set_length(self, tokens: int) -> None:
         """See `CacheState.set_length`."""

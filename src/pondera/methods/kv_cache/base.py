@@ -18,8 +18,9 @@ from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.hand_over import Owner, hand_over, name
 from pondera.cache.io import load, save
 from pondera.cache.layer import KVLayer
+from pondera.cache.rollback import check_layers, roll_back
 from pondera.cache.slot_layer import KeepAll, KVStoreLayer
-from pondera.cache.state import BatchState
+from pondera.cache.state import BatchState, kept_after
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -53,6 +54,16 @@ class KVCache(BatchState, Cache):
         super().__init__(layers=layers)
         self.method, self.owner = method, owner
         self.kept: list[KVLayer] = [layer for layer in layers if isinstance(layer, KVLayer)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `CacheState.crop`.
+
+        Raises:
+            UserError: the number is positive, or more tokens than have been seen or can be rolled back.
+        """
+        kept = kept_after(self.get_seq_length(), tokens_to_remove)
+        check_layers(self.layers, kept, -tokens_to_remove)
+        roll_back(self.layers, kept, -tokens_to_remove)
 
     def save(self, path: str | Path) -> Path:
         """Writes the cache into a safetensors file; `KVCacheMethod.load_cache` reads it.
