@@ -5,6 +5,8 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -36,6 +38,7 @@ class TokenCache(CacheState, Cache):
         tokens: the number of tokens seen.
         passes_BT: the number of passes of each cached token; `None` before the first token.
         methods: the spec strings of the methods that fill the cache; `None`: not known.
+        unfinished: a call has ended in an error after it had begun to change the cache.
     """
 
     holds: ClassVar[tuple[str, ...]] = ("tokens", "passes_BT", "slots_per_token", "layers")
@@ -65,6 +68,27 @@ class TokenCache(CacheState, Cache):
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         """Width and offset of a token-level mask."""
         return self.tokens + query_length, 0
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a whole call of a model: an error inside, after the cache may have changed, makes the cache unusable.
+
+        Raises:
+            UserError: an earlier call has ended in such an error.
+        """
+        self._check_finished()
+        seen, self.slots.begun = self.tokens, False  # type: ignore[attr-defined]
+        try:
+            yield
+        except BaseException:
+            self.unfinished = self.tokens != seen or self.slots.begun  # type: ignore[attr-defined]
+            raise
+
+    def _check_finished(self) -> None:
+        if self.unfinished:
+            raise UserError(
+                "this cache contains half of a call that ended in an error; use a new cache, or call cache.reset() first"
+            )
 
     def hold(self) -> None:
         """Announces further slots of the same tokens: layers of a KV-cache method evict nothing before `record`."""
@@ -99,6 +123,7 @@ class TokenCache(CacheState, Cache):
         """See `CacheState.clear`; `reset` also resets the layers."""
         self.tokens = 0
         self.passes_BT: Tensor | None = None
+        self.unfinished = False
 
     def reset(self) -> None:
         """Resets the cache and its layers to their initial state."""
@@ -109,8 +134,10 @@ class TokenCache(CacheState, Cache):
         """Writes the cache into a safetensors file; `AdaptiveLM.load_cache` reads it.
 
         Raises:
-            UserError: some tokens may still be rolled back, or the methods of the cache are not known.
+            UserError: some tokens may still be rolled back, the methods of the cache are not known, or a call has ended in
+                an error.
         """
+        self._check_finished()
         if self.methods is None:
             raise UserError("save: only a cache from model.new_cache() knows its methods; fill and save such a cache")
         return save(self, self.methods, path)

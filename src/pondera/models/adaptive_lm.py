@@ -389,7 +389,10 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                 f"past_key_values: a {type(cache).__name__} does not support the method of this model; pass model.new_cache()"
             )
         batch = TokenBatch(h_BTD, position_ids, cache, attention_mask, budget, labels_BT, input_ids)
-        return method(self.backbone, batch)
+        if cache is None:
+            return method(self.backbone, batch)
+        with cache.call():
+            return method(self.backbone, batch)
 
     @property
     def base_model(self) -> Any:
