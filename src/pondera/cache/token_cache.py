@@ -38,6 +38,7 @@ class TokenCache(CacheState, Cache):
         tokens: the number of tokens seen.
         passes_BT: the number of passes of each cached token; `None` before the first token.
         methods: the spec strings of the methods that fill the cache; `None`: not known.
+        model: what identifies the model of the cache, see `pondera.cache.identity`; empty: not known.
         unfinished: a call has ended in an error after it had begun to change the cache.
     """
 
@@ -48,6 +49,7 @@ class TokenCache(CacheState, Cache):
         self.slots = Cache(layers=layers) if slots is None else slots
         self.slots_per_token = slots_per_token
         self.methods: str | None = None
+        self.model = ""
         self.clear()
 
     @property

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from pondera.cache.identity import identity
 from pondera.cache.io import load
 from pondera.cache.masks import token_positions
 from pondera.cache.token_cache import TokenCache
@@ -213,7 +214,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         """An empty cache of the type that the method needs."""
         if self.method is not None:
             cache = self.method.new_cache(self.backbone, self.kv_cache)
-            cache.methods = self._methods
+            cache.methods, cache.model = self._methods, identity(self)
             return cache
         if self.kv_cache is not None:
             return self.kv_cache.cache(self.backbone.lm)

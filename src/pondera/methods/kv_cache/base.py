@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pondera.arch.dimensions import FULL, head_dim, kv_heads, layer_kinds
 from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.hand_over import Owner, hand_over, name
+from pondera.cache.identity import identity
 from pondera.cache.io import load, save
 from pondera.cache.layer import KVLayer
 from pondera.cache.rollback import check_layers, roll_back
@@ -46,13 +47,14 @@ class KVCache(BatchState, Cache):
 
     Attributes:
         kept: the layers that the method created.
+        model: what identifies the model of the cache, see `pondera.cache.identity`; empty: not known.
     """
 
     holds: ClassVar[tuple[str, ...]] = ("layers",)
 
     def __init__(self, layers: list, method: KVCacheMethod, owner: Owner) -> None:
         super().__init__(layers=layers)
-        self.method, self.owner = method, owner
+        self.method, self.owner, self.model = method, owner, ""
         self.kept: list[KVLayer] = [layer for layer in layers if isinstance(layer, KVLayer)]
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -193,6 +195,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
                     "with one budget for all heads, such as H2O(256)"
                 )
         cache = KVCache(layers, self, owner)
+        cache.model = identity(model)
         self.prepare(model, cache)
         return cache
 
