@@ -291,3 +291,67 @@ def test_draft_tokens_are_not_saved_before_the_crop_that_follows(case: str, tmp_
         x_B1 = ids(1, 1, seed=number)
         assert torch.equal(model(x_B1, past_key_values=again).logits, model(x_B1, past_key_values=cache).logits)
         cache.crop(0)  # the loaded cache records nothing, so it need not be told
+
+
+@pytest.mark.parametrize("chosen", [{"think": "PonderLM2(thoughts=1)"}, {"kv_cache": "H2O(64)"}], ids=str)
+def test_a_file_of_another_model_is_refused_by_name(chosen: dict[str, Any], tmp_path: Path):
+    def model(seed: int = 0, **sizes: Any) -> Any:
+        torch.manual_seed(seed)
+        return AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]) | sizes, **chosen)).eval()
+
+    own = model()
+    cache = own.new_cache()
+    own(ids(2, 8), past_key_values=cache)
+    file = cache.save(tmp_path / "cache")
+    for other, match in (
+        (model(head_dim=32), "head width 16, and this model has 32"),
+        (model(num_key_value_heads=1), "KV heads 2, and this model has 1"),
+        (model().to(torch.bfloat16), "dtype float32, and this model has bfloat16"),
+        (model(seed=1), "other weights"),
+    ):
+        with pytest.raises(UserError, match=f"cache: belongs to another kind of model.*{match}"):
+            other.load_cache(file)
+    assert model().load_cache(file).get_seq_length() == 8
+
+
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path):
+    model = AdaptiveLM(AdaptiveConfig(backbone=copy.deepcopy(BACKBONES["llama"]), kv_cache="H2O(64)")).eval()
+    cache: Any = model.new_cache()
+    model(ids(2, 8), past_key_values=cache)
+    file = cache.save(tmp_path / "cache")
+    with safe_open(file, "pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        metadata = dict(opened.metadata())
+
+    def text(old: str, new: str) -> dict[str, str]:
+        assert old in metadata["cache"]
+        return metadata | {"cache": metadata["cache"].replace(old, new)}
+
+    damaged = tmp_path / "damaged"
+    for header, parts in (
+        (metadata | {"cache": "[" * 100_000 + "]" * 100_000}, tensors),
+        (metadata | {"model": "{}"}, tensors),
+        (metadata | {"model": "[" * 100_000}, tensors),
+        (metadata, tensors | {"0": tensors["0"].flatten()}),
+        (metadata, tensors | {"0": tensors["0"].long()}),
+        (text('"used": 8', '"used": 1000'), tensors),
+        (text('"used": 8', '"used": -1'), tensors),
+        (text('"seen": 8', '"seen": 4'), tensors),
+        (text('"seen": 8', '"seen": -3'), tensors),
+    ):
+        save_file(parts, damaged, header)
+        with pytest.raises(UserError, match="damaged: not a saved cache"):
+            model.load_cache(damaged)
+    with pytest.raises(UserError, match="no such file"):
+        model.load_cache(tmp_path)
+    for place in (tmp_path, file / "below"):
+        with pytest.raises(UserError, match=f"{place.name}: .*give"):
+            cache.save(place)
+
+
+def test_an_impossible_number_of_tokens_is_refused(tmp_path: Path):
+    model = build("PonderLM2(thoughts=1)-gemma3")
+    file = filled(model).save(tmp_path / "cache")
+    for tokens in (-3, 4, 1000):
+        with pytest.raises(UserError, match="changed: not a saved cache .*tokens="):
+            model.load_cache(rewritten(file, lambda metadata, state, tensors, n=tokens: state["of"].update(tokens=n)))

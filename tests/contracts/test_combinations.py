@@ -310,6 +310,16 @@ def test_methods_that_cannot_be_right_are_refused(kv_cache: str):
         build("UniversalTransformer", REFUSED[kv_cache]).new_cache()
 
 
+@pytest.mark.parametrize("kv_cache", ["PreallocatedCache", "H2O", "KIVI"])
+def test_halted_tokens_that_attend_without_slots_are_refused(kv_cache: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(METHODS, "dense", {"think": "AdaPonderLM(steps=2, top_k=None, threshold=0.3, halted='dense')"})
+    model = build("dense", EXACT[kv_cache])
+    for call in (model.new_cache, lambda: model(ids(1, 4), use_cache=True)):
+        with pytest.raises(UserError, match="halted='dense'.*KV-cache method.*halted='freeze'"):
+            call()
+    assert own(model)(ids(1, 4), use_cache=True).past_key_values is not None
+
+
 @pytest.mark.parametrize("pair", IMPOSSIBLE)
 def test_pairs_that_cannot_be_combined_say_why(pair: tuple[str, str]):
     chosen = {

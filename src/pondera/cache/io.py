@@ -18,6 +18,8 @@ from torch import Tensor
 
 from pondera.cache.codec import Codes
 from pondera.cache.columns import Columns, DepthSlots
+from pondera.cache.file_checks import check_numbers
+from pondera.cache.identity import differences
 from pondera.cache.kv_store import KVStore
 from pondera.cache.layer import KVLayer
 from pondera.cache.ring_buffer import RingBuffer
@@ -30,6 +32,8 @@ from pondera.cost.measure import tensors_in
 HOLDERS = {holder.__name__: holder for holder in (KVStore, RingBuffer, Codes, DepthSlots, Columns)}
 NOT_STATE = ("dtype", "device", "hold", "record_past")
 """Attributes of layers of transformers that are not saved: they follow from the tensors, or belong to running calls."""
+_DAMAGED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+"""What loading a damaged file may raise; a `RecursionError` is a `RuntimeError`."""
 _TENSOR, _HOLDER, _STATE, _TUPLE, _DICT, _OF = "tensor", "holder", "state", "tuple", "dict", "of"
 
 
@@ -42,7 +46,7 @@ def save(cache: Any, methods: str, path: str | Path) -> Path:
         path: the file.
 
     Raises:
-        UserError: the cache may contain draft tokens, which a later `crop` may roll back.
+        UserError: the cache may contain draft tokens, which a later `crop` may roll back, or the file cannot be written.
     """
     from safetensors.torch import save as to_bytes
 
@@ -51,10 +55,15 @@ def save(cache: Any, methods: str, path: str | Path) -> Path:
             "a cache that contains draft tokens is not saved: crop(0) keeps them, crop(-n) rolls back the last n"
         )
     tensors: dict[str, Tensor] = {}
-    metadata = {"methods": methods, "cache": json.dumps(_plain(cache, tensors))}
+    metadata = {"methods": methods, "model": cache.model, "cache": json.dumps(_plain(cache, tensors))}
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, to_bytes(tensors, metadata))
+    if path.is_dir():
+        raise UserError(f"{path}: a folder; give the name of a file")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, to_bytes(tensors, metadata))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); give another file") from None
     return path
 
 
@@ -83,14 +92,15 @@ def load(cache: Any, methods: str, path: str | Path, device: torch.device) -> No
     """
     from safetensors import SafetensorError, safe_open
 
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; write it with cache.save({str(path)!r})")
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
         described, plain = metadata["methods"], json.loads(metadata["cache"])
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; write it with cache.save({str(path)!r})") from None
-    except (SafetensorError, KeyError, ValueError) as error:
+        other = differences(metadata["model"], cache.model)
+    except (SafetensorError, OSError, *_DAMAGED) as error:
         raise _not_saved(path, error) from None
     if described != methods:
         raise UserError(
@@ -98,12 +108,15 @@ def load(cache: Any, methods: str, path: str | Path, device: torch.device) -> No
         )
     try:
         _loaded(plain, cache, tensors)
+        if other:
+            raise _OtherModel("; ".join(other))
+        check_numbers(cache)
         sizes = {size for size in batch_sizes(cache) if size}
         if len(sizes) > 1:
             raise ValueError(f"parts with {' and '.join(map(str, sorted(sizes)))} batch rows")
     except _OtherModel as error:
         raise UserError(f"{path}: belongs to another kind of model ({error}); load it for the same model") from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except _DAMAGED as error:
         raise _not_saved(path, error) from None
 
 

@@ -114,19 +114,22 @@ class CacheState(BatchState):
         Raises:
             UserError: the number is positive, or more tokens than have been seen or can be rolled back.
         """
-        seen = self.get_seq_length()
-        if tokens_to_remove > 0:
-            raise UserError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number, or 0")
-        kept = seen + tokens_to_remove
-        if kept < 0:
-            raise UserError(f"crop({tokens_to_remove}): only {seen} tokens have been seen")
+        kept = kept_after(self.get_seq_length(), tokens_to_remove)
         if self.batch():
+            self.check_rollback(kept)
             self.rollback(kept)
         self.set_length(kept)
 
     @abstractmethod
     def get_seq_length(self) -> int:
         """The number of tokens seen."""
+
+    def check_rollback(self, tokens: int) -> None:  # noqa: B027 (optional)
+        """Raises if `rollback` would refuse, before anything changes.
+
+        Raises:
+            UserError: more tokens than can be rolled back.
+        """
 
     def rollback(self, tokens: int) -> None:
         """Rolls back to the first `tokens` tokens, then evicts what was kept only in case of a rollback."""
@@ -170,6 +173,19 @@ class CacheLayer(CacheState, CacheLayerMixin):
         """Resets the layer to its initial state."""
         super().reset()
         self.is_initialized = False
+
+
+def kept_after(seen: int, tokens_to_remove: int) -> int:
+    """The number of tokens that stay after `crop`.
+
+    Raises:
+        UserError: the number is positive, or more tokens than have been seen.
+    """
+    if tokens_to_remove > 0:
+        raise UserError(f"crop({tokens_to_remove}): give the tokens to remove as a negative number, or 0")
+    if seen + tokens_to_remove < 0:
+        raise UserError(f"crop({tokens_to_remove}): only {seen} tokens have been seen")
+    return seen + tokens_to_remove
 
 
 @functools.cache

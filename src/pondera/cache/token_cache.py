@@ -5,6 +5,8 @@ Shapes: B batch, T tokens.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from pondera.cache.io import save
 from pondera.cache.layer import KVLayer
+from pondera.cache.rollback import check_layers, roll_back
 from pondera.cache.state import CacheState
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache
@@ -35,6 +38,8 @@ class TokenCache(CacheState, Cache):
         tokens: the number of tokens seen.
         passes_BT: the number of passes of each cached token; `None` before the first token.
         methods: the spec strings of the methods that fill the cache; `None`: not known.
+        model: what identifies the model of the cache, see `pondera.cache.identity`; empty: not known.
+        unfinished: a call has ended in an error after it had begun to change the cache.
     """
 
     holds: ClassVar[tuple[str, ...]] = ("tokens", "passes_BT", "slots_per_token", "layers")
@@ -44,6 +49,7 @@ class TokenCache(CacheState, Cache):
         self.slots = Cache(layers=layers) if slots is None else slots
         self.slots_per_token = slots_per_token
         self.methods: str | None = None
+        self.model = ""
         self.clear()
 
     @property
@@ -65,6 +71,27 @@ class TokenCache(CacheState, Cache):
         """Width and offset of a token-level mask."""
         return self.tokens + query_length, 0
 
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Around a whole call of a model: an error inside, after the cache may have changed, makes the cache unusable.
+
+        Raises:
+            UserError: an earlier call has ended in such an error.
+        """
+        self._check_finished()
+        seen, self.slots.begun = self.tokens, False  # type: ignore[attr-defined]
+        try:
+            yield
+        except BaseException:
+            self.unfinished = self.tokens != seen or self.slots.begun  # type: ignore[attr-defined]
+            raise
+
+    def _check_finished(self) -> None:
+        if self.unfinished:
+            raise UserError(
+                "this cache contains half of a call that ended in an error; use a new cache, or call cache.reset() first"
+            )
+
     def hold(self) -> None:
         """Announces further slots of the same tokens: layers of a KV-cache method evict nothing before `record`."""
         for layer in self.layers:
@@ -78,9 +105,15 @@ class TokenCache(CacheState, Cache):
         self.tokens += passes_BT.shape[1]
         self.passes_BT = passes_BT if self.passes_BT is None else torch.cat([self.passes_BT, passes_BT], dim=1)
 
+    def check_rollback(self, tokens: int) -> None:
+        """See `CacheState.check_rollback`."""
+        slots = self.slots_per_token
+        check_layers(self.layers, tokens * slots, (self.tokens - tokens) * slots)
+
     def rollback(self, tokens: int) -> None:
         """See `CacheState.rollback`."""
-        self.slots.crop((tokens - self.tokens) * self.slots_per_token)
+        slots = self.slots_per_token
+        roll_back(self.layers, tokens * slots, (self.tokens - tokens) * slots)
 
     def set_length(self, tokens: int) -> None:
         """See `CacheState.set_length`."""
@@ -92,6 +125,7 @@ class TokenCache(CacheState, Cache):
         """See `CacheState.clear`; `reset` also resets the layers."""
         self.tokens = 0
         self.passes_BT: Tensor | None = None
+        self.unfinished = False
 
     def reset(self) -> None:
         """Resets the cache and its layers to their initial state."""
@@ -102,8 +136,10 @@ class TokenCache(CacheState, Cache):
         """Writes the cache into a safetensors file; `AdaptiveLM.load_cache` reads it.
 
         Raises:
-            UserError: some tokens may still be rolled back, or the methods of the cache are not known.
+            UserError: some tokens may still be rolled back, the methods of the cache are not known, or a call has ended in
+                an error.
         """
+        self._check_finished()
         if self.methods is None:
             raise UserError("save: only a cache from model.new_cache() knows its methods; fill and save such a cache")
         return save(self, self.methods, path)

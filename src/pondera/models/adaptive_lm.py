@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
+from pondera.cache.identity import identity
 from pondera.cache.io import load
 from pondera.cache.layer import begin_generate
 from pondera.cache.masks import token_positions
@@ -215,7 +216,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         """An empty cache of the type that the method needs."""
         if self.method is not None:
             cache = self.method.new_cache(self.backbone, self.kv_cache)
-            cache.methods = self._methods
+            cache.methods, cache.model = self._methods, identity(self)
             return cache
         if self.kv_cache is not None:
             return self.kv_cache.cache(self.backbone.lm)
@@ -406,7 +407,10 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                 f"past_key_values: a {type(cache).__name__} does not support the method of this model; pass model.new_cache()"
             )
         batch = TokenBatch(h_BTD, position_ids, cache, attention_mask, budget, labels_BT, input_ids)
-        return method(self.backbone, batch)
+        if cache is None:
+            return method(self.backbone, batch)
+        with cache.call():
+            return method(self.backbone, batch)
 
     @property
     def base_model(self) -> Any:

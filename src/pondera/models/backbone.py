@@ -173,6 +173,7 @@ class Backbone(nn.Module):
                 coordinate of queries and keys, which fused kernels and gradients support. Needs no cache.
             attention: replaces the attention function of all layers.
         """
+        _begin(cache)
         call: dict[str, Any] = {
             "inputs_embeds": h_BSD,
             "attention_mask": self._attention_mask(h_BSD, cache, mask, position_ids),
@@ -220,6 +221,7 @@ class Backbone(nn.Module):
             )
         if not layers:
             return h_BSD
+        _begin(cache)
         # An earlier range of this pass may have updated its layers, so lengths are read from the layers of this range.
         own_cache = Cache(layers=cache.layers[layers.start :]) if cache is not None else None
         if position_ids is None:
@@ -363,6 +365,12 @@ class Backbone(nn.Module):
             return allowed_BSK[:, None]
         added = allowed_BSK.new_zeros(()) if log_weight_BK is None else log_weight_BK[:, None]
         return torch.where(allowed_BSK, added.to(dtype), torch.finfo(dtype).min)[:, None]
+
+
+def _begin(cache: Cache | None) -> None:
+    """Notes that a call may change the cache from now on; see `pondera.cache.token_cache.TokenCache.call`."""
+    if cache is not None:
+        cache.begun = True  # type: ignore[attr-defined]
 
 
 def _all_real(h_BSD: Tensor) -> Tensor:

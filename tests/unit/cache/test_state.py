@@ -230,8 +230,8 @@ def test_each_operation_is_written_once():
         "reorder_cache": ["state.CacheState"],
         "batch_select_indices": ["state.CacheState"],
         "batch_repeat_interleave": ["state.CacheState"],
-        # A layer of a KV-cache method also notes that a crop came.
-        "crop": ["state.CacheState", "layer.KVLayer"],
+        # A layer of a KV-cache method also notes that a crop came; its cache counts the tokens of its first layer.
+        "crop": ["base.KVCache", "layer.KVLayer", "state.CacheState"],
         # A cache also resets its layers.
         "reset": ["state.CacheState", "state.CacheLayer", "token_cache.TokenCache"],
         # Codes are stored up to the longest row, which may be gone afterwards; observations of draft tokens are no state.

@@ -46,6 +46,21 @@ def test_jacobi_reaches_the_rollout_token_by_token(backbone: str, thoughts: int)
     assert (logits(model, x, 0) - exact).abs().max() > 1e-4, "too few rounds must show, or this test shows nothing"
 
 
+@pytest.mark.parametrize("backbone", ["llama", "qwen3_next"])
+@pytest.mark.parametrize("pieces", [(6, 8), (1, 5, 1, 7)])
+def test_a_piece_that_is_padding_in_one_row_changes_nothing(backbone: str, pieces: tuple[int, ...]):
+    model, x = build("PonderLM2(thoughts=1, eval_rounds='exact')", backbone, init="scaled"), ids(3, 14)
+    mask = torch.ones_like(x)
+    mask[0, :8], mask[1, :3] = 0, 0
+    cache, seen, found = model.new_cache(), 0, []
+    for piece in x.split(pieces, 1):
+        seen += piece.shape[1]
+        found.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
+    for row, first in enumerate((8, 3, 0)):
+        alone = model(x[row : row + 1, first:]).logits[0]
+        torch.testing.assert_close(torch.cat(found, 1)[row, first:], alone, atol=2e-5, rtol=1e-4)
+
+
 def test_residuals_shrink_to_float_noise():
     model, x = build("PonderLM2(thoughts=1, eval_rounds=12)", init="scaled"), ids(1, 12)
     model.think.record = True

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from pondera.arch.dimensions import FULL, head_dim, kv_heads, layer_kinds
 from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.hand_over import Owner, hand_over, name
+from pondera.cache.identity import identity
 from pondera.cache.io import load, save
 from pondera.cache.layer import KVLayer
+from pondera.cache.rollback import check_layers, roll_back
 from pondera.cache.slot_layer import KeepAll, KVStoreLayer
-from pondera.cache.state import BatchState
+from pondera.cache.state import BatchState, kept_after
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.core.hf import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -45,6 +47,7 @@ class KVCache(BatchState, Cache):
 
     Attributes:
         kept: the layers that the method created.
+        model: what identifies the model of the cache, see `pondera.cache.identity`; empty: not known.
     """
 
     holds: ClassVar[tuple[str, ...]] = ("layers",)
@@ -52,8 +55,18 @@ class KVCache(BatchState, Cache):
 
     def __init__(self, layers: list, method: KVCacheMethod, owner: Owner) -> None:
         super().__init__(layers=layers)
-        self.method, self.owner = method, owner
+        self.method, self.owner, self.model = method, owner, ""
         self.kept: list[KVLayer] = [layer for layer in layers if isinstance(layer, KVLayer)]
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """See `CacheState.crop`.
+
+        Raises:
+            UserError: the number is positive, or more tokens than have been seen or can be rolled back.
+        """
+        kept = kept_after(self.get_seq_length(), tokens_to_remove)
+        check_layers(self.layers, kept, -tokens_to_remove)
+        roll_back(self.layers, kept, -tokens_to_remove)
 
     def save(self, path: str | Path) -> Path:
         """Writes the cache into a safetensors file; `KVCacheMethod.load_cache` reads it.
@@ -183,6 +196,7 @@ class KVCacheMethod(SpecRepr, nn.Module, ABC):
                     "with one budget for all heads, such as H2O(256)"
                 )
         cache = KVCache(layers, self, owner)
+        cache.model = identity(model)
         self.prepare(model, cache)
         return cache
 

@@ -17,9 +17,10 @@ from pondera.core.loss_terms import LossTerm
 from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, TokenBatch
 from pondera.methods.think.common.halting import Halting, router
-from pondera.methods.think.common.passes import Passes
+from pondera.methods.think.common.passes import Passes, SlotCache
 from pondera.methods.think.ponder_lm import PonderLM
 from pondera.models.backbone import Backbone
+from pondera.models.method import SlotMaker
 
 HALTED = ("freeze", "dense")
 
@@ -45,7 +46,7 @@ class AdaPonderLM(PonderLM):
     token's last pass, and a halted state stays frozen (``halted="freeze"``). In the paper's form the queries of a
     halted token still attend to new keys of other tokens, so training computes other states than an inference engine
     that stops there. ``halted="dense"`` is the paper's form: every token runs every pass at full cost, and effort sets
-    the number of passes instead of the threshold.
+    the number of passes instead of the threshold, and does not combine with a KV-cache method (raises an error).
 
     Args:
         steps: s, the maximum number of extra passes; 0 gives the plain backbone.
@@ -114,6 +115,20 @@ class AdaPonderLM(PonderLM):
         if self.halting.learned:
             count = min(1, self.steps) if self.shared_gate else self.steps
             self.gates.extend(mlp_gate(backbone, start=0.99) for _ in range(count))
+
+    def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
+        """See `PonderLM.new_cache`.
+
+        Raises:
+            UserError: ``halted="dense"`` with a KV-cache method.
+        """
+        if kv_cache is not None and self.dense and self.steps:
+            raise UserError(
+                "AdaPonderLM(halted='dense') does not combine with a KV-cache method: its halted tokens attend without "
+                "slots of their own, and a KV-cache method serves attention only together with new slots; use "
+                "halted='freeze', or leave kv_cache out"
+            )
+        return super().new_cache(backbone, kv_cache)
 
     def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Sets the share of penalized gates and the random draw of this step."""

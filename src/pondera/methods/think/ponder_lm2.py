@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pondera.cache.masks import has_documents
+from pondera.cache.recurrent import kept_rows
 from pondera.cache.token_cache import TokenCache
 from pondera.core.errors import UserError
 from pondera.cost.schedule import DecoderPass, MatMul
@@ -108,7 +109,7 @@ class PonderLM2(Think):
         started = cache is not None and (cache.tokens > 0 or h_BTD.shape[1] == 1)
         exact = not self.training and self.eval_rounds == "exact"
         residuals: list[float] = []
-        if started or (exact and self._can_roll_out(backbone, mask)):
+        if started or (exact and not has_documents(mask)):
             cache = cache if cache is not None else self.new_cache(backbone)
             cache.slots_per_token = slots
             states = self._roll_out(backbone, h_BTD, cache, mask, position_ids)
@@ -128,14 +129,13 @@ class PonderLM2(Think):
         trace = {"states": states, "residuals": residuals} if self.record else {}
         return MethodOutput(states[-1], _filled(h_BTD, slots), trace=trace)
 
-    def _can_roll_out(self, backbone: Backbone, mask: Tensor | None) -> bool:
-        """A recurrent state cannot skip padding token by token, and the cache does not separate documents."""
-        return mask is None or not ("linear_attention" in backbone.layer_types or has_documents(mask))
-
     def _roll_out(
         self, backbone: Backbone, h_BTD: Tensor, cache: TokenCache, mask: Tensor | None, position_ids: Tensor
     ) -> list[Tensor]:
-        """The sequential definition: each token makes one call per slot, each of one slot, into one cache."""
+        """The sequential definition: each token makes one call per slot, each of one slot, into one cache.
+
+        The cache does not separate documents.
+        """
         slots = cache.slots_per_token
         outputs: list[list[Tensor]] = [[] for _ in range(slots)]
         for token in range(h_BTD.shape[1]):
@@ -144,13 +144,14 @@ class PonderLM2(Think):
             if mask is not None:
                 seen_BK = mask[:, : cache.tokens].repeat_interleave(slots, dim=1)
             cache.hold()
-            for thought in range(slots):
-                if mask is not None and seen_BK is not None:
-                    seen_BK = torch.cat([seen_BK, mask[:, cache.tokens : cache.tokens + 1]], dim=1)
-                state_B1D = backbone.step(x_B1D, cache.slots, seen_BK, position_ids[:, token : token + 1])
-                outputs[thought].append(state_B1D)
-                if thought < slots - 1:
-                    x_B1D = self.feedback(backbone, state_B1D)
+            with kept_rows(cache.layers, None if mask is None else mask[:, cache.tokens] > 0):
+                for thought in range(slots):
+                    if mask is not None and seen_BK is not None:
+                        seen_BK = torch.cat([seen_BK, mask[:, cache.tokens : cache.tokens + 1]], dim=1)
+                    state_B1D = backbone.step(x_B1D, cache.slots, seen_BK, position_ids[:, token : token + 1])
+                    outputs[thought].append(state_B1D)
+                    if thought < slots - 1:
+                        x_B1D = self.feedback(backbone, state_B1D)
             cache.record(_filled(x_B1D, slots))
         return [torch.cat(states, dim=1) for states in outputs]
 

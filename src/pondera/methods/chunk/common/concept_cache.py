@@ -91,8 +91,8 @@ class ConceptCache(TokenCache):
             used_BTD = torch.cat([self.used_BWD, used_BTD], dim=1)
         self.encoded_BWD, self.used_BWD = encoded_BTD[:, -wanted:], used_BTD[:, -wanted:]
 
-    def rollback(self, tokens: int) -> None:
-        """See `CacheState.rollback`.
+    def check_rollback(self, tokens: int) -> None:
+        """See `CacheState.check_rollback`.
 
         Raises:
             UserError: more tokens than can be rolled back.
@@ -105,7 +105,13 @@ class ConceptCache(TokenCache):
                 raise UserError(
                     f"crop: cannot roll back {count} tokens; encoder states are kept for {most}; start with a new cache"
                 )
-        super().rollback(tokens)  # may refuse, too; nothing has changed yet
+        super().check_rollback(tokens)
+        self.concepts.check_rollback(tokens)
+
+    def rollback(self, tokens: int) -> None:
+        """See `CacheState.rollback`."""
+        count = self.tokens - tokens
+        super().rollback(tokens)  # layers of a KV-cache method may refuse; nothing has changed yet
         if self.encoded_BWD is not None and self.used_BWD is not None:
             self.encoded_BWD, self.used_BWD = (
                 kept[:, : kept.shape[1] - count] for kept in (self.encoded_BWD, self.used_BWD)

@@ -85,6 +85,18 @@ class ThinkingChunks(CacheState):
         self.mask_BC, self.end_BC = mask_BM, end_BM
         return mask_BM
 
+    def _staying(self, tokens: int) -> tuple[Tensor, int]:
+        """The mask of the chunks that end before a token, and the number of columns that stay."""
+        assert self.mask_BC is not None and self.end_BC is not None
+        mask_BC = torch.where(self.end_BC < tokens, self.mask_BC, 0)
+        order_C = torch.arange(1, mask_BC.shape[1] + 1, device=mask_BC.device)
+        return mask_BC, int(torch.where((mask_BC > 0).any(0), order_C, 0).amax())
+
+    def check_rollback(self, tokens: int) -> None:
+        """See `CacheState.check_rollback`."""
+        if self.mask_BC is not None and (width := self._staying(tokens)[1]):
+            self.slots.check_rollback(width)
+
     def rollback(self, tokens: int) -> None:
         """See `CacheState.rollback`.
 
@@ -93,9 +105,7 @@ class ThinkingChunks(CacheState):
         """
         if self.mask_BC is None or self.end_BC is None:
             return
-        mask_BC = torch.where(self.end_BC < tokens, self.mask_BC, 0)
-        order_C = torch.arange(1, mask_BC.shape[1] + 1, device=mask_BC.device)
-        width = int(torch.where((mask_BC > 0).any(0), order_C, 0).amax())
+        mask_BC, width = self._staying(tokens)
         if not width:
             return self.clear()
         if removed := mask_BC.shape[1] - width:
