@@ -175,7 +175,7 @@ def test_slots_of_chunks_are_priced_beside_a_compressed_cache(method: str):
     cache = model.new_cache()
     for _ in chunked_forward(model, cache, ids(1, 90), prompt=45):
         pass
-    held = cache.nbytes() + live_cache_bytes(cache.concepts) + cache.encoded_BWD.nbytes + cache.used_BWD.nbytes
+    held = sum(map(live_cache_bytes, (cache, cache.concepts))) + cache.encoded_BWD.nbytes + cache.used_BWD.nbytes
     assert cost_report(model, 90)["kv_bytes_per_token"] * 90 == pytest.approx(held)
 
 

@@ -173,7 +173,7 @@ class TestConfig:
 
         assert AdaptiveConfig(backbone=dict(BACKBONES["llama"]), kv_cache=H2O(budget=64)).kv_cache == "H2O(64)"
 
-    @pytest.mark.parametrize("given", [PonderLM2(thoughts=1), PonderLM2, 3], ids=str)
+    @pytest.mark.parametrize("given", [PonderLM2, 3], ids=str)
     def test_other_objects_are_refused_with_what_to_type(self, given):
         with pytest.raises(UserError, match=r'think="\w+\(\.\.\.\)"'):
             AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think=given)

@@ -138,9 +138,7 @@ def test_methods_are_told_each_step(unfinished, text, monkeypatch):
 def test_asked_to_stop(straight, text, tmp_path, monkeypatch, capfd):
     config = tiny(text, {"train.save_every": 100})
     at_step(monkeypatch, 4, lambda _: signal.raise_signal(signal.SIGTERM))
-    with pytest.raises(
-        Interrupted, match=r"after step 5; continue with: pondera train .*config.yaml --out .*run --resume"
-    ):
+    with pytest.raises(Interrupted, match=r"after step 5; continue with: pondera train .*run --resume"):
         train(config, tmp_path / "run", progress=False)
     assert "send the signal again to stop immediately" in capfd.readouterr().err
     assert [path.name for path in Run(tmp_path / "run").checkpoints()] == ["step-000005"]
