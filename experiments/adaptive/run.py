@@ -38,7 +38,7 @@ def groups(extra: int, steps: int) -> dict[str, dict[str, str | None]]:
         "latentcot": {
             "plain": None,
             "latentcot-fixed": f"AdaptiveLatentCoT(steps={extra}, halting='fixed')",
-            "latentcot-router": f"AdaptiveLatentCoT(steps={extra}, halting='router', penalty=0.1)",
+            "latentcot-router": f"AdaptiveLatentCoT(steps={extra}, halting='router', threshold=0.5, penalty=0.1)",
         },
         "ponderlm": {
             "plain": None,

@@ -40,6 +40,6 @@ def token_mask(mask: Any, rows: int, tokens: int, seen: int, method: str | None)
             f"attention_mask: shape {list(mask.shape)}, expected [{rows}, {width}]{cached}; give a column for every token, "
             "cached ones included"
         )
-    if tokens > 1 and mask.is_floating_point() | mask.is_signed() and bool((mask < 0).any()):
+    if tokens > 1 and mask.is_signed() and bool((mask < 0).any()):
         raise UserError("attention_mask: negative values; give 1 for tokens and 0 for padding")
     return mask if method is None else mask[:, :width].expand(rows, -1)

@@ -42,7 +42,6 @@ class TokenBatch:
         budget: compute per token. If the layout of the cache depends on it, the budget of the first call is used.
         labels_BT: the next token of each, negative if unknown. Only losses and controls may use it.
         ids_BT: the token ids; default: `None`, not known. Only random choices use them, so that they differ between tokens.
-        passes_BT: how many passes each token takes, in place of the method's own rule, for controls; default: `None`.
     """
 
     h_BTD: Tensor
@@ -52,7 +51,6 @@ class TokenBatch:
     budget: Effort = FULL
     labels_BT: Tensor | None = None
     ids_BT: Tensor | None = None
-    passes_BT: Tensor | None = None
 
 
 @dataclass

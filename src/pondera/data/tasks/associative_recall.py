@@ -34,7 +34,6 @@ class AssociativeRecall(Task):
 
     paper: ClassVar[str] = "associative recall, arXiv 2312.04927"
     examples: ClassVar[dict[str, str]] = {"some": "AssociativeRecall(pairs=4, values=5)"}
-    serial: ClassVar[bool] = False
 
     def __init__(self, pairs: int = 8, values: int = 16) -> None:
         self.pairs, self.values = at_least("pairs", pairs, 1, 256), at_least("values", values, 2, 1000)

@@ -64,9 +64,6 @@ class Task(SpecRepr, ABC):
     examples: ClassVar[dict[str, str]] = {}
     """Spec strings by name, for the tests."""
 
-    serial: ClassVar[bool] = True
-    """Whether harder tokens need more serial steps; false for controls, where one look-up answers every token."""
-
     @property
     @abstractmethod
     def symbols(self) -> tuple[str, ...]:

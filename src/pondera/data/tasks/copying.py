@@ -32,7 +32,6 @@ class Copying(Task):
 
     paper: ClassVar[str] = "copying, arXiv 2402.01032"
     examples: ClassVar[dict[str, str]] = {"some": "Copying(letters=8)"}
-    serial: ClassVar[bool] = False
 
     def __init__(self, letters: int = 16) -> None:
         self.letters = at_least("letters", letters, 2, 1000)

@@ -85,8 +85,6 @@ class ReachThink(HaltingThink):
         self, backbone: Backbone, batch: TokenBatch, step: int, state_BTD: Tensor, reach_BT: Tensor
     ) -> Tensor | None:
         """The tokens that take a pass; `None`: all tokens."""
-        if batch.passes_BT is not None:
-            return batch.passes_BT > step
         if not self.halting.learned:
             predict = partial(_likeliest, backbone, state_BTD)
             return self.halting.continue_mask(step, batch.position_ids, batch.labels_BT, predict, batch.ids_BT)
