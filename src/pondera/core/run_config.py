@@ -2,7 +2,8 @@
 
 A run is written as YAML (a recipe or a file of the user). The command line can override any field by its dotted name:
 ``--data.text books/ --train.steps 500 --backbone.hidden_size 256``. The text of each field is its help, which
-``pondera train --help`` prints. A file can extend another one with ``base: plain``.
+``pondera train --help`` prints. A file can extend another one with ``base: plain``, and have other settings for runs on a
+task (``on_task:``).
 
 The YAML follows version 1.2: ``1e-3`` is a number, ``yes``, ``on`` and dates are text. In addition, ``none`` is null.
 """
@@ -23,6 +24,8 @@ from pondera.core.errors import UserError, unknown
 from pondera.core.seams import SeamSettings, option
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+ON_TASK = "on_task"
+"""The group of a recipe whose settings replace the others if the run trains on a task."""
 
 
 @dataclass
@@ -45,6 +48,9 @@ class DataConfig:
         "a synthetic task in place of text, e.g. StateTracking(group='S3', reset=0.25); `pondera methods` lists them",
     )
     windows: int = option(100_000, "training windows of a task; fewer are drawn again in another order")
+    known_difficulty: bool = option(
+        False, "a control: each token of a task takes 1 + (its difficulty) passes, at most those of the method"
+    )
 
 
 @dataclass
@@ -109,24 +115,33 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read(source: str | Path) -> dict[str, Any]:
+def read(source: str | Path, on_task: bool | None = None) -> dict[str, Any]:
     """The mapping of a recipe or YAML file, merged over that of its ``base``.
 
     ``base: plain`` extends a recipe, ``base: mine.yaml`` a file (relative to the extending file). Groups are merged key by
     key, except that a backbone of another ``model_type`` replaces the whole group. ``name`` and ``about`` are not inherited.
+    The group ``on_task`` has settings that replace those of the same file if the run trains on a task.
 
     Args:
         source: a recipe name (``"ponderlm2"``) or the path of a YAML file.
+        on_task: whether the run trains on a task; default: `None`, if ``data.task`` is set in a file.
 
     Raises:
         UserError: no such recipe or file, not a YAML mapping, or circular bases.
     """
-    return _read(_locate(source), ())
+    path = _locate(source)
+    if on_task is None:
+        on_task = bool((_read(path, (), False).get("data") or {}).get("task"))
+    return _read(path, (), on_task)
 
 
-def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...], on_task: bool) -> dict[str, Any]:
     tree = _mapping(path)
-    base = tree.pop("base", None)
+    base, for_task = tree.pop("base", None), tree.pop(ON_TASK, None) or {}
+    if not isinstance(for_task, dict):
+        raise UserError(f"{path}: {ON_TASK}: expected a group of settings, got {for_task!r}")
+    if on_task:
+        tree = _merge(tree, for_task)
     if base is None:
         return tree
     try:
@@ -139,7 +154,7 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     if below.resolve() in chain:
         circle = " -> ".join(step.name for step in (*chain, below))
         raise UserError(f"{path}: base: the files extend each other in a circle ({circle}); remove one base")
-    inherited = _read(below, chain)
+    inherited = _read(below, chain, on_task)
     return _merge({key: value for key, value in inherited.items() if key not in ("name", "about")}, tree)
 
 
@@ -197,7 +212,8 @@ def load(source: str | Path, overrides: dict[str, Any] | None = None) -> RunConf
         >>> load("ponderlm2", {"train.steps": "20"}).train.steps
         20
     """
-    tree = read(source)
+    task = (overrides or {}).get("data.task")
+    tree = read(source, None if task is None else scalar(str(task)) is not None)
     tree.setdefault("name", Path(source).stem)
     for dotted, value in (overrides or {}).items():
         assign(tree, dotted, _override(dotted, value) if isinstance(value, str) else value)

@@ -74,11 +74,11 @@ class StepSampler(Sampler[list[int]]):
         return torch.randperm(self.num_windows, generator=generator, device="cpu")
 
 
-ARGUMENTS = {"input_ids": "input_ids", "targets": "shift_labels", "document_ids": "document_ids"}
+ARGUMENTS = {"input_ids": "input_ids", "targets": "shift_labels", "document_ids": "document_ids", "passes": "passes"}
 
 
 def collate(windows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Collates windows into keyword arguments of the model: ``input_ids``, ``shift_labels`` and, with a document mask,
-    ``document_ids``, each ``[B, C]``."""
+    """Collates windows into keyword arguments of the model: ``input_ids``, ``shift_labels``, with a document mask
+    ``document_ids``, and with known difficulty ``passes``, each ``[B, C]``."""
     names = [name for name in ARGUMENTS if name in windows[0]]
     return {ARGUMENTS[name]: torch.stack([window[name] for window in windows]) for name in names}

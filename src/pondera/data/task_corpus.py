@@ -66,7 +66,7 @@ def prepare_task(config: DataConfig, cache_dir: Path | None = None) -> TaskCorpu
             os.replace(part, folder)
         except OSError:  # another process was first
             shutil.rmtree(part, ignore_errors=True)
-    return TaskCorpus(task, config.context, config.windows, folder)
+    return TaskCorpus(task, config.context, config.windows, folder, config.known_difficulty)
 
 
 class TaskCorpus:
@@ -80,14 +80,14 @@ class TaskCorpus:
         digest: equal digests mean equal windows of each length.
     """
 
-    def __init__(self, task: Task, context: int, windows: int, folder: Path) -> None:
+    def __init__(self, task: Task, context: int, windows: int, folder: Path, known_difficulty: bool = False) -> None:
         self.task, self.path, self.tokenizer_path = task, folder, folder
         self.vocab_size = len(task.ids)
         self.digest = hashlib.sha256(json.dumps([_digest(task), windows]).encode()).hexdigest()
         self.skipped: dict[str, int] = {}
         held_out = max(BLOCK, windows // 20)
         self.train, self.validation = (
-            TaskSplit(task, context, count, number)
+            TaskSplit(task, context, count, number, known_difficulty)
             for count, number in zip((windows, held_out), SPLITS.values(), strict=True)
         )
 
@@ -106,19 +106,23 @@ class TaskSplit:
         context: C.
         count: the number of windows.
         number: the number of the split, which its random numbers depend on.
+        known_difficulty: windows have ``passes``, 1 + the difficulty of each token.
     """
 
-    def __init__(self, task: Task, context: int, count: int, number: int) -> None:
+    def __init__(self, task: Task, context: int, count: int, number: int, known_difficulty: bool = False) -> None:
         self.task, self.context, self.count, self._number = task, context, count, number
+        self.known_difficulty = known_difficulty
         self.num_tokens, self.num_documents = count * context, count
         self._blocks: dict[int, TaskSamples] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TaskSplit, (self.task, self.context, self.count, self._number)
+        return TaskSplit, (self.task, self.context, self.count, self._number, self.known_difficulty)
 
     def windows(self, context: int, document_mask: bool = False) -> TaskWindows:
         """The windows; another `context` than that of the split gives other windows, such as longer ones."""
-        return TaskWindows(self if context == self.context else TaskSplit(self.task, context, self.count, self._number))
+        if context == self.context:
+            return TaskWindows(self)
+        return TaskWindows(TaskSplit(self.task, context, self.count, self._number, self.known_difficulty))
 
     @cached_property
     def ids(self) -> np.ndarray:
@@ -156,7 +160,10 @@ class TaskWindows:
         return self.split.count
 
     def __getitem__(self, index: int) -> dict[str, LongTensor]:
-        """``input_ids``, ``targets`` (-100: not scored) and ``difficulty`` (-1: not scored), ``[C]``, and ``index``."""
+        """``input_ids``, ``targets`` (-100: not scored), ``difficulty`` (-1: not scored), ``[C]``, and ``index``.
+
+        If the difficulty is known to the model, also ``passes``, ``[C]``; a token that is not scored has one.
+        """
         import torch
 
         if not 0 <= index < len(self):
@@ -165,6 +172,8 @@ class TaskWindows:
         named = {"input_ids": block.ids_NC, "targets": block.targets_NC, "difficulty": block.difficulty_NC}
         window: dict[str, Any] = {name: torch.from_numpy(part_NC[place]) for name, part_NC in named.items()}
         window["index"] = torch.tensor(index)
+        if self.split.known_difficulty:
+            window["passes"] = 1 + window["difficulty"].clamp(min=0)
         return window
 
 

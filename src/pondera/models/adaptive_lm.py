@@ -38,7 +38,7 @@ from pondera.models.embedding import put_scale
 from pondera.models.foreign_forward import BaseModel, watch_forward
 from pondera.models.generation_settings import storable
 from pondera.models.keywords import SHIFT_LABELS, check_keywords
-from pondera.models.method import Method, MethodOutput, TokenBatch
+from pondera.models.method import Method, MethodOutput, TokenBatch, check_passes
 from pondera.models.next_token import next_token_term, shifted, total_loss
 from pondera.models.output import AdaptiveOutput
 from pondera.models.packed_documents import documents, refuse_packed_cache
@@ -268,6 +268,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         num_items_in_batch: Tensor | int | None = None,
         return_dict: bool | None = None,
+        passes: Tensor | None = None,
         **kwargs: Any,
     ) -> AdaptiveOutput:
         """Computes logits, and the loss if labels are given.
@@ -291,6 +292,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             num_items_in_batch: number of labels in the whole optimizer step; the loss is then the share of this call in the
                 loss of the step.
             return_dict: `False` returns a tuple.
+            passes: ``[B, T]``, the number of passes that each token takes, at most those of the method; default: `None`, the
+                method decides.
             kwargs: ``shift_labels``, ``[B, T]``, the next token of each input, not shifted again; and keywords that
                 transformers passes to every model.
 
@@ -313,6 +316,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             shift_labels,
             self._budget(effort, max_passes),
             document_ids,
+            passes,
         )
         h_BTD, loss, terms = found.h_BTD, None, found.terms
         if isinstance(logits_to_keep, Tensor):
@@ -370,6 +374,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         labels_BT: Tensor | None = None,
         budget: Effort = FULL,
         document_ids: Tensor | None = None,
+        passes_BT: Tensor | None = None,
     ) -> MethodOutput:
         """Final hidden states after all passes, with the loss terms and records of the method.
 
@@ -377,6 +382,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, cache, inputs_embeds, document_ids: as for `forward`.
             labels_BT: the next token of each, if known.
             budget: compute per token.
+            passes_BT: as `passes` for `forward`.
         """
         h_BTD = self.backbone.embed(cast(Tensor, input_ids)) if inputs_embeds is None else inputs_embeds
         if 0 in h_BTD.shape[:2]:
@@ -393,6 +399,8 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
                 raise UserError("document_ids: not supported with a cache; leave past_key_values out")
             attention_mask = document_ids
         method = self.method
+        if passes_BT is not None:
+            check_passes(passes_BT, h_BTD, method)
         if attention_mask is not None:
             seen = cache.get_seq_length() if cache is not None else 0
             attention_mask = token_mask(attention_mask, h_BTD.shape[0], h_BTD.shape[1], seen, self.chosen)
@@ -406,7 +414,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
             raise UserError(
                 f"past_key_values: a {type(cache).__name__} does not support the method of this model; pass model.new_cache()"
             )
-        batch = TokenBatch(h_BTD, position_ids, cache, attention_mask, budget, labels_BT, input_ids)
+        batch = TokenBatch(h_BTD, position_ids, cache, attention_mask, budget, labels_BT, input_ids, passes_BT)
         if cache is None:
             return method(self.backbone, batch)
         with cache.call():

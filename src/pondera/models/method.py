@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pondera.cache.compressed_slots import CompressedSlotCache
 from pondera.cache.token_cache import TokenCache
 from pondera.core.effort import FULL, Effort
+from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedModel
 from pondera.core.loss_terms import LossTerm
 from pondera.core.spec_repr import SpecRepr
@@ -42,6 +43,7 @@ class TokenBatch:
         budget: compute per token. If the layout of the cache depends on it, the budget of the first call is used.
         labels_BT: the next token of each, negative if unknown. Only losses and controls may use it.
         ids_BT: the token ids; default: `None`, not known. Only random choices use them, so that they differ between tokens.
+        passes_BT: the passes that each token takes, at most those of the method; default: `None`, the method decides.
     """
 
     h_BTD: Tensor
@@ -51,6 +53,7 @@ class TokenBatch:
     budget: Effort = FULL
     labels_BT: Tensor | None = None
     ids_BT: Tensor | None = None
+    passes_BT: Tensor | None = None
 
 
 @dataclass
@@ -108,6 +111,9 @@ class Method(SpecRepr, nn.Module, ABC):
 
     unbounded_positions: ClassVar[bool] = False
     """Positions restart per block, so sequences may exceed `max_position_embeddings`."""
+
+    accepts_passes: bool = False
+    """True if the caller can choose the passes of each token, in place of the method's rule (`TokenBatch.passes_BT`)."""
 
     record: bool = False
     """If true, the method fills `MethodOutput.trace`."""
@@ -185,3 +191,19 @@ class Method(SpecRepr, nn.Module, ABC):
     def passes(self) -> float:
         """Maximum passes per token at inference."""
         return float(self.slots_per_token)
+
+
+def check_passes(passes_BT: Tensor, h_BTD: Tensor, method: Method | None) -> None:
+    """Checks the passes that a caller chose.
+
+    Raises:
+        UserError: the method has no passes to choose, or the tensor has another shape, type or a number below 1.
+    """
+    if method is None or not method.accepts_passes:
+        who = "a model without a method runs" if method is None else f"{method!r} runs"
+        raise UserError(f"passes: {who} the same number of passes for every token; leave it out")
+    if passes_BT.shape != h_BTD.shape[:2] or passes_BT.is_floating_point():
+        given = f"{passes_BT.dtype} {list(passes_BT.shape)}"
+        raise UserError(f"passes: give integers of shape {list(h_BTD.shape[:2])}, one per token; got {given}")
+    if passes_BT.numel() and int(passes_BT.min()) < 1:
+        raise UserError(f"passes: each token takes at least 1 pass; got {int(passes_BT.min())}")

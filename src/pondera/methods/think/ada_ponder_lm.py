@@ -105,6 +105,7 @@ class AdaPonderLM(PonderLM):
         self.threshold, self.penalty, self.bottom, self.ramp = threshold, penalty, bottom, tuple(ramp)
         self.halting = Halting(halting, "gate", continue_prob)
         self.dense, self.shared_gate = halted == "dense", shared_gate
+        self.accepts_passes = not self.dense
         self.adaptive = self.halting.adaptive and steps > 0 and not self.dense
         self.gates = nn.ModuleList()
         self._share_now = self._share(1.0)
@@ -143,7 +144,7 @@ class AdaPonderLM(PonderLM):
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding share this loop."""
-        if not self.steps or not self.halting.adaptive:
+        if not self.steps or (not self.halting.adaptive and batch.passes_BT is None):
             return super().forward(backbone, batch)
         passes = self.new_passes(backbone, batch, self.packed and not self.dense)
         tau = batch.budget.threshold(self.threshold) if self.adaptive else self.threshold

@@ -97,7 +97,7 @@ class PonderLM(Think):
         """The passes of a call, before the first one; `packed` as in `Passes`."""
         cache = batch.cache if isinstance(batch.cache, SlotCache) else self.new_cache(backbone)
         tokens = batch.h_BTD.shape[1]
-        return Passes(backbone, batch.position_ids, cache, batch.mask, tokens, "same_depth", packed)
+        return Passes(backbone, batch.position_ids, cache, batch.mask, tokens, "same_depth", packed, batch.passes_BT)
 
     def begin(self, h_BTD: Tensor) -> Tensor:
         """E_0, computed from the token embeddings."""

@@ -51,6 +51,7 @@ class New:
         threshold: a slot is kept if the probability to reach it is at least this value.
         soft: run all slots, however small their weight.
         ids_BT: token ids, if they are known.
+        chosen_BT: the slots that each token gets, whatever the router says; ``None``: the router decides.
     """
 
     backbone: Backbone
@@ -62,6 +63,7 @@ class New:
     threshold: float
     soft: bool
     ids_BT: Tensor | None = None
+    chosen_BT: Tensor | None = None
 
     def at(self, token: int) -> New:
         """Selects one token."""
@@ -70,8 +72,15 @@ class New:
             "position_BT": self.position_BT,
             "real_BT": self.real_BT,
             "ids_BT": self.ids_BT,
+            "chosen_BT": self.chosen_BT,
         }
         return replace(self, **{name: x_BT[:, token : token + 1] for name, x_BT in parts.items() if x_BT is not None})
+
+    def chosen(self) -> Tensor | None:
+        """The slots that the caller chose, ``[B, T, N]``; ``None``: none."""
+        if self.chosen_BT is None:
+            return None
+        return self.chosen_BT[..., None] > torch.arange(self.most, device=self.chosen_BT.device)
 
 
 @dataclass
@@ -153,6 +162,7 @@ class PonderLM3(Think):
     }
     drops_window_rows: ClassVar[bool] = False
     supports_recompute: bool = False
+    accepts_passes: bool = True
 
     def __init__(
         self,
@@ -228,8 +238,9 @@ class PonderLM3(Think):
             mask,
             batch.budget.passes(self.slots_per_token, self.learned),
             batch.budget.threshold(self.threshold),
-            soft=self.training and self.learned and cache is None,
+            soft=self.training and self.learned and cache is None and batch.passes_BT is None,
             ids_BT=batch.ids_BT,
+            chosen_BT=batch.passes_BT,
         )
         self.halting.draw = self._draw_now if self.training else 0
         cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
@@ -328,7 +339,9 @@ class PonderLM3(Think):
             return Route(self._controlled(new))
         log_share_BTN = self.router(state_BTD).float().log_softmax(-1)
         log_weight_BTN = tail_masses(log_share_BTN)[..., : new.most]
-        reached_BTN = log_weight_BTN >= math.log(new.threshold)
+        reached_BTN = new.chosen()
+        if reached_BTN is None:
+            reached_BTN = log_weight_BTN >= math.log(new.threshold)
         mixed_BTN = log_share_BTN[..., : new.most]
         if not new.soft:
             mixed_BTN = mixed_BTN.masked_fill(~reached_BTN, -math.inf)
@@ -340,6 +353,9 @@ class PonderLM3(Think):
 
     def _controlled(self, new: New) -> Tensor:
         """The slots of each token under a control, ``[B, T, N]``."""
+        chosen_BTN = new.chosen()
+        if chosen_BTN is not None:
+            return chosen_BTN & new.real_BT[..., None]
         kept = [new.real_BT]
         for number in range(1, new.most):
             continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT, new.ids_BT)

@@ -116,8 +116,9 @@ class UniversalTransformer(ReachThink):
         return self.feedback(backbone, state_BTD) + self.signal_ND[step - 1].to(state_BTD.dtype)
 
     def reach(self, state_BTD: Tensor, reach_BT: Tensor) -> Tensor:
-        """The probability that remains: 1 less the sum of the halting probabilities."""
-        return reach_BT - self.halting_unit(state_BTD)[..., 0].float().sigmoid()
+        """The probability that remains: 1 less the sum of the halting probabilities, and 0 where the sum exceeds 1."""
+        # Below 0 a token halts in any case, unless the caller chooses its passes; later states then get no weight.
+        return (reach_BT - self.halting_unit(state_BTD)[..., 0].float().sigmoid()).clamp(min=0)
 
     def takes(self, reach_BT: Tensor, budget: Effort) -> Tensor:
         """Tokens whose remaining probability is above epsilon."""

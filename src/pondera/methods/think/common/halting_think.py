@@ -33,6 +33,7 @@ class HaltingThink(Think):
 
     drops_window_rows: ClassVar[bool] = False
     supports_recompute: bool = False
+    accepts_passes: bool = True
     halting: Halting
 
     def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
@@ -47,7 +48,9 @@ class HaltingThink(Think):
         """The passes of a call, before the first one."""
         cache = batch.cache if isinstance(batch.cache, SlotCache) else self.new_cache(backbone)
         tokens = batch.h_BTD.shape[1]
-        return Passes(backbone, batch.position_ids, cache, batch.mask, tokens, self.attend, self.packed)
+        return Passes(
+            backbone, batch.position_ids, cache, batch.mask, tokens, self.attend, self.packed, batch.passes_BT
+        )
 
 
 class ReachThink(HaltingThink):

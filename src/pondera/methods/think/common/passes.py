@@ -57,6 +57,7 @@ class Passes:
             where halted tokens keep their last keys and values.
         packed: gather the active tokens and run only those. Otherwise run all tokens and mask the halted ones, which
             gives the same results (reference implementation for tests).
+        chosen_BT: the passes that each token takes, whatever the method's rule says; ``None``: the rule decides.
 
     Attributes:
         active_BT: the active tokens; ``None``: all tokens.
@@ -72,6 +73,7 @@ class Passes:
         tokens: int,
         attend: Attend = "all_shallower",
         packed: bool = True,
+        chosen_BT: Tensor | None = None,
     ) -> None:
         self.backbone, self.position_ids, self.cache, self.attend, self.packed = (
             backbone,
@@ -84,7 +86,8 @@ class Passes:
         self.mask_BK = None if mask is None else mask[:, : self.total].long()
         self._by_position = "sliding_attention" in backbone.layer_types
         self._plain_order = not has_documents(mask)
-        self._deepest = 0
+        self._deepest = self._depth = 0
+        self._chosen_BT = chosen_BT
         self.active_BT: Tensor | None = None
         self.passes_BT = torch.zeros(0)
 
@@ -104,6 +107,8 @@ class Passes:
         Args:
             continue_BT: the tokens that continue; ``None``: all active tokens.
         """
+        if self._chosen_BT is not None:
+            continue_BT = self._chosen_BT > self._depth + 1
         if continue_BT is None:
             return True
         active_BT = continue_BT.expand_as(self.passes_BT)
@@ -125,6 +130,7 @@ class Passes:
         """
         active_BT = self.active_BT
         self._deepest = depth
+        self._depth = depth
         self.passes_BT = self.passes_BT + (1 if active_BT is None or everyone else active_BT.long())
         if isinstance(self.cache, CompressedSlotCache):
             new_BTD = self._compressed(self.cache, depth, x_BTD, active_BT)
