@@ -5,12 +5,13 @@ Shapes: B batch, C context.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from pondera.core.metric import SCORES
 from pondera.core.mixed_seed import mixed_seed
 
 if TYPE_CHECKING:
@@ -21,6 +22,17 @@ def can_permute(model: AdaptiveLM) -> bool:
     """Whether the method of a model decides the passes of each token, and accepts other decisions."""
     method = model.method
     return method is not None and bool(getattr(method, "adaptive", False)) and method.accepts_passes
+
+
+def permuted_scores(model: AdaptiveLM, score: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """The scores with permuted passes, named ``permuted_error`` and so on; empty if the model decides no passes.
+
+    Args:
+        model: the model.
+        score: returns the scores; takes ``permute``.
+    """
+    found = score(permute=True) if can_permute(model) else {}
+    return {f"permuted_{name}": found[name] for name in (*SCORES, "accuracy") if name in found}
 
 
 def run_windows(

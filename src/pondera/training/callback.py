@@ -17,7 +17,7 @@ from pondera.core.run_folder import Run
 from pondera.data.corpus import AnyCorpus
 from pondera.evaluation.cost_report import cost_report
 from pondera.evaluation.halting_stats import HALTING_STATS
-from pondera.evaluation.permuted_passes import can_permute
+from pondera.evaluation.permuted_passes import permuted_scores
 from pondera.evaluation.score import ScoreSums, score
 from pondera.evaluation.task_score import TaskScores
 from pondera.evaluation.trace import TRACED, trace, trace_halting
@@ -151,10 +151,9 @@ class RunCallback(TrainerCallback):
         tokens = steps * self._tokens_per_step
         validation = self.validation or self.validate()
         prices = self._prices(validation["pass_shares"])
-        permuted = self._score(permute=True) if can_permute(self.trainer.lm) else {}
         return {
             **validation,
-            **{f"permuted_{name}": permuted[name] for name in (*metric.SCORES, "accuracy") if name in permuted},
+            **permuted_scores(self.trainer.lm, self._score),
             "inference_flops_per_token": prices["inference_flops_per_token"],
             "train_flops": self._progress(steps)["train_flops"],
             "train_tokens": tokens,
