@@ -1,4 +1,4 @@
-"""The control that keeps how many tokens take how many passes, and loses which tokens; and the one that knows the difficulty."""
+"""The control in which random tokens get the passes of a window, and the one in which the difficulty sets them."""
 
 from __future__ import annotations
 
