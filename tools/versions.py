@@ -29,7 +29,9 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "results/versions.json", ROOT / "docs/versions.md"
 PASSED = ROOT / "src/pondera/core/versions.json"
-SUITE = ["tests/contracts", "tests/unit/models", "tests/unit"]
+UNITS = ("models", "cache", "kv_cache", "inference", "training", "evaluation")
+SUITE = ["tests/contracts", *(f"tests/unit/{name}" for name in UNITS)]
+"""The tests of what calls transformers; the others do not depend on its version."""
 NEEDED = ["hypothesis", "pytest", "pytest-xdist"]
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors|skipped|xfailed)")
 
