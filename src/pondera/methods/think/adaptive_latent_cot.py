@@ -52,8 +52,8 @@ class AdaptiveLatentCoT(ReachThink):
 
     Args:
         steps: L, the maximum number of extra passes per token; 0 gives the plain backbone.
-        halting: ``"fixed"`` (every token takes all steps, the prediction uses the last state), ``"router"`` (the
-            paper), or a control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
+        halting: ``"router"`` (the paper), ``"fixed"`` (every token takes all steps, the prediction uses the last state),
+            or a control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
         threshold: a token takes a step if the probability to reach it is at least this value.
         penalty: lambda, the cost of one full step in nats; larger values prune more.
         ramp: (start, end), the shares of the training between which the penalty grows from 0 to `penalty`.
@@ -62,7 +62,7 @@ class AdaptiveLatentCoT(ReachThink):
         explore: in training, the share of the halted tokens that take the next step anyway; falls to 0 at the end.
 
     Example:
-        >>> AdaptiveLatentCoT(steps=1).cost_schedule(tokens=8)[-1]
+        >>> AdaptiveLatentCoT(steps=1, halting="fixed").cost_schedule(tokens=8)[-1]
         DecoderPass(queries=8, keys=16, cached=False, repeats=1)
     """
 
@@ -80,8 +80,8 @@ class AdaptiveLatentCoT(ReachThink):
 
     def __init__(
         self,
-        steps: int = 1,
-        halting: str = "fixed",
+        steps: int = 3,
+        halting: str = "router",
         threshold: float = 0.05,
         penalty: float = 0.01,
         beta: float = 1.0,
