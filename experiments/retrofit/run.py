@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-from pondera.comparison.compare import compare, folder_of
+from pondera.comparison.compare import compare
+from pondera.comparison.plan import folder_of
 from pondera.core.run_config import RunConfig, load
 
 SCALES = {

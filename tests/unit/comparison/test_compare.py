@@ -20,9 +20,11 @@ from helpers import scripts, training_worker
 
 from pondera.cli.main import main
 from pondera.cli.parser import Parser
-from pondera.comparison import compare as module
-from pondera.comparison import demo
-from pondera.comparison.compare import at_equal_flops, compare, ended_early, flops_per_step, summarise
+from pondera.comparison import demo, training
+from pondera.comparison.compare import compare
+from pondera.comparison.equal_cost import at_equal_flops, flops_per_step
+from pondera.comparison.rows import MEASURES, summarise
+from pondera.comparison.training import ended_early
 from pondera.core.archive import ARCHIVE, unpack
 from pondera.core.errors import Failure, Interrupted, UserError
 from pondera.core.run_config import RunConfig, TrainConfig, from_dict
@@ -147,7 +149,7 @@ def test_what_a_comparison_leaves(compared):
         assert row["name"] == name and row["seeds"] == [0, 1] and row["steps"] == STEPS
         results = [Run.open(compared / "out" / path).result() or {} for path in row["runs"]]
         assert row["bits_per_byte"]["values"] == [result["bits_per_byte"] for result in results]
-        assert set(module.MEASURES) <= set(row)
+        assert set(MEASURES) <= set(row)
     assert found["rows"][1]["passes_per_token"]["mean"] == 2
     assert "plain, ponder at equal tokens" in (compared / "out" / "report.html").read_text()
     words = shlex.split(found["command"])[2:]
@@ -230,7 +232,7 @@ def when(happened, act) -> threading.Thread:
 def test_the_first_failure_stops_the_others(recipe, tmp_path, capsys):
     started = []
 
-    class Noted(module.subprocess.Popen):
+    class Noted(training.subprocess.Popen):
         """The second child only waits to be stopped: what a training does then is tested below."""
 
         def __init__(self, command: list[str], **kwargs: Any) -> None:
@@ -240,7 +242,7 @@ def test_the_first_failure_stops_the_others(recipe, tmp_path, capsys):
 
     names = [recipe("hot", steps=ENDLESS, lr=1e30, warmup=0.0), recipe("long", steps=ENDLESS), recipe("later")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.subprocess, "Popen", Noted)
+        patch.setattr(training.subprocess, "Popen", Noted)
         with pytest.raises(
             Failure, match=rf"hot-{ENDLESS}steps-seed0: step \d+: the loss is (.|\n)*lower learning rate"
         ):
