@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from pondera.comparison.equal_cost import at_equal_flops
-from pondera.comparison.plan import folder_of, with_seed
+from pondera.comparison.plan import PlannedVariant, in_order
 from pondera.comparison.rows import summarise
+from pondera.comparison.sweep import Sweep, tune
 from pondera.comparison.training import train_all
 from pondera.core.errors import Interrupted, UserError, unknown
-from pondera.core.run_config import load
+from pondera.core.run_config import RunConfig, load
 from pondera.core.run_folder import write_atomic
 from pondera.training.build import resolve
+from pondera.training.train import check_settings
 
 EQUAL = ("tokens", "flops")
 
@@ -32,6 +34,7 @@ def compare(
     overrides: dict[str, Any] | None = None,
     progress: bool = True,
     jobs: int = 1,
+    sweep: Sweep | None = None,
 ) -> dict[str, Any]:
     """Trains every recipe with every seed, then writes ``results.json`` and ``report.html`` to `out`.
 
@@ -45,11 +48,13 @@ def compare(
         overrides: dotted settings for every recipe.
         progress: show progress.
         jobs: the number of runs that train at the same time, each in a process with an equal part of the cores.
+        sweep: a setting to tune for each recipe first, with a seed that is not compared (default: `None`, nothing).
 
     Returns:
         ``{"equal", "seeds", "command", "baseline", "rows": [...], "verdict": [...]}``; a row has the `name` of the
         variant, its `runs` (folders below `out`), and for each measure the mean, the spread (sample standard deviation)
-        and the value of each seed.
+        and the value of each seed. With a sweep also ``"sweep"``: the setting, its values, the seeds of its runs, and
+        the scores and the chosen value of each recipe.
 
     Raises:
         UserError: a recipe does not exist, two recipes have the same name, a number is out of range, or `out` contains a
@@ -61,36 +66,60 @@ def compare(
         raise unknown("--equal", equal, EQUAL)
     if seeds < 1 or jobs < 1:
         raise UserError(f"--seeds {seeds}, --jobs {jobs}: give 1 or more")
-    configs = [resolve(load(recipe, overrides)) for recipe in recipes]
-    if len({config.name for config in configs}) < len(configs):
-        raise UserError(
-            f"compare: two recipes have the same name ({', '.join(config.name for config in configs)}); give each its own"
-        )
-    if equal == "flops":
-        configs = at_equal_flops(configs, flops)
-    elif flops is not None:
-        raise UserError("--flops sets the budget of --equal flops; add --equal flops, or leave --flops out")
-    planned = [with_seed(config, config.train.seed + number) for number in range(seeds) for config in configs]
-    folders = {folder_of(config, out): config for config in planned}
-    typed = command(recipes, seeds, equal, flops, overrides, jobs)
+    configs = _configs(recipes, equal, flops, overrides, sweep)
+    typed = command(recipes, seeds, equal, flops, overrides, jobs, sweep)
+    variants, tuned = [PlannedVariant(config) for config in configs], None
     try:
+        if sweep is not None:
+            chosen, tuned = tune(configs, sweep, seeds, out, progress, jobs)
+            variants = [
+                PlannedVariant(sweep.applied(config, chosen[config.name]), sweep.tag(chosen[config.name]))
+                for config in configs
+            ]
+        folders = in_order(variants, seeds, out)
         train_all(folders, progress, jobs)
     except (Interrupted, KeyboardInterrupt):
         again = f"{typed} --out {shlex.quote(str(out))}"
         raise Interrupted(f"stopped; the runs so far are kept; continue with:\n{again}") from None
     result = summarise([config.name for config in configs], list(folders))
-    result |= {"equal": equal, "seeds": seeds, "command": typed}
+    result |= {"equal": equal, "seeds": seeds, "command": typed} | ({"sweep": tuned} if tuned else {})
     write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
     from pondera.report.page import write_report
 
-    write_report(
-        list(folders), out / "report.html", title=f"{', '.join(config.name for config in configs)} at equal {equal}"
-    )
+    title = f"{', '.join(config.name for config in configs)} at equal {equal}"
+    write_report(list(folders), out / "report.html", f"{title}, {sweep.setting} tuned" if sweep else title)
     return result
 
 
+def _configs(
+    recipes: list[str], equal: str, flops: float | None, overrides: dict[str, Any] | None, sweep: Sweep | None
+) -> list[RunConfig]:
+    """The checked configs of the recipes, at equal cost."""
+    if sweep is not None and sweep.setting in (overrides or {}):
+        raise UserError(f"{sweep} and --{sweep.setting}: leave one of them out")
+    configs = [resolve(load(recipe, overrides)) for recipe in recipes]
+    if len({config.name for config in configs}) < len(configs):
+        raise UserError(
+            f"compare: two recipes have the same name ({', '.join(config.name for config in configs)}); give each its own"
+        )
+    for config in configs:
+        for tried in [sweep.applied(config, value) for value in sweep.values] if sweep else [config]:
+            check_settings(tried.train)
+    if equal == "flops":
+        return at_equal_flops(configs, flops)
+    if flops is not None:
+        raise UserError("--flops sets the budget of --equal flops; add --equal flops, or leave --flops out")
+    return configs
+
+
 def command(
-    recipes: list[str], seeds: int, equal: str, flops: float | None, overrides: dict[str, Any] | None, jobs: int
+    recipes: list[str],
+    seeds: int,
+    equal: str,
+    flops: float | None,
+    overrides: dict[str, Any] | None,
+    jobs: int,
+    sweep: Sweep | None = None,
 ) -> str:
     """The command line of this comparison.
 
@@ -101,6 +130,7 @@ def command(
     words = ["pondera", "compare", *recipes, "--seeds", str(seeds), "--equal", equal]
     words += ["--flops", str(flops)] if flops is not None else []
     words += ["--jobs", str(jobs)] if jobs > 1 else []
+    words += str(sweep).split(" ") if sweep else []
     for dotted, value in (overrides or {}).items():
         words += [f"--{dotted}", str(value)]
     return shlex.join(map(str, words))

@@ -39,23 +39,6 @@ STEPS = 4
 ENDLESS = 10**6
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return training_worker.write_text(tmp_path_factory.mktemp("compare") / "text")
-
-
-@pytest.fixture
-def recipe(text: Path, tmp_path: Path):
-    """Writes tiny recipes."""
-
-    def write(name: str, think: str | None = None, **settings: Any) -> str:
-        dotted = {f"train.{key}": value for key, value in settings.items()}
-        config = training_worker.tiny(text, {"name": name, "think": think, "train.steps": STEPS, **dotted})
-        return training_worker.write_config(tmp_path / f"{name}.yaml", config)
-
-    return write
-
-
 @pytest.fixture
 def arms(recipe) -> list[str]:
     return [recipe("plain"), recipe("ponder", "PonderLM2(thoughts=1)")]
