@@ -53,6 +53,12 @@ def parser() -> Parser:
         help="first train every recipe with each of these values and keep the best one for each recipe; this uses a "
         "seed of its own, which is not compared",
     )
+    add(
+        "--no-controls",
+        action="store_true",
+        help="leave out the random controls: for each recipe that learns which tokens take its passes, a model whose "
+        "passes go to random tokens, with as many passes per token as the recipe has measured",
+    )
     add("--out", type=Path, metavar="DIR", help="folder for runs and report (default: runs/compare-RECIPES)")
     add("--json", action="store_true", help="print JSON only")
     return arguments
@@ -69,7 +75,15 @@ def run(args: argparse.Namespace) -> int:
 
     with only_json(args.json):
         found = compare(
-            args.recipes, args.seeds, args.equal, args.flops, out, args.overrides, jobs=args.jobs, sweep=sweep
+            args.recipes,
+            args.seeds,
+            args.equal,
+            args.flops,
+            out,
+            args.overrides,
+            jobs=args.jobs,
+            sweep=sweep,
+            controls=not args.no_controls,
         )
     if args.json:
         print_json(found)

@@ -11,6 +11,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from pondera.comparison.controls import check_names, random_controls, with_controls
 from pondera.comparison.equal_cost import at_equal_flops
 from pondera.comparison.plan import PlannedVariant, in_order
 from pondera.comparison.rows import summarise
@@ -35,6 +36,7 @@ def compare(
     progress: bool = True,
     jobs: int = 1,
     sweep: Sweep | None = None,
+    controls: bool = True,
 ) -> dict[str, Any]:
     """Trains every recipe with every seed, then writes ``results.json`` and ``report.html`` to `out`.
 
@@ -49,12 +51,14 @@ def compare(
         progress: show progress.
         jobs: the number of runs that train at the same time, each in a process with an equal part of the cores.
         sweep: a setting to tune for each recipe first, with a seed that is not compared (default: `None`, nothing).
+        controls: for each recipe that learns which tokens take its passes, also train its random control.
 
     Returns:
         ``{"equal", "seeds", "command", "baseline", "rows": [...], "verdict": [...]}``; a row has the `name` of the
         variant, its `runs` (folders below `out`), and for each measure the mean, the spread (sample standard deviation)
         and the value of each seed. With a sweep also ``"sweep"``: the setting, its values, the seeds of its runs, and
-        the scores and the chosen value of each recipe.
+        the scores and the chosen value of each recipe. The row of a random control has the name of its variant in
+        ``control_of``.
 
     Raises:
         UserError: a recipe does not exist, two recipes have the same name, a number is out of range, or `out` contains a
@@ -67,28 +71,44 @@ def compare(
     if seeds < 1 or jobs < 1:
         raise UserError(f"--seeds {seeds}, --jobs {jobs}: give 1 or more")
     configs = _configs(recipes, equal, flops, overrides, sweep)
-    typed = command(recipes, seeds, equal, flops, overrides, jobs, sweep)
-    variants, tuned = [PlannedVariant(config) for config in configs], None
+    if controls:
+        check_names(configs)
+    typed = command(recipes, seeds, equal, flops, overrides, jobs, sweep, controls)
     try:
-        if sweep is not None:
-            chosen, tuned = tune(configs, sweep, seeds, out, progress, jobs)
-            variants = [
-                PlannedVariant(sweep.applied(config, chosen[config.name]), sweep.tag(chosen[config.name]))
-                for config in configs
-            ]
-        folders = in_order(variants, seeds, out)
-        train_all(folders, progress, jobs)
+        variants, tuned = _train(configs, seeds, out, progress, jobs, sweep, controls)
     except (Interrupted, KeyboardInterrupt):
         again = f"{typed} --out {shlex.quote(str(out))}"
         raise Interrupted(f"stopped; the runs so far are kept; continue with:\n{again}") from None
-    result = summarise([config.name for config in configs], list(folders))
+    folders = list(in_order(variants, seeds, out))
+    controlled = {one.config.name: one.control_of for one in variants if one.control_of is not None}
+    result = summarise([one.config.name for one in variants], folders, controlled)
     result |= {"equal": equal, "seeds": seeds, "command": typed} | ({"sweep": tuned} if tuned else {})
     write_atomic(out / "results.json", json.dumps(result, indent=1) + "\n")
     from pondera.report.page import write_report
 
     title = f"{', '.join(config.name for config in configs)} at equal {equal}"
-    write_report(list(folders), out / "report.html", f"{title}, {sweep.setting} tuned" if sweep else title)
+    write_report(folders, out / "report.html", f"{title}, {sweep.setting} tuned" if sweep else title)
     return result
+
+
+def _train(
+    configs: list[RunConfig], seeds: int, out: Path, progress: bool, jobs: int, sweep: Sweep | None, controls: bool
+) -> tuple[list[PlannedVariant], dict[str, Any] | None]:
+    """Tunes the recipes, trains them and then their controls; returns all variants and the record of the sweep."""
+    variants, tuned = [PlannedVariant(config) for config in configs], None
+    if sweep is not None:
+        chosen, tuned = tune(configs, sweep, seeds, out, progress, jobs)
+        values = [chosen[config.name] for config in configs]
+        variants = [
+            PlannedVariant(sweep.applied(config, value), sweep.tag(value))
+            for config, value in zip(configs, values, strict=True)
+        ]
+    train_all(in_order(variants, seeds, out), progress, jobs)
+    if controls:
+        random = random_controls(variants, seeds, out)
+        train_all(in_order(random, seeds, out), progress, jobs)
+        variants = with_controls(variants, random)
+    return variants, tuned
 
 
 def _configs(
@@ -120,6 +140,7 @@ def command(
     overrides: dict[str, Any] | None,
     jobs: int,
     sweep: Sweep | None = None,
+    controls: bool = True,
 ) -> str:
     """The command line of this comparison.
 
@@ -131,6 +152,7 @@ def command(
     words += ["--flops", str(flops)] if flops is not None else []
     words += ["--jobs", str(jobs)] if jobs > 1 else []
     words += str(sweep).split(" ") if sweep else []
+    words += [] if controls else ["--no-controls"]
     for dotted, value in (overrides or {}).items():
         words += [f"--{dotted}", str(value)]
     return shlex.join(map(str, words))

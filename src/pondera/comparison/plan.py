@@ -16,10 +16,12 @@ class PlannedVariant:
     Args:
         config: its config, with the first seed.
         tag: what the names of its folders say in addition, e.g. ``"-lr0.004"``.
+        control_of: the name of the variant whose random control it is; default: `None`, it is not a control.
     """
 
     config: RunConfig
     tag: str = ""
+    control_of: str | None = None
 
     def runs(self, seeds: int, out: Path) -> dict[Path, RunConfig]:
         """The folder and the config of each run.

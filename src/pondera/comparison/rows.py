@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pondera.core.metric import SCORES, score_name
+from pondera.comparison.verdict import verdict
+from pondera.core.metric import score_name
 from pondera.core.run_folder import Run
-from pondera.evaluation import significance
 
 MEASURES = (
     "bits_per_byte",
@@ -31,12 +31,15 @@ OLD_NAMES = {"train_tokens_per_second": "tokens_per_second"}
 """The names of measures in runs of earlier versions."""
 
 
-def summarise(names: Iterable[str], folders: list[Path]) -> dict[str, Any]:
+def summarise(
+    names: Iterable[str], folders: Iterable[Path], controls: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """The rows of a comparison, with means, spreads and differences to the baseline, and its verdict as sentences.
 
     Args:
         names: the variants, baseline first.
         folders: finished run folders.
+        controls: for each random control the name of its variant (default: `None`, there is no control).
     """
     runs: dict[str, list[Run]] = {name: [] for name in names}
     for folder in folders:
@@ -44,38 +47,10 @@ def summarise(names: Iterable[str], folders: list[Path]) -> dict[str, Any]:
         runs[run.config.name].append(run)
     baseline, key = next(iter(runs)), score_name([run.result() or {} for members in runs.values() for run in members])
     rows = [_row(name, members, runs[baseline], key) for name, members in runs.items()]
-    gaps = [significance.gap(_scores(runs[name], key), _scores(runs[baseline], key)) for name in runs]
-    verdict = [
-        significance.sentence(name, baseline, difference, SCORES[key])
-        for name, difference in zip(runs, gaps, strict=True)
-    ]
-    return {
-        "baseline": baseline,
-        "score": key,
-        "rows": rows,
-        "verdict": verdict[1:] + _at_equal_inference(rows, runs, key),
-    }
-
-
-def _at_equal_inference(rows: list[dict[str, Any]], runs: dict[str, list[Run]], key: str) -> list[str]:
-    """Compares variants of about equal inference FLOPs with the first of them, unless that is the baseline."""
-    verdict, leaders = [], rows[:1]
-    for row in rows[1:]:
-        cost = row["inference_flops_per_token"]["mean"]
-        leader = next(
-            (first for first in leaders if _about_equal(first["inference_flops_per_token"]["mean"], cost)), None
-        )
-        if leader is None:
-            leaders.append(row)
-        elif leader is not rows[0]:
-            difference = significance.gap(_scores(runs[row["name"]], key), _scores(runs[leader["name"]], key))
-            sentence = significance.sentence(row["name"], leader["name"], difference, SCORES[key])
-            verdict.append(f"At about equal inference FLOPs, {sentence}")
-    return verdict
-
-
-def _about_equal(one: float | None, other: float | None) -> bool:
-    return one is not None and other is not None and max(one, other) <= 1.15 * min(one, other)
+    for row in rows:
+        if controls and row["name"] in controls:
+            row["control_of"] = controls[row["name"]]
+    return {"baseline": baseline, "score": key, "rows": rows, "verdict": verdict(rows, key)}
 
 
 def _row(name: str, members: list[Run], baseline: list[Run], key: str) -> dict[str, Any]:
