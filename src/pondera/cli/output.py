@@ -42,6 +42,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 def print_comparison(found: dict[str, Any]) -> None:
     """Prints the result of `pondera.comparison.compare.compare`: the table, a legend and the significance statements."""
+    from pondera.evaluation.significance import looked_at
     from pondera.report.page import COLUMNS
 
     if "sweep" in found:
@@ -57,6 +58,8 @@ def print_comparison(found: dict[str, Any]) -> None:
     over = f"mean ± standard deviation over {found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     print(f"{over}, at equal training {'FLOPs' if found['equal'] == 'flops' else found['equal']}\n")
     print("\n".join(found["verdict"]))
+    if found["seeds"] > 1 and found["comparisons"] > 1:
+        print(looked_at(found["comparisons"]))
 
 
 def print_sweep(found: dict[str, Any]) -> None:

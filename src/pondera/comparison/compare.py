@@ -56,7 +56,8 @@ def compare(
     Returns:
         ``{"equal", "seeds", "command", "baseline", "rows": [...], "verdict": [...]}``; a row has the `name` of the
         variant, its `runs` (folders below `out`), and for each measure the mean, the spread (sample standard deviation)
-        and the value of each seed. With a sweep also ``"sweep"``: the setting, its values, the seeds of its runs, and
+        and the value of each seed. ``"comparisons"`` is the number of differences that the verdict looks at, for which
+        its significance is corrected. With a sweep also ``"sweep"``: the setting, its values, the seeds of its runs, and
         the scores and the chosen value of each recipe. The row of a random control has the name of its variant in
         ``control_of``.
 
@@ -87,7 +88,8 @@ def compare(
     from pondera.report.page import write_report
 
     title = f"{', '.join(config.name for config in configs)} at equal {equal}"
-    write_report(folders, out / "report.html", f"{title}, {sweep.setting} tuned" if sweep else title)
+    title += f", {sweep.setting} tuned" if sweep else ""
+    write_report(folders, out / "report.html", title, comparisons=result["comparisons"])
     return result
 
 

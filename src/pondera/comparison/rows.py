@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pondera.comparison.verdict import verdict
+from pondera.comparison.verdict import differences, verdict
 from pondera.core.metric import score_name
 from pondera.core.run_folder import Run
 
@@ -50,7 +50,13 @@ def summarise(
     for row in rows:
         if controls and row["name"] in controls:
             row["control_of"] = controls[row["name"]]
-    return {"baseline": baseline, "score": key, "rows": rows, "verdict": verdict(rows, key)}
+    return {
+        "baseline": baseline,
+        "score": key,
+        "rows": rows,
+        "verdict": verdict(rows, key),
+        "comparisons": len(differences(rows)),
+    }
 
 
 def _row(name: str, members: list[Run], baseline: list[Run], key: str) -> dict[str, Any]:

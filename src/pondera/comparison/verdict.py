@@ -1,7 +1,7 @@
 """The verdict of a comparison: its differences as sentences, from the rows of ``results.json``.
 
 Each variant is compared with the baseline, with the first variant of about equal inference FLOPs, and with its random
-control.
+control. Significance is corrected for the number of these differences.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ from pondera.core.metric import SCORES
 from pondera.evaluation import significance
 
 Row = dict[str, Any]
+
+ABOUT_EQUAL = 1.15
+"""The largest ratio of inference FLOPs that counts as about equal."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,9 @@ def verdict(rows: list[Row], score: str) -> list[str]:
         rows: the rows of the variants, baseline first.
         score: the key of the score by which they are compared.
     """
-    said = []
-    for found in differences(rows):
-        gap = significance.gap(_scores(found.row, score), _scores(found.other, score))
+    said, all_of_them = [], differences(rows)
+    for found in all_of_them:
+        gap = significance.gap(_scores(found.row, score), _scores(found.other, score), len(all_of_them))
         names = found.row["name"], found.other["name"] + found.which
         said.append(found.at + significance.sentence(*names, gap, SCORES[score]))
     return said
@@ -66,20 +69,32 @@ def _at_equal_inference(rows: list[Row]) -> list[RowDifference]:
     """Pairs each variant with the first of about equal inference FLOPs, unless that is the baseline."""
     found, leaders = [], rows[:1]
     for row in rows[1:]:
-        leader = next((first for first in leaders if _about_equal(_cost(first), _cost(row))), None)
-        if leader is None:
+        ratios = [(leader, _ratio(row, leader)) for leader in leaders]
+        near = [(leader, ratio) for leader, ratio in ratios if ratio and 1 / ABOUT_EQUAL <= ratio <= ABOUT_EQUAL]
+        if not near:
             leaders.append(row)
-        elif leader is not rows[0]:
-            found.append(RowDifference(row, leader, at="At about equal inference FLOPs, "))
+            continue
+        leader, ratio = near[0]
+        if leader is not rows[0]:
+            found.append(RowDifference(row, leader, at=_at(ratio)))
     return found
 
 
-def _cost(row: Row) -> float | None:
-    return row["inference_flops_per_token"]["mean"]
+def _ratio(row: Row, other: Row) -> float | None:
+    """The inference FLOPs of a variant relative to those of another one; `None` if they are not known."""
+    costs = [one["inference_flops_per_token"]["mean"] for one in (row, other)]
+    return costs[0] / costs[1] if None not in costs else None
 
 
-def _about_equal(one: float | None, other: float | None) -> bool:
-    return one is not None and other is not None and max(one, other) <= 1.15 * min(one, other)
+def _at(ratio: float) -> str:
+    """The start of a sentence about two variants of about equal inference FLOPs.
+
+    Example:
+        >>> _at(1.06), _at(0.999)
+        ('At 1.06 × the inference FLOPs, ', 'At equal inference FLOPs, ')
+    """
+    written = f"{ratio:.2f}"
+    return "At equal inference FLOPs, " if written == "1.00" else f"At {written} × the inference FLOPs, "
 
 
 def _scores(row: Row, score: str) -> dict[int, float]:
