@@ -127,6 +127,7 @@ def test_a_comparison_says_the_difference_to_the_first_and_at_equal_cost():
             "seeds": [0, 1, 2],
             "bits_per_byte": {"values": values},
             "inference_flops_per_token": {"mean": cost},
+            "passes_per_token": {"mean": 1.5},
         }
 
     rows = [arm("plain", [2.0, 2.1, 2.2], 1.0), arm("deep", [1.9, 2.0, 2.1], 2.0), arm("mine", [1.5, 2.4, 2.1], 2.2)]

@@ -31,6 +31,7 @@ def parser() -> Parser:
         "Settings by dotted name (see `pondera train --help`) apply to all recipes.",
         EXAMPLES,
         settings="",
+        notes=_notes,
     )
     add = arguments.add_argument
     add("recipes", nargs="+", metavar="RECIPE", help="recipes or YAML files; the first is the baseline")
@@ -62,6 +63,23 @@ def parser() -> Parser:
     add("--out", type=Path, metavar="DIR", help="folder for runs and report (default: runs/compare-RECIPES)")
     add("--json", action="store_true", help="print JSON only")
     return arguments
+
+
+def _notes() -> str:
+    """What a reader of the result has to know."""
+    from pondera.comparison.sweep import TUNABLE, TUNING_SEED
+
+    return f"""how to read the result:
+  NAME-random          the random control of NAME: the same settings, and random tokens take its mean passes per token
+  At 1.06 × ...        variants whose inference FLOPs differ by at most 15 % are also compared with each other
+  significant          the 95 % interval of the difference (Student t, seeds paired) does not contain zero
+  after correction     nor does the wider interval for all differences of the result together (Bonferroni); with 3 seeds
+                       it is wide, and 5 or more find smaller differences
+
+--sweep tunes one of {", ".join(TUNABLE)}.
+It trains each recipe once per value, for all its steps, with seed train.seed + {TUNING_SEED}, under OUT/tuning. The best final
+score decides. Controls have the chosen value of their recipe.
+"""
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,13 +15,14 @@ from pondera.core.run_folder import Run
 from pondera.report.page import write_report
 
 
-def row(name: str, scores: list[float], cost: float | None = None, **more: Any) -> dict[str, Any]:
+def row(name: str, scores: list[float], cost: float | None = None, passes: float = 1.5, **more: Any) -> dict[str, Any]:
     seeds = list(range(len(scores)))
     costs = {"mean": cost, "spread": None, "values": [cost] * len(scores)}
     return {
         "name": name,
         "seeds": seeds,
         "inference_flops_per_token": costs,
+        "passes_per_token": {"mean": passes},
         "error": {"values": scores},
         **more,
     }
@@ -73,6 +74,16 @@ def test_a_control_is_compared_with_its_variant_alone():
     first = [rows[1], rows[2], rows[0]]
     pairs = [(one.row["name"], one.other["name"]) for one in differences(first)]
     assert pairs == [("plain", "cot"), ("cot", "cot-random")], "a baseline has a control, too"
+
+
+@pytest.mark.parametrize(
+    "passes, said",
+    [(1.51, ", which gives the same passes to"), (1.6, ", which gives 1.60 instead of 1.50 passes per token to")],
+)
+def test_passes_that_a_control_missed_are_said(passes, said):
+    rows = [row("cot", around(0.5)), row("cot-random", around(0.6), passes=passes, control_of="cot")]
+    [found] = verdict(rows, "error")
+    assert f"below cot-random{said} random tokens (95 %" in found
 
 
 def test_each_difference_is_corrected_for_all():
