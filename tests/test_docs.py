@@ -89,7 +89,7 @@ def test_one_arm_against_every_other_is_paired_by_seed(tmp_path: Path):
     rows = [arm("plain", [2.0, 2.1, 2.2], 5.0), arm("mine", [1.9, 2.0, 2.1], 10.0), arm("noisy", [1.5, 2.4, 2.1], 10.0)]
     said = models.versus(f"{written(tmp_path, rows)}#mine")
     assert cells(said, "`plain`") == ["0.50 ×", "0.50 ×", "-0.100 ± 0.000", "significant"]
-    assert cells(said, "`noisy`")[2:] == ["+0.000 ± 0.993", "not significant"]
+    assert cells(said, "`noisy`")[2:] == ["+0.000 ± 0.994", "not significant"]
     assert "`mine` |" not in said.partition("\n")[2]
 
 
@@ -127,14 +127,22 @@ def test_a_comparison_says_the_difference_to_the_first_and_at_equal_cost():
             "seeds": [0, 1, 2],
             "bits_per_byte": {"values": values},
             "inference_flops_per_token": {"mean": cost},
+            "passes_per_token": {"mean": 1.5},
         }
 
     rows = [arm("plain", [2.0, 2.1, 2.2], 1.0), arm("deep", [1.9, 2.0, 2.1], 2.0), arm("mine", [1.5, 2.4, 2.1], 2.2)]
     assert models.verdicts(rows) == [
         "deep against plain: -0.100 bits per byte (95 % CI ± 0.000, paired, 3 seeds: significant).",
-        "mine against plain: -0.100 bits per byte (95 % CI ± 0.993, paired, 3 seeds: not significant).",
-        "At about equal inference FLOPs, mine against deep: "
-        "+0.000 bits per byte (95 % CI ± 0.993, paired, 3 seeds: not significant).",
+        "mine against plain: -0.100 bits per byte (95 % CI ± 0.994, paired, 3 seeds: not significant).",
+        "At 1.10 × the inference FLOPs, mine against deep: "
+        "+0.000 bits per byte (95 % CI ± 0.994, paired, 3 seeds: not significant).",
+    ]
+    corrected = models.verdicts([*rows[:2], {**rows[2], "control_of": "deep"}], comparisons=2)
+    assert corrected == [
+        "deep against plain: -0.100 bits per byte (95 % CI ± 0.000, paired, 3 seeds: significant, also after correction "
+        "for 2 comparisons).",
+        "deep against mine, which gives the same passes to random tokens: +0.000 bits per byte (95 % CI ± 0.994, paired, "
+        "3 seeds: not significant).",
     ]
 
 
@@ -142,7 +150,7 @@ def test_a_comparison_says_the_difference_to_the_first_and_at_equal_cost():
 def test_sentences_of_committed_comparisons_are_those_that_were_recorded(file: Path):
     """The same pairs, differences and intervals as the comparison wrote, in other words."""
     found = json.loads(file.read_text())
-    sentences = models.verdicts(found["rows"])
+    sentences = models.verdicts(found["rows"], found.get("comparisons", 1))
     assert len(sentences) == len(found["verdict"])
     for sentence, recorded in zip(sentences, found["verdict"], strict=True):
         number, margin = re.findall(r"\d\.\d{3}", recorded)

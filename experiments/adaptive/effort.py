@@ -13,7 +13,7 @@ import re
 from pathlib import Path
 
 from experiments.common.publishing import write_json
-from pondera.comparison.compare import spread
+from pondera.comparison.rows import spread
 from pondera.core.run_folder import Run
 from pondera.data.corpus import prepare
 from pondera.evaluation.score import score

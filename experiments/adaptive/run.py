@@ -19,6 +19,7 @@ from typing import Any
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
 from pondera.comparison.compare import compare
 from pondera.core.run_config import load
+from pondera.methods.think.common.halting import continue_prob_for
 
 CPU = {"train.steps": 200, "train.eval_tokens": 32768, "train.eval_every": 200, "train.save_every": 100}
 SCALES = {"cpu": CPU, "gpu": GPU}
@@ -67,11 +68,7 @@ def control(spec: str, passes: float) -> str:
     head, _, rest = spec.partition("(")
     depth = rest.split(",")[0].rstrip(")")
     extra = int(depth.partition("=")[2])
-    low, high = 0.0, 1.0
-    for _ in range(40):  # bisection: p + p^2 + ... = passes - 1 increases with the continue probability p
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**k for k in range(1, extra + 1)) < passes - 1 else (low, middle)
-    return f"{head}({depth}, halting='random', continue_prob={round(high, 4):g})"
+    return f"{head}({depth}, halting='random', continue_prob={round(continue_prob_for(passes, extra), 4):g})"
 
 
 def recipe(name: str, think: str | None, overrides: dict[str, Any], folder: Path) -> str:
@@ -96,7 +93,7 @@ def main() -> None:
 
     def train(arms: dict[str, str | None], group: str) -> None:
         paths = [recipe(arm, think, it.overrides, it.out / "recipes") for arm, think in arms.items()]
-        found = compare(paths, it.seeds, "tokens", None, it.out, jobs=it.jobs)
+        found = compare(paths, it.seeds, "tokens", None, it.out, jobs=it.jobs, controls=False)
         publish(it.out, it.results, group, it.command)
         print(f"{group}:", *found["verdict"], sep="\n  ")
 

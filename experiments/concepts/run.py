@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_json, write_recipe
-from pondera.comparison.compare import compare, flops_per_step, folder_of, spread, with_seed
+from pondera.comparison.compare import compare
+from pondera.comparison.equal_cost import flops_per_step
+from pondera.comparison.plan import folder_of, with_seed
+from pondera.comparison.rows import spread
 from pondera.core.run_config import RunConfig, load
 from pondera.core.run_folder import Run
 from pondera.data.corpus import prepare

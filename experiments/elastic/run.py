@@ -29,7 +29,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from experiments.common.publishing import GPU, Experiment, arguments, in_pieces, plan, publish, write_json, write_recipe
-from pondera.comparison.compare import compare, folder_of, spread, with_seed
+from pondera.comparison.compare import compare
+from pondera.comparison.plan import folder_of, with_seed
+from pondera.comparison.rows import spread
 from pondera.core.run_config import RunConfig, load
 from pondera.core.run_folder import Run
 from pondera.data.corpus import prepare

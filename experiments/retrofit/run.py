@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
-from pondera.comparison.compare import compare, folder_of
+from pondera.comparison.compare import compare
+from pondera.comparison.plan import folder_of
 from pondera.core.run_config import RunConfig, load
 
 SCALES = {
@@ -51,7 +52,7 @@ def main() -> None:
         compare([write_recipe(plain, it.out / "recipes")], 1, "tokens", None, it.out, jobs=1)
         arms = [arm(name, think, it.overrides, folder_of(plain, it.out)) for name, think in ARMS.items()]
         recipes = [write_recipe(config, it.out / "recipes") for config in arms]
-        found = compare(recipes, it.seeds, "tokens", None, it.out, jobs=it.jobs)
+        found = compare(recipes, it.seeds, "tokens", None, it.out, jobs=it.jobs, controls=False)
         publish(it.out, it.results, "tokens", it.command)
         print(*found["verdict"], sep="\n  ")
 

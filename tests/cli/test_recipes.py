@@ -1,5 +1,6 @@
 """The shipped recipes, how one builds on another, and that the packaging agrees with the code."""
 
+import dataclasses
 import re
 import tomllib
 from pathlib import Path
@@ -22,7 +23,9 @@ def error(call, *args) -> str:
 def test_every_recipe_loads(name):
     config = run_config.load(name)
     assert config.name == name and config.about.endswith(".")
-    assert config.backbone["model_type"] in ("llama", "gpt_neox") and config.init == "scaled"
+    assert config.backbone["model_type"] in ("llama", "gpt_neox") and config.init == (
+        "hf" if name.endswith("-stock") else "scaled"
+    )
     if config.think:
         spec.find(spec.parse(config.think).name, "think")
     text = (run_config.RECIPES / f"{name}.yaml").read_text()
@@ -37,6 +40,9 @@ def test_arms_differ_only_in_what_they_are_about():
         changed = {key for key in plain.backbone if plain.backbone[key] != config.backbone[key]}
         assert changed == ({"num_hidden_layers"} if name == "doubledepth" else set())
     assert run_config.load("doubledepth").backbone["num_hidden_layers"] == 2 * plain.backbone["num_hidden_layers"]
+    deep, stock = run_config.load("doubledepth"), run_config.load("doubledepth-stock")
+    assert (stock.data, stock.backbone, stock.think) == (deep.data, deep.backbone, None)
+    assert stock.init == "hf" and stock.train == dataclasses.replace(deep.train, weight_decay=0.01)
     train = run_config.load("ponderlm2-paper").train
     tokens = train.steps * train.batch_size * run_config.load("ponderlm2-paper").data.context
     assert round(tokens / 1e9, 1) == 26.2

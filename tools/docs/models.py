@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pondera.comparison.verdict import differences
 from pondera.evaluation.significance import Gap, gap
 from tools.docs.tables import generated, read, table, with_spread
 
@@ -35,32 +36,24 @@ def comparison(path: str) -> str:
         "bits per byte",
         f"difference to {found['baseline']}",
     ]
-    said = "\n".join(f"- {sentence}" for sentence in verdicts(found["rows"]))
+    said = "\n".join(f"- {sentence}" for sentence in verdicts(found["rows"], found.get("comparisons", 1)))
     return f"{table(head, rows)}\n\n{said}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
 
 
-def verdicts(rows: list[dict[str, Any]]) -> list[str]:
-    """The difference of each row to the first, and of rows to the first other row of about equal inference FLOPs."""
-    sentences = [_sentence(row, rows[0]) for row in rows[1:]]
-    leaders = rows[:1]
-    for row in rows[1:]:
-        leader = next((one for one in leaders if _about_equal(one, row)), None)
-        if leader is None:
-            leaders.append(row)
-        elif leader is not rows[0]:
-            sentences.append(f"At about equal inference FLOPs, {_sentence(row, leader)}")
-    return sentences
+def verdicts(rows: list[dict[str, Any]], comparisons: int = 1) -> list[str]:
+    """The differences that `pondera compare` reports: to the first row, at about equal inference FLOPs, and to controls.
+
+    Args:
+        rows: the rows of a comparison.
+        comparisons: the number of differences for which significance is corrected; earlier versions corrected for none.
+    """
+    return [found.at + _sentence(found.row, found.other, found.which, comparisons) for found in differences(rows)]
 
 
-def _about_equal(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    costs = [row["inference_flops_per_token"]["mean"] for row in (one, other)]
-    return max(costs) <= 1.15 * min(costs)
-
-
-def _sentence(row: dict[str, Any], other: dict[str, Any]) -> str:
-    found = gap(_scores(row), _scores(other))
-    about = f"{_interval(found)}, {found.how}, {found.seeds}: {_significance(found)}"
-    return f"{row['name']} against {other['name']}: {found.mean:+.3f} bits per byte ({about})."
+def _sentence(row: dict[str, Any], other: dict[str, Any], which: str, comparisons: int) -> str:
+    found = gap(_scores(row), _scores(other), comparisons)
+    about = f"{_interval(found)}, {found.how}, {found.seeds}: {found.judged}"
+    return f"{row['name']} against {other['name']}{which}: {found.mean:+.3f} bits per byte ({about})."
 
 
 def _scores(row: dict[str, Any]) -> dict[int, float]:

@@ -45,8 +45,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: st
 
 def print_comparison(found: dict[str, Any]) -> None:
     """Prints the result of `pondera.comparison.compare.compare`: the table, a legend and the significance statements."""
+    from pondera.evaluation.significance import looked_at
     from pondera.report.page import COLUMNS
 
+    if "sweep" in found:
+        print_sweep(found["sweep"])
     rows = found["rows"]
     columns = [column for column in COLUMNS if any(row[column[0]]["mean"] is not None for row in rows)]
     print_table(
@@ -58,6 +61,30 @@ def print_comparison(found: dict[str, Any]) -> None:
     over = f"mean ± standard deviation over {found['seeds']} seeds" if found["seeds"] > 1 else "one seed"
     print(f"{over}, at equal training {'FLOPs' if found['equal'] == 'flops' else found['equal']}\n")
     print("\n".join(found["verdict"]))
+    if found["seeds"] > 1 and found["comparisons"] > 1:
+        print(looked_at(found["comparisons"]))
+
+
+def print_sweep(found: dict[str, Any]) -> None:
+    """Prints the scores of a sweep, with the chosen value of each recipe, and its notes.
+
+    Args:
+        found: the ``sweep`` entry of a comparison.
+    """
+    from pondera.core.metric import SCORES
+
+    values, chosen = found["values"], found["chosen"]
+    rows = [
+        [
+            name,
+            *(f"{score:.4f}{'*' if value == chosen[name] else ' '}" for value, score in zip(values, of, strict=True)),
+        ]
+        for name, of in found["scores"].items()
+    ]
+    print_table([found["setting"], *map(str, values)], rows)
+    seeds = f"seed{'s' if len(found['seeds']) > 1 else ''} {', '.join(map(str, found['seeds']))}"
+    print(f"{SCORES[found['score']]} at {seeds}, which is not compared; * = chosen")
+    print("".join(f"{note}\n" for note in found["notes"]))
 
 
 def print_difficulty(found: dict[str, list[dict[str, Any]]]) -> None:

@@ -42,7 +42,7 @@ def demo(out: Path, progress: bool = True) -> Demo:
         out: the folder for runs, results and report; finished runs in it are reused.
         progress: show progress.
     """
-    comparison = compare(RECIPES, seeds=SEEDS, out=out, overrides=SETTINGS, progress=progress)
+    comparison = compare(RECIPES, seeds=SEEDS, out=out, overrides=SETTINGS, progress=progress, controls=False)
     thinking_run = out / comparison["rows"][-1]["runs"][0]
     sample = generate(
         str(thinking_run), PROMPT, max_new_tokens=80, temperature=0.7, top_p=0.95, seed=0, on_text=lambda text: None

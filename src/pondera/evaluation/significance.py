@@ -1,7 +1,9 @@
 """Significance of the difference between two variants, and the sentences that report it.
 
 The terminal and the report use the same rule. Runs with the same seed see the same windows in the same order, so variants
-are compared seed by seed. A difference is significant if the two-sided 95 % Student t interval of its mean excludes zero.
+are compared seed by seed. The interval that is printed is the two-sided 95 % Student t interval of the mean difference. Among
+several differences one may look large by chance. So a difference is significant if an interval excludes zero whose level is
+corrected for their number (Bonferroni): with 4 differences it is 1 - 0.05 / 4, which is 98.75 %.
 """
 
 from __future__ import annotations
@@ -12,17 +14,15 @@ import statistics
 from dataclasses import dataclass
 
 from pondera.core.format import Point, human
+from pondera.evaluation.student_t import half_width
 
 PRICES = {
     "inference_flops_per_token": "inference FLOPs per token",
     "kv_bytes_per_token": "KV bytes per token",
     "train_flops": "training FLOPs",
 }
-T95 = {
-    **{1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26},
-    **{10: 2.23, 15: 2.13, 20: 2.09, 30: 2.04, 60: 2.00},
-}
-"""Student's t by degrees of freedom. Between two entries, the earlier one is used: it gives the wider interval."""
+ERROR = 0.05
+"""The chance of an interval to miss the true difference; with several differences, the chance that any of them does."""
 
 
 @dataclass(frozen=True)
@@ -32,34 +32,48 @@ class Gap:
     Args:
         mean: the mean difference; negative if the first score is lower.
         margin: half the width of its 95 % interval; `None` if there is only one seed.
+        corrected: half the width of its interval after correction for all comparisons; `None` if there is only one seed.
         seeds: the number of seeds, as text.
         how: ``"paired"``, or why the seeds are not paired, as text.
+        comparisons: the number of differences that are looked at, with this one.
     """
 
     mean: float
     margin: float | None
+    corrected: float | None
     seeds: str
     how: str
+    comparisons: int = 1
 
     @property
     def clear(self) -> bool:
-        """Whether the difference is significant."""
-        return self.margin is not None and abs(self.mean) > self.margin
+        """Whether the difference is significant after correction."""
+        return self.corrected is not None and abs(self.mean) > self.corrected
 
     @property
     def doubt(self) -> str:
-        """The reason to doubt the difference; empty if it is significant."""
+        """The reason to doubt the difference; empty if it is significant after correction."""
         if self.margin is None:
             return "one seed: significance unknown"
-        return "" if self.clear else "not significant"
+        return "" if self.clear else self.judged
+
+    @property
+    def judged(self) -> str:
+        """The significance in words, without and with correction."""
+        after = f"after correction for {self.comparisons} comparisons"
+        if self.clear:
+            return f"significant, also {after}" if self.comparisons > 1 else "significant"
+        alone = self.margin is not None and abs(self.mean) > self.margin
+        return f"significant alone, but not {after}" if alone else "not significant"
 
 
-def gap(scores: dict[int, float], others: dict[int, float]) -> Gap:
+def gap(scores: dict[int, float], others: dict[int, float], comparisons: int = 1) -> Gap:
     """The difference `scores` minus `others`: paired if they share at least two seeds, otherwise Welch's interval.
 
     Args:
         scores: scores by seed.
         others: scores of the other variant by seed.
+        comparisons: the number of differences that are looked at together.
 
     Example:
         >>> gap({0: 1.90, 1: 1.95, 2: 1.93}, {0: 2.00, 1: 2.04, 2: 2.03}).clear
@@ -71,22 +85,37 @@ def gap(scores: dict[int, float], others: dict[int, float]) -> Gap:
     if len(shared) > 1:
         differences = [scores[seed] - others[seed] for seed in shared]
         error = statistics.stdev(differences) / math.sqrt(len(shared))
-        return Gap(statistics.fmean(differences), t95(len(shared) - 1) * error, f"{len(shared)} seeds", "paired")
+        margins = _margins(error, len(shared) - 1, comparisons)
+        return Gap(statistics.fmean(differences), *margins, f"{len(shared)} seeds", "paired", comparisons)
     mean = statistics.fmean(scores.values()) - statistics.fmean(others.values())
     counts = len(scores), len(others)
     how = f"unpaired, with {'one seed' if shared else 'no seed'} in common"
     if min(counts) < 2:
-        return Gap(mean, None, "one seed", how)
+        return Gap(mean, None, None, "one seed", how, comparisons)
     errors = [statistics.variance(side.values()) / len(side) for side in (scores, others)]
     total = sum(errors)
     parts = sum(error**2 / (count - 1) for error, count in zip(errors, counts, strict=True))
     freedom = total**2 / parts if parts else 1.0
-    return Gap(mean, t95(freedom) * math.sqrt(total), f"{counts[0]} and {counts[1]} seeds", how)
+    margins = _margins(math.sqrt(total), freedom, comparisons)
+    return Gap(mean, *margins, f"{counts[0]} and {counts[1]} seeds", how, comparisons)
 
 
-def t95(freedom: float) -> float:
-    """Half the width of a two-sided 95 % interval, in standard errors."""
-    return T95[max(known for known in T95 if known <= freedom + 1e-9)]
+def _margins(error: float, freedom: float, comparisons: int) -> tuple[float, float]:
+    """Half the widths of the 95 % interval and of the corrected one, from the standard error."""
+    return half_width(1 - ERROR, freedom) * error, half_width(1 - ERROR / comparisons, freedom) * error
+
+
+def looked_at(comparisons: int) -> str:
+    """How many differences there are and what the correction means, for a reader of their sentences.
+
+    Example:
+        >>> looked_at(4)[:48]
+        '4 differences were looked at. "After correction"'
+    """
+    return (
+        f'{comparisons} differences were looked at. "After correction": the chance that any of them is called significant '
+        f"although the variants do not differ is at most {100 * ERROR:.0f} % (Bonferroni)."
+    )
 
 
 def sentence(name: str, other: str, difference: Gap, score: str) -> str:
@@ -95,14 +124,17 @@ def sentence(name: str, other: str, difference: Gap, score: str) -> str:
     Example:
         >>> sentence("deep", "plain", gap({0: 1.90, 1: 1.95, 2: 1.93}, {0: 2.00, 1: 2.04, 2: 2.03}), "bits per byte")
         'deep is 0.097 bits per byte below plain (95 % CI ± 0.014, paired, 3 seeds: significant).'
+        >>> found = gap({0: 1.90, 1: 1.95, 2: 1.93}, {0: 2.00, 1: 2.04, 2: 2.03}, comparisons=4)
+        >>> sentence("deep", "plain", found, "loss").partition("seeds: ")[2]
+        'significant, also after correction for 4 comparisons).'
         >>> sentence("deep", "plain", gap({0: 1.90}, {0: 2.00}), "bits per byte")
         'deep is 0.100 bits per byte below plain (one seed: significance unknown).'
     """
     statement = f"{name} is {abs(difference.mean):.3f} {score} {'below' if difference.mean < 0 else 'above'} {other}"
     if difference.margin is None:
         return f"{statement} ({difference.doubt})."
-    verdict = difference.doubt or "significant"
-    return f"{statement} (95 % CI ± {difference.margin:.3f}, {difference.how}, {difference.seeds}: {verdict})."
+    about = f"95 % CI ± {difference.margin:.3f}, {difference.how}, {difference.seeds}: {difference.judged}"
+    return f"{statement} ({about})."
 
 
 @dataclass
@@ -123,26 +155,30 @@ class Entry:
         return self.prices["inference_flops_per_token"]
 
 
-def sentences(entries: list[Entry], score: str) -> list[str]:
+def sentences(entries: list[Entry], score: str, comparisons: int | None = None) -> list[str]:
     """The headline of a comparison, then the sentences that qualify it.
 
     Args:
         entries: the variants with at least one finished run.
         score: the score's name, e.g. ``"bits per byte"``.
+        comparisons: the number of differences for which significance is corrected (default: `None`, those named here).
     """
     if not entries:
         return ["No run has finished yet."]
     best, *others = sorted(entries, key=lambda entry: entry.mean)
     if not others:
         return [f"{best.name} reaches {best.mean:.3f} {score}.", *_alone(best)]
-    headline = _first(best, others[0], score)
     priced = [entry for entry in entries if math.isfinite(entry.price)]
-    if best not in priced:
-        return headline
-    cheapest = min(priced, key=lambda entry: entry.price)
-    if best.price <= cheapest.price:
-        return [*headline, "No variant here costs less per token."]
-    return [*headline, *_price(best, cheapest, score), *_equal_compute(best, cheapest, score)]
+    cheapest = min(priced, key=lambda entry: entry.price) if best in priced else None
+    named = {entry.name for entry in (others[0], cheapest) if entry is not None and entry is not best}
+    comparisons = comparisons or len(named)
+    said = _first(best, others[0], score, comparisons)
+    if cheapest is not None and best.price <= cheapest.price:
+        said.append("No variant here costs less per token.")
+    elif cheapest is not None:
+        said += [*_price(best, cheapest, score, comparisons), *_equal_compute(best, cheapest, score)]
+    known = min(len(best.scores), len(others[0].scores)) > 1
+    return [*said, looked_at(comparisons)] if comparisons > 1 and known else said
 
 
 def _alone(entry: Entry) -> list[str]:
@@ -152,8 +188,8 @@ def _alone(entry: Entry) -> list[str]:
     return [f"Over {len(entry.scores)} seeds the standard deviation is {spread:.4f}."]
 
 
-def _first(best: Entry, second: Entry, score: str) -> list[str]:
-    difference = gap(best.scores, second.scores)
+def _first(best: Entry, second: Entry, score: str, comparisons: int) -> list[str]:
+    difference = gap(best.scores, second.scores, comparisons)
     why = sentence(best.name, second.name, difference, score)
     if difference.margin is None:
         return [f"{best.name} is ahead: {best.mean:.3f} {score}.", why]
@@ -165,14 +201,14 @@ def _first(best: Entry, second: Entry, score: str) -> list[str]:
     ]
 
 
-def _price(best: Entry, cheapest: Entry, score: str) -> list[str]:
+def _price(best: Entry, cheapest: Entry, score: str, comparisons: int) -> list[str]:
     ratios = {name: best.prices[key] / cheapest.prices[key] for key, name in PRICES.items() if cheapest.prices[key]}
     spent = [f"{ratio:.2g}× the {name}" for name, ratio in ratios.items() if math.isfinite(ratio)]
     if not spent:
         return []
     *firsts, last = spent
     listing = f"{', '.join(firsts)} and {last}" if firsts else last
-    doubt = gap(best.scores, cheapest.scores).doubt
+    doubt = gap(best.scores, cheapest.scores, comparisons).doubt
     gain = f"{cheapest.mean - best.mean:.3f} {score} less than {cheapest.name}{f' ({doubt})' if doubt else ''}"
     return [f"For {gain}, {best.name} spends {listing}."]
 

@@ -188,6 +188,20 @@ class Method(SpecRepr, nn.Module, ABC):
         """Bytes in the cache after `tokens` tokens in addition to KV slots, with `number_bytes` per number."""
         return 0.0
 
+    def random_control(self, passes: float) -> Method | None:
+        """The control of a learned rule: the same method, but random tokens take its passes.
+
+        `pondera compare` trains it in addition to the method. What the method gains over it is due to the choice of the
+        tokens.
+
+        Args:
+            passes: the mean passes per token that the control shall have.
+
+        Returns:
+            The control; `None` if the method does not learn which tokens take its passes.
+        """
+        return None
+
     def passes(self) -> float:
         """Maximum passes per token at inference."""
         return float(self.slots_per_token)

@@ -117,6 +117,7 @@ def write_report(
     out: str | Path,
     title: str = "Pondera report",
     names: Mapping[Path, str] | None = None,
+    comparisons: int | None = None,
 ) -> Path:
     """Writes one self-contained HTML page about some runs; it needs no network and no script.
 
@@ -125,6 +126,7 @@ def write_report(
         out: the file to write.
         title: the title of the page.
         names: display names by path, for runs that were unpacked elsewhere (default: the paths).
+        comparisons: the number of differences for which significance is corrected (default: `None`, those on the page).
 
     Returns:
         `out`.
@@ -144,7 +146,7 @@ def write_report(
     variants = group_variants(view_run(path, (names or {}).get(Path(path))) for path in runs)
     page = Template(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
-        headline=_headline(variants),
+        headline=_headline(variants, comparisons),
         charts=_charts(variants),
         table=_table(variants),
         depths=_depths(variants),
@@ -213,7 +215,7 @@ def measure_of(variants: Iterable[Variant]) -> Measure:
     return next(measure for measure in VALIDATED if all(run.points(measure, "step") for run in validated))
 
 
-def _headline(variants: list[Variant]) -> str:
+def _headline(variants: list[Variant], comparisons: int | None) -> str:
     key, measure = score_key(variants), measure_of(variants)
     entries = [
         significance.Entry(
@@ -225,7 +227,7 @@ def _headline(variants: list[Variant]) -> str:
         for variant in variants
         if variant.values(key)
     ]
-    first, *rest = significance.sentences(entries, SCORES[key])
+    first, *rest = significance.sentences(entries, SCORES[key], comparisons)
     runs = [run for variant in variants for run in variant.runs]
     seeds = sorted({run.config.train.seed for run in runs})
     counts = f"{_several(len(variants), 'variant')}, {_several(len(runs), 'run')}, seeds {', '.join(map(str, seeds))}"

@@ -20,12 +20,14 @@ from helpers import scripts, training_worker
 
 from pondera.cli.main import main
 from pondera.cli.parser import Parser
-from pondera.comparison import compare as module
-from pondera.comparison import demo
-from pondera.comparison.compare import at_equal_flops, compare, ended_early, flops_per_step, summarise
+from pondera.comparison import demo, training
+from pondera.comparison.compare import compare
+from pondera.comparison.equal_cost import at_equal_flops, flops_per_step
+from pondera.comparison.rows import MEASURES, summarise
+from pondera.comparison.training import ended_early
 from pondera.core.archive import ARCHIVE, unpack
 from pondera.core.errors import Failure, Interrupted, UserError
-from pondera.core.run_config import RunConfig, TrainConfig, from_dict
+from pondera.core.run_config import RunConfig, TrainConfig
 from pondera.core.run_folder import Run
 from pondera.core.spec import build
 from pondera.methods.chunk.base import Chunk
@@ -35,23 +37,6 @@ from pondera.training.trainer import PonderaTrainer
 
 STEPS = 4
 ENDLESS = 10**6
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return training_worker.write_text(tmp_path_factory.mktemp("compare") / "text")
-
-
-@pytest.fixture
-def recipe(text: Path, tmp_path: Path):
-    """Writes tiny recipes."""
-
-    def write(name: str, think: str | None = None, **settings: Any) -> str:
-        dotted = {f"train.{key}": value for key, value in settings.items()}
-        config = training_worker.tiny(text, {"name": name, "think": think, "train.steps": STEPS, **dotted})
-        return training_worker.write_config(tmp_path / f"{name}.yaml", config)
-
-    return write
 
 
 @pytest.fixture
@@ -141,13 +126,13 @@ def test_runs_of_earlier_versions_have_their_speed(tmp_path):
 def test_what_a_comparison_leaves(compared):
     found = json.loads((compared / "found.json").read_text())["tokens"]
     assert found == json.loads((compared / "out" / "results.json").read_text())
-    assert {"equal", "seeds", "command", "baseline", "score", "rows", "verdict"} == set(found)
+    assert {"equal", "seeds", "command", "baseline", "score", "rows", "verdict", "comparisons"} == set(found)
     assert found["baseline"] == "plain" and len(found["verdict"]) == 1
     for row, name in zip(found["rows"], ("plain", "ponder"), strict=True):
         assert row["name"] == name and row["seeds"] == [0, 1] and row["steps"] == STEPS
         results = [Run.open(compared / "out" / path).result() or {} for path in row["runs"]]
         assert row["bits_per_byte"]["values"] == [result["bits_per_byte"] for result in results]
-        assert set(module.MEASURES) <= set(row)
+        assert set(MEASURES) <= set(row)
     assert found["rows"][1]["passes_per_token"]["mean"] == 2
     assert "plain, ponder at equal tokens" in (compared / "out" / "report.html").read_text()
     words = shlex.split(found["command"])[2:]
@@ -230,7 +215,7 @@ def when(happened, act) -> threading.Thread:
 def test_the_first_failure_stops_the_others(recipe, tmp_path, capsys):
     started = []
 
-    class Noted(module.subprocess.Popen):
+    class Noted(training.subprocess.Popen):
         """The second child only waits to be stopped: what a training does then is tested below."""
 
         def __init__(self, command: list[str], **kwargs: Any) -> None:
@@ -240,7 +225,7 @@ def test_the_first_failure_stops_the_others(recipe, tmp_path, capsys):
 
     names = [recipe("hot", steps=ENDLESS, lr=1e30, warmup=0.0), recipe("long", steps=ENDLESS), recipe("later")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module.subprocess, "Popen", Noted)
+        patch.setattr(training.subprocess, "Popen", Noted)
         with pytest.raises(
             Failure, match=rf"hot-{ENDLESS}steps-seed0: step \d+: the loss is (.|\n)*lower learning rate"
         ):
@@ -322,19 +307,6 @@ def test_publishing_again_keeps_runs_that_are_gone(experiment, out, tmp_path):
     shutil.rmtree(kept / "runs" / "plain-4steps-seed0")
     experiment.publish(kept, results, "tokens", "python it.py")
     assert (results / ARCHIVE).read_bytes() == first
-
-
-def test_equal_inference_is_said(tmp_path: Path):
-    """Of three recipes the two that cost about the same are compared with each other, too."""
-    scores = {"plain": (2.0, 100.0), "deep": (1.9, 200.0), "thinking": (1.8, 212.0)}
-    for name, (score, cost) in scores.items():
-        for seed in range(3):
-            config = from_dict({"name": name, "train": {"seed": seed}})
-            run = Run.create(tmp_path / f"{name}{seed}", config)
-            run.write_result({"bits_per_byte": score + seed / 100, "inference_flops_per_token": cost})
-    said = summarise(list(scores), sorted(tmp_path.iterdir()))["verdict"]
-    assert len(said) == 3
-    assert said[2].startswith("At about equal inference FLOPs, thinking is 0.100 bits per byte below deep")
 
 
 def test_a_random_control_spends_what_its_method_was_measured_to():

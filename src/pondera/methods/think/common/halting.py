@@ -111,6 +111,26 @@ def router(backbone: Backbone, start: float, outputs: int = 1, width: int | None
     return layer
 
 
+def continue_prob_for(passes: float, steps: int) -> float:
+    """The probability to continue with which random halting takes a given mean number of passes.
+
+    It solves ``1 + p + p^2 + ... + p^steps = passes`` for p.
+
+    Args:
+        passes: the mean passes per token; p is 0 below 1, and 1 above ``1 + steps``.
+        steps: the maximum number of passes after the first.
+
+    Example:
+        >>> round(continue_prob_for(1.75, steps=2), 6)
+        0.5
+    """
+    low, high = 0.0, 1.0
+    for _ in range(50):  # bisection: the mean passes increase with p
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle**step for step in range(steps + 1)) < passes else (low, middle)
+    return (low + high) / 2
+
+
 def exit_probabilities(reach: list[Tensor]) -> list[Tensor]:
     """The probability that a token exits at each step, from the probabilities of reaching each step.
 
