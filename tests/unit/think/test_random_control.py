@@ -24,12 +24,22 @@ def test_passes_that_cannot_be_reached():
     assert continue_prob_for(3.5, 2) == pytest.approx(1, abs=1e-9)
 
 
+RULES = [
+    "AdaptiveLatentCoT(2, penalty=0.3)",
+    "UniversalTransformer(2, epsilon=0.2)",
+    "AdaPonderLM(2, top_k=None)",
+    "PonderLM3(2, eval_rounds='exact')",
+    "ThinkAtHard(2)",
+]
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("passes", [1.0, 1.37, 2.2, 3.0])
-def test_random_tokens_take_these_passes(passes):
-    learned = spec.build("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.3)", "think")
+def test_random_tokens_take_these_passes(passes, rule):
+    learned = spec.build(rule, "think")
     control = learned.random_control(passes)
     rebuilt = spec.build(repr(control), "think")
-    assert rebuilt.halting.kind == "random" and rebuilt.steps == 2 and repr(rebuilt) == repr(control)
+    assert rebuilt.halting.kind == "random" and rebuilt.slots_per_token == 3 and repr(rebuilt) == repr(control)
     torch.manual_seed(0)
     config = AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think=repr(control), init="scaled")
     with torch.no_grad():
@@ -41,7 +51,9 @@ def test_random_tokens_take_these_passes(passes):
 @pytest.mark.parametrize(
     "think",
     [
-        "AdaptiveLatentCoT(steps=2)",
+        "AdaptiveLatentCoT(steps=2, halting='fixed')",
+        "AdaPonderLM(steps=2, halted='dense')",
+        "UniversalTransformer(steps=0)",
         "AdaptiveLatentCoT(steps=2, halting='random')",
         "AdaptiveLatentCoT(steps=2, halting='oracle')",
         "AdaptiveLatentCoT(steps=0, halting='router')",

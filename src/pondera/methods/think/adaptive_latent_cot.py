@@ -16,7 +16,7 @@ from pondera.core.errors import UserError
 from pondera.core.loss_terms import LossTerm
 from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.common.feedback import Feedback
-from pondera.methods.think.common.halting import Halting, continue_prob_for, router
+from pondera.methods.think.common.halting import Halting, router
 from pondera.methods.think.common.halting_think import ReachThink
 from pondera.methods.think.common.passes import Attend, Passes, all_shallower_passes
 from pondera.methods.think.common.ramp import Ramp, checked, height
@@ -145,13 +145,6 @@ class AdaptiveLatentCoT(ReachThink):
             return {"thinking": LossTerm(cost_BT[known_BT].sum(), known_BT.sum(), self._penalty_now)}
 
         return {}, penalty if len(reach) > 1 else None
-
-    def random_control(self, passes: float) -> AdaptiveLatentCoT | None:
-        """See `Method.random_control`; the probability to continue has four digits, as a spec string is to be read."""
-        if not self.halting.learned or not self.steps:
-            return None
-        continue_prob = round(continue_prob_for(passes, self.steps), 4)
-        return AdaptiveLatentCoT(self.steps, halting="random", continue_prob=continue_prob)
 
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
         """See `Think.slots`: skipped steps use no slots."""

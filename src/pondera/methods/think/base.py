@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from pondera.methods.think.common.halting import Halting, continue_prob_for
 from pondera.models.method import Method, MethodOutput, TokenBatch
 
 __all__ = ["Think", "MethodOutput", "TokenBatch"]
@@ -32,3 +33,11 @@ class Think(Method):
     def slots(self, tokens: int, shares: Sequence[float] | None = None) -> float:
         """See `Method.slots`: with interleaved slots, a smaller budget leaves out the last slots of all tokens."""
         return tokens * (sum(shares) if shares and self.interleaved else self.slots_per_token)
+
+    def random_control(self, passes: float) -> Method | None:
+        """See `Method.random_control`; the probability to continue has four digits, as a spec string is to be read."""
+        halting: Halting | None = getattr(self, "halting", None)
+        if halting is None or not halting.learned or not self.adaptive:
+            return None
+        continue_prob = round(continue_prob_for(passes, self.slots_per_token - 1), 4)
+        return type(self)(**{**self._given, "halting": "random", "continue_prob": continue_prob})

@@ -23,7 +23,7 @@ def height(ramp: Ramp, progress: float) -> float:
     """The height of a ramp from 0 to 1, after a share of the training.
 
     Example:
-        >>> [height((0.2, 0.6), progress) for progress in (0.0, 0.2, 0.4, 0.6, 1.0)]
+        >>> [round(height((0.2, 0.6), progress), 3) for progress in (0.0, 0.2, 0.4, 0.6, 1.0)]
         [0.0, 0.0, 0.5, 1.0, 1.0]
     """
     start, end = ramp
