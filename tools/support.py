@@ -49,7 +49,7 @@ THINKING = {
     "PonderLM3": "PonderLM3(thoughts=2, threshold=0.1, eval_rounds='exact')",
     "PonderLM": "PonderLM(steps=1, top_k=None)",
     "AdaPonderLM": "AdaPonderLM(steps=2, top_k=None, threshold=0.3)",
-    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2)",
+    "AdaptiveLatentCoT": "AdaptiveLatentCoT(steps=2, halting='fixed')",
     "ThinkAtHard": "ThinkAtHard(steps=1, threshold=0.5, top_k=8)",
     "UniversalTransformer": "UniversalTransformer(steps=2, epsilon=0.3)",
     "PauseToken": "PauseToken(pauses=1)",

@@ -29,7 +29,9 @@ from packaging.version import Version
 ROOT = Path(__file__).parent.parent
 RESULTS, PAGE = ROOT / "results/versions.json", ROOT / "docs/versions.md"
 PASSED = ROOT / "src/pondera/core/versions.json"
-SUITE = ["tests/contracts", "tests/unit/models", "tests/unit"]
+UNITS = ("models", "cache", "kv_cache", "inference", "training", "evaluation")
+SUITE = ["tests/contracts", *(f"tests/unit/{name}" for name in UNITS)]
+"""The tests of what calls transformers; the others do not depend on its version."""
 NEEDED = ["hypothesis", "pytest", "pytest-xdist"]
 COUNT = re.compile(r"(\d+) (passed|failed|error|errors|skipped|xfailed)")
 
@@ -88,7 +90,13 @@ def run(python: Path, tests: list[str], workers: str) -> dict[str, Any]:
     if not counts:
         raise SystemExit(f"{python}: pytest did not finish:\n{output[-2000:]}")
     failed = sorted(line.split(" ")[1] for line in lines if line.startswith(("FAILED ", "ERROR ")))
-    return {"counts": counts, "failed": failed}
+    return {"counts": counts, "failed": failed, "commit": commit()}
+
+
+def commit() -> str:
+    """The commit that is tested, short; with a mark if the tree has changes."""
+    described = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
+    return subprocess.run(described, cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
 
 def write(found: dict[str, Any]) -> None:
@@ -97,7 +105,10 @@ def write(found: dict[str, Any]) -> None:
     RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
     good = [version for version, row in rows.items() if not row["failed"]]
     PASSED.write_text(json.dumps({"transformers": good}) + "\n")
-    lines = [f"| {v} | {row['counts'].get('passed', 0)} | {len(row['failed'])} |" for v, row in rows.items()]
+    lines = [
+        f"| {v} | {row['counts'].get('passed', 0)} | {len(row['failed'])} | {row.get('commit', '')} |"
+        for v, row in rows.items()
+    ]
     failures = [f"- {version}: `{name}`" for version, row in rows.items() for name in row["failed"][:20]]
     page = [
         "# Versions of transformers",
@@ -105,8 +116,8 @@ def write(found: dict[str, Any]) -> None:
         "What the tests say on each, with all other packages as in `constraints.txt`. Written by `python tools/versions.py`:",
         f"`pytest {' '.join(SUITE)}`.",
         "",
-        "| transformers | passed | failed |",
-        "| --- | --: | --: |",
+        "| transformers | passed | failed | at commit |",
+        "| --- | --: | --: | --- |",
         *lines,
         *(["", "Failed:", "", *failures] if failures else []),
         "",

@@ -96,7 +96,7 @@ def test_methods_with_equal_passes_refuse(think: str):
 )
 def test_impossible_passes_are_refused(passes: torch.Tensor, message: str):
     with pytest.raises(UserError, match=message):
-        build("AdaptiveLatentCoT(steps=2)")(ids(1, 4), passes=passes)
+        build("AdaptiveLatentCoT(steps=2, halting='fixed')")(ids(1, 4), passes=passes)
 
 
 def test_a_plain_model_refuses():

@@ -19,6 +19,7 @@ pondera eval runs/ponderlm3-seed0 --effort 0,0.25,0.5,1
 """
 SHOWN = (
     ("accuracy", "accuracy", "of the tokens that are asked"),
+    ("permuted_accuracy", "accuracy", "if random tokens get the same passes"),
     ("loss", "loss", "nats per token"),
     ("perplexity", "perplexity", "per token"),
     ("bits_per_byte", "bits per byte", "comparable between tokenizers"),

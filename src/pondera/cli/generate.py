@@ -6,26 +6,32 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from pondera.cli.output import print_table
+from pondera.cli.output import print_answers, print_table
 from pondera.cli.parser import Parser, add_budget, bounded_float, positive_int
 from pondera.core.errors import UserError
 from pondera.core.escape import escape_lines
+from pondera.core.run_folder import Run, is_run
 
 if TYPE_CHECKING:
     from pondera.inference.load import Loaded
 
-SUMMARY = "continues a prompt; can show the passes per token"
+SUMMARY = "continues a prompt, or answers a task; can show the passes per token"
 EXAMPLES = """
 pondera generate runs/ponderlm2-seed0 --prompt "def read(path):"
 pondera generate runs/ponderlm2-seed0 --prompt "The" --greedy --max-new-tokens 40 --show-compute
 pondera generate runs/ponderlm2-seed0 --prompt "The" --effort low
+pondera generate runs/ponderlm2-seed0 --prompt "R 102 021 210"      (a run on StateTracking)
 cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
 """
 
 
 def parser() -> Parser:
     """The argument parser of ``pondera generate``."""
-    arguments = Parser("generate", "Continues a prompt.", EXAMPLES)
+    arguments = Parser(
+        "generate",
+        "Continues a prompt. A run on a task answers the prompt: it prints the prediction and the passes of each token.",
+        EXAMPLES,
+    )
     arguments.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
     arguments.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
     arguments.add_argument(
@@ -62,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--greedy does not sample; leave out --greedy, or --temperature and --top-p")
     prompt = _prompt(args.prompt)
 
+    from pondera.inference.answers import answers
     from pondera.inference.generate import generate
     from pondera.inference.load import load
     from pondera.report.heatmap import shade_terminal
@@ -74,7 +81,11 @@ def run(args: argparse.Namespace) -> int:
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p
-    loaded = load(args.path) if args.show_concepts else None
+    task_run = is_run(args.path) and bool(Run.open(args.path).config.data.task)
+    loaded = load(args.path) if args.show_concepts or task_run else None
+    if loaded is not None and task_run:
+        print_answers(answers(loaded, prompt, args.effort, args.max_passes))
+        return 0
     if loaded is not None and loaded.model.chunk is None:
         raise UserError(
             f"--show-concepts: {loaded.name} has no concepts; leave it out, or use a model trained with "

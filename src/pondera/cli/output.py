@@ -7,7 +7,10 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pondera.inference.answers import Answer
 
 MOST_LEVELS = 10
 """The highest difficulty in a table; reports and JSON have all."""
@@ -100,6 +103,23 @@ def print_difficulty(found: dict[str, list[dict[str, Any]]]) -> None:
             means = [[values[level] for values in by_level if level in values] for level in shown]
             lines.append([name, measure, *(f"{fmean(values):.2f}" if values else "" for values in means)])
     print_table(["recipe", "difficulty", *map(str, shown)], lines)
+
+
+def print_answers(found: Sequence[Answer]) -> None:
+    """Prints a line each for the tokens of a task, the predictions, the errors and the passes."""
+    lines = {
+        "token": [one.symbol for one in found],
+        "answer": [one.predicted or "" for one in found],
+        "": ["" if one.predicted == one.correct else "wrong" for one in found],
+        "passes": [str(one.passes) for one in found],
+    }
+    widths = [max(map(len, column)) for column in zip(*lines.values(), strict=True)]
+    for name, cells in lines.items():
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        print(f"  {name:8}{' '.join(padded)}".rstrip())
+    asked = [one for one in found if one.correct is not None]
+    right = sum(one.predicted == one.correct for one in asked)
+    print(f"\n  {right} of {len(asked)} right, {fmean(one.passes for one in found):.2f} passes per token")
 
 
 def _cell(value: dict[str, Any], show: Callable[[float], str]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pondera.cli.config import load_config
+from pondera.cli.output import print_difficulty
 from pondera.cli.parser import Parser
 from pondera.core import run_config
 from pondera.core.metric import SCORES, score_name
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     done = train(config, out, args.resume, progress=True)
     if os.environ.get("RANK", "0") == "0":  # only the first process prints
         print(_summary(done))
+        if by_difficulty := (done.result() or {}).get("by_difficulty"):
+            print_difficulty({done.config.name: [by_difficulty]})
     return 0
 
 
@@ -67,11 +70,22 @@ def _summary(done: Run) -> str:
         ("scores and costs", f"{done.result_file}{score}"),
         ("model", str(done.model_dir)),
         ("training curve", str(done.metrics_file)),
-        ("generate", f'pondera generate {path} --prompt "Once upon a time"{_shows(done)}'),
-        ("evaluate", f"pondera eval {path} --data.text FILE"),
+        ("generate", f"pondera generate {path} --prompt {shlex.quote(_prompt(done))}{_shows(done)}"),
+        ("evaluate", f"pondera eval {path}{'' if done.config.data.task else ' --data.text FILE'}"),
         ("report", f"pondera report {path}"),
     ]
     return "\n".join(f"  {name + ':':19}{text}" for name, text in rows)
+
+
+def _prompt(run: Run) -> str:
+    """A prompt that fits the data of a run: for a task, the first half of a held-out window."""
+    data = run.config.data
+    if not data.task:
+        return "Once upon a time"
+    from pondera.data.task_corpus import prepare_task
+
+    corpus = prepare_task(data)
+    return str(corpus.tokenizer().decode(corpus.validation.windows(data.context)[0]["input_ids"][: data.context // 2]))
 
 
 def _shows(run: Run) -> str:

@@ -211,6 +211,8 @@ class Windows:
 
 
 def _check(config: DataConfig) -> None:
+    if config.known_difficulty:
+        raise UserError("data.known_difficulty: a text has none; set data.task, or leave known_difficulty out")
     if config.context < 1:
         raise UserError(f"data.context: a window needs at least 1 token, got {config.context}")
     if not 0 < config.validation < 1:

@@ -9,6 +9,7 @@ import logging
 import time
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -160,6 +161,7 @@ def _corpus_digest(run: Run) -> str | None:
 def _score_held_out(
     loaded: Loaded, run: Run, context: int, max_tokens: int | None, budget: dict[str, Any]
 ) -> dict[str, Any]:
+    from pondera.evaluation.permuted_passes import permuted_scores
     from pondera.evaluation.score import score
 
     corpus = prepare(replace(run.config.data, context=context))
@@ -171,7 +173,8 @@ def _score_held_out(
         )
     held_out = corpus.validation
     tokens, document_mask = max_tokens or held_out.num_tokens, run.config.data.document_mask
-    return score(loaded.model, held_out, context, tokens, _batch_size(context), document_mask, budget=budget)
+    run_it = partial(score, loaded.model, held_out, context, tokens, _batch_size(context), document_mask, budget=budget)
+    return run_it() | (permuted_scores(loaded.model, run_it) if run.config.data.task else {})
 
 
 def _score_whole(loaded: Loaded, text: LongText, context: int, budget: dict[str, Any]) -> dict[str, Any]:

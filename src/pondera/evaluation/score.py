@@ -20,6 +20,7 @@ from pondera.data.sampler import collate
 from pondera.data.task_corpus import TaskSplit
 from pondera.evaluation.chunked_forward import chunked_forward
 from pondera.evaluation.pass_counts import pass_counts
+from pondera.evaluation.permuted_passes import run_windows
 from pondera.evaluation.task_score import sum_task_scores, task_measures
 from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.next_token import IGNORED
@@ -36,6 +37,7 @@ def score(
     num_processes: int = 1,
     total: Callable[[Any], Any] | None = None,
     budget: dict[str, Any] | None = None,
+    permute: bool = False,
 ) -> dict[str, Any]:
     """Next-token loss on windows that are spread evenly over a split, or the scores on a task.
 
@@ -52,6 +54,7 @@ def score(
         num_processes: the number of processes that share the windows.
         total: sums a `ScoreSums` or `TaskScores` over these processes.
         budget: ``effort`` and ``max_passes``, as the model takes them.
+        permute: give the passes of each window to its tokens in random order (`pondera.evaluation.permuted_passes`).
 
     Returns:
         ``loss`` in nats per token, ``perplexity``, ``bits_per_byte`` (comparable between tokenizers), the number of
@@ -66,7 +69,7 @@ def score(
         start = first + rank * batch_size
         mine = chosen[start : start + batch_size]
         # A process without windows runs one anyway: all processes must join each forward pass of a sharded model.
-        own: Any = run(model, [windows[index] for index in mine or chosen[:1]], budget=budget)
+        own: Any = run(model, [windows[index] for index in mine or chosen[:1]], budget=budget, permute=permute)
         own = own if mine else own.nothing()
         sums = own if sums is None else sums + own
     if total is not None:
@@ -128,6 +131,7 @@ def sum_scores(
     windows: list[Mapping[str, Tensor]],
     start: int | None = None,
     budget: dict[str, Any] | None = None,
+    permute: bool = False,
 ) -> ScoreSums:
     """Scores windows of one length.
 
@@ -136,6 +140,7 @@ def sum_scores(
         windows: from `Windows`.
         start: the id of a token to put before each window, such as BOS (default: `None`); it is not predicted.
         budget: ``effort`` and ``max_passes``, as the model takes them.
+        permute: give the passes of each window to its tokens in random order (`pondera.evaluation.permuted_passes`).
     """
     batch = collate(windows)
     if start is not None:
@@ -147,7 +152,7 @@ def sum_scores(
     try:
         if model.kv_cache is not None:
             return _remembered(model, given["input_ids"], given["shift_labels"], budget)
-        out = model(**given, **(budget or {}))
+        out = run_windows(model, {**given, **(budget or {})}, windows, permute)
     finally:
         model.train(was_training)
     return ScoreSums(float(out.terms["next_token"].sum), pass_counts(out.passes, math.ceil(model.passes())))

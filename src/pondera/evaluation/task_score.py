@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from pondera.core.evaluation_mode import as_it_was
 from pondera.data.sampler import collate
 from pondera.evaluation.pass_counts import pass_counts
+from pondera.evaluation.permuted_passes import run_windows
 
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
@@ -124,7 +125,7 @@ class TaskScores:
 
 @torch.no_grad()
 def sum_task_scores(
-    model: AdaptiveLM, windows: list[Mapping[str, Tensor]], budget: dict[str, Any] | None = None
+    model: AdaptiveLM, windows: list[Mapping[str, Tensor]], budget: dict[str, Any] | None = None, permute: bool = False
 ) -> TaskScores:
     """Scores windows of one length.
 
@@ -132,11 +133,13 @@ def sum_task_scores(
         model: in any mode, which stays as it is.
         windows: from `TaskWindows`.
         budget: ``effort`` and ``max_passes``, as the model takes them.
+        permute: give the passes of each window to its tokens in random order (`pondera.evaluation.permuted_passes`).
     """
     given = {name: tensor.to(model.device) for name, tensor in collate(windows).items()}
     difficulty_BC = torch.stack([window["difficulty"] for window in windows]).to(model.device)
+    given = {**given, **(budget or {})}
     with as_it_was(model):
-        out = model(**given, **(budget or {}))
+        out = run_windows(model, given, windows, permute)
     asked_BC = difficulty_BC >= 0
     logits_NV, targets_N = out.logits[asked_BC].float(), given["shift_labels"][asked_BC]
     nats_N = F.cross_entropy(logits_NV, targets_N, reduction="none")

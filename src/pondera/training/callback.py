@@ -17,6 +17,7 @@ from pondera.core.run_folder import Run
 from pondera.data.corpus import AnyCorpus
 from pondera.evaluation.cost_report import cost_report
 from pondera.evaluation.halting_stats import HALTING_STATS
+from pondera.evaluation.permuted_passes import permuted_scores
 from pondera.evaluation.score import ScoreSums, score
 from pondera.evaluation.task_score import TaskScores
 from pondera.evaluation.trace import TRACED, trace, trace_halting
@@ -119,9 +120,15 @@ class RunCallback(TrainerCallback):
 
     def validate(self) -> dict[str, Any]:
         """Scores the model on the held-out text; all processes must call it together, and each scores a part."""
+        scores = self._score()
+        name = metric.score_name([scores])
+        self.watch.validated = f"{metric.SCORES[name]} {scores[name]:.4f}"
+        return scores
+
+    def _score(self, permute: bool = False) -> dict[str, Any]:
         trainer, data = self.trainer, self.config.data
         with trainer.full_precision():
-            scores = score(
+            return score(
                 trainer.lm,
                 self.corpus.validation,
                 data.context,
@@ -131,10 +138,8 @@ class RunCallback(TrainerCallback):
                 rank=trainer.args.process_index,
                 num_processes=trainer.args.world_size,
                 total=self._over_processes,
+                permute=permute,
             )
-        name = metric.score_name([scores])
-        self.watch.validated = f"{metric.SCORES[name]} {scores[name]:.4f}"
-        return scores
 
     def _over_processes(self, sums: ScoreSums | TaskScores) -> ScoreSums | TaskScores:
         numbers = {str(place): number for place, number in enumerate(sums.numbers())}
@@ -148,6 +153,7 @@ class RunCallback(TrainerCallback):
         prices = self._prices(validation["pass_shares"])
         return {
             **validation,
+            **permuted_scores(self.trainer.lm, self._score),
             "inference_flops_per_token": prices["inference_flops_per_token"],
             "train_flops": self._progress(steps)["train_flops"],
             "train_tokens": tokens,

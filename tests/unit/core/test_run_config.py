@@ -246,3 +246,32 @@ def test_every_field_can_be_given():
         tree = {}
         run_config.assign(tree, name, item.default)
         assert run_config.from_dict(tree) == RunConfig()
+
+
+def test_a_run_on_a_task_has_the_settings_for_tasks(recipes, tmp_path):
+    (tmp_path / "own.yaml").write_text("on_task: {train: {lr: 0.5}}\ntrain: {steps: 7, lr: 0.1}\n")
+    (tmp_path / "deeper.yaml").write_text("base: own.yaml\ntrain: {steps: 8}\non_task: {train: {batch_size: 3}}\n")
+    deeper = str(tmp_path / "deeper.yaml")
+    text, task = run_config.load(deeper), run_config.load(deeper, {"data.task": "StateTracking"})
+    assert (text.train.steps, text.train.lr, text.train.batch_size) == (8, 0.1, 8)
+    assert (task.train.steps, task.train.lr, task.train.batch_size) == (8, 0.5, 3)
+    assert run_config.load(deeper, {"data.task": "StateTracking", "train.lr": "2"}).train.lr == 2
+    assert run_config.load(deeper, {"data.task": "none"}) == run_config.load(deeper, {"data.task": None})
+
+
+def test_a_file_can_name_its_task(tmp_path):
+    (tmp_path / "own.yaml").write_text("data: {task: StateTracking}\non_task: {train: {lr: 0.5}}\n")
+    assert run_config.load(tmp_path / "own.yaml").train.lr == 0.5
+    assert run_config.load(tmp_path / "own.yaml", {"data.task": "none"}).train.lr != 0.5
+
+
+def test_settings_for_tasks_must_be_a_group(tmp_path):
+    (tmp_path / "own.yaml").write_text("on_task: 3\n")
+    with pytest.raises(UserError, match="on_task: expected a group of settings, got 3"):
+        run_config.load(tmp_path / "own.yaml")
+
+
+def test_a_larger_model_of_the_user_stays_larger_on_a_task(tmp_path):
+    (tmp_path / "own.yaml").write_text("base: plain\nbackbone: {num_hidden_layers: 9}\n")
+    backbone = run_config.load(tmp_path / "own.yaml", {"data.task": "StateTracking"}).backbone
+    assert (backbone["num_hidden_layers"], backbone["hidden_size"]) == (9, 64)

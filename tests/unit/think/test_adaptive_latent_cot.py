@@ -9,6 +9,7 @@ from helpers.fresh_process import copies
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.cache.depth_cache import DepthWrite
+from pondera.methods.think.adaptive_latent_cot import AdaptiveLatentCoT
 from pondera.models.backbone import Backbone
 
 
@@ -244,6 +245,47 @@ class TestPenalty:
             self.term(model, x, x).sum.backward()
             optimizer.step()
         assert model.eval()(x).passes.double().mean() < 1.5
+
+
+class TestExploration:
+    """Why a router does not collapse: the penalty starts late, and a halted token sees in training what a step gains."""
+
+    def test_the_penalty_grows_on_its_ramp(self):
+        model, x = routed(2, arguments=", penalty=0.4, ramp=(0.25, 0.75)"), ids(2, 6)
+        model.train()
+        weights = []
+        for progress in (0.0, 0.25, 0.5, 0.75, 1.0):
+            model.begin_step(3, 0, progress)
+            weights.append(model(x, labels=x).terms["thinking"].weight)
+        assert weights == pytest.approx([0.0, 0.0, 0.2, 0.4, 0.4])
+
+    def test_halted_tokens_explore_less_and_less(self):
+        model, x = routed(1, bias=-20.0, arguments=", explore=0.4"), ids(8, 60)
+        assert set(model(x).passes.flatten().tolist()) == {1}
+        model.train()
+        shares = []
+        for progress in (0.0, 0.5, 1.0):
+            model.begin_step(3, 0, progress)
+            shares.append(float((model(x).passes == 2).double().mean()))
+        assert shares == pytest.approx([0.4, 0.2, 0.0], abs=0.05)
+
+    def test_a_router_that_halts_every_token_still_learns_from_the_prediction(self):
+        """Without exploration, no gradient of the next-token loss reaches it: the collapse would be final."""
+        gradients = []
+        for explore in (0.0, 0.3):
+            model, x = routed(1, bias=-6.0, arguments=f", explore={explore}, penalty=0.0"), ids(8, 20)
+            model.train()
+            model.begin_step(3, 0, 0.5)
+            with torch.enable_grad():
+                model(x, labels=x).terms["next_token"].sum.backward()
+            gradient = model.think.router.weight.grad
+            gradients.append(0.0 if gradient is None else float(gradient.abs().sum()))
+        assert gradients[0] == 0 and gradients[1] > 0
+
+    @pytest.mark.parametrize("ramp", [(0.5, 0.2), (0.5,), (-0.1, 0.5), (0.5, 2)])
+    def test_impossible_ramps(self, ramp: tuple[float, ...]):
+        with pytest.raises(UserError, match="two shares of the training"):
+            AdaptiveLatentCoT(halting="router", ramp=ramp)
 
 
 class TestControls:

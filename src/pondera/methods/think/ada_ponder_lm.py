@@ -18,6 +18,7 @@ from pondera.cost.schedule import DecoderPass, MatMul
 from pondera.methods.think.base import MethodOutput, TokenBatch
 from pondera.methods.think.common.halting import Halting, router
 from pondera.methods.think.common.passes import Passes, SlotCache
+from pondera.methods.think.common.ramp import Ramp, checked, height
 from pondera.methods.think.ponder_lm import PonderLM
 from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
@@ -86,7 +87,7 @@ class AdaPonderLM(PonderLM):
         top_k: int | None = 100,
         penalty: float = 0.1,
         bottom: float = 0.1,
-        ramp: tuple[float, float] = (0.2, 0.6),
+        ramp: Ramp = (0.2, 0.6),
         halting: str = "gate",
         continue_prob: float = 0.5,
         halted: str = "freeze",
@@ -98,17 +99,15 @@ class AdaPonderLM(PonderLM):
             raise UserError(f"threshold={threshold}: give a number between 0 and 1")
         if penalty < 0 or not 0 <= bottom <= 1:
             raise UserError(f"penalty={penalty}, bottom={bottom}: give a penalty of 0 or more, and a share from 0 to 1")
-        if len(ramp) != 2 or not 0 <= ramp[0] <= ramp[1] <= 1:
-            raise UserError(f"ramp={ramp}: give two shares of the training, such as (0.2, 0.6)")
         if halted not in HALTED:
             raise unknown("halted", halted, HALTED)
-        self.threshold, self.penalty, self.bottom, self.ramp = threshold, penalty, bottom, tuple(ramp)
+        self.threshold, self.penalty, self.bottom, self.ramp = threshold, penalty, bottom, checked(ramp)
         self.halting = Halting(halting, "gate", continue_prob)
         self.dense, self.shared_gate = halted == "dense", shared_gate
         self.accepts_passes = not self.dense
         self.adaptive = self.halting.adaptive and steps > 0 and not self.dense
         self.gates = nn.ModuleList()
-        self._share_now = self._share(1.0)
+        self._share_now = bottom
 
     def bind(self, backbone: Backbone) -> None:
         """See `PonderLM.bind`; creates the gates."""
@@ -133,14 +132,8 @@ class AdaPonderLM(PonderLM):
 
     def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Sets the share of penalized gates and the random draw of this step."""
-        self._share_now = self._share(progress)
+        self._share_now = self.bottom * height(self.ramp, progress)
         self.halting.draw = 1 + step
-
-    def _share(self, progress: float) -> float:
-        start, end = self.ramp
-        if progress <= start < 1:
-            return 0.0
-        return self.bottom * (min(1.0, (progress - start) / (end - start)) if end > start else 1.0)
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding share this loop."""

@@ -19,6 +19,7 @@ from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.halting import Halting, continue_prob_for, router
 from pondera.methods.think.common.halting_think import ReachThink
 from pondera.methods.think.common.passes import Attend, Passes, all_shallower_passes
+from pondera.methods.think.common.ramp import Ramp, checked, height
 from pondera.models.backbone import Backbone
 from pondera.models.method import DeferredLoss, Terms
 
@@ -41,23 +42,27 @@ class AdaptiveLatentCoT(ReachThink):
     with gradient checkpointing, because checkpointing cannot keep the sub-caches.
     Resolved: the feedback is the last hidden state, RMS-matched on backbones whose embeddings are not at unit RMS. The
     method mixes states, not probabilities. The penalty is lambda * mean of sg(p_true)^beta * (sum of the probabilities
-    to reach the steps that were taken), with p_true from the final prediction. In training a random tenth of the tokens
-    takes a step that the router would not take. Otherwise a router that has learned to halt a token early would never
-    see again what a step gains, and in the end every token would take one pass. The last step of a token gets all
-    remaining probability. The paper's feedback, threshold and penalty were not available to us.
+    to reach the steps that were taken), with p_true from the final prediction. The penalty starts after a part of the
+    training, because a step gains nothing before the model has learned to use it. The router starts at the probability
+    0.99: if the mixture starts with more weight on early states, the deepest state learns less, even without a penalty.
+    In training some random tokens take a step that the router would not take. Otherwise a router that has learned to
+    halt a token early would never see again what a step gains, and in the end every token would take one pass. The last
+    step of a token gets all remaining probability. The paper's feedback, threshold, penalty and schedule were not
+    available to us.
 
     Args:
         steps: L, the maximum number of extra passes per token; 0 gives the plain backbone.
-        halting: ``"fixed"`` (every token takes all steps, the prediction uses the last state), ``"router"`` (the
-            paper), or a control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
+        halting: ``"router"`` (the paper), ``"fixed"`` (every token takes all steps, the prediction uses the last state),
+            or a control: ``"random"``, ``"oracle"`` (`pondera.methods.think.common.halting`).
         threshold: a token takes a step if the probability to reach it is at least this value.
         penalty: lambda, the cost of one full step in nats; larger values prune more.
+        ramp: (start, end), the shares of the training between which the penalty grows from 0 to `penalty`.
         beta: exponent of the correctness weight; larger values lower the penalty on wrong predictions; 0: no weighting.
         continue_prob: for ``"random"``: the probability that a token takes the next step.
-        explore: in training, the share of the halted tokens that take the next step anyway; 0: none.
+        explore: in training, the share of the halted tokens that take the next step anyway; falls to 0 at the end.
 
     Example:
-        >>> AdaptiveLatentCoT(steps=1).cost_schedule(tokens=8)[-1]
+        >>> AdaptiveLatentCoT(steps=1, halting="fixed").cost_schedule(tokens=8)[-1]
         DecoderPass(queries=8, keys=16, cached=False, repeats=1)
     """
 
@@ -75,13 +80,14 @@ class AdaptiveLatentCoT(ReachThink):
 
     def __init__(
         self,
-        steps: int = 1,
-        halting: str = "fixed",
+        steps: int = 3,
+        halting: str = "router",
         threshold: float = 0.05,
         penalty: float = 0.01,
         beta: float = 1.0,
         continue_prob: float = 0.5,
         explore: float = 0.1,
+        ramp: Ramp = (0.3, 0.7),
     ) -> None:
         super().__init__()
         if steps < 0:
@@ -93,6 +99,7 @@ class AdaptiveLatentCoT(ReachThink):
         if not 0 <= explore <= 1:
             raise UserError(f"explore={explore}: give a share from 0 to 1")
         self.steps, self.threshold, self.penalty, self.beta, self.explore = steps, threshold, penalty, beta, explore
+        self.ramp, self._penalty_now = checked(ramp), penalty
         self.slots_per_token = steps + 1
         self.feedback = Feedback("hidden")
         self.halting = Halting(halting, "router", continue_prob)
@@ -109,8 +116,12 @@ class AdaptiveLatentCoT(ReachThink):
             )
         self.feedback.bind(backbone)
         if self.halting.learned and self.steps:
-            # Training starts with all steps: 0.9 to the power of a usual step count is above the threshold.
-            self.router = router(backbone, start=0.9)
+            self.router = router(backbone, start=0.99)
+
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
+        """See `ReachThink.begin_step`; also sets the penalty."""
+        super().begin_step(step, seed, progress)
+        self._penalty_now = self.penalty * height(self.ramp, progress)
 
     def next_input(self, backbone: Backbone, step: int, state_BTD: Tensor) -> Tensor:
         """The last hidden states."""
@@ -131,7 +142,7 @@ class AdaptiveLatentCoT(ReachThink):
             known_BT = labels_BT >= 0
             true_BT = logits_BTV.detach().float().softmax(-1).gather(-1, labels_BT.clamp(min=0)[..., None])[..., 0]
             cost_BT = true_BT**self.beta * torch.stack(reach[1:]).sum(0)
-            return {"thinking": LossTerm(cost_BT[known_BT].sum(), known_BT.sum(), self.penalty)}
+            return {"thinking": LossTerm(cost_BT[known_BT].sum(), known_BT.sum(), self._penalty_now)}
 
         return {}, penalty if len(reach) > 1 else None
 

@@ -60,10 +60,17 @@ class ReachThink(HaltingThink):
     reach the next one. Under a control the prediction uses the last state.
 
     Attributes:
-        explore: in training, the share of tokens that take a pass although the rule halts them there.
+        explore: in training, the share of tokens that take a pass although the rule halts them there. It falls to 0 at
+            the end of the training, which then computes what inference computes.
     """
 
     explore: float = 0.0
+    _explore_now: float = 0.0
+
+    def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
+        """See `HaltingThink.begin_step`; also sets the share of explored passes."""
+        super().begin_step(step, seed, progress)
+        self._explore_now = self.explore * (1 - progress)
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding share this loop."""
@@ -93,7 +100,7 @@ class ReachThink(HaltingThink):
             return self.halting.continue_mask(step, batch.position_ids, batch.labels_BT, predict, batch.ids_BT)
         continue_BT, explored_BT = self.takes(reach_BT, batch.budget), None
         if self.training:
-            explored_BT = self.halting.explored(step, batch, self.explore)
+            explored_BT = self.halting.explored(step, batch, self._explore_now)
         return continue_BT if explored_BT is None else continue_BT | explored_BT
 
     @abstractmethod
