@@ -20,7 +20,7 @@ from pondera.core.run_config import DataConfig, RunConfig
 from pondera.core.run_folder import Run
 from pondera.methods.think.common.halting import continue_prob_for
 
-LEARNED = "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.8, penalty=0.3)"
+LEARNED = "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.97, penalty=0.3, ramp=(0.0, 0.1))"
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def names(recipe) -> list[str]:
     return [
         recipe("plain"),
         recipe("learned", LEARNED, steps=12, lr=0.02),
-        recipe("fixed", "AdaptiveLatentCoT(steps=2)"),
+        recipe("fixed", "AdaptiveLatentCoT(steps=2, halting='fixed')"),
     ]
 
 
@@ -111,7 +111,7 @@ def test_a_recipe_with_the_name_of_a_control_is_refused(recipe, tmp_path, capsys
 
 
 def test_a_name_that_no_control_needs_is_free(recipe, tmp_path):
-    names = [recipe("x", "AdaptiveLatentCoT(steps=1)"), recipe("x-random")]
+    names = [recipe("x", "AdaptiveLatentCoT(steps=1, halting='fixed')"), recipe("x-random")]
     found = compare(names, 1, out=tmp_path / "out", progress=False)
     assert [row["name"] for row in found["rows"]] == ["x", "x-random"]
 
@@ -121,7 +121,7 @@ def test_a_name_that_no_control_needs_is_free(recipe, tmp_path):
     [
         {},
         {"think": "PonderLM2(thoughts=1)"},
-        {"think": "AdaptiveLatentCoT(steps=2)"},
+        {"think": "AdaptiveLatentCoT(steps=2, halting='fixed')"},
         {"think": LEARNED, "data": DataConfig(known_difficulty=True)},
     ],
 )

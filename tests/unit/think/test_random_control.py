@@ -41,7 +41,7 @@ def test_random_tokens_take_these_passes(passes):
 @pytest.mark.parametrize(
     "think",
     [
-        "AdaptiveLatentCoT(steps=2)",
+        "AdaptiveLatentCoT(steps=2, halting='fixed')",
         "AdaptiveLatentCoT(steps=2, halting='random')",
         "AdaptiveLatentCoT(steps=2, halting='oracle')",
         "AdaptiveLatentCoT(steps=0, halting='router')",
