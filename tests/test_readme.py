@@ -197,6 +197,6 @@ def test_the_demo_goes_from_nothing_to_a_report(folder: Path, monkeypatch: pytes
     monkeypatch.setattr(demo, "SETTINGS", {**small, "train.steps": 2, "train.batch_size": 2})
     assert main(["demo", "--out", "demo"]) == 0
     said = capsys.readouterr().out
-    for expected in ("plain", "doubledepth", "adaptivelatentcot", "bits per byte", "every token", "report.html"):
+    for expected in ("plain", "doubledepth", "latentcot", "bits per byte", "every token", "report.html"):
         assert expected in said
     assert (folder / "demo/report.html").is_file()

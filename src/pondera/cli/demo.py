@@ -17,7 +17,7 @@ INTRODUCTION = """Trains three small Llamas on the sources and docs of this Pyth
 It takes about five minutes on two cores.
   plain              3 layers, one pass per token
   doubledepth        6 layers, one pass: same cost as two passes through 3 layers
-  adaptivelatentcot  3 layers, two passes: one latent thought per token before its prediction
+  latentcot          3 layers, two passes: one latent thought per token before its prediction
 """
 
 

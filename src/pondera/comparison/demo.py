@@ -9,7 +9,7 @@ from typing import Any
 from pondera.comparison.compare import compare
 from pondera.inference.generate import Generated, generate
 
-RECIPES = ["plain", "doubledepth", "adaptivelatentcot"]
+RECIPES = ["plain", "doubledepth", "latentcot"]
 SETTINGS = {"train.steps": 80, "train.eval_every": 40, "train.eval_tokens": 32768, "train.save_every": 40}
 SEEDS = 3
 PROMPT = "def "

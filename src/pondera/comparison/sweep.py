@@ -48,13 +48,7 @@ class Sweep:
     values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if self.setting not in TUNABLE:
-            if self.setting in run_config.fields():
-                raise UserError(
-                    f"--sweep {self.setting}: only settings that leave cost and data equal can be tuned: "
-                    f"{', '.join(TUNABLE)}"
-                )
-            raise unknown("setting to sweep", self.setting, TUNABLE)
+        _check_setting(self.setting)
         if len(set(self.values)) < len(self.values):
             raise UserError(f"{self}: a value occurs twice; give each value once")
         if len(self.values) < 2:
@@ -74,7 +68,8 @@ class Sweep:
         setting, equals, listed = text.partition("=")
         if not equals:
             raise UserError(f"--sweep {text}: give a setting and its values, e.g. --sweep train.lr=2e-3,4e-3,8e-3")
-        values = []
+        setting, values = setting.removeprefix("--"), []
+        _check_setting(setting)
         for part in listed.split(","):
             value = run_config.scalar(part.strip())
             if type(value) not in (int, float):
@@ -83,7 +78,7 @@ class Sweep:
                     "e.g. --sweep train.lr=2e-3,4e-3,8e-3"
                 )
             values.append(float(value))
-        return cls(setting.removeprefix("--"), tuple(values))
+        return cls(setting, tuple(values))
 
     def __str__(self) -> str:
         """The option on the command line."""
@@ -102,6 +97,16 @@ class Sweep:
             '-lr0.004'
         """
         return f"-{self.setting.removeprefix('train.')}{value}"
+
+
+def _check_setting(setting: str) -> None:
+    if setting in TUNABLE:
+        return
+    if setting in run_config.fields():
+        raise UserError(
+            f"--sweep {setting}: only settings that leave cost and data equal can be tuned: {', '.join(TUNABLE)}"
+        )
+    raise unknown("setting to sweep", setting, TUNABLE)
 
 
 def tune(
@@ -153,8 +158,9 @@ def tune(
 
 
 def _at_an_end(name: str, value: float, sweep: Sweep) -> str:
-    """A warning if a better value may lie outside of the list."""
-    for end, which, more in ((sweep.values[0], "smallest", "smaller"), (sweep.values[-1], "largest", "larger")):
-        if value == end:
-            return f"The best {sweep.setting} of {name} is the {which}, {value}; add {more} ones."
+    """A warning if a better value may lie outside of the list; nothing is smaller than 0."""
+    if value == sweep.values[0] != 0:
+        return f"The best {sweep.setting} of {name} is the smallest, {value}; add smaller ones."
+    if value == sweep.values[-1]:
+        return f"The best {sweep.setting} of {name} is the largest, {value}; add larger ones."
     return ""

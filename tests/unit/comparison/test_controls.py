@@ -20,7 +20,7 @@ from pondera.core.run_config import DataConfig, RunConfig
 from pondera.core.run_folder import Run
 from pondera.methods.think.common.halting import continue_prob_for
 
-LEARNED = "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.8, penalty=0.3, ramp=(0, 0))"
+LEARNED = "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.97, penalty=0.3, ramp=(0.0, 0.1))"
 
 
 @pytest.fixture

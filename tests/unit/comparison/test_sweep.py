@@ -31,7 +31,7 @@ VALUES = (1e-5, 1e-3, 1e-2)
             "train.steps=100,200",
             r"--sweep train.steps: only settings that leave cost and data equal can be tuned: train.lr",
         ),
-        ("data.text=a,b", r"'a' is not a number"),
+        ("data.text=a,b", r"--sweep data.text: only settings that leave cost and data equal"),
         ("train.lr=2e-3", r"--sweep train.lr=0.002: one value leaves nothing to choose; .* with --train.lr 0.002"),
         ("train.lr=2e-3,fast", r"'fast' is not a number"),
         ("train.lr=2e-3,", r"'' is not a number"),
@@ -140,6 +140,11 @@ def test_the_lowest_score_wins_and_ends_are_named(scored):
         "The best train.lr of low is the smallest, 1e-05; add smaller ones.",
         "The best train.lr of high is the largest, 0.01; add larger ones.",
     ]
+
+
+def test_nothing_is_smaller_than_zero():
+    sweep = Sweep("train.weight_decay", (0.0, 0.1, 0.2))
+    assert [bool(module._at_an_end("x", value, sweep)) for value in sweep.values] == [False, False, True]
 
 
 def test_the_seed_of_a_sweep_is_never_compared(scored):
