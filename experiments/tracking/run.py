@@ -22,7 +22,7 @@ from pondera.core.run_config import load
 
 TASK = "StateTracking(group='S3', reset=0.25)"
 SCALES: dict[str, dict[str, Any]] = {"cpu": {"data.task": TASK}}
-RATES = (1.5e-3, 3e-3, 6e-3)
+RATES = (2e-3, 4e-3)
 KNOWN = {"data.known_difficulty": True}
 EQUAL_PARAMETERS = {"backbone.num_hidden_layers": 2, "backbone.hidden_size": 48, "backbone.intermediate_size": 112}
 """Two layers with about the parameters of one layer of width 64."""
@@ -33,21 +33,18 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "doubledepth": {"backbone.num_hidden_layers": 2},
         "doubledepth-stock": {"backbone.num_hidden_layers": 2, "init": "hf", "train.weight_decay": 0.01},
         "doubledepth-thin": EQUAL_PARAMETERS,
-        "pausetoken": {"think": "PauseToken(pauses=1)"},
         "latentcot": {"think": "AdaptiveLatentCoT(steps=1, halting='fixed')"},
         "latentcot-3": {"think": "AdaptiveLatentCoT(steps=3, halting='fixed')"},
-        "ponderlm": {"think": "PonderLM(steps=3)"},
         "universal-3": {"think": "UniversalTransformer(steps=3, halting='fixed')"},
         "ponderlm2": {"think": "PonderLM2(thoughts=1)"},
     },
     "deciding": {
         "plain": {},
         "latentcot-known": {"think": "AdaptiveLatentCoT(steps=3, halting='fixed')", **KNOWN},
-        "adaptivelatentcot": {"think": "AdaptiveLatentCoT(steps=3)"},
+        "adaptivelatentcot": {"think": "AdaptiveLatentCoT(steps=3, penalty=0.03)"},
         "universaltransformer": {"think": "UniversalTransformer(steps=3)"},
         "ponderlm3": {"think": "PonderLM3(thoughts=1)"},
         "adaponderlm": {"think": "AdaPonderLM(steps=3)"},
-        "thinkathard": {"think": "ThinkAtHard(steps=1)"},
     },
 }
 """Settings of each variant beside those of the recipe plain on a task."""
