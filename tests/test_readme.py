@@ -193,10 +193,18 @@ def test_links_lead_somewhere():
 def test_the_demo_goes_from_nothing_to_a_report(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     from pondera.comparison import demo
 
-    small = {"data.text": "my_books", "data.tokenizer": "bpe-300", "data.context": 32, "train.eval_tokens": 64}
-    monkeypatch.setattr(demo, "SETTINGS", {**small, "train.steps": 2, "train.batch_size": 2})
+    small = {"data.windows": 600, "train.eval_tokens": 160, "train.steps": 2, "train.batch_size": 2}
+    monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **small})
     assert main(["demo", "--out", "demo"]) == 0
     said = capsys.readouterr().out
-    for expected in ("plain", "doubledepth", "latentcot", "bits per byte", "every token", "report.html"):
+    for expected in (
+        "plain",
+        "ponderlm2",
+        "adaptivelatentcot",
+        "error rate",
+        "difficulty",
+        "passes per token",
+        "report.html",
+    ):
         assert expected in said
     assert (folder / "demo/report.html").is_file()

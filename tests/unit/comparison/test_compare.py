@@ -269,11 +269,12 @@ def test_how_a_child_ended(tmp_path, code, said, kind, message):
     assert type(error) is kind and str(error).startswith(f"{tmp_path}/runs/{message}")
 
 
-def test_the_demo_lets_the_thinking_model_write(out, monkeypatch):
-    found = json.loads((out / "results.json").read_text())
-    monkeypatch.setattr(demo, "compare", lambda *_, **__: found)
-    written = demo.demo(out, progress=False)
-    assert written.thinking_run == out / "runs" / "ponder-4steps-seed0" and len(written.sample.tokens) > 1
+def test_the_demo_answers_held_out_windows(tmp_path):
+    small = {"data.windows": 600, "train.eval_tokens": 160, "train.steps": 2, "train.batch_size": 2}
+    made = demo.demo(tmp_path, progress=False, settings=small)
+    assert made.thinking_run.name == "adaptivelatentcot-2steps-seed0" and made.report.is_file()
+    assert len(made.windows) == demo.SHOWN and all(len(window) == 16 for window in made.windows)
+    assert [row["name"] for row in made.comparison["rows"]] == demo.RECIPES
 
 
 @pytest.fixture(scope="module")
