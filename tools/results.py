@@ -19,6 +19,7 @@ from pondera.core.run_folder import Run, write_atomic
 
 LISTED = {
     "bits_per_byte": ("bits per byte", "{:.4f}"),
+    "error": ("error rate", "{:.4f}"),
     "loss": ("loss, nats", "{:.4f}"),
     "passes_per_token": ("passes per token", "{:.3f}"),
     "train_tokens": ("training tokens", "{:,.0f}"),
