@@ -21,8 +21,8 @@ from pondera.comparison.compare import compare
 from pondera.comparison.demo import SETTINGS
 from pondera.core.run_config import load
 
-ARMS = ["plain", "doubledepth", "adaptivelatentcot", "pausetoken", "ponderlm2"]
-AT_EQUAL_FLOPS = ["doubledepth", "plain", "adaptivelatentcot", "pausetoken", "ponderlm2"]
+ARMS = ["plain", "doubledepth", "latentcot", "pausetoken", "ponderlm2"]
+AT_EQUAL_FLOPS = ["doubledepth", "plain", "latentcot", "pausetoken", "ponderlm2"]
 SCALES = {
     "cpu": {"train.steps": 400, "train.eval_tokens": 65536, "train.eval_every": 200, "train.save_every": 200},
     # The settings of the demo, so that both share their runs.
