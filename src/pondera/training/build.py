@@ -76,7 +76,8 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
 
     Raises:
         UserError: there is no backbone, its vocabulary differs from the tokenizer's, the context exceeds its positions,
-            the checkpoint is damaged, or nothing can train during ``train.freeze_backbone_steps``.
+            the checkpoint is damaged, or ``train.freeze_backbone_steps`` or ``train.lr_scale`` names parameters that the
+            model does not have.
 
     Example:
         >>> from pondera.core.run_config import from_dict
@@ -96,6 +97,7 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
     torch.manual_seed(config.train.seed)
     model = AdaptiveLM(adaptive).float()
     check_freeze_backbone(model, config.train)
+    check_lr_scale(model, config.train)
     return model
 
 
@@ -104,12 +106,27 @@ def check_freeze_backbone(model: AdaptiveLM, settings: TrainConfig) -> None:
     steps = settings.freeze_backbone_steps
     if steps < 0:
         raise UserError(f"train.freeze_backbone_steps: at least 0, got {steps}")
-    if steps and not (model.method is not None and any(p.numel() for p in model.method.parameters())):
-        what = f"{model.chosen} adds no parameters" if model.method is not None else "there is no think method"
+    if steps and (what := _nothing_added(model)):
         raise UserError(
             f"train.freeze_backbone_steps: {what}, so nothing would train in the first {steps} steps; "
             "use --train.freeze_backbone_steps 0"
         )
+
+
+def check_lr_scale(model: AdaptiveLM, settings: TrainConfig) -> None:
+    """Refuses an ``lr_scale`` that would scale nothing."""
+    if settings.lr_scale != 1 and (what := _nothing_added(model)):
+        raise UserError(
+            f"train.lr_scale: {what}, so there is no learning rate to scale by {settings.lr_scale:g}; leave "
+            "train.lr_scale out, and use --train.lr for the backbone"
+        )
+
+
+def _nothing_added(model: AdaptiveLM) -> str:
+    """Why no method adds a parameter to the backbone; empty if one does."""
+    if any(parameter.numel() for parameter in model.added_parameters()):
+        return ""
+    return f"{model.chosen} adds no parameters" if model.method is not None else "there is no method with parameters"
 
 
 def reads_as_before(config: RunConfig) -> bool:

@@ -264,7 +264,7 @@ def test_groups_of_the_optimizer(waiting, tmp_path, text):
             r"PonderLM2\(thoughts=1\) adds no parameters, so nothing would train in the first 2",
         ),
         ("PauseToken(pauses=0)", 2, r"PauseToken\(pauses=0\) adds no parameters.*use --train.freeze_backbone_steps 0"),
-        (None, 2, "there is no think method, so nothing would train"),
+        (None, 2, "there is no method with parameters, so nothing would train"),
         (PAUSE, -1, "train.freeze_backbone_steps: at least 0, got -1"),
     ],
 )
