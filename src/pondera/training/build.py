@@ -11,7 +11,7 @@ from pondera.arch.dimensions import LINEAR, layer_kinds
 from pondera.core.errors import UserError
 from pondera.core.run_config import DataConfig, RunConfig, TrainConfig
 from pondera.core.run_folder import Run, is_run
-from pondera.core.spec import SEAMS
+from pondera.core.spec import SEAMS, build
 from pondera.data.text import HUB_NAME
 from pondera.data.tokenizer import bpe_size, load_tokenizer
 from pondera.models import checkpoints
@@ -167,6 +167,8 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     tree = {"vocab_size": vocab_size, **given} if isinstance(given, dict) else given
     parts: dict[str, Any] = {seam: getattr(config, seam) for seam in SEAMS}
     adaptive = AdaptiveConfig(backbone=tree, init=config.init, **parts)
+    if isinstance(given, dict) and adaptive.head:
+        build(adaptive.head, "head").check_untrained()
     inner = adaptive.get_text_config()
     _check_vocabulary(config, inner.vocab_size, vocab_size)
     _check_same_tokens(config)
