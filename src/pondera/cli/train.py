@@ -59,12 +59,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(done: Run) -> str:
+    from pondera.evaluation.halting_collapse import halting_collapse
+
     result = done.result() or {}
     name = score_name([result])
     score = f"  ({result[name]:.4f} {SCORES[name]})" if name in result else ""
     path = shlex.quote(str(done.path))
     rows = [
         ("scores and costs", f"{done.result_file}{score}"),
+        *([("warning", warning)] if (warning := halting_collapse(result, done.config.think)) else []),
         ("model", str(done.model_dir)),
         ("training curve", str(done.metrics_file)),
         ("generate", f'pondera generate {path} --prompt "Once upon a time"{_shows(done)}'),

@@ -16,6 +16,7 @@ from pondera.core.run_config import RunConfig
 from pondera.core.run_folder import Run
 from pondera.data.corpus import AnyCorpus
 from pondera.evaluation.cost_report import cost_report
+from pondera.evaluation.halting_collapse import halting_rule
 from pondera.evaluation.halting_stats import HALTING_STATS
 from pondera.evaluation.score import ScoreSums, score
 from pondera.evaluation.task_score import TaskScores
@@ -155,6 +156,7 @@ class RunCallback(TrainerCallback):
             "train_tokens_per_second": tokens / self.seconds,
             "kv_bytes_per_token": prices["kv_bytes_per_token"],
             "parameters": self.parameters,
+            "halting_rule": halting_rule(self.model),
             "corpus": self.corpus.digest,
         }
 
