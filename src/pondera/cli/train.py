@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(done: Run) -> str:
-    from pondera.evaluation.halting_collapse import halting_collapse
+    from pondera.evaluation.run_warnings import run_warnings
 
     result = done.result() or {}
     name = score_name([result])
@@ -67,7 +67,7 @@ def _summary(done: Run) -> str:
     path = shlex.quote(str(done.path))
     rows = [
         ("scores and costs", f"{done.result_file}{score}"),
-        *([("warning", warning)] if (warning := halting_collapse(result, done.config.think)) else []),
+        *(("warning", warning) for warning in run_warnings(result, done.config)),
         ("model", str(done.model_dir)),
         ("training curve", str(done.metrics_file)),
         ("generate", f'pondera generate {path} --prompt "Once upon a time"{_shows(done)}'),

@@ -157,6 +157,7 @@ class RunCallback(TrainerCallback):
             "kv_bytes_per_token": prices["kv_bytes_per_token"],
             "parameters": self.parameters,
             "halting_rule": halting_rule(self.model),
+            "vocabulary": self.corpus.vocab_size,
             "corpus": self.corpus.digest,
         }
 

@@ -1,4 +1,4 @@
-"""A halting rule that decides nothing is named where the run ends and in its report; one that decides is not."""
+"""What went wrong in a run is named where it ends and in its report; what did not is not."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import pytest
 from helpers import training_worker
 
 from pondera.cli.main import main
+from pondera.core.run_config import RunConfig
 from pondera.core.run_folder import Run
 from pondera.evaluation.halting_collapse import halting_collapse
+from pondera.evaluation.run_warnings import run_warnings
 from pondera.report.page import write_report
 from pondera.training.train import train
 
@@ -74,3 +76,20 @@ def test_resuming_a_finished_run_says_it_again(text: Path, tmp_path: Path, capsy
     train(training_worker.tiny(text, {"think": ALL_HALT}), tmp_path / "run", progress=False)
     assert main(["train", str(tmp_path / "run"), "--resume"]) == 0
     assert SAID in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rate", "noticed"), [(1e-2, False), (1.0, True)])
+def test_a_learning_rate_that_destroys_the_model_is_noticed(
+    rate: float, noticed: bool, text: Path, tmp_path: Path, capsys
+):
+    """One that leaves the loss finite; where it is not, training stops (`tests/unit/training/test_train.py`)."""
+    tiny = training_worker.tiny(text, {"think": None, "train.lr": rate})
+    config = training_worker.write_config(tmp_path / "config.yaml", tiny)
+    assert main(["train", config, "--out", str(tmp_path / "run")]) == 0
+    assert ("nothing was learned; train longer or lower train.lr" in capsys.readouterr().out) == noticed
+    page = write_report([tmp_path / "run"], tmp_path / "report.html").read_text()
+    assert ("that of guessing any of 300 tokens" in page) == noticed
+
+
+def test_results_without_a_vocabulary_are_not_judged():
+    assert run_warnings({"loss": 99.0}, RunConfig()) == run_warnings({}, RunConfig()) == []
