@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pondera.cli.output import print_table
-from pondera.cli.parser import Parser, add_budget, bounded_float, positive_int
+from pondera.cli.parser import Parser, add_budget, add_kv_cache, bounded_float, positive_int
 from pondera.core.errors import UserError
 from pondera.core.escape import escape_lines
 
@@ -19,6 +19,7 @@ EXAMPLES = """
 pondera generate runs/ponderlm2-seed0 --prompt "def read(path):"
 pondera generate runs/ponderlm2-seed0 --prompt "The" --greedy --max-new-tokens 40 --show-compute
 pondera generate runs/ponderlm2-seed0 --prompt "The" --effort low
+pondera generate runs/ponderlm2-seed0 --prompt "The" --kv-cache "SnapKV(256)"
 cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
 """
 
@@ -49,10 +50,13 @@ def parser() -> Parser:
         "--seed", type=positive_int(0), default=0, metavar="N", help="random seed of the sampling (default: 0)"
     )
     add_budget(arguments)
+    add_kv_cache(arguments)
     arguments.add_argument(
         "--show-concepts", action="store_true", help="list the chunks of the text with their concepts"
     )
-    arguments.add_argument("--show-compute", action="store_true", help="show the text shaded by passes per token")
+    arguments.add_argument(
+        "--show-compute", action="store_true", help="print the text at its end, shaded by passes per token"
+    )
     return arguments
 
 
@@ -62,8 +66,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--greedy does not sample; leave out --greedy, or --temperature and --top-p")
     prompt = _prompt(args.prompt)
 
+    from pondera.evaluation.open_model import open_model
     from pondera.inference.generate import generate
-    from pondera.inference.load import load
     from pondera.report.heatmap import shade_terminal
 
     terminal = sys.stdout.isatty()
@@ -74,27 +78,25 @@ def run(args: argparse.Namespace) -> int:
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p
-    loaded = load(args.path) if args.show_concepts else None
-    if loaded is not None and loaded.model.chunk is None:
+    loaded = open_model(args.path, args.kv_cache, calibrate=args.calibrate)
+    if args.show_concepts and loaded.model.chunk is None:
         raise UserError(
             f"--show-concepts: {loaded.name} has no concepts; leave it out, or use a model trained with "
             'chunk: "ConceptLM()"'
         )
     found = generate(
-        loaded or args.path,
+        loaded,
         prompt,
         args.max_new_tokens,
         temperature,
         top_p,
         args.seed,
-        on_text,
+        None if args.show_compute else on_text,
         args.effort,
         args.max_passes,
     )
-    print()
-    if args.show_compute:
-        print(f"\n{shade_terminal(found.tokens, found.passes, color=terminal)}")
-    if loaded is not None:
+    print(shade_terminal(found.tokens, found.passes, color=terminal) if args.show_compute else "")
+    if args.show_concepts:
         _show_concepts(loaded, found.ids)
     return 0
 
