@@ -50,7 +50,7 @@ def no_grad() -> Iterator[None]:
 def build(case: str) -> AdaptiveLM:
     torch.manual_seed(0)
     backbone = copy.deepcopy(BACKBONES["llama"])
-    chosen = dict(CASES[case])
+    chosen: dict[str, Any] = dict(CASES[case])
     method = spec.build(chosen.pop("kv_cache"), "kv_cache")
     model = AdaptiveLM(AdaptiveConfig(backbone=backbone, **chosen))
     if model.chunk is not None:
