@@ -51,7 +51,7 @@ class FitProgress:
             table_KC = stage(x_NC, generator)
             self.fitted += 1
             now = time.monotonic()
-            if now - self._said >= SAY_EVERY:
+            if self.fitted < self.codebooks and now - self._said >= SAY_EVERY:
                 left = int((now - self._began) / self.fitted * (self.codebooks - self.fitted))
                 done = f"{self.fitted} of {self.codebooks} codebooks fitted"
                 log.info("%s: %s, about %d:%02d left", self.name, done, left // 60, left % 60)
