@@ -14,6 +14,7 @@ from helpers import saved_models
 import pondera
 from pondera.core import spec
 from pondera.core.errors import UserError
+from pondera.inference.load import load as load_model
 from pondera.methods.kv_cache.base import KVCacheMethod
 
 EVERY = spec.SEAMS + spec.PARTS + spec.PROBES
@@ -140,11 +141,27 @@ class TestLoad:
             ({"kv_cache": 8}, "expected text such as"),
             ({"dtype": "bfloat61"}, "did you mean 'bfloat16'"),
             ({"calibrate": "book.txt"}, "none is named"),
+            (
+                {"device_map": "auto"},
+                r"argument of load 'device_map': the whole model goes to one device: give device=",
+            ),
+            ({"torch_dtype": "bfloat16"}, "argument of load 'torch_dtype': its name here is dtype"),
+            ({"head": "VQLogits(8)"}, "argument of load 'head': a head is trained with its model: pondera train"),
+            ({"kv_cach": "H2O(8)"}, "argument of load 'kv_cach'; did you mean 'kv_cache'"),
         ],
     )
     def test_what_cannot_be_used_is_refused_in_words(self, checkpoint: Path, arguments: dict, says: str):
         with pytest.raises(UserError, match=says):
             pondera.load(checkpoint, device="cpu", **arguments)
+
+    def test_the_inner_loader_refuses_in_words_too(self, checkpoint: Path):
+        for name, says in {
+            "kv_cache": r"pondera.load takes it: pondera.load\(MODEL, kv_cache=",
+            "devise": "did you mean 'device'",
+            "device_map": "give device=",
+        }.items():
+            with pytest.raises(UserError, match=f"unknown argument of load '{name}'.*{says}"):
+                load_model(checkpoint, **{name: "x"})
 
     def test_an_unknown_folder_comes_with_the_nearest(self, checkpoint: Path):
         with pytest.raises(UserError, match="did you mean '.*llama'"):

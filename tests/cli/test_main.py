@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,7 +131,8 @@ def test_help_names_every_verb(said):
         ("generate ./nowhere --prompt a --top-p 0", "argument --top-p: expected a number above 0 and at most 1"),
         ("report nowhere", "no such folder: 'nowhere'"),
         ("report .", "no run in '.'"),
-        ("methods ponderlm", "unknown method 'ponderlm'; did you mean 'PonderLM'"),
+        ("methods pondrlm", "unknown method or seam 'pondrlm'; did you mean 'PonderLM'"),
+        ("methods kvcache", "unknown method or seam 'kvcache'; did you mean 'kv_cache'"),
         ("doctor plian", "unknown recipe 'plian'"),
         ("doctor plain --jason", "unknown option --jason"),
     ],
@@ -222,6 +224,38 @@ def test_methods_as_json(said):
     one = json.loads(said("methods", "PonderLM2", "--json")[1])
     assert one["paper"] == "PonderLM-2, arXiv 2509.23184"
     assert one["documentation"].startswith(one["summary"]) and "Args:" in one["documentation"]
+
+
+def test_methods_are_listed_under_their_seam(said):
+    """Each seam has one heading, with as many methods below it as it says."""
+    code, out, _ = said("methods")
+    headings = re.findall(r"^== (\w+) \((\d+)\): .+ ==$", out, re.MULTILINE)
+    every = spec.index(spec.SEAMS + spec.PARTS + spec.TASKS).values()
+    counts = {seam: sum(method.seam == seam for method in every) for seam in spec.SEAMS + spec.PARTS + spec.TASKS}
+    assert code == 0 and {seam: int(count) for seam, count in headings} == counts
+    assert out.index("== think") < out.index("PonderLM2: ") < out.index("== kv_cache") < out.index("SnapKV: ")
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "not_there"),
+    [
+        ("kv_cache", ["SnapKV: ", "VQKV: "], ["PonderLM2: ", "== think"]),
+        ("kv-cache", ["SnapKV: "], ["PonderLM2: "]),
+        ("task", ["StateTracking: "], ["SnapKV: "]),
+        ("kv", ["SnapKV: ", "VQKV: "], ["PonderLM2: "]),
+        ("ponder", ["AdaPonderLM: ", "PonderLM3: "], ["ThinkAtHard: "]),
+    ],
+)
+def test_methods_of_a_seam_or_with_a_name(asked, there, not_there, said):
+    code, out, _ = said("methods", asked)
+    assert code == 0 and all(text in out for text in there) and not any(text in out for text in not_there)
+    names = {entry["name"] for entry in json.loads(said("methods", asked, "--json")[1])}
+    assert {text.removesuffix(": ") for text in there} <= names
+
+
+def test_one_method_in_any_case(said):
+    assert said("methods", "ponderlm2") == said("methods", "PonderLM2")
+    assert "Args:" in said("methods", "vqkv")[1]
 
 
 def test_methods_of_ones_own(said, tmp_path, monkeypatch):

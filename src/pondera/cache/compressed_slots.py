@@ -163,8 +163,14 @@ class SequencesLayer(KVLayer):
         for layer in self.rows:
             layer.copy_storage()
 
+    def check_keep(self, keep: list[Tensor]) -> None:
+        """Raises if `keep` would refuse, before anything changes."""
+        for layer, keep_C in zip(self.rows, keep, strict=True):
+            if layer.batch():
+                layer.check_columns(keep_C)
+
     def keep(self, keep: list[Tensor]) -> None:
-        """Keeps the columns of each sequence where its ``[C]`` booleans are true."""
+        """Keeps the columns of each sequence where its ``[C]`` booleans are true, after `check_keep`."""
         self.renew()
         for layer, keep_C in zip(self.rows, keep, strict=True):
             if layer.batch():
@@ -311,6 +317,12 @@ class CompressedSlotCache(TokenCache):
         for layer in self._layers:
             layer.release(prompt and not layer.record_past)
         super().record(passes_BT)
+
+    def check_rollback(self, tokens: int) -> None:
+        """See `CacheState.check_rollback`."""
+        keep = [known.token_C < tokens for known in self.columns]
+        for layer in self._layers:
+            layer.check_keep(keep)
 
     def rollback(self, tokens: int) -> None:
         """See `CacheState.rollback`."""

@@ -234,15 +234,23 @@ class KVLayer(CacheLayer):
         """See `CacheState.set_length`."""
         self.seen = tokens
 
-    def keep_columns(self, keep_C: Tensor) -> None:
-        """Rolls back the slots where `keep_C` is false; they are among the newest, and later slots move up.
+    def check_columns(self, keep_C: Tensor) -> None:
+        """Raises if `keep_columns` would refuse, before anything changes.
 
-        Args:
-            keep_C: ``[C]``, for every slot seen. The layer must contain one sequence without padding.
+        Raises:
+            UserError: the slots cannot be rolled back.
         """
         raise UserError(
             f"{type(self).__name__}: cannot roll back some of the latest slots; decode without draft tokens"
         )
+
+    def keep_columns(self, keep_C: Tensor) -> None:
+        """Rolls back the slots where `keep_C` is false, after `check_columns`; later slots move up.
+
+        Args:
+            keep_C: ``[C]``, for every slot seen. The layer must contain one sequence without padding.
+        """
+        self.check_columns(keep_C)
 
     def release(self, prompt: bool) -> None:
         """Ends a call whose passes have all run: evicts or codes what `hold` deferred.

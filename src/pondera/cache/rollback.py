@@ -1,7 +1,8 @@
 """Rolls back the layers of a cache together: all of them, or none.
 
-The layers of transformers differ in what they can roll back. `Cache.crop` rolls back one layer after the other, so a layer
-that refuses leaves earlier layers shorter than later ones. Here every layer is checked before any layer changes.
+Layers differ in what they can roll back: those of transformers by kind, those of a KV-cache method by what each has evicted or
+encoded. `Cache.crop` rolls back one layer after the other, so a layer that refuses leaves earlier layers shorter than later
+ones. Here every layer is checked before any layer changes.
 
 Shapes: none.
 """
@@ -37,13 +38,8 @@ def roll_back(layers: list, kept: int, removed: int) -> None:
 
     Args:
         layers, kept, removed: as for `check_layers`.
-
-    Raises:
-        UserError: a layer of a KV-cache method cannot roll back; no layer has changed.
     """
-    # A layer of a KV-cache method may refuse by itself. All layers of a method hold the same tokens, so the first one
-    # refuses, and the layers of transformers come after it.
-    for layer in sorted(layers, key=lambda layer: not isinstance(layer, CacheState)):
+    for layer in layers:
         if isinstance(layer, CacheState):
             layer.crop(-removed)
         elif not kept:

@@ -241,14 +241,17 @@ class KVStoreLayer(KVLayer):
         if not self.record_past:
             self.method.evict_layer(self)
 
-    def keep_columns(self, keep_C: Tensor) -> None:
-        """See `KVLayer.keep_columns`. Rolled-back draft tokens do not influence evictions."""
+    def check_columns(self, keep_C: Tensor) -> None:
+        """See `KVLayer.check_columns`."""
         gone = (~keep_C).nonzero()
         if len(gone) and int(gone[0]) < self.evicted_until:
             raise UserError(
                 f"crop: cannot roll back {len(gone)} of the latest {self.seen - int(gone[0])} slots, because slots have been "
                 "evicted after them; call cache.activate_past_recording() before a call with draft tokens"
             )
+
+    def keep_columns(self, keep_C: Tensor) -> None:
+        """See `KVLayer.keep_columns`. Rolled-back draft tokens do not influence evictions."""
         number_C = torch.cat([keep_C.cumsum(0) - 1, keep_C.new_zeros(1, dtype=torch.long)]).to(torch.int32)
         self.prompt = int(keep_C[: self.prompt].sum())
         self.evicted_until = int(keep_C[: self.evicted_until].sum())
@@ -263,13 +266,16 @@ class KVStoreLayer(KVLayer):
         self._drafts = []
         self.method.evict_layer(self)
 
-    def rollback(self, tokens: int) -> None:
-        """See `KVLayer.rollback`."""
+    def check_rollback(self, tokens: int) -> None:
+        """See `CacheState.check_rollback`."""
         if tokens < self.evicted_until or (self.method.observation_window and self.seen - tokens > DRAFTS):
             raise UserError(
                 f"crop: cannot roll back the last {self.seen - tokens} of {self.seen} tokens, because tokens have been "
                 "evicted or scored with them; call cache.activate_past_recording() before a call with draft tokens"
             )
+
+    def rollback(self, tokens: int) -> None:
+        """See `KVLayer.rollback`."""
         self.seen = tokens
         self.prompt = min(self.prompt, tokens)
         for table in self.tables:

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 from pondera.cli.output import only_json, print_difficulty, print_json, print_table
-from pondera.cli.parser import Parser, add_budget, positive_int, text_notes
+from pondera.cli.parser import Parser, add_budget, add_kv_cache, positive_int, text_notes
 from pondera.core.metric import SCORES, score_name
 
 SUMMARY = "evaluates a trained model on held-out text, with the cost per token"
@@ -16,6 +16,7 @@ pondera eval runs/ponderlm2-seed0
 pondera eval runs/ponderlm2-seed0 --data.text book.txt --max-tokens 100000
 pondera eval path/to/model --data.text stdlib --json
 pondera eval runs/ponderlm3-seed0 --effort 0,0.25,0.5,1
+pondera eval runs/ponderlm2-seed0 --kv-cache "SnapKV(64)"
 """
 SHOWN = (
     ("accuracy", "accuracy", "of the tokens that are asked"),
@@ -44,18 +45,21 @@ def parser() -> Parser:
         "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens to score (default: all)"
     )
     add_budget(arguments, several=True)
+    add_kv_cache(arguments)
     arguments.add_argument("--json", action="store_true", help="print JSON only")
     return arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates the model at each effort and prints the scores."""
-    from pondera.evaluation.perplexity import evaluate
-    from pondera.inference.load import load
+    from pondera.evaluation.open_model import open_model
+    from pondera.evaluation.perplexity import evaluate, given_settings
 
     wanted: list[str | float | None] = list(args.effort or [None])
+    several, compressed = len(wanted) > 1, args.kv_cache is not None or args.calibrate is not None
     with only_json(args.json):
-        model = args.path if len(wanted) == 1 else load(args.path)
+        given_settings(args.overrides)  # before the model is loaded
+        model = open_model(args.path, args.kv_cache, calibrate=args.calibrate) if several or compressed else args.path
         found = [evaluate(model, args.overrides, args.max_tokens, effort, args.max_passes) for effort in wanted]
     if args.json:
         print_json(found[0] if len(found) == 1 else [{"effort": e} | one for e, one in zip(wanted, found, strict=True)])

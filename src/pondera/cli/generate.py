@@ -7,10 +7,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from pondera.cli.output import print_answers, print_table
-from pondera.cli.parser import Parser, add_budget, bounded_float, positive_int
+from pondera.cli.parser import Parser, add_budget, add_kv_cache, bounded_float, positive_int
 from pondera.core.errors import UserError
 from pondera.core.escape import escape_lines
-from pondera.core.run_folder import Run, is_run
 
 if TYPE_CHECKING:
     from pondera.inference.load import Loaded
@@ -21,6 +20,7 @@ pondera generate runs/ponderlm2-seed0 --prompt "def read(path):"
 pondera generate runs/ponderlm2-seed0 --prompt "The" --greedy --max-new-tokens 40 --show-compute
 pondera generate runs/ponderlm2-seed0 --prompt "The" --effort low
 pondera generate runs/ponderlm2-seed0 --prompt "R 102 021 210"      (a run on StateTracking)
+pondera generate runs/ponderlm2-seed0 --prompt "The" --kv-cache "SnapKV(256)"
 cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
 """
 
@@ -55,10 +55,13 @@ def parser() -> Parser:
         "--seed", type=positive_int(0), default=0, metavar="N", help="random seed of the sampling (default: 0)"
     )
     add_budget(arguments)
+    add_kv_cache(arguments)
     arguments.add_argument(
         "--show-concepts", action="store_true", help="list the chunks of the text with their concepts"
     )
-    arguments.add_argument("--show-compute", action="store_true", help="show the text shaded by passes per token")
+    arguments.add_argument(
+        "--show-compute", action="store_true", help="print the text at its end, shaded by passes per token"
+    )
     return arguments
 
 
@@ -68,9 +71,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--greedy does not sample; leave out --greedy, or --temperature and --top-p")
     prompt = _prompt(args.prompt)
 
-    from pondera.inference.answers import answers
+    from pondera.evaluation.open_model import open_model
+    from pondera.inference.answers import answers, task_of
     from pondera.inference.generate import generate
-    from pondera.inference.load import load
     from pondera.report.heatmap import shade_terminal
 
     terminal = sys.stdout.isatty()
@@ -81,31 +84,28 @@ def run(args: argparse.Namespace) -> int:
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p
-    task_run = is_run(args.path) and bool(Run.open(args.path).config.data.task)
-    loaded = load(args.path) if args.show_concepts or task_run else None
-    if loaded is not None and task_run:
+    loaded = open_model(args.path, args.kv_cache, calibrate=args.calibrate)
+    if task_of(loaded) is not None:
         print_answers(answers(loaded, prompt, args.effort, args.max_passes))
         return 0
-    if loaded is not None and loaded.model.chunk is None:
+    if args.show_concepts and loaded.model.chunk is None:
         raise UserError(
             f"--show-concepts: {loaded.name} has no concepts; leave it out, or use a model trained with "
             'chunk: "ConceptLM()"'
         )
     found = generate(
-        loaded or args.path,
+        loaded,
         prompt,
         args.max_new_tokens,
         temperature,
         top_p,
         args.seed,
-        on_text,
+        None if args.show_compute else on_text,
         args.effort,
         args.max_passes,
     )
-    print()
-    if args.show_compute:
-        print(f"\n{shade_terminal(found.tokens, found.passes, color=terminal)}")
-    if loaded is not None:
+    print(shade_terminal(found.tokens, found.passes, color=terminal) if args.show_compute else "")
+    if args.show_concepts:
         _show_concepts(loaded, found.ids)
     return 0
 

@@ -10,23 +10,32 @@ from typing import Any
 
 from pondera.cli.output import print_json
 from pondera.cli.parser import Parser
-from pondera.core import spec
+from pondera.core import run_config, spec
 from pondera.core.cards import Card, cards
 from pondera.core.errors import unknown
 from pondera.core.spec import MethodInfo
 
-SUMMARY = "lists all methods and tasks, or describes one"
+SUMMARY = "lists all methods and tasks, those of one seam, or describes one"
 EXAMPLES = """
 pondera methods
+pondera methods kv_cache
+pondera methods ponder
 pondera methods PonderLM2
 PONDERA_METHODS=my_methods pondera methods --json
 """
+PURPOSES = {
+    "quantize": "discrete codes for vectors, as arguments of other methods, e.g. ConceptLM(quantizer=VQ(64))",
+    "task": "a synthetic task in place of text, e.g. StateTracking('S3'), as data.task",
+}
+"""What the folders are for that are no seams; seams have the help of their setting."""
 
 
 def parser() -> Parser:
     """The argument parser of ``pondera methods``."""
     arguments = Parser("methods", "Lists the methods with their paper, cost and measured results.", EXAMPLES)
-    arguments.add_argument("name", nargs="?", metavar="NAME", help="describe this method")
+    arguments.add_argument(
+        "name", nargs="?", metavar="NAME", help="describe this method; or list a seam, or what has NAME in its name"
+    )
     arguments.add_argument("--json", action="store_true", help="print JSON only")
     return arguments
 
@@ -34,22 +43,49 @@ def parser() -> Parser:
 def run(args: argparse.Namespace) -> int:
     """Prints the list of methods, or the documentation of one method."""
     methods = spec.index(spec.SEAMS + spec.PARTS + spec.TASKS)
-    if args.name is None:
-        if args.json:
-            print_json([_plain(method) for method in methods.values()])
-        else:
-            print("\n\n".join(map(_entry, methods.values())))
-            print('\nuse one:  pondera train plain --think "PonderLM2(thoughts=1)"   more:  pondera methods NAME')
+    one = methods.get(args.name) or next(
+        (m for m in methods.values() if m.name.lower() == (args.name or "").lower()), None
+    )
+    if one is not None:
+        _print_one(one, args.json)
         return 0
-    method = methods.get(args.name)
-    if method is None:
-        raise unknown("method", args.name, methods)
-    text = documentation(method)
+    listed = list(methods.values()) if args.name is None else matching(args.name, list(methods.values()))
     if args.json:
+        print_json([_plain(method) for method in listed])
+        return 0
+    print("\n\n".join(_section(seam, listed) for seam in dict.fromkeys(method.seam for method in listed)))
+    print('\nuse one:  pondera train plain --think "PonderLM2(thoughts=1)"   more:  pondera methods NAME')
+    return 0
+
+
+def matching(name: str, methods: list[MethodInfo]) -> list[MethodInfo]:
+    """The methods of a seam, or those with this text in their name, whatever its case.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [method for method in methods if method.seam == name.replace("-", "_").lower()]
+    found = found or [method for method in methods if name and name.lower() in method.name.lower()]
+    if not found:
+        raise unknown("method or seam", name, [*dict.fromkeys(m.seam for m in methods), *(m.name for m in methods)])
+    return found
+
+
+def _section(seam: str, methods: list[MethodInfo]) -> str:
+    """The methods of one seam under a heading."""
+    own = [method for method in methods if method.seam == seam]
+    settings = run_config.fields()
+    purpose = PURPOSES.get(seam) or settings[seam].metadata["help"]
+    return "\n\n".join([f"== {seam} ({len(own)}): {purpose} ==", *map(_entry, own)])
+
+
+def _print_one(method: MethodInfo, as_json: bool) -> None:
+    """Prints the entry of one method and its documentation."""
+    text = documentation(method)
+    if as_json:
         print_json(_plain(method) | {"documentation": text})
     else:
         print(f"{_entry(method)}\n  file        {method.file}\n\n{text}")
-    return 0
 
 
 def documentation(method: MethodInfo) -> str:

@@ -159,6 +159,22 @@ def add_budget(parser: Parser, several: bool = False) -> None:
     parser.add_argument("--max-passes", type=positive_int(1), metavar="N", help="maximum number of passes per token")
 
 
+def add_kv_cache(parser: Parser) -> None:
+    """Adds the arguments ``--kv-cache`` and ``--calibrate``."""
+    parser.add_argument(
+        "--kv-cache",
+        metavar="SPEC",
+        help="compress the KV cache with a method such as 'SnapKV(256)', see `pondera methods kv_cache` (default: the "
+        "model's own)",
+    )
+    parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        help="with --kv-cache: calibration text for codebooks (default: the training text of the run); `pondera compress "
+        "--out` saves the codebooks",
+    )
+
+
 def text_notes(purpose: str) -> str:
     """The part of ``--help`` on the settings that select a text.
 

@@ -62,12 +62,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _summary(done: Run) -> str:
+    from pondera.evaluation.run_warnings import run_warnings
+
     result = done.result() or {}
     name = score_name([result])
     score = f"  ({result[name]:.4f} {SCORES[name]})" if name in result else ""
     path = shlex.quote(str(done.path))
     rows = [
         ("scores and costs", f"{done.result_file}{score}"),
+        *(("warning", warning) for warning in run_warnings(result, done.config)),
         ("model", str(done.model_dir)),
         ("training curve", str(done.metrics_file)),
         ("generate", f"pondera generate {path} --prompt {shlex.quote(_prompt(done))}{_shows(done)}"),

@@ -59,13 +59,18 @@ class TrainConfig:
 
     steps: int = option(500, "optimizer steps")
     freeze_backbone_steps: int = option(
-        0, "freeze a pretrained backbone for this many steps; only the parameters of the method train"
+        0, "freeze a pretrained backbone for this many steps; only the parameters of the methods train"
     )
     batch_size: int = option(8, "windows per optimizer step, over all processes")
     micro_batch_size: int | None = option(
         None, "windows per forward pass and process; without it, the whole step in one pass"
     )
     lr: float = option(2e-3, "peak learning rate (AdamW)")
+    lr_scale: float = option(
+        1.0,
+        "factor of the learning rate of the parameters that methods add to the backbone; 0.1 lets the heads and codebooks "
+        "of ConceptLM learn at a tenth of the rate",
+    )
     warmup: float = option(0.05, "share of the steps for the linear warm-up; then cosine decay to min_lr")
     min_lr: float = option(0.1, "final learning rate as a share of the peak")
     weight_decay: float = option(0.1, "AdamW weight decay, on matrices only")

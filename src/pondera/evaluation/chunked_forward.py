@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pondera.core.hf import CACHE
 if TYPE_CHECKING:
     from pondera.core.hf import Cache
     from pondera.models.adaptive_lm import AdaptiveLM
+    from pondera.models.output import AdaptiveOutput
 
 PIECE = 8
 """Tokens per chunk: small compared with any cache budget, but large enough to need few calls."""
@@ -36,15 +37,15 @@ def pieces(tokens: int, prompt: int, piece: int = PIECE) -> list[int]:
 
 
 @torch.no_grad()
-def chunked_forward(
+def chunked_outputs(
     model: AdaptiveLM,
     cache: Cache,
     ids_BT: Tensor,
     prompt: int = 0,
     piece: int = PIECE,
     budget: Mapping[str, Any] | None = None,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yields the index of each chunk's first token and the chunk's logits ``[B, t, V]``.
+) -> Iterator[tuple[int, AdaptiveOutput]]:
+    """Yields the index of each chunk's first token and the output of the model for the chunk.
 
     Args:
         model: in eval mode.
@@ -56,5 +57,18 @@ def chunked_forward(
     """
     start = 0
     for part_BT in ids_BT.split(pieces(ids_BT.shape[1], prompt, piece), dim=1):
-        yield start, model(part_BT, **{CACHE: cache}, **(budget or {})).logits
+        yield start, model(part_BT, **{CACHE: cache}, **(budget or {}))
         start += part_BT.shape[1]
+
+
+def chunked_forward(
+    model: AdaptiveLM,
+    cache: Cache,
+    ids_BT: Tensor,
+    prompt: int = 0,
+    piece: int = PIECE,
+    budget: Mapping[str, Any] | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yields the index of each chunk's first token and the chunk's logits ``[B, t, V]``; arguments as `chunked_outputs`."""
+    for start, out in chunked_outputs(model, cache, ids_BT, prompt, piece, budget):
+        yield start, cast(Tensor, out.logits)

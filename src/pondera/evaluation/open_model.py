@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pondera.core import spec
 from pondera.core.errors import UserError
@@ -30,6 +30,7 @@ def load(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    **others: Any,
 ) -> tuple[AdaptiveLM, PreTrainedTokenizerFast]:
     """Loads a model and its tokenizer; plain ``model.generate`` then uses the methods named here.
 
@@ -40,17 +41,19 @@ def load(
             that was not trained with it, what it adds is untrained.
         device: where the model goes; default: the accelerator if there is one, else the CPU.
         dtype: of the weights, e.g. ``"bfloat16"`` or ``torch.bfloat16``; default: as they are saved.
-        calibrate: a text file, folder or dataset, for a KV cache method that is fitted to the model first, such as VQKV.
+        calibrate: a text file, folder or dataset, for a KV cache method that is fitted to the model first, such as VQKV;
+            default: the training text of a run.
         calibrate_tokens: how many of its tokens are read.
         tokenizer, revision, trust_remote_code: see `pondera.inference.load.load`.
+        others: nothing else is allowed; the error names what is.
 
     Returns:
         The model, in eval mode, and its tokenizer. Without `kv_cache` and `think` the model computes what the checkpoint
         computes in transformers.
 
     Raises:
-        UserError: no such model or method (with the nearest name), a method that does not fit the model, or one that
-            needs `calibrate`.
+        UserError: no such model, method or argument (with the nearest name), a method that does not fit the model, or one
+            that needs `calibrate`.
 
     Example::
 
@@ -58,30 +61,45 @@ def load(
         prompt = tokenizer("The sea", return_tensors="pt").to(model.device)
         print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
     """
-    if think is not None:
-        think = _think(think)
-    if dtype is not None:
-        dtype = str(dtype).removeprefix("torch.")
-    method = _kv_cache(kv_cache)
-    if method is None and calibrate is not None:
-        raise UserError("calibrate: text to fit a KV cache method to, and none is named; add kv_cache='VQKV(2.75)'")
-    if method is not None and not method.fitted and calibrate is None:
-        raise UserError(
-            f"kv_cache: {method!r} is fitted to a model before it is used; add calibrate='book.txt' (a text file, a folder "
-            "or a dataset)"
-        )
-    found = loading.load(
+    loading.refuse_others(others, load)
+    found = open_model(
         name,
-        device,
-        dtype=dtype,
+        kv_cache,
+        None if think is None else _think(think),
+        calibrate,
+        calibrate_tokens,
+        device=device,
+        dtype=None if dtype is None else str(dtype).removeprefix("torch."),
         tokenizer=tokenizer,
         revision=revision,
         trust_remote_code=trust_remote_code,
-        think=think,
     )
+    return found.model, found.tokenizer
+
+
+def open_model(
+    name: str | Path,
+    kv_cache: str | KVCacheMethod | None = None,
+    think: str | None = None,
+    calibrate: str | None = None,
+    calibrate_tokens: int = 65536,
+    **options: Any,
+) -> loading.Loaded:
+    """Like `load`, with the run and the name of the model.
+
+    Args:
+        name, kv_cache, think, calibrate, calibrate_tokens: as for `load`.
+        options: further arguments of `pondera.inference.load.load`.
+    """
+    method = _kv_cache(kv_cache)
+    if method is None and calibrate is not None:
+        raise UserError("calibrate: text to fit a KV cache method to, and none is named; add kv_cache='VQKV(2.75)'")
+    if method is not None and not method.fitted and calibrate is None and not Path(name).expanduser().is_dir():
+        raise _needs_text(method)  # a hub name, whose weights would be downloaded first
+    found = loading.load(name, think=think, **options)
     if method is not None:
         _attach(found, method, calibrate, calibrate_tokens)
-    return found.model, found.tokenizer
+    return found
 
 
 def _think(given: str | Think) -> str:
@@ -97,10 +115,12 @@ def _think(given: str | Think) -> str:
 
 def _kv_cache(given: str | KVCacheMethod | None) -> KVCacheMethod | None:
     """The method that was given, built if it is text."""
+    if given is None:
+        return None
 
     from pondera.methods.kv_cache.base import KVCacheMethod
 
-    if given is None or isinstance(given, KVCacheMethod):
+    if isinstance(given, KVCacheMethod):
         return given
     if not isinstance(given, str):
         raise UserError(f"kv_cache: expected text such as 'H2O(0.25)' or a method such as H2O(0.25), got {given!r}")
@@ -117,6 +137,8 @@ def _attach(loaded: loading.Loaded, method: KVCacheMethod, calibrate: str | None
     others = {seam: getattr(model.config, seam) for seam in spec.SEAMS if seam != "kv_cache"}
     AdaptiveConfig(backbone=config, kv_cache=text, **others)  # refuses what cannot be combined
     if not method.fitted:
+        if calibrate is None and loaded.run is None:
+            raise _needs_text(method)
         from pondera.evaluation.perplexity import context_of
         from pondera.evaluation.windows import calibration
 
@@ -127,3 +149,10 @@ def _attach(loaded: loading.Loaded, method: KVCacheMethod, calibrate: str | None
     method.to(model.device)
     method.check(config, compressible(config))
     model.config.kv_cache, model.kv_cache = text, method
+
+
+def _needs_text(method: KVCacheMethod) -> UserError:
+    return UserError(
+        f"kv_cache: {method!r} is fitted to a model before it is used, and this model is not from a run; add "
+        "calibrate='book.txt' (a text file, a folder or a dataset; on the command line: --calibrate book.txt)"
+    )

@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 
 
 def can_permute(model: AdaptiveLM) -> bool:
-    """Whether the method of a model decides the passes of each token, and accepts other decisions."""
+    """Whether the method of a model decides the passes of each token, and accepts other decisions in one call."""
     method = model.method
-    return method is not None and bool(getattr(method, "adaptive", False)) and method.accepts_passes
+    return (
+        method is not None
+        and model.kv_cache is None
+        and bool(getattr(method, "adaptive", False))
+        and method.accepts_passes
+    )
 
 
 def permuted_scores(model: AdaptiveLM, score: Callable[..., dict[str, Any]]) -> dict[str, Any]:

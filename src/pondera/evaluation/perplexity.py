@@ -80,6 +80,10 @@ def evaluate(
     loaded = path if isinstance(path, Loaded) else load(path)
     model, run, budget = loaded.model, loaded.run, effort_arguments(loaded.model, effort, max_passes)
     context = context_of(given.get("context"), loaded)
+    if model.kv_cache is not None and run is not None and run.config.data.document_mask:
+        log.warning(
+            "data.document_mask: not used with a kv_cache method; tokens also attend to earlier documents of a window"
+        )
     if run is not None and (source is None or _is_own(run.config.data, given)):
         scores = _score_held_out(loaded, run, context, max_tokens, budget)
     elif source is not None:

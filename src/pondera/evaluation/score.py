@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from pondera.data.corpus import Split
 from pondera.data.sampler import collate
 from pondera.data.task_corpus import TaskSplit
-from pondera.evaluation.chunked_forward import chunked_forward
+from pondera.evaluation.chunked_forward import chunked_outputs
 from pondera.evaluation.pass_counts import pass_counts
 from pondera.evaluation.permuted_passes import run_windows
 from pondera.evaluation.task_score import sum_task_scores, task_measures
@@ -162,13 +162,15 @@ def _remembered(
     model: AdaptiveLM, ids_BC: Tensor, labels_BC: Tensor, budget: dict[str, Any] | None = None
 ) -> ScoreSums:
     """Scores windows chunk by chunk through the compressed KV cache of a model."""
-    nats = 0.0
-    for start, logits_BCV in chunked_forward(model, model.new_cache(), ids_BC, budget=budget):
+    nats, passes = 0.0, []
+    for start, out in chunked_outputs(model, model.new_cache(), ids_BC, budget=budget):
+        logits_BCV = cast(Tensor, out.logits)
         labels_N = labels_BC[:, start : start + logits_BCV.shape[1]].flatten()
         nats += float(
             F.cross_entropy(logits_BCV.float().flatten(0, 1), labels_N, ignore_index=IGNORED, reduction="sum")
         )
-    return ScoreSums(nats, (ids_BC.numel(),))
+        passes.append(cast(Tensor, out.passes))
+    return ScoreSums(nats, pass_counts(torch.cat(passes, 1), math.ceil(model.passes())))
 
 
 def measures(sums: ScoreSums, tokens: int, num_bytes: int) -> dict[str, Any]:

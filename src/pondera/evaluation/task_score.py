@@ -8,14 +8,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pondera.core.errors import UserError
 from pondera.core.evaluation_mode import as_it_was
 from pondera.data.sampler import collate
+from pondera.evaluation.chunked_forward import chunked_outputs
 from pondera.evaluation.pass_counts import pass_counts
 from pondera.evaluation.permuted_passes import run_windows
 
@@ -137,16 +139,33 @@ def sum_task_scores(
     """
     given = {name: tensor.to(model.device) for name, tensor in collate(windows).items()}
     difficulty_BC = torch.stack([window["difficulty"] for window in windows]).to(model.device)
-    given = {**given, **(budget or {})}
     with as_it_was(model):
-        out = run_windows(model, given, windows, permute)
+        logits_BCV, passes_BC = _outputs(model, given, windows, budget, permute)
     asked_BC = difficulty_BC >= 0
-    logits_NV, targets_N = out.logits[asked_BC].float(), given["shift_labels"][asked_BC]
+    logits_NV, targets_N = logits_BCV[asked_BC].float(), given["shift_labels"][asked_BC]
     nats_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
-    sums = TaskSums.of(difficulty_BC[asked_BC], logits_NV.argmax(-1) == targets_N, nats_N, out.passes[asked_BC])
+    sums = TaskSums.of(difficulty_BC[asked_BC], logits_NV.argmax(-1) == targets_N, nats_N, passes_BC[asked_BC])
     # Every process has the same number of levels: a difficulty is at most the length of a window.
     every = TaskSums(torch.zeros(difficulty_BC.shape[1] + 1, len(COLUMNS), dtype=torch.float64))
-    return TaskScores(every + sums, pass_counts(out.passes, math.ceil(model.passes())))
+    return TaskScores(every + sums, pass_counts(passes_BC, math.ceil(model.passes())))
+
+
+def _outputs(
+    model: AdaptiveLM,
+    given: dict[str, Tensor],
+    windows: list[Mapping[str, Tensor]],
+    budget: dict[str, Any] | None,
+    permute: bool,
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, C, V]`` and passes ``[B, C]``, chunk by chunk through the compressed KV cache of a model that has one."""
+    if model.kv_cache is None:
+        out = run_windows(model, {**given, **(budget or {})}, windows, permute)
+        return out.logits, out.passes
+    if "passes" in given:
+        raise UserError("data.known_difficulty: not with a KV-cache method; score the model without kv_cache")
+    outs = [out for _, out in chunked_outputs(model, model.new_cache(), given["input_ids"], budget=budget)]
+    logits, passes = ([cast(Tensor, getattr(out, name)) for out in outs] for name in ("logits", "passes"))
+    return torch.cat(logits, 1), torch.cat(passes, 1)
 
 
 def task_measures(sums: TaskScores, tokens: int) -> dict[str, Any]:

@@ -51,13 +51,15 @@ def answers(
         effort, max_passes: as for `generate`.
 
     Raises:
-        UserError: the run is not on a task, or the prompt is empty, too long or has a symbol that the task lacks.
+        UserError: the run is not on a task or has a KV-cache method, or the prompt is empty, too long or has a symbol that the task lacks.
     """
     import torch
 
     task, model = task_of(loaded), loaded.model
     if task is None:
         raise UserError(f"answers: {loaded.name} was not trained on a task; use generate")
+    if model.kv_cache is not None:
+        raise UserError("kv_cache: a window is answered in one call, before anything is evicted; use pondera eval")
     symbols = prompt.split()
     unknown = sorted(set(symbols) - set(task.symbols))
     if unknown or not symbols:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     think: str | None = None,
+    **others: Any,
 ) -> Loaded:
     """Loads a model and its tokenizer.
 
@@ -72,17 +74,19 @@ def load(
         trust_remote_code: execute Python code of the checkpoint. Use this only for code that you have read.
         think: a think method to build on the checkpoint. Its new parameters are untrained; from the method of another Pondera
             model it takes the parameters that both have.
+        others: nothing else is allowed; the error names what is.
 
     A tokenizer can have more tokens than the model has embeddings. A text with such a token raises when it is encoded.
 
     Raises:
-        UserError: the model does not exist, is damaged, or has no tokenizer.
+        UserError: the model does not exist, is damaged, or has no tokenizer; or an unknown argument.
 
     Example::
 
         loaded = load("runs/ponderlm2")
         loaded.model(**loaded.tokenizer("Once upon", return_tensors="pt").to(loaded.model.device)).passes
     """
+    refuse_others(others, load)
     source, run = _find(Path(path).expanduser(), str(path))
 
     from pondera.models.generation_settings import storable
@@ -108,6 +112,30 @@ def load(
     _set_special_tokens(lm, vocabulary, own and (think is None or lm.config._retrofit))
     name = run.config.name if run else source.resolve().name if source.is_dir() else str(path)
     return Loaded(_placed(lm if own else _wrapped(lm), device), vocabulary, name, run, foreign=not own)
+
+
+OTHERS = {
+    "device_map": "the whole model goes to one device: give device='cuda:0'",
+    "torch_dtype": "its name here is dtype",
+    "kv_cache": "pondera.load takes it: pondera.load(MODEL, kv_cache='H2O(0.25)')",
+    "head": "a head is trained with its model: pondera train plain --backbone MODEL --head ...",
+    "chunk": "a chunk method is trained with its model: pondera train conceptlm --backbone MODEL",
+    "memory": "a memory is trained with its model: pondera train elasticmemory",
+}
+"""Arguments of other loaders, and settings of a model that cannot be added to a checkpoint; and what to do."""
+
+
+def refuse_others(given: dict[str, Any], function: Callable[..., Any]) -> None:
+    """Raises for an argument that a function does not have.
+
+    Raises:
+        UserError: the name, and the nearest that the function has.
+    """
+    allowed = [name for name in inspect.signature(function).parameters if name != "others"]
+    for name in given:
+        if name in OTHERS and name not in allowed:
+            raise UserError(f"unknown argument of load {name!r}: {OTHERS[name]} (allowed: {', '.join(allowed)})")
+        raise unknown("argument of load", name, allowed)
 
 
 def _find(path: Path, given: str) -> tuple[Path, Run | None]:

@@ -192,6 +192,10 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         """The output head that replaces the output matrix of the backbone, or `None`."""
         return cast("Head", self.get_output_embeddings()) if self.config.head else None
 
+    def added_parameters(self) -> list[nn.Parameter]:
+        """The parameters that methods add to the backbone: those of `method` and of `head`."""
+        return [parameter for part in (self.method, self.head) if part is not None for parameter in part.parameters()]
+
     def get_input_embeddings(self) -> nn.Module:
         """The token embeddings of the backbone."""
         return self.backbone.lm.get_input_embeddings()

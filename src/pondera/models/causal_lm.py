@@ -69,7 +69,7 @@ def put_head(lm: PreTrainedModel, config: AdaptiveConfig, old: AdaptiveLM | None
             "tie_word_embeddings: false in the backbone"
         )
     matrix, head = cast(nn.Linear, lm.get_output_embeddings()), cast("Head", spec.build(config.head, "head"))
-    trained = config._checkpoint is not None
+    trained = config._checkpoint is not None or matrix.weight.is_meta  # on meta, weights are loaded later, or never
     head.bind(matrix.out_features, matrix.in_features, matrix.weight if trained else None)
     for parameter in head.parameters():
         setattr(parameter, "_is_hf_initialized", True)  # noqa: B010 (else `post_init` would initialise it)

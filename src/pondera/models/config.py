@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from typing import Any, ClassVar
 
@@ -26,6 +27,15 @@ SIZES = (
     "vocab_size",
 )
 """Fields of a backbone that must be positive."""
+FORMER_ROPE = {
+    "rope_theta": "rope_theta",
+    "rotary_emb_base": "rope_theta",
+    "rope_local_base_freq": "rope_theta",
+    "rotary_pct": "partial_rotary_factor",
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rope_scaling": "factor",
+}
+"""Fields of config files of earlier transformers that config classes convert, and their names in `rope_parameters`."""
 SETTINGS = ("backbone", *spec.SEAMS, "init", "embed_scale", "dtype")
 
 
@@ -231,21 +241,52 @@ def backbone_config(tree: dict[str, Any], saved: bool = False) -> PreTrainedConf
     if not saved:
         _check_fields(tree, name)
     try:
-        return config_class(**tree)
+        config = config_class(**copy.deepcopy(tree))  # transformers completes the mappings that it is given
     except Exception as error:
         raise UserError(f"backbone: invalid settings of {name}: {str(error).splitlines()[-1].strip()}") from error
+    if not saved:
+        _check_converted(tree, name, config)
+    return config
 
 
 def _check_fields(tree: dict[str, Any], name: str) -> None:
     default = CONFIG_MAPPING[name]()
-    allowed = set(default.to_dict()) | set(type(default).attribute_map) | {"attn_implementation", "dtype"}
+    allowed = (
+        set(default.to_dict()) | set(type(default).attribute_map) | {"attn_implementation", "dtype", "torch_dtype"}
+    )
+    rope = (default.rope_parameters or {}) if "rope_parameters" in allowed else None
+    # Most architectures turn all dimensions, whatever their config says.
+    former = {
+        key for key, inside in FORMER_ROPE.items() if rope is not None and (inside in rope or "partial" not in inside)
+    }
     for key in SIZES:
         if isinstance(value := tree.get(key), (int, float)) and value < 1:
             raise UserError(f"backbone.{key}={value}: give 1 or more")
     for key in tree:
         # transformers can write fields with a leading underscore and generation fields into config.json.
-        if key not in allowed and not key.startswith("_") and not hasattr(default, key):
+        if key not in allowed | former and not key.startswith("_") and not hasattr(default, key):
             raise unknown(f"{name} setting", f"backbone.{key}", [f"backbone.{field}" for field in allowed])
+
+
+def _check_converted(tree: dict[str, Any], name: str, config: PreTrainedConfig) -> None:
+    """Refuses a former field that the config class has not converted, or that contradicts the field that replaced it."""
+    declared = set(CONFIG_MAPPING[name]().to_dict()) | set(config.attribute_map)
+    for key, inside in FORMER_ROPE.items():
+        if tree.get(key) is None or key in declared:
+            continue
+        example = {"rope_type": "default", inside: tree[key]} if inside != "factor" else tree[key]
+        advice = f"write backbone.rope_parameters: {example}".replace("'", "")
+        if key in config.to_dict():
+            raise UserError(f"backbone.{key}: {name} does not have it; {advice}")
+        if tree.get("rope_parameters"):
+            raise UserError(f"backbone.{key}: rope_parameters, its new place, is given as well; {advice}")
+        if inside != "factor" and not (isinstance(tree[key], (int, float)) and tree[key] > 0):
+            raise UserError(f"backbone.{key}: expected a number above 0, got {tree[key]!r}")
+    former, dtype = (str(tree.get(key)).removeprefix("torch.") for key in ("torch_dtype", "dtype"))
+    if "None" not in (former, dtype) and former != dtype:
+        raise UserError(
+            f"backbone.torch_dtype: {former}, and backbone.dtype, its new name, is {dtype}; give one of them"
+        )
 
 
 def _checkpoint_config(path: str) -> PreTrainedConfig:

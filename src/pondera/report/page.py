@@ -21,6 +21,7 @@ from pondera.core.run_config import RunConfig
 from pondera.core.run_folder import Run, write_atomic
 from pondera.evaluation import significance
 from pondera.evaluation.halting_stats import HALTING_STATS
+from pondera.evaluation.run_warnings import run_warnings
 from pondera.report.halting_section import HaltingStats, halting_section
 from pondera.report.heatmap import shade_html
 from pondera.report.svg import COLORS, Series, line_chart, scatter_chart, swatch
@@ -236,7 +237,9 @@ def _headline(variants: list[Variant], comparisons: int | None) -> str:
 
 
 def _warnings(variants: list[Variant]) -> str:
-    warnings = [f"{run.where}: {problem}." for variant in variants for run in variant.runs for problem in run.problems]
+    runs = [run for variant in variants for run in variant.runs]
+    problems = ((run, [*run.problems, *run_warnings(run.result, run.config)]) for run in runs)
+    warnings = [f"{run.where}: {problem}." for run, several in problems for problem in several]
     for variant in variants:
         first, *others = (set(_flat(run.config.to_dict()).items()) for run in variant.runs)
         differ = sorted({name for other in others for name, _ in first ^ other} - {"train.seed", "about"})

@@ -11,7 +11,7 @@ from pondera.arch.dimensions import LINEAR, layer_kinds
 from pondera.core.errors import UserError
 from pondera.core.run_config import DataConfig, RunConfig, TrainConfig
 from pondera.core.run_folder import Run, is_run
-from pondera.core.spec import SEAMS
+from pondera.core.spec import SEAMS, build
 from pondera.data.text import HUB_NAME
 from pondera.data.tokenizer import bpe_size, load_tokenizer
 from pondera.models import checkpoints
@@ -76,7 +76,8 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
 
     Raises:
         UserError: there is no backbone, its vocabulary differs from the tokenizer's, the context exceeds its positions,
-            the checkpoint is damaged, or nothing can train during ``train.freeze_backbone_steps``.
+            the checkpoint is damaged, or ``train.freeze_backbone_steps`` or ``train.lr_scale`` names parameters that the
+            model does not have.
 
     Example:
         >>> from pondera.core.run_config import from_dict
@@ -96,6 +97,7 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
     torch.manual_seed(config.train.seed)
     model = AdaptiveLM(adaptive).float()
     check_freeze_backbone(model, config.train)
+    check_lr_scale(model, config.train)
     return model
 
 
@@ -104,12 +106,27 @@ def check_freeze_backbone(model: AdaptiveLM, settings: TrainConfig) -> None:
     steps = settings.freeze_backbone_steps
     if steps < 0:
         raise UserError(f"train.freeze_backbone_steps: at least 0, got {steps}")
-    if steps and not (model.method is not None and any(p.numel() for p in model.method.parameters())):
-        what = f"{model.chosen} adds no parameters" if model.method is not None else "there is no think method"
+    if steps and (what := _nothing_added(model)):
         raise UserError(
             f"train.freeze_backbone_steps: {what}, so nothing would train in the first {steps} steps; "
             "use --train.freeze_backbone_steps 0"
         )
+
+
+def check_lr_scale(model: AdaptiveLM, settings: TrainConfig) -> None:
+    """Refuses an ``lr_scale`` that would scale nothing."""
+    if settings.lr_scale != 1 and (what := _nothing_added(model)):
+        raise UserError(
+            f"train.lr_scale: {what}, so there is no learning rate to scale by {settings.lr_scale:g}; leave "
+            "train.lr_scale out, and use --train.lr for the backbone"
+        )
+
+
+def _nothing_added(model: AdaptiveLM) -> str:
+    """Why no method adds a parameter to the backbone; empty if one does."""
+    if any(parameter.numel() for parameter in model.added_parameters()):
+        return ""
+    return f"{model.chosen} adds no parameters" if model.method is not None else "there is no method with parameters"
 
 
 def reads_as_before(config: RunConfig) -> bool:
@@ -150,6 +167,8 @@ def adaptive_config(config: RunConfig, vocab_size: int) -> AdaptiveConfig:
     tree = {"vocab_size": vocab_size, **given} if isinstance(given, dict) else given
     parts: dict[str, Any] = {seam: getattr(config, seam) for seam in SEAMS}
     adaptive = AdaptiveConfig(backbone=tree, init=config.init, **parts)
+    if isinstance(given, dict) and adaptive.head:
+        build(adaptive.head, "head").check_untrained()
     inner = adaptive.get_text_config()
     _check_vocabulary(config, inner.vocab_size, vocab_size)
     _check_same_tokens(config)

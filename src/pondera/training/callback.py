@@ -16,6 +16,7 @@ from pondera.core.run_config import RunConfig
 from pondera.core.run_folder import Run
 from pondera.data.corpus import AnyCorpus
 from pondera.evaluation.cost_report import cost_report
+from pondera.evaluation.halting_collapse import halting_rule
 from pondera.evaluation.halting_stats import HALTING_STATS
 from pondera.evaluation.permuted_passes import permuted_scores
 from pondera.evaluation.score import ScoreSums, score
@@ -161,6 +162,8 @@ class RunCallback(TrainerCallback):
             "train_tokens_per_second": tokens / self.seconds,
             "kv_bytes_per_token": prices["kv_bytes_per_token"],
             "parameters": self.parameters,
+            "halting_rule": halting_rule(self.model),
+            "vocabulary": self.corpus.vocab_size,
             "corpus": self.corpus.digest,
         }
 

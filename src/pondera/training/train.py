@@ -134,7 +134,7 @@ def check_settings(settings: TrainConfig) -> None:
         raise UserError(f"train.steps: at most {MOST_STEPS:,}, got {settings.steps:.3g}")
     if settings.micro_batch_size is not None and settings.micro_batch_size < 1:
         raise UserError(f"train.micro_batch_size: at least 1, or null; got {settings.micro_batch_size}")
-    for name in ("lr", "grad_clip"):
+    for name in ("lr", "lr_scale", "grad_clip"):
         if not 0 < getattr(settings, name) < math.inf:
             raise UserError(f"train.{name}: a number above 0, got {getattr(settings, name)}")
     if not 0 <= settings.weight_decay < math.inf:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any, cast
 
 import torch
@@ -100,6 +99,39 @@ def arguments(settings: TrainConfig, output_dir: str, num_processes: int) -> Tra
     return training_arguments
 
 
+@dataclass(frozen=True, order=True)
+class Pace:
+    """How some parameters learn.
+
+    Args:
+        waits: part of the backbone, which `freeze_backbone_steps` freezes at first.
+        scaled: added by a method, whose learning rate is multiplied by `lr_scale`.
+        vectors: without weight decay, which only matrices and embeddings have.
+    """
+
+    waits: bool
+    scaled: bool
+    vectors: bool
+
+
+def paced(lm: AdaptiveLM, settings: TrainConfig) -> dict[Pace, list[nn.Parameter]]:
+    """The parameters that train by their pace, in a fixed order.
+
+    With ``lr_scale=1`` the parameters of methods are with those of the backbone, unless one of them waits.
+    """
+    added, groups = {id(parameter) for parameter in lm.added_parameters()}, {}
+    for parameter in lm.parameters():
+        if parameter.requires_grad:
+            own = id(parameter) in added
+            pace = Pace(
+                waits=settings.freeze_backbone_steps > 0 and not own,
+                scaled=settings.lr_scale != 1 and own,
+                vectors=parameter.ndim < 2,
+            )
+            groups.setdefault(pace, []).append(parameter)
+    return dict(sorted(groups.items()))
+
+
 class PonderaTrainer(Trainer):
     """A Trainer whose steps depend only on the seed and the step number.
 
@@ -167,18 +199,19 @@ class PonderaTrainer(Trainer):
         )
 
     def create_optimizer(self, model: Any = None) -> Optimizer:
-        """AdamW with weight decay on matrices and embeddings only; frozen backbone parameters get groups of their own."""
+        """AdamW; parameters that learn differently, as their `Pace` says, are in groups of their own."""
         if self.optimizer is None:
-            lm, settings = cast(AdaptiveLM, model or self.lm), self.settings
-            parameters = [p for p in lm.parameters() if p.requires_grad]
-            of_method = {id(p) for p in lm.method.parameters()} if lm.method is not None else set()
-            waiting = {id(p) for p in parameters if settings.freeze_backbone_steps and id(p) not in of_method}
-            groups, self._waits = [], []
-            for waits, matrices in product((False, True), (True, False)):
-                chosen = [p for p in parameters if (id(p) in waiting) == waits and (p.ndim >= 2) == matrices]
-                if chosen:
-                    groups.append({"params": chosen, "weight_decay": settings.weight_decay if matrices else 0.0})
-                    self._waits.append(waits)
+            settings = self.settings
+            paces = paced(cast(AdaptiveLM, model or self.lm), settings)
+            groups = [
+                {
+                    "params": parameters,
+                    "lr": settings.lr * (settings.lr_scale if pace.scaled else 1.0),
+                    "weight_decay": 0.0 if pace.vectors else settings.weight_decay,
+                }
+                for pace, parameters in paces.items()
+            ]
+            self._waits = [pace.waits for pace in paces]
             self.optimizer = AdamW(groups, lr=settings.lr, betas=(settings.beta1, settings.beta2))
         return self.optimizer
 

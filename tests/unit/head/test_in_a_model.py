@@ -65,6 +65,18 @@ def test_of_trained_rows_it_begins_close_to_the_output_matrix(tmp_path):
     torch.testing.assert_close(new(ids(2, 9)).logits, before, rtol=1e-3, atol=1e-4)
 
 
+def test_a_head_of_clusters_is_loaded_as_it_was_saved(tmp_path):
+    """A saved model has no output rows to cluster again, and needs none."""
+    build(None).save_pretrained(tmp_path / "plain")
+    backbone = str(tmp_path / "plain")
+    model = AdaptiveLM(AdaptiveConfig(backbone=backbone, head="VQLogits(codes=9, init='kmeans')")).eval()
+    model.save_pretrained(tmp_path / "clustered")
+    again = AdaptiveLM.from_pretrained(tmp_path / "clustered").eval()
+    onward = AdaptiveLM(AdaptiveConfig(backbone=str(tmp_path / "clustered"))).eval()
+    assert torch.equal(model(ids(2, 5)).logits, again(ids(2, 5)).logits)
+    assert torch.equal(model(ids(2, 5)).logits, onward(ids(2, 5)).logits)
+
+
 def test_a_tied_matrix_cannot_be_replaced():
     with pytest.raises(UserError, match="tie_word_embeddings: false"):
         build(backbone="gemma3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -17,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
 from pondera.core.hf import DynamicCache
+from pondera.core.run_config import load as load_recipe
 from pondera.models.backbone import Backbone
+from pondera.training.build import new_model
 
 
 @copies
@@ -204,6 +207,83 @@ class TestBadInput:
     def test_unknown_method(self):
         with pytest.raises(UserError, match="did you mean 'PonderLM"):
             AdaptiveConfig(backbone=dict(BACKBONES["llama"]), think="PonderLM9()")
+
+
+class TestFormerFields:
+    """Fields of config files that were written before `rope_parameters` and `dtype` had these names."""
+
+    SIZES = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "intermediate_size": 32,
+        "vocab_size": 97,
+    }
+
+    @pytest.mark.parametrize(
+        ("given", "expected"),
+        [
+            ({"rope_theta": 5e5}, {"rope_type": "default", "rope_theta": 5e5}),
+            ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_type": "default", "rope_theta": 5e5}),
+            (
+                {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+                {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
+            ),
+        ],
+    )
+    def test_the_rotation_is_that_of_the_new_name(self, given: dict, expected: dict):
+        """The same angles, and the mapping of the user stays as it was."""
+        before = copy.deepcopy(given)
+        former, new = (
+            AdaptiveLM(AdaptiveConfig(backbone={"model_type": "llama", **self.SIZES, **fields}))
+            for fields in (given, {"rope_parameters": expected})
+        )
+        angles = [model.backbone.decoder.rotary_emb.inv_freq for model in (former, new)]
+        assert torch.equal(*angles) and given == before
+        assert angles[0][1] == pytest.approx(5e5**-0.25 / expected.get("factor", 1.0))
+
+    def test_other_names(self):
+        neox = AdaptiveConfig(backbone={"model_type": "gpt_neox", "rotary_emb_base": 5000, "rotary_pct": 0.5}).backbone
+        assert (neox.rope_parameters["rope_theta"], neox.rope_parameters["partial_rotary_factor"]) == (5000, 0.5)
+        assert (
+            AdaptiveConfig(backbone={"model_type": "llama", "torch_dtype": "bfloat16"}).backbone.dtype == torch.bfloat16
+        )
+
+    @pytest.mark.parametrize(
+        ("given", "complaint"),
+        [
+            (
+                {"model_type": "gpt_neox", "rope_theta": 5e5},
+                r"gpt_neox does not have it; write backbone.rope_parameters: \{rope_type: default, rope_theta: 500000.0\}",
+            ),
+            ({"model_type": "gpt2", "rope_theta": 5e5}, "unknown gpt2 setting 'backbone.rope_theta'"),
+            (
+                {"model_type": "llama", "partial_rotary_factor": 0.5},
+                "unknown llama setting 'backbone.partial_rotary_factor'",
+            ),
+            ({"model_type": "llama", "rope_theta": 0}, "backbone.rope_theta: expected a number above 0, got 0"),
+            (
+                {
+                    "model_type": "llama",
+                    "rope_theta": 5e5,
+                    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+                },
+                "backbone.rope_theta: rope_parameters, its new place, is given as well",
+            ),
+            (
+                {"model_type": "llama", "torch_dtype": "bfloat16", "dtype": "float32"},
+                "its new name, is float32; give one",
+            ),
+        ],
+    )
+    def test_what_would_do_nothing_is_refused(self, given: dict, complaint: str):
+        with pytest.raises(UserError, match=complaint):
+            AdaptiveConfig(backbone=given)
+
+    def test_in_a_recipe_and_on_the_command_line(self, tmp_path):
+        (tmp_path / "mine.yaml").write_text("base: plain\nbackbone: {rope_theta: 500000.0}\n")
+        for config in (load_recipe(tmp_path / "mine.yaml"), load_recipe("plain", {"backbone.rope_theta": "500000.0"})):
+            assert new_model(config, 97).backbone.config.rope_parameters["rope_theta"] == 5e5
 
 
 PIPES: Any = {"capture_output": True, "text": True}

@@ -252,6 +252,33 @@ def test_groups_of_the_optimizer(waiting, tmp_path, text):
     assert [rate[-1] > 0 for rate in rates] == [step >= waiting for step in range(3)]
 
 
+# A head of codes in place of the output matrix
+
+
+def with_head(text: Path, trained: Run, init: str) -> AdaptiveLM:
+    return new_model(onto(text, trained, None, {"head": f"VQLogits(codes=64, init='{init}')"}), 300).eval()
+
+
+def test_codes_are_the_clusters_of_the_trained_rows(text, trained):
+    """Each row of the codebook is the mean of the trained output rows with its code, and each row has the nearest code."""
+    rows_VD = load(trained.path, "cpu").model.get_output_embeddings().weight.detach()
+    head = with_head(text, trained, "kmeans").head
+    table_KD, code_V = head.table_GKC.detach()[0], head.code_VG[:, 0]
+    assert torch.equal(torch.cdist(rows_VD, table_KD).argmin(1), code_V)
+    used = code_V.unique()
+    means_KD = torch.stack([rows_VD[code_V == code].mean(0) for code in used])
+    off, spread = (table_KD[used] - means_KD).norm(dim=1), (rows_VD - rows_VD.mean(0)).norm(dim=1).mean()
+    assert len(used) > 50 and off.max() < 0.05 * spread
+
+
+def test_clustered_head_starts_far_below_one_dealt_by_id(text, trained):
+    split = prepare(onto(text, trained, None).data).validation
+    old = score(load(trained.path, "cpu").model, split, 32, 512)["loss"]
+    clustered, dealt = (score(with_head(text, trained, init), split, 32, 512)["loss"] for init in ("kmeans", "order"))
+    assert dealt - old > 1 and clustered - old < 0.5 * (dealt - old)
+    assert with_head(text, trained, "auto").head.code_VG.equal(with_head(text, trained, "kmeans").head.code_VG)
+
+
 # What cannot be
 
 
@@ -264,7 +291,7 @@ def test_groups_of_the_optimizer(waiting, tmp_path, text):
             r"PonderLM2\(thoughts=1\) adds no parameters, so nothing would train in the first 2",
         ),
         ("PauseToken(pauses=0)", 2, r"PauseToken\(pauses=0\) adds no parameters.*use --train.freeze_backbone_steps 0"),
-        (None, 2, "there is no think method, so nothing would train"),
+        (None, 2, "there is no method with parameters, so nothing would train"),
         (PAUSE, -1, "train.freeze_backbone_steps: at least 0, got -1"),
     ],
 )
@@ -332,9 +359,17 @@ def test_other_tokens_do_not_fit(text, trained, tmp_path):
 # By hand
 
 
-def test_command(text, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("words", "seen"),
+    [
+        (["pausetoken"], "new: pause_PD"),
+        (["plain", "--head", "VQLogits(64, init='kmeans')"], "loaded: the backbone"),
+    ],
+    ids=["think", "head"],
+)
+def test_command(words, seen, text, trained, tmp_path):
     """As the README has it: a recipe, and the run to go on from."""
-    words = ["pausetoken", "--backbone", str(trained.path), "--data.text", str(text), "--data.context", "32"]
+    words = [*words, "--backbone", str(trained.path), "--data.text", str(text), "--data.context", "32"]
     words += ["--train.steps", "2", "--train.freeze_backbone_steps", "1", "--train.eval_tokens", "512", "--out", "run"]
     done = subprocess.run(
         [sys.executable, "-m", "pondera", "train", *words],
@@ -344,7 +379,9 @@ def test_command(text, trained, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert f"{trained.model_dir}: loaded: the backbone" in done.stderr and "new: pause_PD" in done.stderr
+    assert f"{trained.model_dir}: loaded: the backbone" in done.stderr and seen in done.stderr
     run = Run.open(tmp_path / "run")
     assert run.config.backbone == run.config.data.tokenizer == str(trained.model_dir)
-    assert run.result()["passes_per_token"] == 2
+    assert run.result()["passes_per_token"] == (2 if words[0] == "pausetoken" else 1)
+    model = load(run.path, "cpu").model
+    assert (model.head is not None) == (words[0] == "plain") and model(IDS).logits.shape[-1] == 300

@@ -74,6 +74,8 @@ class ConceptLM(Chunk):
     ``think_<name>``. Feedback scales are measured on the pooled vectors of random tokens, like those of a think method of
     tokens on its embeddings; with ``init: scaled`` they are 1. Approximations of a think method remain: one that prefills
     in a few rounds (``eval_rounds``) does so for the chunks of a call before which no chunk was complete.
+    The learning rate of the concept module, its heads and codebooks is that of the backbone times ``train.lr_scale``
+    (0.1: a tenth).
 
     Args:
         chunk: k, tokens per chunk.

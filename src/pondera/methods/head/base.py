@@ -38,10 +38,18 @@ class Head(SpecRepr, nn.Module, ABC):
         Args:
             vocabulary: V.
             width: D.
-            rows_VD: the trained output matrix to replace, or ``None``.
+            rows_VD: the trained output matrix to replace, or ``None``; on the meta device if the weights of the head are
+                loaded afterwards.
 
         Raises:
             UserError: the head does not support these sizes.
+        """
+
+    def check_untrained(self) -> None:  # noqa: B027 (optional)
+        """Raises if the head cannot start from random weights.
+
+        Raises:
+            UserError: it needs a trained output matrix.
         """
 
     @abstractmethod

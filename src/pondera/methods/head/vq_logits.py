@@ -35,6 +35,11 @@ class VQLogits(Head):
     gives frequent tokens low ids: with one group the first half of the codes goes to the first tokens, one each, and
     the other codes are assigned round-robin.
 
+    From the output matrix of a finished run, whose rows are clustered, and with the head at its own learning rate::
+
+        pondera train plain --backbone runs/plain --head "VQLogits(512, init='kmeans')"
+        pondera train plain --backbone runs/plain --head "VQLogits(512)" --train.lr_scale 0.1
+
     Args:
         codes: K.
         groups: G, must divide D.
@@ -69,6 +74,14 @@ class VQLogits(Head):
             raise unknown("init", init, INITS)
         self.codes, self.groups, self.init, self._biased = codes, groups, init, bias
 
+    def check_untrained(self) -> None:
+        """See `Head.check_untrained`."""
+        if self.init == "kmeans":
+            raise UserError(
+                "VQLogits: init='kmeans' needs a trained backbone, whose output rows it clusters; use --backbone RUN, or "
+                "init='order'"
+            )
+
     def bind(self, vocabulary: int, width: int, rows_VD: Tensor | None = None) -> None:
         """See `Head.bind`."""
         if width % self.groups:
@@ -77,9 +90,9 @@ class VQLogits(Head):
             raise UserError(
                 f"VQLogits: groups={self.groups} does not divide the width {width}; the nearest divisor is {near}"
             )
-        if self.init == "kmeans" and rows_VD is None:
-            raise UserError("VQLogits: init='kmeans' needs a trained backbone; use init='order'")
-        if rows_VD is not None and self.init != "order":
+        if rows_VD is None:
+            self.check_untrained()
+        if rows_VD is not None and not rows_VD.is_meta and self.init != "order":
             table_GKC, code_VG = _clustered(rows_VD, self.codes, self.groups)
         else:
             table_GKC = torch.randn(self.groups, self.codes, width // self.groups) / math.sqrt(width)

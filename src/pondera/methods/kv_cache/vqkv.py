@@ -23,7 +23,7 @@ from pondera.core.errors import UserError, unknown
 from pondera.core.hf import PreTrainedConfig, PreTrainedModel
 from pondera.core.run_folder import write_atomic
 from pondera.methods.kv_cache.base import compressible
-from pondera.methods.kv_cache.common.calibration import clustered, collect, learned, residual_tables
+from pondera.methods.kv_cache.common.calibration import FitProgress, clustered, collect, learned, residual_tables
 from pondera.methods.kv_cache.common.codebooks import ONE_BYTE, TWO_BYTES, Codebooks, RotaryCodebooks
 from pondera.methods.kv_cache.common.rotary_pairs import branches as by_speed
 from pondera.methods.kv_cache.common.rotary_pairs import rotation_pairs
@@ -283,6 +283,7 @@ class VQKV(SinkWindowCache):
         per_token = kv_heads(config) // J
         self.bind(config)
         self.to(model.device)
+        log.info("VQKV: reading keys and values of the calibration text")
         keys, values, position_N = collect(model, samples, layers, self.sinks, -(-self.vectors // per_token))
         least = -(-VECTORS_PER_CODE * self.codes // per_token)
         if len(position_N) < least:
@@ -300,14 +301,19 @@ class VQKV(SinkWindowCache):
             frequency_P.copy_(rotary_frequencies(model, 'use key_stage="post_rope"'))
             interleaved = family(config).interleaved
             keys = [rotate_by_position(each, -position_N, frequency_P, interleaved) for each in keys]
+        _, key_stages, value_stages = self.layout(config)
+        progress = FitProgress("VQKV", (sum(key_stages) + value_stages) * len(layers))
+        log.info("VQKV: fitting %d codebooks to %d tokens", progress.codebooks, len(position_N))
         for index in range(len(layers)):
-            self._fit_layer(config, index, keys[index], values[index])
+            self._fit_layer(config, index, keys[index], values[index], progress)
             error = self._errors(config, index, keys[index], values[index])
             log.info("VQKV: calibrated layer %d of %d; error of keys %.3f, values %.3f", index + 1, len(layers), *error)
         self.is_fitted.fill_(True)
         return self
 
-    def _fit_layer(self, config: PreTrainedConfig, index: int, keys_GND: Tensor, values_GND: Tensor) -> None:
+    def _fit_layer(
+        self, config: PreTrainedConfig, index: int, keys_GND: Tensor, values_GND: Tensor, progress: FitProgress
+    ) -> None:
         """Fills the codebooks of a layer."""
         if self.fitting == "kmeans":
             stage = clustered(self.codes)
@@ -319,7 +325,7 @@ class VQKV(SinkWindowCache):
         for place, ((name, x_GNC), stages) in enumerate(zip(parts, [*key_stages, value_stages], strict=True)):
             x_NC = x_GNC.unflatten(0, (-1, self._joined(config))).transpose(1, 2).flatten(2).flatten(0, 1)
             seed = self.seed * 1_000_003 + index * 101 + place
-            self.get_buffer(name).copy_(residual_tables(x_NC, stages, stage, seed))
+            self.get_buffer(name).copy_(residual_tables(x_NC, stages, progress.counted(stage), seed))
 
     def _errors(self, config: PreTrainedConfig, index: int, keys_GND: Tensor, values_GND: Tensor) -> list[float]:
         """Relative squared error of keys and of values, on a part of the calibration vectors."""

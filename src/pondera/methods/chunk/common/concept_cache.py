@@ -111,7 +111,7 @@ class ConceptCache(TokenCache):
     def rollback(self, tokens: int) -> None:
         """See `CacheState.rollback`."""
         count = self.tokens - tokens
-        super().rollback(tokens)  # layers of a KV-cache method may refuse; nothing has changed yet
+        super().rollback(tokens)
         if self.encoded_BWD is not None and self.used_BWD is not None:
             self.encoded_BWD, self.used_BWD = (
                 kept[:, : kept.shape[1] - count] for kept in (self.encoded_BWD, self.used_BWD)

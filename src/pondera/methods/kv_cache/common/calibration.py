@@ -5,6 +5,8 @@ Shapes: B batch, T tokens of a sample, G KV heads, D head width, N vectors, C wi
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +26,39 @@ Stage = Callable[[Tensor, torch.Generator], Tensor]
 
 BATCH = 4096
 """Number of vectors per training step."""
+SAY_EVERY = 10.0
+"""Seconds between two lines of progress."""
+
+log = logging.getLogger(__name__)
+
+
+class FitProgress:
+    """Logs how many codebooks are fitted and how long the others will take, at most once in `SAY_EVERY` seconds.
+
+    Args:
+        name: of the method.
+        codebooks: number of codebooks to fit.
+    """
+
+    def __init__(self, name: str, codebooks: int) -> None:
+        self.name, self.codebooks, self.fitted = name, codebooks, 0
+        self._began = self._said = time.monotonic()
+
+    def counted(self, stage: Stage) -> Stage:
+        """A stage that counts the codebooks that it fits."""
+
+        def count(x_NC: Tensor, generator: torch.Generator) -> Tensor:
+            table_KC = stage(x_NC, generator)
+            self.fitted += 1
+            now = time.monotonic()
+            if self.fitted < self.codebooks and now - self._said >= SAY_EVERY:
+                left = int((now - self._began) / self.fitted * (self.codebooks - self.fitted))
+                done = f"{self.fitted} of {self.codebooks} codebooks fitted"
+                log.info("%s: %s, about %d:%02d left", self.name, done, left // 60, left % 60)
+                self._said = now
+            return table_KC
+
+        return count
 
 
 @torch.no_grad()

@@ -232,16 +232,22 @@ class SinkWindowLayer(KVLayer):
         if on_hold and self.batch() and not self.record_past:
             self._settle()
 
-    def keep_columns(self, keep_C: Tensor) -> None:
-        """See `KVLayer.keep_columns`; slots to remove must still be exact, unless all later slots go, too."""
+    def check_columns(self, keep_C: Tensor) -> None:
+        """See `KVLayer.check_columns`; slots to remove must still be exact, unless all later slots go, too."""
         gone = (~keep_C).nonzero()
         first = int(gone[0]) if len(gone) else self.seen
-        stays = keep_C[first:].nonzero()[:, 0]
-        if len(stays) and first < self._exact_from():
+        if bool(keep_C[first:].any()) and first < self._exact_from():
             raise UserError(
                 f"crop: {len(gone)} of the latest {self.seen - first} slots cannot be rolled back, because some are "
                 "encoded; call cache.activate_past_recording() before tokens that may be rolled back"
             )
+        self.check_rollback(first)
+
+    def keep_columns(self, keep_C: Tensor) -> None:
+        """See `KVLayer.keep_columns`."""
+        gone = (~keep_C).nonzero()
+        first = int(gone[0]) if len(gone) else self.seen
+        stays = keep_C[first:].nonzero()[:, 0]
         rows = [each.index_select(2, stays) for each in self.ring.read(max(first, self.ring.first), self.ring.end)]
         self.hold = True
         self.rollback(first)
@@ -252,21 +258,28 @@ class SinkWindowLayer(KVLayer):
         self.hold = False
         self._settle()
 
-    def rollback(self, tokens: int) -> None:
-        """See `KVLayer.rollback`; encoded tokens stay encoded, so the exact window may be shorter for some steps."""
-        coded = [min(c, max(0, tokens - p - self.method.sinks)) for c, p in zip(self.coded, self.pads, strict=True)]
+    def _coded_after(self, tokens: int) -> list[int]:
+        """For each row, the number of encoded tokens among the first `tokens`."""
+        return [min(c, max(0, tokens - p - self.method.sinks)) for c, p in zip(self.coded, self.pads, strict=True)]
+
+    def check_rollback(self, tokens: int) -> None:
+        """See `CacheState.check_rollback`; tokens that were encoded together go together."""
         unit = max(codec.unit for codec in self.coders)
+        coded = self._coded_after(tokens)
         if any(now != before and now % unit for now, before in zip(coded, self.coded, strict=True)):
             raise UserError(
                 f"crop: the last {self.seen - tokens} of {self.seen} tokens cannot be rolled back, because tokens "
                 f"that stay were coded together with them, {unit} at a time; call cache.activate_past_recording() "
                 "before tokens that may be rolled back"
             )
-        self.coded, self.seen = coded, tokens
+
+    def rollback(self, tokens: int) -> None:
+        """See `KVLayer.rollback`; encoded tokens stay encoded, so the exact window may be shorter for some steps."""
+        self.coded, self.seen = self._coded_after(tokens), tokens
         self.pads = [min(pads, tokens) for pads in self.pads]
         self.ring.truncate(tokens)
         for codes in self.codes:
-            codes.truncate(max(coded))
+            codes.truncate(max(self.coded))
         if not self.hold:
             self._settle()
 
