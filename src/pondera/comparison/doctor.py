@@ -239,7 +239,7 @@ def _training(train: TrainConfig) -> Iterator[Finding]:
 
 def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     """Describes the model and reports settings that it does not support."""
-    from pondera.training.build import check_freeze_backbone
+    from pondera.training.build import check_freeze_backbone, check_lr_scale
     from pondera.training.train import check_gradient_checkpointing
 
     shape, method = model.backbone.config, model.method
@@ -247,7 +247,7 @@ def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     chosen = f", {model.chosen} with {model.passes():g} passes per token" if method is not None else ""
     text = f"{shape.model_type}, {_count(count)} parameters, {shape.vocab_size} tokens in the vocabulary{chosen}"
     yield Finding("ok", "model", text)
-    for check in (check_gradient_checkpointing, check_freeze_backbone):
+    for check in (check_gradient_checkpointing, check_freeze_backbone, check_lr_scale):
         try:
             check(model, config.train)
         except UserError as error:

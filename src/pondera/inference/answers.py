@@ -51,7 +51,8 @@ def answers(
         effort, max_passes: as for `generate`.
 
     Raises:
-        UserError: the run is not on a task or has a KV-cache method, or the prompt is empty, too long or has a symbol that the task lacks.
+        UserError: the run is not on a task or has a KV-cache method, or the prompt is empty, too long or has a symbol that the
+            task lacks.
     """
     import torch
 
