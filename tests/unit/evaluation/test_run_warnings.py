@@ -17,7 +17,7 @@ from pondera.training.train import train
 
 SAID = "it decides nothing"
 LATENT = "AdaptiveLatentCoT(steps=2, halting='router', threshold={})"
-ALL_HALT, ALL_GO_ON, SOME = LATENT.format(0.95), LATENT.format(0.05), "ThinkAtHard(steps=1)"
+ALL_HALT, ALL_GO_ON, SOME = LATENT.format(0.995), LATENT.format(0.05), "ThinkAtHard(steps=1)"
 
 
 @pytest.fixture(scope="module")
