@@ -2,12 +2,14 @@
 
     python -m experiments.tracking.run --scale cpu      on two cores; resumable
     python -m experiments.tracking.run --scale cpu --minutes 8.5      call it again until it says "done"
+    python -m experiments.tracking.run --scale cpu --task "Copying()" --name copying --groups control
     python -m experiments.tracking.run --scale cpu --smoke      a check that it runs
 
 The task is state tracking in the group S3 with resets: the difficulty of a token is the number of elements since the last
 reset. The learning rate of every variant is tuned first, with a seed that is not compared. Two groups of variants are
 published to ``results/tracking/``: methods of fixed depth beside deeper plain models, and methods that decide the passes of
-each token, each beside its random control and one beside a model that knows the difficulty.
+each token, each beside its random control and one beside a model that knows the difficulty. The third group is for tasks in
+which serial steps do not help.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from pondera.comparison.sweep import Sweep
 from pondera.core.run_config import load
 
 TASK = "StateTracking(group='S3', reset=0.25)"
-SCALES: dict[str, dict[str, Any]] = {"cpu": {"data.task": TASK}}
+SCALES: dict[str, dict[str, Any]] = {"cpu": {}}
 RATES = (2e-3, 4e-3)
 KNOWN = {"data.known_difficulty": True}
 EQUAL_PARAMETERS = {"backbone.num_hidden_layers": 2, "backbone.hidden_size": 48, "backbone.intermediate_size": 112}
@@ -46,6 +48,11 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "ponderlm3": {"think": "PonderLM3(thoughts=1)"},
         "adaponderlm": {"think": "AdaPonderLM(steps=3)"},
     },
+    "control": {
+        "plain": {},
+        "doubledepth": {"backbone.num_hidden_layers": 2},
+        "ponderlm2": {"think": "PonderLM2(thoughts=1)"},
+    },
 }
 """Settings of each variant beside those of the recipe plain on a task."""
 
@@ -53,13 +60,15 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
 def main() -> None:
     parser = arguments(__doc__, list(SCALES))
     parser.set_defaults(name="s3-resets")
-    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
+    parser.add_argument("--task", default=TASK, help=f"as data.task (default: {TASK})")
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["fixed", "deciding"])
     train(parser.parse_args())
 
 
 def train(args: argparse.Namespace) -> None:
     """Trains and publishes the groups."""
-    it = plan(args, "tracking", SCALES[args.scale])
+    further = () if args.task == TASK else ("--task", args.task, "--groups", *args.groups)
+    it = plan(args, "tracking", SCALES[args.scale] | {"data.task": args.task}, further)
     with in_pieces(args.minutes):
         for group in args.groups:
             paths = [
