@@ -256,14 +256,6 @@ def test_a_finding_over_models_has_its_spread():
     assert "3 models" in said
 
 
-def test_an_equal_score_is_said_once():
-    def score(value: float) -> Any:
-        return scripts.load("tools.measured").Measure("score", value, "", "a.json", "python a.py", "small")
-
-    assert front._kept(score(2.1911), score(2.1909)) == "2.191 bits per byte in both cases"
-    assert front._kept(score(2.3), score(2.2)) == "2.300 bits per byte against 2.200"
-
-
 PROSE = [
     *sorted((scripts.ROOT / "docs").rglob("*.md")),
     scripts.ROOT / "CONTRIBUTING.md",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from statistics import mean, stdev
 
+from pondera.evaluation.significance import gap
 from tools.docs.tables import generated, read
 from tools.measured import RECALL, Measure, arm, codes, difference, ratio
 
 FLOPS = "results/thinking/books-cpu/flops.json"
 TOKENS = "results/thinking/books-cpu/tokens.json"
+TRACKING, TRACKED = "results/tracking/s3-resets-cpu", ("fixed", "deciding")
 CONCEPTS = "results/concepts/books-cpu/tokens.json"
 BRANCHES = ["one branch", "two branches", "one branch, k-means", "two branches, k-means"]
 
@@ -16,7 +18,26 @@ BRANCHES = ["one branch", "two branches", "one branch, k-means", "two branches, 
 @generated
 def findings(_: str) -> str:
     """One line per question, each with a link to its page."""
-    return "\n".join(f"- {line}" for line in (_thinking(), _concepts(), _eviction(), _codes()))
+    return "\n".join(f"- {line}" for line in (_tracking(), _thinking(), _concepts(), _eviction(), _codes()))
+
+
+def _tracking() -> str:
+    fixed, deciding = ({row["name"]: row for row in read(f"{TRACKING}/{group}.json")["rows"]} for group in TRACKED)
+    thought, deep, plain = (fixed[name]["accuracy"]["mean"] for name in ("ponderlm2", "doubledepth", "plain"))
+    router, random = (deciding[name] for name in ("adaptivelatentcot", "adaptivelatentcot-random"))
+    passes, follows = (router[key]["mean"] for key in ("passes_per_token", "passes_correlation"))
+    most = fixed["latentcot-3"]
+    for one, other in ((fixed["ponderlm2"], fixed["doubledepth"]), (router, random)):
+        found = gap(*(dict(zip(row["seeds"], row["error"]["values"], strict=True)) for row in (one, other)))
+        assert found.clear and found.mean < 0
+    return (
+        f"**Thinking pays where a token needs serial steps.** In state tracking, PonderLM-2 with one thought is right in "
+        f"{thought:.1%} of the tokens, a model of twice the depth and the same inference FLOPs in {deep:.1%}, a plain one in "
+        f"{plain:.1%}. A router that decides the passes of each token is right in {router['accuracy']['mean']:.1%} with "
+        f"{passes:.1f} passes (every token {most['passes_per_token']['mean']:.0f}: {most['accuracy']['mean']:.1%}; random "
+        f"tokens: {random['accuracy']['mean']:.1%}), and its passes follow the difficulty (correlation {follows:.2f}). "
+        "[When does thinking pay?](docs/results/tracking.md)"
+    )
 
 
 def _thinking() -> str:
@@ -25,9 +46,9 @@ def _thinking() -> str:
     assert all(one.significant for one in plain) and not any(one.significant for one in deep)
     size = arm(FLOPS, "plain")["parameters"]["mean"] / 1e6
     return (
-        f"**Thinking did not pay at {size:.1f} M parameters.** At equal training FLOPs, latent CoT is {_worse(plain[0])} and "
-        f"PonderLM-2 {_worse(plain[1])} bits per byte worse than a plain model. At equal inference FLOPs neither differs "
-        f"significantly from a model of twice the depth ({plain[0].seeds} seeds). "
+        f"**On text it did not pay at {size:.1f} M parameters**, with one learning rate for all models. At equal training "
+        f"FLOPs, latent CoT is {_worse(plain[0])} and PonderLM-2 {_worse(plain[1])} bits per byte worse than a plain model. "
+        f"At equal inference FLOPs neither differs significantly from a model of twice the depth ({plain[0].seeds} seeds). "
         "[Thinking](docs/results/thinking.md), [choosing which tokens think](docs/results/adaptive.md)"
     )
 

@@ -9,9 +9,10 @@ from typing import Any
 from pondera.report.figure import figure
 from pondera.report.svg import WIDTH, Series, line_chart
 from tools.docs.tables import ROOT, generated, read, table
-from tools.measured import SPEED, Measure, capacity, decoding, effort, first_token
+from tools.measured import SPEED, Measure, capacity, decoding, first_token
 
 FASTEST_PREFILL = "FastKV(SnapKV(0.25), tsp=0.2)"
+TRACKED = "results/tracking/s3-resets-cpu/deciding.json"
 PICTURE = ROOT / "docs" / "figures" / "long-context.svg"
 DRAWN = {
     "DynamicCache": "DynamicCache",
@@ -43,8 +44,8 @@ def headline(path: str) -> str:
 @generated
 def gains(_: str) -> str:
     """What a user gets, one line for each."""
-    passes, low, full = effort("ponderlm3", 0.25)
-    (most,) = (row for row in read(passes.file)["rows"] if (row["arm"], row["effort"]) == ("ponderlm3", 1.0))
+    tracked = {row["name"]: row for row in read(TRACKED)["rows"]}
+    plain, router = (tracked[name] for name in ("plain", "adaptivelatentcot"))
     rows = [
         (
             "a long context in less memory",
@@ -67,10 +68,11 @@ def gains(_: str) -> str:
             "[speed](docs/results/long-context.md), [quality](docs/results/eviction.md)",
         ),
         (
-            "less compute on request",
-            "`effort=0.25`, here of PonderLM-3",
-            f"{passes.number()} per token instead of {most['passes_per_token']['mean']:.2f}, {_kept(low, full)}",
-            "[effort](docs/results/adaptive.md)",
+            "more compute where a token needs it",
+            "`pondera train adaptivelatentcot`",
+            f"state tracking: {router['accuracy']['mean']:.1%} right at {router['passes_per_token']['mean']:.1f} passes per "
+            f"token, plain {plain['accuracy']['mean']:.1%}; no gain measured on text",
+            "[tasks](docs/results/tracking.md), [text](docs/results/thinking.md)",
         ),
     ]
     return table(["what you get", "how", "measured", "pages"], rows).replace("---:", "---")
@@ -109,12 +111,6 @@ def _parts(svg: str) -> tuple[str, str]:
 
 def _faster(cache: str) -> str:
     return _number(decoding(cache, (LONG, LONG)))
-
-
-def _kept(low: Measure, full: Measure) -> str:
-    """Bits per byte with less compute, compared with those at full effort."""
-    less, all_of_it = f"{low.value:.3f}", f"{full.value:.3f}"
-    return f"{less} bits per byte in both cases" if less == all_of_it else f"{less} bits per byte against {all_of_it}"
 
 
 def _number(found: Measure) -> str:
