@@ -15,6 +15,8 @@ from pondera.core.errors import UserError
 if TYPE_CHECKING:
     from pondera.evaluation.kv_sweep import SweepRow
 
+LEGEND = """table bytes: codebooks, once per model; top-1 agreement: how often the likeliest token is that of the full cache;
+recall: tokens of an earlier passage that are predicted when its beginning is repeated; tokens/s: decoding, here"""
 SUMMARY = "compresses the KV cache of a model and measures what that costs in quality"
 EXAMPLES = """
 pondera compress runs/plain
@@ -103,6 +105,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         print_table(
             list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"KV cache of {done.context} tokens"
         )
+        print(LEGEND)
         named = "elbow" if len(rows) > 2 else "chosen"
         print(
             f"{named}: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes of the full cache, "

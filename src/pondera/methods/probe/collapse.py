@@ -115,7 +115,7 @@ class Collapse(Probe):
 
     def show(self, found: dict[str, Any]) -> Shown:
         """One row per codebook; the curves show the first codebook."""
-        columns = ["codebook", "verdict", "usage", "perplexity", "k-means", "error", "k-means", "rank", "rank of codes"]
+        measured = ["usage", "perplexity", "of k-means", "error", "error of k-means", "rank", "rank of codes"]
         rows = [
             [
                 one["name"],
@@ -130,7 +130,7 @@ class Collapse(Probe):
             ]
             for one in found["codebooks"]
         ]
-        return Shown(columns, rows, _summary(found["codebooks"]), _plots(found["codebooks"]))
+        return Shown(["codebook", "verdict", *measured], rows, _summary(found["codebooks"]), _plots(found["codebooks"]))
 
 
 def _summary(books: list[dict[str, Any]]) -> str:

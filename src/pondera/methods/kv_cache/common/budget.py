@@ -47,8 +47,8 @@ class SlotBudget:
             raise UserError(f"budget={amount!r}: a share is above 0 and at most 1; {asked}")
         elif isinstance(amount, int) and amount < self.least:
             raise UserError(
-                f"budget={amount}: sinks and recent tokens alone need {self.least} slots; give at least "
-                f"{self.least}, or fewer sinks and recent tokens"
+                f"budget={amount}: what is always kept (sinks, and recent tokens or the observation window) alone needs "
+                f"{self.least} slots; give at least {self.least}, or a smaller sinks, recent or window"
             )
 
     @property
