@@ -288,3 +288,13 @@ def test_a_page_begins_with_the_answer_and_ends_with_the_command(page: Path):
     for module in re.findall(r"`python -m (\S+)|`python (benchmarks/\S+?)[ `]", last):
         path = module[1] or f"{module[0].strip('`.').replace('.', '/')}.py"
         assert (scripts.ROOT / path).is_file(), path
+
+
+def test_the_python_interface_has_every_argument():
+    api = scripts.load("tools.docs.api")
+    text = next(iter(api.files().values()))
+    for name, _, _ in api.SHOWN:
+        assert f"## {name}\n" in text
+    for argument in ("kv_cache", "calibrate", "effort", "passes", "past_key_values", "init"):
+        assert f"| `{argument}` |" in text
+    assert "Returns: The model, in eval mode" in text and "nearest name" in text

@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from tools.docs import blocks, combined, findings, front, models, pages, past, study, times, tracking  # noqa: F401  (these register makers)
+from tools.docs import api, blocks, combined, findings, front, models, pages, past, study, times, tracking  # noqa: F401  (these register makers)
 from tools.docs.tables import MAKERS, ROOT, generated
 
 EXAMPLE = "<!-- worked example: {} -->\n```python\n"
@@ -48,7 +48,7 @@ def built(text: str) -> str:
 
 def wanted() -> dict[Path, str]:
     """Every file that is generated, or holds generated parts, and its text."""
-    whole = pages.files() | study.figures() | front.figures() | tracking.figures()
+    whole = pages.files() | api.files() | study.figures() | front.figures() | tracking.figures()
     written = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     in_parts = {page: built(page.read_text()) for page in written if page.parent != pages.FOLDER}
     return in_parts | whole
