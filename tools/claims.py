@@ -13,12 +13,14 @@ from tools.measured import (
     QUANTIZERS,
     Measure,
     absolute,
+    accuracy,
     capacity,
     codes,
     decoding,
     difference,
     effort,
     first_token,
+    follows,
     passes,
     ratio,
     recall,
@@ -54,9 +56,20 @@ LATENT, PONDER, RELATIVES, PONDER3 = (
 CONCEPTS, HEADS, ELASTIC, RETROFIT = (
     f"results/{name}/books-cpu/tokens.json" for name in ("concepts", "heads", "elastic", "retrofit")
 )
+FIXED, DECIDING = (f"results/tracking/s3-resets-cpu/{name}.json" for name in ("fixed", "deciding"))
 COST = "training FLOPs against plain"
 SMALL = "The paper's claim concerns large models on natural text; recall was measured with small models on synthetic sequences."
 PROMPT = "The policy inside is SnapKV. " + SMALL
+
+
+def tracked(name: str, slots: int) -> list[Measure]:
+    """State tracking with a method that decides the passes of each token."""
+    return [
+        passes(DECIDING, name, f"state tracking, of {slots}"),
+        follows(DECIDING, name, "state tracking, passes with difficulty"),
+        accuracy(DECIDING, name, "plain", "state tracking, against plain"),
+        accuracy(DECIDING, name, f"{name}-random", "state tracking, against random halting"),
+    ]
 
 
 def policy(name: str, claim: str, note: str = SMALL, more: Callable[[], list[Measure]] = list) -> Claim:
@@ -73,7 +86,9 @@ THINK = {
             difference(PONDER, "adaponderlm", "ponderlm", "against PonderLM"),
             difference(PONDER, "adaponderlm", "adaponderlm-random", "against random halting"),
             difference(PONDER, "adaponderlm", "plain", "against plain"),
+            *tracked("adaponderlm", 4),
         ],
+        "On state tracking its gates do not find the tokens that need passes.",
     ),
     "AdaptiveLatentCoT": Claim(
         "A router saves 15 to 17 % of the latent steps at a better score (410 M parameters and more).",
@@ -83,7 +98,9 @@ THINK = {
             ratio(THINKING, "adaptivelatentcot", "ponderlm2", "train_flops", "training FLOPs against PonderLM-2"),
             passes(LATENT, "latentcot-router", "router, of 3"),
             difference(LATENT, "latentcot-router", "latentcot-router-random", "router against random halting"),
+            *tracked("adaptivelatentcot", 4),
         ],
+        "The measurements on text are of a router with a threshold of 0.5 that did not explore.",
     ),
     "PauseToken": Claim(
         "A control: the slots of latent thoughts, with a constant input.",
@@ -100,21 +117,31 @@ THINK = {
     ),
     "PonderLM2": Claim(
         "One latent thought per token beats twice the parameters (410 M to 1.4 B parameters, 26 to 300 billion tokens).",
-        "not reproduced",
+        "partly",
         lambda: [
-            difference(THINKING, "ponderlm2", "doubledepth", "against twice the depth"),
-            ratio(THINKING, "ponderlm2", "doubledepth", "train_flops", "training FLOPs against twice the depth"),
+            accuracy(FIXED, "ponderlm2", "doubledepth", "state tracking, against twice the depth"),
+            ratio(
+                FIXED,
+                "ponderlm2",
+                "doubledepth",
+                "train_flops",
+                "state tracking, training FLOPs against twice the depth",
+            ),
+            difference(THINKING, "ponderlm2", "doubledepth", "text, against twice the depth"),
+            ratio(THINKING, "ponderlm2", "doubledepth", "train_flops", "text, training FLOPs against twice the depth"),
         ],
+        "On a task that needs serial steps, not on text at this size.",
     ),
     "PonderLM3": Claim(
         "A router gives each token only the latent thoughts that it needs.",
         "partly",
         lambda: [
+            *tracked("ponderlm3", 2),
             *effort("ponderlm3", 0.25),
             difference(PONDER3, "ponderlm3", "plain", "against plain"),
             ratio(PONDER3, "ponderlm3", "plain", "train_flops", COST),
         ],
-        "No control with as few thoughts at random was trained.",
+        "On text the thoughts were not used, so the score at low effort says little.",
     ),
     "ThinkAtHard": Claim(
         "A second pass for the tokens that a decider finds hard improves a trained model.",
@@ -127,8 +154,9 @@ THINK = {
     ),
     "UniversalTransformer": Claim(
         "Adaptive computation time learns how many passes each token needs.",
-        "not reproduced",
+        "partly",
         lambda: [
+            *tracked("universaltransformer", 4),
             difference(RELATIVES, "universaltransformer", "plain", "against plain"),
             passes(RELATIVES, "universaltransformer", "mean, of 3"),
             difference(RELATIVES, "universaltransformer", "universaltransformer-random", "against random halting"),

@@ -16,7 +16,15 @@ ROOT = Path(__file__).parents[1]
 RECALL = "results/eviction/recall.json"
 CODEBOOKS, QUANTIZERS = "results/collapse.json", "results/quantizers.json"
 SPEED = "results/memory.json"
-FORMS = {"bits per byte": "{:+.3f}", "nats": "{:+.3f}", "×": "{:.2f}", "%": "{:.0f}", "passes": "{:.2f}"}
+FORMS = {
+    "bits per byte": "{:+.3f}",
+    "accuracy": "{:+.3f}",
+    "correlation": "{:.2f}",
+    "nats": "{:+.3f}",
+    "×": "{:.2f}",
+    "%": "{:.0f}",
+    "passes": "{:.2f}",
+}
 """Number format by unit; other units use three digits."""
 
 
@@ -87,6 +95,23 @@ def difference(file: str, name: str, other: str, what: str) -> Measure:
     found = gap(mine, theirs)
     about = {"ci95": found.margin, "significant": found.clear, **_comparison(file, rows[0])}
     return Measure(what, found.mean, "bits per byte", **about)
+
+
+def accuracy(file: str, name: str, other: str, what: str) -> Measure:
+    """Accuracy of one model on a task minus that of another, paired by seed."""
+    rows = [arm(file, each) for each in (name, other)]
+    mine, theirs = (dict(zip(row["seeds"], row["accuracy"]["values"], strict=True)) for row in rows)
+    found = gap(mine, theirs)
+    about = {"ci95": found.margin, "significant": found.clear, **_comparison(file, rows[0])}
+    return Measure(what, found.mean, "accuracy", **about)
+
+
+def follows(file: str, name: str, what: str) -> Measure:
+    """Correlation of the passes of a token with its difficulty."""
+    row = arm(file, name)
+    found = row["passes_correlation"]
+    value, spread = (0.0, None) if found["mean"] is None else (found["mean"], found["spread"])
+    return Measure(what, value, "correlation", spread=spread, **_comparison(file, row))
 
 
 def ratio(file: str, name: str, other: str, key: str, what: str) -> Measure:
