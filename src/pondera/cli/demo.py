@@ -14,7 +14,7 @@ pondera demo
 pondera demo --out demo
 """
 INTRODUCTION = """Four small models learn to track a state: after each token, the product of the elements since the reset R.
-The difficulty of a token is the number of elements since the reset: so many steps must be computed one after the other.
+The difficulty of a token is the number of elements since the reset: its steps must be computed one after the other.
 It takes about two minutes on two cores.
   plain              1 layer, one pass per token
   doubledepth        2 layers, one pass: same cost as two passes through 1 layer
