@@ -298,3 +298,13 @@ def test_the_python_interface_has_every_argument():
     for argument in ("kv_cache", "calibrate", "effort", "passes", "past_key_values", "init"):
         assert f"| `{argument}` |" in text
     assert "Returns: The model, in eval mode" in text and "nearest name" in text
+
+
+def test_a_measure_by_difficulty_is_the_mean_over_the_seeds_that_have_it():
+    tracking = scripts.load("tools.docs.tracking")
+    runs = [
+        {"difficulty": [0, 1, 40], "accuracy": [1.0, 0.5, 0.0], "passes": [1, 3, 3]},
+        {"difficulty": [0], "accuracy": [0.8], "passes": [2]},
+    ]
+    assert tracking.curve({"by_difficulty": runs}, "accuracy") == [(0, 0.9), (1, 0.5)]
+    assert tracking.curve({"by_difficulty": runs}, "passes") == [(0, 1.5), (1, 3.0)]

@@ -19,6 +19,7 @@ def comparison(path: str) -> str:
         rows.append(
             (
                 f"`{row['name']}`",
+                f"{row['parameters']['mean'] / first['parameters']['mean']:.2f} ×",
                 f"{row['train_tokens']['mean'] / 1e6:.2f} M",
                 f"{row['train_flops']['mean'] / first['train_flops']['mean']:.2f} ×",
                 f"{row['inference_flops_per_token']['mean'] / first['inference_flops_per_token']['mean']:.2f} ×",
@@ -29,6 +30,7 @@ def comparison(path: str) -> str:
         )
     head = [
         "recipe",
+        "parameters",
         "tokens",
         "training FLOPs",
         "inference FLOPs",
