@@ -269,6 +269,20 @@ class TestGradients:
         assert torch.equal(moved, lowest.to(moved))
         agree(term.sum, gates[asked].sort().values[:count].sum())
 
+    def test_ranked_by_pass_it_reaches_the_lowest_gates_of_each_pass(self):
+        model, x = build(GATED.replace(")", ", rank='pass', bottom=0.25)")).train(), ids(3, 12)
+        model.begin_step(10**6, 0)
+        said = gates_of(model, alone=True)
+        out = model(x, labels=x)
+        expected, count = 0.0, 0
+        for depth, gate in enumerate(said, start=1):
+            gates = gate[..., 0][out.passes >= depth]
+            number = round(0.25 * len(gates))
+            expected, count = expected + gates.sort().values[:number].sum(), count + number
+        term = out.terms["thinking"]
+        assert int(term.count) == count > 4
+        agree(term.sum, torch.as_tensor(expected))
+
     def test_before_the_ramp_there_is_no_penalty_and_then_it_grows(self):
         model, x = build("AdaPonderLM(ramp=(0.1, 0.2), bottom=0.5)").train(), ids(3, 12)
         counts = []
@@ -389,6 +403,7 @@ def test_it_goes_on_from_a_ponderlm(tmp_path):
         ("AdaPonderLM(threshold=0)", "threshold=0"),
         ("AdaPonderLM(penalty=-1)", "penalty=-1"),
         ("AdaPonderLM(bottom=1.5)", "bottom=1.5"),
+        ("AdaPonderLM(rank='token')", "unknown rank 'token'"),
         ("AdaPonderLM(ramp=(0.6, 0.2))", "ramp="),
         ("AdaPonderLM(ramp=(0.3,))", "ramp="),
         ("AdaPonderLM(halting='gates')", "did you mean 'gate'"),

@@ -24,6 +24,7 @@ from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 
 HALTED = ("freeze", "dense")
+RANKS = ("all", "pass")
 
 
 class AdaPonderLM(PonderLM):
@@ -62,6 +63,8 @@ class AdaPonderLM(PonderLM):
         halted: ``"freeze"`` or ``"dense"``.
         shared_gate: use one MLP for all passes. According to the paper such a gate halts all tokens or none.
         start: see `PonderLM`.
+        rank: ``"all"`` (the paper) penalizes the lowest gates of all passes together. One pass can then have all of
+            them, and closes for every token. ``"pass"`` penalizes the lowest gates of each pass.
 
     Example:
         >>> AdaPonderLM(steps=1, halting="random").cost_schedule(tokens=8, shares=[1.0, 0.5])[-1]
@@ -93,17 +96,19 @@ class AdaPonderLM(PonderLM):
         halted: str = "freeze",
         shared_gate: bool = False,
         start: str = "once",
+        rank: str = "all",
     ) -> None:
         super().__init__(steps, top_k, start)
         if not 0 < threshold < 1:
             raise UserError(f"threshold={threshold}: give a number between 0 and 1")
         if penalty < 0 or not 0 <= bottom <= 1:
             raise UserError(f"penalty={penalty}, bottom={bottom}: give a penalty of 0 or more, and a share from 0 to 1")
-        if halted not in HALTED:
-            raise unknown("halted", halted, HALTED)
+        for name, given, allowed in (("halted", halted, HALTED), ("rank", rank, RANKS)):
+            if given not in allowed:
+                raise unknown(name, given, allowed)
         self.threshold, self.penalty, self.bottom, self.ramp = threshold, penalty, bottom, checked(ramp)
         self.halting = Halting(halting, "gate", continue_prob)
-        self.dense, self.shared_gate = halted == "dense", shared_gate
+        self.dense, self.shared_gate, self.rank = halted == "dense", shared_gate, rank
         self.accepts_passes = not self.dense
         self.adaptive = self.halting.adaptive and steps > 0 and not self.dense
         self.gates = nn.ModuleList()
@@ -169,13 +174,20 @@ class AdaPonderLM(PonderLM):
         return lambda state_BTD: mlp(state_BTD).float().sigmoid()
 
     def _penalty(self, gate_history: list[tuple[Tensor, Tensor | None]], passes: Passes) -> LossTerm:
-        """The sum of the lowest gates of active tokens; the ramp sets how many. A mask of ``None`` means all active."""
+        """The sum of the lowest gates of active tokens, the share of which grows on the ramp.
+
+        Args:
+            gate_history: for each pass, its gates and the tokens that were active before it; ``None``: all.
+            passes: the passes of the call.
+        """
         real_BT = passes.real(torch.ones_like(passes.passes_BT, dtype=torch.bool))
-        gates_N = torch.cat(
-            [gate_BT[real_BT if active_BT is None else active_BT] for gate_BT, active_BT in gate_history]
-        )
-        count = round(self._share_now * len(gates_N))
-        return LossTerm(gates_N.topk(count, largest=False).values.sum(), max(1, count), self.penalty)
+        by_pass = [gate_BT[real_BT if active_BT is None else active_BT] for gate_BT, active_BT in gate_history]
+        lowest = []
+        for gates_N in by_pass if self.rank == "pass" else [torch.cat(by_pass)]:
+            count = round(self._share_now * len(gates_N))
+            lowest.append(gates_N.topk(count, largest=False).values)
+        lowest_N = torch.cat(lowest)
+        return LossTerm(lowest_N.sum(), max(1, len(lowest_N)), self.penalty)
 
     def cost_schedule(
         self, tokens: int, context: int = 0, training: bool = False, shares: Sequence[float] | None = None
