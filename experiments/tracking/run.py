@@ -46,7 +46,8 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "adaptivelatentcot": {"think": "AdaptiveLatentCoT(steps=3, penalty=0.03)"},
         "universaltransformer": {"think": "UniversalTransformer(steps=3)"},
         "ponderlm3": {"think": "PonderLM3(thoughts=1)"},
-        "adaponderlm": {"think": "AdaPonderLM(steps=3)"},
+        "adaponderlm": {"think": "AdaPonderLM(steps=3, rank='pass', bottom=0.5)"},
+        "adaponderlm-all": {"think": "AdaPonderLM(steps=3, rank='all', bottom=0.1)"},
     },
     "control": {
         "plain": {},
