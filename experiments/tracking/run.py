@@ -8,8 +8,8 @@
 The task is state tracking in the group S3 with resets: the difficulty of a token is the number of elements since the last
 reset. The learning rate of every variant is tuned first, with a seed that is not compared. Two groups of variants are
 published to ``results/tracking/``: methods of fixed depth beside deeper plain models, and methods that decide the passes of
-each token, each beside its random control and one beside a model that knows the difficulty. The third group is for tasks in
-which serial steps do not help.
+each token, each with its random control, and a model that knows the difficulty. The third group compares at equal training
+FLOPs, the fourth is for tasks in which serial steps do not help.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
         "adaponderlm": {"think": "AdaPonderLM(steps=3, rank='pass', bottom=0.5)"},
         "adaponderlm-all": {"think": "AdaPonderLM(steps=3, rank='all', bottom=0.1)"},
     },
+    "training": {
+        "doubledepth-long": {"backbone.num_hidden_layers": 2, "train.steps": 4980},
+        "ponderlm2": {"think": "PonderLM2(thoughts=1)"},
+    },
     "control": {
         "plain": {},
         "doubledepth": {"backbone.num_hidden_layers": 2},
@@ -62,7 +66,7 @@ def main() -> None:
     parser = arguments(__doc__, list(SCALES))
     parser.set_defaults(name="s3-resets")
     parser.add_argument("--task", default=TASK, help=f"as data.task (default: {TASK})")
-    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["fixed", "deciding"])
+    parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=["fixed", "deciding", "training"])
     train(parser.parse_args())
 
 
