@@ -90,20 +90,20 @@ def arm(file: str, name: str) -> dict[str, Any]:
 
 def difference(file: str, name: str, other: str, what: str) -> Measure:
     """Bits per byte of one model minus those of another, paired by seed."""
-    rows = [arm(file, each) for each in (name, other)]
-    mine, theirs = (dict(zip(row["seeds"], row["bits_per_byte"]["values"], strict=True)) for row in rows)
-    found = gap(mine, theirs)
-    about = {"ci95": found.margin, "significant": found.clear, **_comparison(file, rows[0])}
-    return Measure(what, found.mean, "bits per byte", **about)
+    return _paired(file, name, other, what, "bits_per_byte", "bits per byte")
 
 
 def accuracy(file: str, name: str, other: str, what: str) -> Measure:
     """Accuracy of one model on a task minus that of another, paired by seed."""
+    return _paired(file, name, other, what, "accuracy", "accuracy")
+
+
+def _paired(file: str, name: str, other: str, what: str, key: str, unit: str) -> Measure:
     rows = [arm(file, each) for each in (name, other)]
-    mine, theirs = (dict(zip(row["seeds"], row["accuracy"]["values"], strict=True)) for row in rows)
+    mine, theirs = (dict(zip(row["seeds"], row[key]["values"], strict=True)) for row in rows)
     found = gap(mine, theirs)
     about = {"ci95": found.margin, "significant": found.clear, **_comparison(file, rows[0])}
-    return Measure(what, found.mean, "accuracy", **about)
+    return Measure(what, found.mean, unit, **about)
 
 
 def follows(file: str, name: str, what: str) -> Measure:
