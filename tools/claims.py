@@ -62,13 +62,13 @@ SMALL = "The paper's claim concerns large models on natural text; recall was mea
 PROMPT = "The policy inside is SnapKV. " + SMALL
 
 
-def tracked(name: str, slots: int) -> list[Measure]:
-    """State tracking with a method that decides the passes of each token."""
+def tracked(name: str, slots: int, random: bool = True) -> list[Measure]:
+    """State tracking with a method that decides the passes of each token, and with its random control if there is one."""
     return [
         passes(DECIDING, name, f"state tracking, of {slots}"),
         follows(DECIDING, name, "state tracking, passes with difficulty"),
         accuracy(DECIDING, name, "plain", "state tracking, against plain"),
-        accuracy(DECIDING, name, f"{name}-random", "state tracking, against random halting"),
+        *([accuracy(DECIDING, name, f"{name}-random", "state tracking, against random halting")] if random else []),
     ]
 
 
@@ -136,7 +136,7 @@ THINK = {
         "A router gives each token only the latent thoughts that it needs.",
         "partly",
         lambda: [
-            *tracked("ponderlm3", 2),
+            *tracked("ponderlm3", 2, random=False),
             *effort("ponderlm3", 0.25),
             difference(PONDER3, "ponderlm3", "plain", "against plain"),
             ratio(PONDER3, "ponderlm3", "plain", "train_flops", COST),

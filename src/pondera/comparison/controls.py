@@ -68,7 +68,7 @@ def random_controls(variants: list[PlannedVariant], seeds: int, out: Path) -> li
         out: the folder of the comparison.
 
     Returns:
-        One control for each variant that has one. The names of its folders say its passes, because they depend on the
+        One control for each variant that has one and whose passes differ between tokens. The names of its folders say its passes, because they depend on the
         seeds that have been trained: with more seeds, other controls are needed.
     """
     controls = []
@@ -77,7 +77,9 @@ def random_controls(variants: list[PlannedVariant], seeds: int, out: Path) -> li
             continue
         measured = [(Run.open(folder).result() or {})["passes_per_token"] for folder in variant.runs(seeds, out)]
         passes = round(statistics.fmean(measured), 4)
-        config = control_of(variant.config, passes)
+        most = spec.build(str(variant.config.think), "think").passes()
+        # If every token takes one pass, or all of them, random tokens would take the same.
+        config = control_of(variant.config, passes) if 1.005 < passes < most - 0.005 else None
         if config is not None:
             controls.append(PlannedVariant(config, f"{variant.tag}-{passes}passes", variant.config.name))
     return controls
