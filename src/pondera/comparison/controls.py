@@ -68,8 +68,8 @@ def random_controls(variants: list[PlannedVariant], seeds: int, out: Path) -> li
         out: the folder of the comparison.
 
     Returns:
-        One control for each variant that has one and whose passes differ between tokens. The names of its folders say its passes, because they depend on the
-        seeds that have been trained: with more seeds, other controls are needed.
+        One control for each variant that has one and whose passes differ between tokens. The names of its folders say its
+        passes, because they depend on the seeds that have been trained: with more seeds, other controls are needed.
     """
     controls = []
     for variant in variants:

@@ -13,7 +13,8 @@ import pytest
 from pondera.cli import compare as verb
 from pondera.cli.main import main
 from pondera.comparison.compare import compare
-from pondera.comparison.controls import control_of
+from pondera.comparison.controls import control_of, random_controls
+from pondera.comparison.plan import PlannedVariant
 from pondera.comparison.sweep import Sweep
 from pondera.core import spec
 from pondera.core.run_config import DataConfig, RunConfig
@@ -127,3 +128,11 @@ def test_a_name_that_no_control_needs_is_free(recipe, tmp_path):
 )
 def test_what_chooses_no_tokens_has_no_control(settings):
     assert control_of(RunConfig(name="x", **settings), 1.5) is None
+
+
+@pytest.mark.parametrize(("passes", "count"), [(1.0, 0), (1.8, 1), (3.0, 0)])
+def test_no_control_where_every_token_takes_the_same_passes(passes, count, tmp_path):
+    variant = PlannedVariant(RunConfig(name="learned", think=LEARNED))
+    for folder, config in variant.runs(2, tmp_path).items():
+        Run.create(folder, config).write_result({"passes_per_token": passes})
+    assert len(random_controls([variant], 2, tmp_path)) == count
