@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import mean, stdev
+from typing import Any
 
 from pondera.evaluation.significance import gap
 from tools.docs.tables import generated, read
@@ -32,12 +33,17 @@ def _tracking() -> str:
         assert found.clear and found.mean < 0
     return (
         f"**Thinking pays where a token needs serial steps.** In state tracking, PonderLM-2 with one thought is right in "
-        f"{thought:.1%} of the tokens, a model of twice the depth and the same inference FLOPs in {deep:.1%}, a plain one in "
-        f"{plain:.1%}. A router that decides the passes of each token is right in {router['accuracy']['mean']:.1%} with "
-        f"{passes:.1f} passes (every token {most['passes_per_token']['mean']:.0f}: {most['accuracy']['mean']:.1%}; random "
-        f"tokens: {random['accuracy']['mean']:.1%}), and its passes follow the difficulty (correlation {follows:.2f}). "
+        f"{100 * thought:.1f} % of the tokens, a model of twice the depth and the same inference FLOPs in {100 * deep:.1f} %, a "
+        f"plain one in {100 * plain:.1f} %. A router that decides the passes of each token is right in "
+        f"{_percent(router)} with {passes:.1f} passes (every token {most['passes_per_token']['mean']:.0f}: {_percent(most)}; "
+        f"random tokens: {_percent(random)}), and its passes follow the difficulty (correlation {follows:.2f}). "
         "[When does thinking pay?](docs/results/tracking.md)"
     )
+
+
+def _percent(row: dict[str, Any]) -> str:
+    """The accuracy of a row."""
+    return f"{100 * row['accuracy']['mean']:.1f} %"
 
 
 def _thinking() -> str:

@@ -70,8 +70,8 @@ def gains(_: str) -> str:
         (
             "more compute where a token needs it",
             "`pondera train adaptivelatentcot`",
-            f"state tracking: {router['accuracy']['mean']:.1%} right at {router['passes_per_token']['mean']:.1f} passes per "
-            f"token, plain {plain['accuracy']['mean']:.1%}; no gain measured on text",
+            f"state tracking: {100 * router['accuracy']['mean']:.1f} % right at {router['passes_per_token']['mean']:.1f} passes "
+            f"per token, plain {100 * plain['accuracy']['mean']:.1f} %; no gain measured on text",
             "[tasks](docs/results/tracking.md), [text](docs/results/thinking.md)",
         ),
     ]

@@ -12,6 +12,7 @@ from tools.docs.study import FIGURES
 from tools.docs.tables import ROOT, generated, over_seeds, read, table
 
 RESULTS = "results/tracking/s3-resets-cpu"
+GROUPS = ("fixed", "deciding")
 MOST = 12
 """The highest difficulty in a figure; few tokens have more."""
 ACCURACY = ("plain", "doubledepth", "latentcot", "latentcot-3", "universal-3", "ponderlm2")
@@ -43,6 +44,8 @@ def tracking(path: str) -> str:
         *("model", "parameters", "inference FLOPs", "training FLOPs", "passes per token", "passes ~ difficulty"),
         *("accuracy", "accuracy, passes permuted", "learning rate"),
     ]
+    used = [number for number in range(len(head)) if any(row[number] for row in rows)]
+    head, rows = [head[number] for number in used], [tuple(row[number] for number in used) for row in rows]
     said = "\n".join(f"- {sentence}" for sentence in found["verdict"])
     source = f"`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
     return f"{table(head, rows)}\n\n{said}\n\n{source}"
@@ -50,16 +53,38 @@ def tracking(path: str) -> str:
 
 @generated
 def by_difficulty(path: str) -> str:
-    """Accuracy and passes of each model at each difficulty, as means over seeds."""
+    """Accuracy of each model at each difficulty, and its passes if they differ, as means over seeds."""
     rows = read(path)["rows"]
     lines = []
     for row in rows:
         curves = {measure: dict(curve(row, measure)) for measure in ("accuracy", "passes")}
         for measure, levels in curves.items():
-            if measure == "accuracy" or max(levels.values()) > 1:
+            if measure == "accuracy" or len(set(levels.values())) > 1:
                 cells = (f"{levels[level]:.2f}" if level in levels else "" for level in range(MOST + 1))
                 lines.append((f"`{row['name']}`, {measure}", *cells))
     return table(["difficulty", *map(str, range(MOST + 1))], lines)
+
+
+@generated
+def gained(folder: str) -> str:
+    """What each rule keeps of the gain of its deepest fixed form, and of that form's extra passes."""
+    fixed, deciding = ({row["name"]: row for row in read(f"{folder}/{group}.json")["rows"]} for group in GROUPS)
+    plain, rows = fixed["plain"]["accuracy"]["mean"], []
+    for name, deepest in (("adaptivelatentcot", "latentcot-3"), ("universaltransformer", "universal-3")):
+        gain, most = (
+            [row[key]["mean"] - least for row in (deciding[name], fixed[deepest])]
+            for key, least in (("accuracy", plain), ("passes_per_token", 1.0))
+        )
+        follows = over_seeds(deciding[name]["passes_correlation"]["values"], "{:.2f}".format)
+        rows.append((f"`{name}`", f"`{deepest}`", f"{gain[0] / gain[1]:.0%}", f"{most[0] / most[1]:.0%}", follows))
+    head = [
+        "rule",
+        "deepest fixed form",
+        "share of its gain over plain",
+        "share of its extra passes",
+        "passes ~ difficulty",
+    ]
+    return table(head, rows)
 
 
 def figures() -> dict[Path, str]:
