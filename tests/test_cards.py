@@ -78,7 +78,7 @@ def test_a_line_shares_what_neighbours_have_in_common():
 def test_methods_prints_the_card(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert main(["methods", "PonderLM2"]) == 0
     said = capsys.readouterr().out
-    assert cards()["PonderLM2"].measured in said and "not reproduced" in said
+    assert cards()["PonderLM2"].measured in said and "partly" in said
     own = tmp_path / "think" / "own_idea.py"
     own.parent.mkdir()
     own.write_text('class OwnIdea:\n    """Thinks."""\n')

@@ -33,8 +33,8 @@ def _tracking() -> str:
         assert found.clear and found.mean < 0
     return (
         f"**Thinking pays where a token needs serial steps.** In state tracking, PonderLM-2 with one thought is right in "
-        f"{100 * thought:.1f} % of the tokens, a model of twice the depth and the same inference FLOPs in {100 * deep:.1f} %, a "
-        f"plain one in {100 * plain:.1f} %. A router that decides the passes of each token is right in "
+        f"{100 * thought:.1f} % of the tokens, a model of twice the depth and the same inference FLOPs in {100 * deep:.1f} %, "
+        f"a plain one in {100 * plain:.1f} %. A router that decides the passes of each token is right in "
         f"{_percent(router)} with {passes:.1f} passes (every token {most['passes_per_token']['mean']:.0f}: {_percent(most)}; "
         f"random tokens: {_percent(random)}), and its passes follow the difficulty (correlation {follows:.2f}). "
         "[When does thinking pay?](docs/results/tracking.md)"

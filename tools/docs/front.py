@@ -70,8 +70,9 @@ def gains(_: str) -> str:
         (
             "more compute where a token needs it",
             "`pondera train adaptivelatentcot`",
-            f"state tracking: {100 * router['accuracy']['mean']:.1f} % right at {router['passes_per_token']['mean']:.1f} passes "
-            f"per token, plain {100 * plain['accuracy']['mean']:.1f} %; no gain measured on text",
+            f"state tracking: {100 * router['accuracy']['mean']:.1f} % right at "
+            f"{router['passes_per_token']['mean']:.1f} passes per token, plain {100 * plain['accuracy']['mean']:.1f} %; no gain "
+            "measured on text",
             "[tasks](docs/results/tracking.md), [text](docs/results/thinking.md)",
         ),
     ]
