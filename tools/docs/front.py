@@ -71,8 +71,8 @@ def gains(_: str) -> str:
             "more compute where a token needs it",
             "`pondera train adaptivelatentcot`",
             f"state tracking: {100 * router['accuracy']['mean']:.1f} % right at "
-            f"{router['passes_per_token']['mean']:.1f} passes per token, plain {100 * plain['accuracy']['mean']:.1f} %; no gain "
-            "measured on text",
+            f"{router['passes_per_token']['mean']:.1f} passes per token, plain {100 * plain['accuracy']['mean']:.1f} %; no "
+            "gain measured on text",
             "[tasks](docs/results/tracking.md), [text](docs/results/thinking.md)",
         ),
     ]
