@@ -13,11 +13,14 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import pondera
 
 SIZES: dict[str, Any] = dict(
     hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
@@ -28,11 +31,11 @@ VOCABULARY, PROMPT, STEPS = 97, 48, 3
 def calls_of(work: Callable[[], Any]) -> Counter[str]:
     """Calls of functions of Pondera during `work`, by file and name."""
     calls: Counter[str] = Counter()
-    folder = f"{os.sep}pondera{os.sep}"
+    folder = f"{Path(pondera.__file__).parent}{os.sep}"  # not by name alone: a clone may lie in a folder of that name
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and folder in frame.f_code.co_filename:
-            calls[f"{frame.f_code.co_filename.rpartition(folder)[2]}: {frame.f_code.co_qualname}"] += 1
+        if event == "call" and frame.f_code.co_filename.startswith(folder):
+            calls[f"{frame.f_code.co_filename.removeprefix(folder)}: {frame.f_code.co_qualname}"] += 1
 
     before = sys.getprofile()
     sys.setprofile(profile)
