@@ -115,6 +115,8 @@ def print_answers(found: Sequence[Answer]) -> None:
     }
     widths = [max(map(len, column)) for column in zip(*lines.values(), strict=True)]
     for name, cells in lines.items():
+        if not any(cells):
+            continue
         padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
         print(f"  {name:8}{' '.join(padded)}".rstrip())
     asked = [one for one in found if one.correct is not None]
