@@ -106,7 +106,7 @@ def write(found: dict[str, Any]) -> None:
     good = [version for version, row in rows.items() if not row["failed"]]
     PASSED.write_text(json.dumps({"transformers": good}) + "\n")
     lines = [
-        f"| {v} | {row['counts'].get('passed', 0)} | {len(row['failed'])} | {row.get('commit', '')} |"
+        f"| {v} | {row['counts'].get('passed', 0)} | {len(row['failed'])} | {row.get('commit', 'an earlier one')} |"
         for v, row in rows.items()
     ]
     failures = [f"- {version}: `{name}`" for version, row in rows.items() for name in row["failed"][:20]]
