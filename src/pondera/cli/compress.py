@@ -34,7 +34,9 @@ def parser() -> Parser:
         "--kv-cache, and with --out saves the model with that method."
     )
     arguments = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("evaluation text"))
-    arguments.add_argument("path", metavar="MODEL", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument(
+        "path", metavar="MODEL", help="a run folder, a model folder, a .gguf file, smollm2, or a hub name"
+    )
     arguments.add_argument(
         "--kv-cache",
         action="append",

@@ -40,7 +40,9 @@ def parser() -> Parser:
         settings="data.",
         notes=lambda: text_notes("evaluation text"),
     )
-    arguments.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument(
+        "path", metavar="RUN", help="a run folder, a model folder, a .gguf file, smollm2, or a hub name"
+    )
     arguments.add_argument(
         "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens to score (default: all)"
     )

@@ -32,7 +32,9 @@ def parser() -> Parser:
         "Continues a prompt. A run on a task answers the prompt: it prints the prediction and the passes of each token.",
         EXAMPLES,
     )
-    arguments.add_argument("path", metavar="RUN", help="a run folder, a model folder, or a hub name")
+    arguments.add_argument(
+        "path", metavar="RUN", help="a run folder, a model folder, a .gguf file, smollm2, or a hub name"
+    )
     arguments.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue; - reads it from stdin")
     arguments.add_argument(
         "--max-new-tokens",

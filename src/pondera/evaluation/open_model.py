@@ -35,7 +35,7 @@ def load(
     """Loads a model and its tokenizer; plain ``model.generate`` then uses the methods named here.
 
     Args:
-        name: a run folder, a model folder, or a hub name of any causal LM of transformers.
+        name: a run folder, a model folder, a GGUF file, ``"smollm2"``, or a hub name of any causal LM of transformers.
         kv_cache: how much of the KV cache to keep, as text or as an object, e.g. ``"SnapKV(1024)"`` or ``SnapKV(1024)``.
         think: how much to compute for each token, as text or as an object, e.g. ``"PonderLM2(thoughts=1)"``. On a checkpoint
             that was not trained with it, what it adds is untrained.

@@ -1,4 +1,4 @@
-"""Loads a model and its tokenizer from a run folder, a model folder, or a hub checkpoint."""
+"""Loads a model and its tokenizer from a run folder, a model folder, a GGUF file, or a hub checkpoint."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 from pondera.core.errors import UserError, unknown
 from pondera.core.run_folder import Run, is_run
 from pondera.data.text import HUB_NAME, first_line, hub
+from pondera.inference.default_model import model_folder
 from pondera.models import checkpoints
 
 if TYPE_CHECKING:
@@ -65,8 +66,9 @@ def load(
     Pondera trained, the hash of each file is checked.
 
     Args:
-        path: a run folder (its final model, else its newest intact checkpoint), a Pondera model folder, or the folder
-            or hub name of any causal LM of transformers, which is wrapped as an `AdaptiveLM` without methods.
+        path: a run folder (its final model, else its newest intact checkpoint), a Pondera model folder, or any causal LM
+            of transformers, which is wrapped as an `AdaptiveLM` without methods: a folder, a hub name, a GGUF file
+            (`pondera.inference.gguf`), or ``"smollm2"`` (`pondera.inference.default_model`).
         device: device of the model; default: `None`, the accelerator if there is one, else the CPU.
         dtype: dtype of the weights, one of `DTYPES`; default: `None`, same as ``"auto"``, the saved dtype.
         tokenizer: a folder or hub name of another tokenizer; default: `None`, the one of the model.
@@ -87,7 +89,8 @@ def load(
         loaded.model(**loaded.tokenizer("Once upon", return_tensors="pt").to(loaded.model.device)).passes
     """
     refuse_others(others, load)
-    source, run = _find(Path(path).expanduser(), str(path))
+    folder = model_folder(path)
+    source, run = _find(Path(folder).expanduser(), str(path))
 
     from pondera.models.generation_settings import storable
 
@@ -110,8 +113,15 @@ def load(
     own = lm.config.model_type == "pondera"
     lm.generation_config = storable(lm.generation_config)
     _set_special_tokens(lm, vocabulary, own and (think is None or lm.config._retrofit))
-    name = run.config.name if run else source.resolve().name if source.is_dir() else str(path)
+    name = run.config.name if run else _name(path, folder, source)
     return Loaded(_placed(lm if own else _wrapped(lm), device), vocabulary, name, run, foreign=not own)
+
+
+def _name(path: str | Path, folder: str | Path, source: Path) -> str:
+    """The name of a model in tables: that of its folder or GGUF file, else what was given."""
+    if folder != path:
+        return Path(path).stem
+    return source.resolve().name if source.is_dir() else str(path)
 
 
 OTHERS = {
@@ -141,7 +151,9 @@ def refuse_others(given: dict[str, Any], function: Callable[..., Any]) -> None:
 def _find(path: Path, given: str) -> tuple[Path, Run | None]:
     """The folder (or hub name) of the weights, and the run folder that contains it."""
     if path.is_file():
-        raise UserError(f"{given!r} is a file; give its folder: a run folder, or a model folder with config.json")
+        raise UserError(
+            f"{given!r} is a file; give a .gguf file, or a folder: a run folder, or a model folder with config.json"
+        )
     if not path.is_dir():
         if HUB_NAME.fullmatch(given):
             return path, None

@@ -14,6 +14,7 @@ from pondera.core.run_folder import Run, is_run
 from pondera.core.spec import SEAMS, build
 from pondera.data.text import HUB_NAME
 from pondera.data.tokenizer import bpe_size, load_tokenizer
+from pondera.inference.default_model import model_folder
 from pondera.models import checkpoints
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def resolve(config: RunConfig) -> RunConfig:
     """
     if not isinstance(config.backbone, str):
         return config
-    path = _model_folder(config.backbone)
+    path = _model_folder(str(model_folder(config.backbone)))
     config, folder, chosen = dataclasses.replace(config, backbone=path), Path(path), config.data.tokenizer
     if folder.is_dir() and not any(folder.glob("tokenizer*")):
         return config
