@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from helpers import gguf_files
 
 import pondera
 from pondera.cli.main import main
@@ -66,6 +67,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(folder / CHECKPOINT)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder / CHECKPOINT)
+    gguf_files.write(folder / "model.gguf", gguf_files.llama())
     return folder
 
 
@@ -73,6 +75,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("my_books", CHECKPOINT):
         shutil.copytree(start / name, tmp_path / name)
+    shutil.copytree(start / CHECKPOINT, tmp_path / "smollm2")
+    shutil.copy(start / "model.gguf", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -118,6 +122,8 @@ def smaller(words: list[str]) -> list[str]:
     """What makes a command short."""
     if words[0] == "compress":
         return ["--data.context", "64", "--calibrate-tokens", "8192"]
+    if words[0] == "bench":
+        return ["--tokens", "700", "--contexts", "2"]
     if words[0] not in ("train", "compare", "doctor") or "--resume" in words:
         return []
     return SHORT if "--backbone" in words else WIDTH + SHORT

@@ -14,7 +14,20 @@ import traceback
 from collections.abc import Sequence
 from types import ModuleType
 
-from pondera.cli import compare, compress, demo, doctor, evaluate, generate, lm_eval, methods, probe, report, train
+from pondera.cli import (
+    bench,
+    compare,
+    compress,
+    demo,
+    doctor,
+    evaluate,
+    generate,
+    lm_eval,
+    methods,
+    probe,
+    report,
+    train,
+)
 from pondera.core.errors import Failure, Interrupted, UserError, unknown
 from pondera.core.escape import escape_lines
 
@@ -26,6 +39,7 @@ VERBS: dict[str, ModuleType] = {
     "generate": generate,
     "probe": probe,
     "compress": compress,
+    "bench": bench,
     "lm-eval": lm_eval,
     "report": report,
     "methods": methods,

@@ -26,6 +26,7 @@ PONDERA_METHODS=my_methods pondera methods --json
 PURPOSES = {
     "quantize": "discrete codes for vectors, as arguments of other methods, e.g. ConceptLM(quantizer=VQ(64))",
     "task": "a synthetic task in place of text, e.g. StateTracking('S3'), as data.task",
+    "questions": "questions about a long context, for `pondera bench kv`, e.g. Needles(8)",
 }
 """What the folders are for that are no seams; seams have the help of their setting."""
 

@@ -34,5 +34,5 @@ PARTS = ("quantize",)
 """Folders of methods that are arguments of others."""
 PROBES = ("probe",)
 """Folders of probes, which observe a model and change nothing."""
-TASKS = ("task",)
-"""Synthetic tasks, which are data; ``pondera/data/tasks/`` has their files."""
+TASKS = ("task", "questions")
+"""Data: synthetic tasks in ``pondera/data/tasks/``, and questions about a long context in ``pondera/data/questions/``."""

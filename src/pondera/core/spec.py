@@ -40,7 +40,7 @@ from pondera.core.run_config import typed
 from pondera.core.seams import PARTS, PROBES, SEAMS, TASKS
 
 PACKAGE = Path(__file__).parent.parent / "methods"
-ELSEWHERE = {"task": PACKAGE.parent / "data/tasks"}
+ELSEWHERE = {"task": PACKAGE.parent / "data/tasks", "questions": PACKAGE.parent / "data/questions"}
 """Folders of the package outside of ``methods/``."""
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -279,7 +279,8 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
             f"{file}: a file in {seam}/ must define the method of its name, but there is no class whose name in lower "
             f"case is {wanted!r}; rename the class or the file (start the file name with an underscore if it is no method)"
         )
-    module = f"pondera.data.tasks.{file.stem}" if seam in ELSEWHERE else f"pondera.methods.{seam}.{file.stem}"
+    package = f"data.{ELSEWHERE[seam].name}" if seam in ELSEWHERE else f"methods.{seam}"
+    module = f"pondera.{package}.{file.stem}"
     if not any(
         file.is_relative_to(folder) for folder in (PACKAGE, *ELSEWHERE.values())
     ):  # several folders may have a file of the same name

@@ -236,9 +236,18 @@ def _as_text(path: Path) -> Iterator[None]:
         raise NotText(path, error.strerror or "unreadable", "check the file") from None
 
 
-def _plain(relative: str, path: Path, whole: bool) -> Iterator[Document]:
+def read_text(path: Path) -> str:
+    """The text of a file, which may be compressed as .xz or .gz.
+
+    Raises:
+        NotText: there is no such file, or it is not UTF-8.
+    """
     with _as_text(path), _unpacked(path) as file:
-        text = file.read().decode("utf-8-sig")
+        return file.read().decode("utf-8-sig")
+
+
+def _plain(relative: str, path: Path, whole: bool) -> Iterator[Document]:
+    text = read_text(path)
     if "\0" in text:
         raise NotText(path, "binary, or not UTF-8")
     if not text.strip():

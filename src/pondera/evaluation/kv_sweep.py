@@ -103,7 +103,7 @@ def sweep(
     for text in dict.fromkeys([FULL, *texts]):
         began = time.perf_counter()
         try:
-            built[text] = _ready(model, text, calibration, say)
+            built[text] = ready(model, text, calibration, say)
             measured, predicted_NT = _measure(model, text, built[text], windows, rows[0] if rows else None, expected_NT)
         except UserError as error:
             if memories or text == FULL:
@@ -119,7 +119,7 @@ def sweep(
     return rows, built
 
 
-def _ready(model: AdaptiveLM, text: str, calibration: Sequence[Tensor], say: Callable[[str], None]) -> KVCacheMethod:
+def ready(model: AdaptiveLM, text: str, calibration: Sequence[Tensor], say: Callable[[str], None]) -> KVCacheMethod:
     """A method for this model, calibrated if necessary."""
     method = _build(model, text, bool(calibration))
     method.to(model.device)
@@ -149,13 +149,18 @@ def _build(model: AdaptiveLM, text: str, has_calibration: bool) -> KVCacheMethod
     return method
 
 
-def _cache(model: AdaptiveLM, method: KVCacheMethod) -> Any:
+def new_cache(model: AdaptiveLM, method: KVCacheMethod) -> Any:
     """An empty cache of the model with this KV cache method."""
     before, model.kv_cache = model.kv_cache, method
     try:
         return model.new_cache()
     finally:
         model.kv_cache = before
+
+
+def table_bytes(method: KVCacheMethod) -> int:
+    """Bytes of the calibrated tables, which all sequences share."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values())
 
 
 @torch.no_grad()
@@ -170,7 +175,7 @@ def _measure(
     """A row, and the predicted next tokens after the prompts, ``[N, T]``."""
     nats, total_bytes, seconds, predicted = 0.0, 0, 0.0, []
     for ids_T in windows.ids_NT.to(model.device):
-        cache, tops = _cache(model, method), []
+        cache, tops = new_cache(model, method), []
         began = time.perf_counter()
         for start, logits_BTV in chunked_forward(model, cache, ids_T[None, :-1], windows.prompt):
             if start < windows.prompt:
@@ -193,7 +198,7 @@ def _measure(
         agreement=agreement,
         recall=_recall(model, method, windows),
         tokens_per_second=predicted_NT.numel() / seconds,
-        table_bytes=sum(tensor.numel() * tensor.element_size() for tensor in method.state_dict().values()),
+        table_bytes=table_bytes(method),
     )
     return measured, predicted_NT
 
@@ -204,7 +209,7 @@ def _recall(model: AdaptiveLM, method: KVCacheMethod, windows: HeldOutWindows) -
     right = total = 0
     for ids_T in windows.asked_NT.to(model.device):
         context = len(ids_T) - windows.asked
-        for start, logits_BTV in chunked_forward(model, _cache(model, method), ids_T[None], context, 1):
+        for start, logits_BTV in chunked_forward(model, new_cache(model, method), ids_T[None], context, 1):
             if start >= context + windows.asked // 3 - 1 and start + 1 < len(ids_T):
                 right += int(logits_BTV[0, -1].argmax() == ids_T[start + 1])
                 total += 1

@@ -1,7 +1,7 @@
 """The model ``smollm2``: SmolLM2-135M-Instruct, from a package of the Python package index.
 
-Whoever can install Pondera can reach a package index, but not always the hub. The weights are Apache-2.0, in 4-bit codes (GGUF
-Q4_1) that are read as float32 numbers.
+A machine that can install Pondera can reach a package index, but not always the hub. The weights are Apache-2.0, in 4-bit
+codes (GGUF Q4_1) that are read as float32 numbers.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Code that several kinds of questions share."""

@@ -1,0 +1,125 @@
+"""Scores of questions about a context whose KV cache was compressed before they were asked.
+
+Shapes: B batch (always 1), T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pondera.core.errors import UserError
+from pondera.core.hf import CACHE
+from pondera.data.questions.base import AskedContext, Question
+from pondera.evaluation.kv_sweep import new_cache
+from pondera.inference.load import Loaded
+from pondera.methods.kv_cache.base import KVCacheMethod
+
+if TYPE_CHECKING:
+    from pondera.models.adaptive_lm import AdaptiveLM
+
+STEPS = 16
+"""Decoding steps that are timed."""
+
+
+@dataclass(frozen=True)
+class ContextScore:
+    """What a method makes of one context.
+
+    Args:
+        nats: for each question, the log-probability of its answer, in nats.
+        right: for each question, whether greedy decoding gives the answer.
+        cache_bytes: bytes of the cache after the context; 0 without a context.
+        prefill_seconds: time to read and compress the context.
+        step_seconds: median time of a decoding step after it; 0 if it was not measured.
+    """
+
+    nats: tuple[float, ...]
+    right: tuple[bool, ...]
+    cache_bytes: int = 0
+    prefill_seconds: float = 0.0
+    step_seconds: float = 0.0
+
+
+def encode(loaded: Loaded, text: str, start: bool) -> list[int]:
+    """Token ids of a text; with the special tokens that the tokenizer puts before one if it is the start."""
+    ids: list[int] = loaded.tokenizer(text, add_special_tokens=start).input_ids
+    return ids
+
+
+@torch.no_grad()
+def score_context(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, timed: bool = False) -> ContextScore:
+    """Reads a context in one call, which compresses it, and asks each question on a copy of the cache.
+
+    Args:
+        loaded: the model, in eval mode.
+        method: the KV cache method, ready for this model.
+        asked: the context and its questions.
+        timed: measure the time of a decoding step, too.
+
+    Raises:
+        UserError: context and question are longer than the positions of the model.
+    """
+    model, ids = loaded.model, encode(loaded, asked.context, True)
+    longest = max(len(encode(loaded, one.text + one.answer, False)) for one in asked.questions)
+    limit = model.positions
+    if limit is not None and len(ids) + longest > limit:
+        raise UserError(
+            f"a context of {len(ids)} tokens and a question of {longest} exceed the {limit} positions of this model; shorten it"
+        )
+    cache = new_cache(model, method)
+    began = time.perf_counter()
+    model(_row(model, ids), logits_to_keep=1, **{CACHE: cache})
+    seconds = time.perf_counter() - began
+    size = cache.nbytes()
+    found = [_answered(loaded, question, cache.clone()) for question in asked.questions]
+    nats, right = zip(*found, strict=True)
+    return ContextScore(nats, right, size, seconds, step_seconds(model, cache) if timed else 0.0)
+
+
+@torch.no_grad()
+def score_without(loaded: Loaded, asked: AskedContext) -> ContextScore:
+    """The same questions without the context: what the model knows or guesses."""
+    found = [_answered(loaded, question, None) for question in asked.questions]
+    nats, right = zip(*found, strict=True)
+    return ContextScore(nats, right)
+
+
+def _answered(loaded: Loaded, question: Question, cache: Any) -> tuple[float, bool]:
+    """The log-probability of the answer, and whether each of its tokens is the likeliest."""
+    model, text, answer = (
+        loaded.model,
+        encode(loaded, question.text, cache is None),
+        encode(loaded, question.answer, False),
+    )
+    out = model(_row(model, text + answer[:-1]), **({} if cache is None else {CACHE: cache}))
+    logits_TV = out.logits[0, -len(answer) :].float()
+    answer_T = torch.tensor(answer, device=logits_TV.device)
+    chosen_T = logits_TV.log_softmax(-1).gather(-1, answer_T[:, None])[:, 0]
+    return float(chosen_T.sum()), bool((logits_TV.argmax(-1) == answer_T).all())
+
+
+def step_seconds(model: AdaptiveLM, cache: Any, steps: int = STEPS) -> float:
+    """The median time of a greedy decoding step after what the cache holds; the cache grows."""
+    times, next_BT = [], torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    for _ in range(steps):
+        began = time.perf_counter()
+        next_BT = model(next_BT, **{CACHE: cache}).logits[:, -1:].argmax(-1)
+        next_BT.sum().item()  # waits for an accelerator
+        times.append(time.perf_counter() - began)
+    return sorted(times)[len(times) // 2]
+
+
+def _row(model: AdaptiveLM, ids: Sequence[int]) -> Tensor:
+    return torch.tensor([list(ids)], device=model.device)
+
+
+def pairs(scores: Sequence[ContextScore]) -> Iterator[tuple[float, bool]]:
+    """All answers of several contexts."""
+    for score in scores:
+        yield from zip(score.nats, score.right, strict=True)
