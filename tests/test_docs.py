@@ -93,11 +93,6 @@ def test_one_arm_against_every_other_is_paired_by_seed(tmp_path: Path):
     assert "`mine` |" not in said.partition("\n")[2]
 
 
-def test_concepts_zeroed(tmp_path: Path):
-    rows = {"with": {"mean": 2.0, "spread": 0.1}, "without": {"mean": 2.5, "spread": 0.2}}
-    assert cells(models.zeroed(written(tmp_path, rows)), "without") == ["2.500 ± 0.200"]
-
-
 def test_a_result_that_is_not_there_is_not_made_up():
     part = "<!-- generated: versus results/nothing.json#mine -->\nold\n<!-- end -->"
     assert "*not run yet*" in build.built(part) and "old" not in build.built(part)

@@ -136,20 +136,6 @@ def _source(file: str) -> dict[str, Any]:
     return {"file": file, "command": read(file)["command"]}
 
 
-def effort(name: str, at: float) -> list[Measure]:
-    """Score and passes of a trained model at lower effort, and its score at full effort."""
-    file = "results/adaptive/books-cpu/effort.json"
-    rows = {row["effort"]: row for row in read(file)["rows"] if row["arm"] == name}
-    size = _comparison(
-        "results/adaptive/books-cpu/latentcot.json", arm("results/adaptive/books-cpu/latentcot.json", "plain")
-    )
-    about = size | _source(file)
-    low, full = rows[at], rows[1.0]
-    scores = [(row["bits_per_byte"]["mean"], f"bits per byte at effort {row['effort']:g}") for row in (low, full)]
-    used = Measure(f"passes at effort {at:g}", low["passes_per_token"]["mean"], "passes", **about)
-    return [used, *(Measure(what, value, "", **about) for value, what in scores)]
-
-
 def recall(policy: str, share: float = 0.25) -> list[Measure]:
     """Recall of an eviction policy on three tasks, and that of random eviction."""
     found = read(RECALL)

@@ -7,19 +7,17 @@ from typing import Any
 
 from pondera.evaluation.significance import gap
 from tools.docs.tables import generated, read
-from tools.measured import RECALL, Measure, arm, codes, difference, ratio
+from tools.measured import RECALL, Measure, arm, codes, difference
 
-FLOPS = "results/thinking/books-cpu/flops.json"
-TOKENS = "results/thinking/books-cpu/tokens.json"
+LANGUAGE = "results/language/books-cpu/tokens.json"
 TRACKING, TRACKED = "results/tracking/s3-resets-cpu", ("fixed", "deciding")
-CONCEPTS = "results/concepts/books-cpu/tokens.json"
 BRANCHES = ["one branch", "two branches", "one branch, k-means", "two branches, k-means"]
 
 
 @generated
 def findings(_: str) -> str:
     """One line per question, each with a link to its page."""
-    return "\n".join(f"- {line}" for line in (_tracking(), _thinking(), _concepts(), _eviction(), _codes()))
+    return "\n".join(f"- {line}" for line in (_tracking(), _language(), _eviction(), _codes()))
 
 
 def _tracking() -> str:
@@ -46,27 +44,25 @@ def _percent(row: dict[str, Any]) -> str:
     return f"{100 * row['accuracy']['mean']:.1f} %"
 
 
-def _thinking() -> str:
-    plain = [difference(FLOPS, name, "plain", "") for name in ("adaptivelatentcot", "ponderlm2")]
-    deep = [difference(TOKENS, name, "doubledepth", "") for name in ("adaptivelatentcot", "ponderlm2")]
-    assert all(one.significant for one in plain) and not any(one.significant for one in deep)
-    size = arm(FLOPS, "plain")["parameters"]["mean"] / 1e6
+def _language() -> str:
+    plain = arm(LANGUAGE, "plain")
+    size, tokens = plain["parameters"]["mean"], plain["train_tokens"]["mean"]
+    thought, latent = (difference(LANGUAGE, name, "doubledepth", "") for name in ("ponderlm2", "latentcot"))
+    stock = difference(LANGUAGE, "ponderlm2", "doubledepth-stock", "")
+    gained = difference(LANGUAGE, "ponderlm2", "plain", "")
     return (
-        f"**On text it did not pay at {size:.1f} M parameters**, with one learning rate for all models. At equal training "
-        f"FLOPs, latent CoT is {_worse(plain[0])} and PonderLM-2 {_worse(plain[1])} bits per byte worse than a plain model. "
-        f"At equal inference FLOPs neither differs significantly from a model of twice the depth ({plain[0].seeds} seeds). "
-        "[Thinking](docs/results/thinking.md), [choosing which tokens think](docs/results/adaptive.md)"
+        f"**On text** ({size / 1e6:.2f} M parameters, {tokens / size:.0f} tokens per parameter, each learning rate tuned), "
+        f"PonderLM-2 with one thought is {_apart(gained)} bits per byte than plain. At about equal inference FLOPs it is "
+        f"{_apart(thought)} than a model of twice the depth, and latent CoT {_apart(latent)}. With the stock initialisation of "
+        f"transformers instead of ours the deep model is the weaker one: PonderLM-2 is {_apart(stock)} than that. "
+        f"({thought.seeds} seeds.) [Text](docs/results/language.md)"
     )
 
 
-def _concepts() -> str:
-    found = difference(CONCEPTS, "conceptlm", "plain", "")
-    cost = ratio(CONCEPTS, "conceptlm", "plain", "train_flops", "")
-    assert found.significant
-    return (
-        f"**Predicting concepts did not pay at this size either**: ConceptLM is {_worse(found)} bits per byte worse than plain "
-        f"at {cost.number()} its training FLOPs. [Concepts](docs/results/concepts.md)"
-    )
+def _apart(found: Measure) -> str:
+    """A difference in words, with its interval."""
+    assert isinstance(found.value, float)
+    return f"{abs(found.value):.3f} ± {found.ci95:.3f} {'better' if found.value < 0 else 'worse'}"
 
 
 def _eviction() -> str:
@@ -97,8 +93,3 @@ def _needle(policy: str, share: float) -> list[float]:
     """Recall in percent, of each model."""
     wanted = (policy, share, "needle")
     return [100 * row["recall"] for row in read(RECALL)["rows"] if (row["policy"], row["share"], row["task"]) == wanted]
-
-
-def _worse(found: Measure) -> str:
-    assert isinstance(found.value, float) and found.value > 0
-    return f"{found.value:.3f}"

@@ -1,4 +1,4 @@
-"""Tables of trained models: comparisons, passes per token, and score by effort."""
+"""Tables of trained models that are compared."""
 
 from __future__ import annotations
 
@@ -97,44 +97,3 @@ def versus(path: str) -> str:
         "significance",
     ]
     return table(head, rows)
-
-
-@generated
-def zeroed(path: str) -> str:
-    """Scores of a trained model with its concepts and without them."""
-    found = read(path)["rows"]
-    return table(["concepts", "bits per byte"], [(name, with_spread(found[name])) for name in ("with", "without")])
-
-
-@generated
-def depth(path: str) -> str:
-    """A comparison of variants with different numbers of passes: score against the measured passes per token."""
-    found = read(path)
-    first = found["rows"][0]
-    rows = [
-        (
-            f"`{row['name']}`",
-            with_spread(row["passes_per_token"]),
-            f"{row['inference_flops_per_token']['mean'] / first['inference_flops_per_token']['mean']:.2f} ×",
-            f"{row['train_flops']['mean'] / first['train_flops']['mean']:.2f} ×",
-            with_spread(row["bits_per_byte"]),
-            "" if row is first else with_spread(row["bits_per_byte_against_baseline"], sign="+"),
-        )
-        for row in found["rows"]
-    ]
-    head = ["model", "passes per token", "inference FLOPs", "training FLOPs", "bits per byte", "difference to plain"]
-    return f"{table(head, rows)}\n\n`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
-
-
-@generated
-def effort(path: str) -> str:
-    """Score and passes by effort."""
-    found = read(path)
-    arms: dict[str, dict[float, str]] = {}
-    for row in found["rows"]:
-        said = f"{with_spread(row['bits_per_byte'])} at {row['passes_per_token']['mean']:.2f}"
-        arms.setdefault(row["arm"], {})[row["effort"]] = said
-    efforts = list(next(iter(arms.values())))
-    rows = [(f"`{arm}`", *(at[each] for each in efforts)) for arm, at in arms.items()]
-    head = ["model", *(f"effort {each:g}" for each in efforts)]
-    return f"{table(head, rows)}\n\n`{found['command']}`: bits per byte at mean passes per token."

@@ -86,16 +86,6 @@ def aimed(row: dict[str, Any]) -> str:
 
 
 @generated
-def rounds(path: str) -> str:
-    """Loss against the number of Jacobi rounds at evaluation."""
-    rows = [
-        (str(row["rounds"]), f"{row['bits_per_byte']:.4f}", f"{row['residuals'][-1]:.1e}" if "residuals" in row else "")
-        for row in read(path)["rows"]
-    ]
-    return table(["rounds", "bits per byte", "largest change of a latent in the last round"], rows)
-
-
-@generated
 def speed(path: str) -> str:
     """Measured speed compared with the FLOPs."""
     found = read(path)

@@ -27,12 +27,10 @@ from pondera.comparison.rows import MEASURES, summarise
 from pondera.comparison.training import ended_early
 from pondera.core.archive import ARCHIVE, unpack
 from pondera.core.errors import Failure, Interrupted, UserError
-from pondera.core.run_config import RunConfig, TrainConfig
+from pondera.core.run_config import RunConfig, TrainConfig, load
 from pondera.core.run_folder import Run
-from pondera.core.spec import build
-from pondera.methods.chunk.base import Chunk
-from pondera.methods.think.base import Think
 from pondera.report.page import write_report
+from pondera.training.build import new_model
 from pondera.training.trainer import PonderaTrainer
 
 STEPS = 4
@@ -283,7 +281,7 @@ def experiment() -> ModuleType:
 
 
 def test_what_is_published_names_no_path_of_this_machine(experiment, out, tmp_path):
-    command = "python -m experiments.thinking.run --scale cpu --text text.jsonl --name books"
+    command = "python -m experiments.language.run --scale cpu --text text.jsonl --name books"
     experiment.publish(out, tmp_path / "results", "tokens", command)
     unpack(tmp_path / "results" / ARCHIVE, tmp_path / "unpacked")
     published = [
@@ -310,23 +308,10 @@ def test_publishing_again_keeps_runs_that_are_gone(experiment, out, tmp_path):
     assert (results / ARCHIVE).read_bytes() == first
 
 
-def test_a_random_control_spends_what_its_method_was_measured_to():
-    """Of the experiment with adaptive arms: sum of keep**k over the extra steps is the measured mean of extra passes."""
-    adaptive = scripts.load("experiments.adaptive.run")
-    made = adaptive.control("AdaptiveLatentCoT(steps=2, halting='router', penalty=0.1)", 1.75)
-    assert made == "AdaptiveLatentCoT(steps=2, halting='random', continue_prob=0.5)"
-    assert adaptive.control("ThinkAtHard(steps=1)", 1.3) == "ThinkAtHard(steps=1, halting='random', continue_prob=0.3)"
-
-
 def test_every_arm_of_an_experiment_is_a_model():
     """What a long experiment is made of is found to fit before it starts."""
-    adaptive, concepts, retrofit = (
-        scripts.load(f"experiments.{name}.run") for name in ("adaptive", "concepts", "retrofit")
-    )
-    overrides = {"data.text": "stdlib"}
-    arms = [recipe for group in adaptive.groups(2, 200).values() for recipe in group.values() if recipe]
-    for think in [*arms, *filter(None, retrofit.ARMS.values())]:
-        assert isinstance(build(think, "think"), Think)
-    for name, further in concepts.FORMS.items():
-        config = concepts.concept_model(name, further, overrides)
-        assert config.name == name and isinstance(build(str(config.chunk), "chunk"), Chunk)
+    language, tracking = (scripts.load(f"experiments.{name}.run") for name in ("language", "tracking"))
+    every = [language.arms(2), *tracking.GROUPS.values()]
+    for name, settings in (arm for group in every for arm in group.items()):
+        config = load("plain", {"data.text": "stdlib", **settings, "name": name})
+        assert new_model(config, vocab_size=300).config.think == config.think, name
