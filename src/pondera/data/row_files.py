@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from pondera.core.errors import unknown
-
 PACKED = (".xz", ".gz")
 LONGEST = 2**31 - 1  # characters of a CSV field; the default limit of the csv module is 131,072
 
@@ -129,12 +127,12 @@ def _parquet(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[
         raise BadRows(f"{place}: reading .parquet needs pyarrow; type: pip install pyarrow") from None
     try:
         table = ParquetFile(file)
-        if columns[0] not in table.schema_arrow.names:
-            raise unknown(f"data.column (the text field of {place})", columns[0], table.schema_arrow.names)
-        wanted = [name for name in columns if name in table.schema_arrow.names]
+        names = table.schema_arrow.names
+        # Without the first column all are read, so that the message about it can name them.
+        wanted = [name for name in columns if name in names] if columns[0] in names else None
         batches = table.iter_batches(batch_size=1000, columns=wanted)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-            if row[columns[0]] is not None:  # as in datasets, null is no text
+            if row.get(columns[0], "") is not None:  # as in datasets, null is no text
                 yield f"{place}:{number}", row
     except ArrowException as error:
         raise NoRows(f"not a Parquet file, or damaged: {str(error).splitlines()[0]}") from None
