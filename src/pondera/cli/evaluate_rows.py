@@ -95,7 +95,7 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
         if name in settings:
             raise UserError(f"--data.{name}: not with {option}; {instead}")
     given = {
-        "file": args.pairs or args.last_word,
+        "file": args.last_word if args.pairs is None else args.pairs,
         "columns": None if args.columns is None else [name.strip() for name in args.columns.split(",")],
         "max_rows": args.max_rows,
         "batch_size": args.batch_size,

@@ -31,14 +31,17 @@ def no_grad() -> Iterator[None]:
 
 
 def model_with(seam: str | None = None, text: str | None = None) -> Loaded:
-    """An untrained model as if it were from a run; after a training batch, so that codebooks have values."""
+    """A random model as if it were from a run; after a training batch, so that codebooks have values.
+
+    In float64: latent thoughts of a random model amplify the rounding errors of float32, which differ between batches.
+    """
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4}
     backbone = {"model_type": "llama", "vocab_size": VOCAB, "initializer_range": 0.3, **sizes}
     model = AdaptiveLM(AdaptiveConfig(backbone=backbone, **({} if seam is None else {seam: text})))
     ids_BT = torch.randint(VOCAB, (4, 24))
     model.train()(ids_BT, labels=ids_BT)
-    return Loaded(model.eval(), saved_models.tokenizer(), "made")
+    return Loaded(model.double().eval(), saved_models.tokenizer(), "made")
 
 
 def texts(seed: int = 0) -> list[Scored]:
@@ -79,7 +82,7 @@ def test_the_batch_changes_nothing(seam: str, text: str):
     loaded, given = model_with(seam, text), texts()
     one, many, default = (score_texts(loaded, given, batch_size=size) for size in (1, 16, None))
     for other in (many, default):
-        assert other.nats == pytest.approx(one.nats, rel=2e-4, abs=2e-4)
+        assert other.nats == pytest.approx(one.nats, rel=1e-6)
         assert other.greedy == one.greedy and (other.tokens, other.passes) == (one.tokens, one.passes)
     for scored, nats in zip(given, one.nats, strict=True):
         logits_TV = loaded.model(torch.tensor([scored.ids[:-1]])).logits[0].double().log_softmax(-1)
@@ -88,7 +91,7 @@ def test_the_batch_changes_nothing(seam: str, text: str):
         assert nats == pytest.approx(float(expected), rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("text", ["StreamingLLM(6, sinks=1)", "H2O(6)", "SnapKV(6)"])
+@pytest.mark.parametrize("text", ["StreamingLLM(6, sinks=1)", "H2O(6)", "TokenSelect(6, sinks=1, recent=1)"])
 def test_a_kv_cache_method_evicts_as_it_does_for_one_text(text: str):
     loaded, given = model_with(), texts()
     full = score_texts(loaded, given).nats
@@ -151,4 +154,4 @@ def test_the_interval_holds_what_it_promises():
         right = (torch.rand(4000, count, generator=draw) < share).double().mean(1).tolist()
         inside = sum(low <= share <= high for low, high in (share_interval(one, count) for one in right)) / 4000
         assert 0.93 <= inside <= 0.975
-    assert share_interval(0.0, 10)[0] == 0 and share_interval(1.0, 10)[1] == 1
+    assert share_interval(0.0, 10)[0] == 0 and share_interval(1.0, 10)[1] > 1 - 1e-9
