@@ -26,7 +26,7 @@ from pondera.models.next_token import IGNORED
 if TYPE_CHECKING:
     from pondera.models.adaptive_lm import AdaptiveLM
 
-TOGETHER = 4096
+TOGETHER = 2048
 """Approximate tokens of a batch."""
 EVERY = 5.0
 """Seconds between two messages on the progress."""
