@@ -1,4 +1,4 @@
-"""``pondera eval``: evaluates a trained model on held-out text, with the cost per token."""
+"""``pondera eval``: evaluates a trained model on held-out text, minimal pairs or last words, with the cost per token."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import argparse
 import math
 from typing import Any
 
+from pondera.cli.evaluate_rows import add_rows, refuse_row_options, run_rows
 from pondera.cli.output import only_json, print_difficulty, print_json, print_table
 from pondera.cli.parser import Parser, add_budget, add_kv_cache, positive_int, text_notes
 from pondera.core.metric import SCORES, score_name
 
-SUMMARY = "evaluates a trained model on held-out text, with the cost per token"
+SUMMARY = "evaluates a trained model on held-out text, minimal pairs or last words, with the cost per token"
 EXAMPLES = """
 pondera eval runs/ponderlm2-seed0
 pondera eval runs/ponderlm2-seed0 --data.text book.txt --max-tokens 100000
 pondera eval path/to/model --data.text stdlib --json
 pondera eval runs/ponderlm3-seed0 --effort 0,0.25,0.5,1
 pondera eval runs/ponderlm2-seed0 --kv-cache "SnapKV(64)"
+pondera eval runs/ponderlm2-seed0 --pairs blimp.jsonl.xz --max-rows 6700
+pondera eval runs/ponderlm2-seed0 --last-word lambada_test.jsonl.xz
 """
 SHOWN = (
     ("accuracy", "accuracy", "of the tokens that are asked"),
@@ -48,12 +51,17 @@ def parser() -> Parser:
     )
     add_budget(arguments, several=True)
     add_kv_cache(arguments)
+    add_rows(arguments)
     arguments.add_argument("--json", action="store_true", help="print JSON only")
     return arguments
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates the model at each effort and prints the scores."""
+    if args.pairs is not None or args.last_word is not None:
+        return run_rows(args)
+    refuse_row_options(args)
+
     from pondera.evaluation.open_model import open_model
     from pondera.evaluation.perplexity import evaluate, given_settings
 
