@@ -130,7 +130,7 @@ class FisherVQ(SinkWindowCache):
         return keys, values
 
     def _bits(self, key_bytes: int, width: int) -> float:
-        """The bits at which a key has so many bytes."""
+        """The bits at which a key has this many bytes."""
         total = next(n for n in range(2, 9 * width) if n - round(VALUE_SHARE * n) == key_bytes)
         return 8 * total / (2 * width)
 
@@ -272,7 +272,7 @@ def _means(x_LGD: Tensor, units: list[list[int]]) -> Tensor:
 
 
 def _some(x_NC: Tensor, most: int, seed: int) -> Tensor:
-    """At most so many rows, drawn at random."""
+    """At most this many rows, drawn at random."""
     if len(x_NC) <= most:
         return x_NC
     return x_NC[torch.randperm(len(x_NC), generator=torch.Generator().manual_seed(seed))[:most].to(x_NC.device)]
