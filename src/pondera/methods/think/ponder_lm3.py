@@ -50,7 +50,7 @@ class New:
         most: maximum number of slots per token.
         threshold: a slot is kept if the probability to reach it is at least this value.
         soft: run all slots, however small their weight.
-        ids_BT: token ids, if they are known.
+        prefix_BT: see `TokenBatch`.
         chosen_BT: the slots that each token gets, whatever the router says; ``None``: the router decides.
     """
 
@@ -62,7 +62,7 @@ class New:
     most: int
     threshold: float
     soft: bool
-    ids_BT: Tensor | None = None
+    prefix_BT: Tensor | None = None
     chosen_BT: Tensor | None = None
 
     def at(self, token: int) -> New:
@@ -71,7 +71,7 @@ class New:
             "token_BT": self.token_BT,
             "position_BT": self.position_BT,
             "real_BT": self.real_BT,
-            "ids_BT": self.ids_BT,
+            "prefix_BT": self.prefix_BT,
             "chosen_BT": self.chosen_BT,
         }
         return replace(self, **{name: x_BT[:, token : token + 1] for name, x_BT in parts.items() if x_BT is not None})
@@ -219,7 +219,7 @@ class PonderLM3(Think):
         """Draws the number of rounds (the same on all ranks), updates the penalty and the random draw of this step."""
         self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
         self._penalty_now = self.penalty * min(1.0, progress / self.warmup) if self.warmup else self.penalty
-        self._draw_now = 1 + step
+        self.halting.begin_step(step, seed)
 
     def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One cache for the slots of all depths."""
@@ -227,6 +227,7 @@ class PonderLM3(Think):
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Sequences may differ in their slots, so each call on a cache may have its own budget."""
+        batch = self.halting.keyed(batch)
         h_BTD, cache, mask = batch.h_BTD, batch.cache, batch.mask
         seen, (rows, tokens) = 0 if cache is None else cache.tokens, h_BTD.shape[:2]
         position_BT = batch.position_ids.expand(rows, -1)
@@ -239,10 +240,9 @@ class PonderLM3(Think):
             batch.budget.passes(self.slots_per_token, self.learned),
             batch.budget.threshold(self.threshold),
             soft=self.training and self.learned and cache is None and batch.passes_BT is None,
-            ids_BT=batch.ids_BT,
+            prefix_BT=batch.prefix_BT,
             chosen_BT=batch.passes_BT,
         )
-        self.halting.draw = self._draw_now if self.training else 0
         cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         residuals: list[float] = []
         if seen or not self.training and (tokens == 1 or self.eval_rounds == "exact"):
@@ -358,7 +358,7 @@ class PonderLM3(Think):
             return chosen_BTN & new.real_BT[..., None]
         kept = [new.real_BT]
         for number in range(1, new.most):
-            continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT, new.ids_BT)
+            continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT, new.prefix_BT)
             kept.append(kept[-1] if continue_BT is None else kept[-1] & continue_BT)
         return torch.stack(kept, dim=-1)
 
