@@ -62,7 +62,7 @@ class Halting(nn.Module):
         """Sets the random decisions of a step; see `Method.begin_step`."""
         self.draw = 1 + step
         if self.kind == "random" and step >= 0:
-            self.seed.fill_(seed)
+            self.seed.fill_(seed % 2**63)
 
     def keyed(self, batch: TokenBatch) -> TokenBatch:
         """The batch with the hashes that random decisions depend on; a cache stores those of its tokens.
