@@ -17,7 +17,7 @@ def train_rounds(path: str) -> str:
         rows.append(
             (
                 f"`{row['name']}`",
-                *(f"{row[key]['mean'] / first[key]['mean']:.2f} ×" for key in ("train_flops", "train_seconds")),
+                f"{row['train_flops']['mean'] / first['train_flops']['mean']:.2f} ×",
                 *(over_seeds(row[key]["values"]) for key in ("accuracy", "longer_accuracy")),
             )
         )
@@ -31,7 +31,7 @@ def train_rounds(path: str) -> str:
                     else f"95 % CI ± {one.margin:.3f}, {one.how}, {one.seeds}: {one.judged}"
                 )
                 said.append(f"- {row['name']}, {where}: {one.mean:+.3f} ({sure}).")
-    head = ["model", "training FLOPs", "training seconds", "accuracy", f"accuracy at {length} tokens"]
+    head = ["model", "training FLOPs", "accuracy", f"accuracy at {length} tokens"]
     source = f"`{found['command']}`, {found['seeds']} seeds, mean ± standard deviation."
     about = f"Differences to `{first['name']}` in accuracy:"
     return f"{table(head, rows)}\n\n{about}\n\n" + "\n".join(said) + f"\n\n{source}"
