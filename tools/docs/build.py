@@ -13,7 +13,7 @@ import re
 import sys
 from pathlib import Path
 
-from tools.docs import api, blocks, combined, findings, front, models, pages, past, study, times, tracking  # noqa: F401  (these register makers)
+from tools.docs import api, blocks, combined, findings, front, models, pages, past, rounds, study, times, tracking  # noqa: F401  (these register makers)
 from tools.docs.tables import MAKERS, ROOT, generated
 
 EXAMPLE = "<!-- worked example: {} -->\n```python\n"
