@@ -115,10 +115,10 @@ def _task_run(loaded: Loaded) -> Run:
     run = loaded.run
     if run is not None and run.config.data.task is not None:
         return run
-    was = "not from a run" if run is None else f"trained on text ({run.config.data.text})"
+    reason = "is not from a run" if run is None else f"was trained on text ({run.config.data.text})"
     raise UserError(
-        f"lengths: only the accuracy on a task is scored by length, and {loaded.name} is {was}; name a run that was trained "
-        "with data.task, or give data.context to score a text in windows of another length"
+        f"lengths: scores a task at each length, and {loaded.name} {reason}; name a run that was trained with data.task, or "
+        "give data.context to score a text in windows of another length"
     )
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import training_worker
+from helpers import saved_models, training_worker
 
 from pondera import UserError
 from pondera.core.run_config import load
@@ -104,10 +104,10 @@ def test_a_length_that_is_too_short_for_the_task_is_refused(tmp_path: Path):
         evaluate_lengths(path, [20, 6])
 
 
-def test_a_run_on_text_and_a_model_without_a_run_are_refused(tmp_path: Path, run: Path):
+def test_a_run_on_text_and_a_model_without_a_run_are_refused(tmp_path: Path):
     text = training_worker.write_text(tmp_path / "text")
     path = train(training_worker.tiny(text, {"train.steps": 1}), tmp_path / "run", progress=False).path
-    with pytest.raises(UserError, match=r"is trained on text .* trained with data.task, or give data.context"):
+    with pytest.raises(UserError, match=r"was trained on text .* trained with data.task, or give data.context"):
         evaluate_lengths(path, [16])
     with pytest.raises(UserError, match="is not from a run"):
-        evaluate_lengths(Run.open(run).model_dir, [16])
+        evaluate_lengths(saved_models.save(tmp_path / "model", "plain"), [16])
