@@ -49,7 +49,7 @@ def train(args: argparse.Namespace) -> None:
     """Trains and publishes the recipes on one task."""
     it = plan(args, "tasks", SCALES[args.scale] | TASKS[args.name])
     found = compare(RECIPES, it.seeds, "tokens", None, it.out, it.overrides, jobs=it.jobs, controls=False)
-    publish(it.out, it.results, "tokens", it.command)
+    publish(it.out, it.results, "models", it.command)
     print(f"{args.name}:", *found["verdict"], sep="\n  ")
 
 
