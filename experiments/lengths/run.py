@@ -20,12 +20,9 @@ from pondera.comparison.rows import spread
 from pondera.core.run_config import load
 from pondera.evaluation.lengths import evaluate_lengths
 
-STEPS = 600
-SCALES: dict[str, dict[str, Any]] = {
-    "cpu": {"train.steps": STEPS, "train.eval_every": STEPS, "train.save_every": STEPS}
-}
+SCALES: dict[str, dict[str, Any]] = {"cpu": {"train.steps": 400, "train.eval_every": 400, "train.save_every": 400}}
 TASK = {"data.task": "StateTracking(group='S3', reset=0.25)"}
-LENGTHS, TOKENS = (16, 32, 64), 32768
+LENGTHS, TOKENS = (16, 32, 64), 16384
 """The lengths, and the tokens of each length that a model is scored on."""
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},

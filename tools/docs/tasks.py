@@ -31,7 +31,9 @@ def tasks(folder: str) -> str:
             rows.append((f"`{settings['data.task']}`", f"{chance:.3f}", *accuracies, passes, *gains))
     head = ["task", "a guess", *(f"`{recipe}`" for recipe in RECIPES), f"passes of `{RECIPES[-1]}`"]
     head += [f"`{one}` - `{other}`" for one, other in PAIRS]
-    return f"{table(head, rows)}\n\nAccuracy, mean ± standard deviation; differences with their 95 % CI, paired by seed."
+    return (
+        f"{table(head, rows)}\n\nAccuracy, mean ± standard deviation; differences with their 95 % CI, paired by seed."
+    )
 
 
 def _gain(row: dict[str, Any], other: dict[str, Any]) -> str:
