@@ -38,7 +38,8 @@ def tasks(folder: str) -> str:
 
 def _gain(row: dict[str, Any], other: dict[str, Any]) -> str:
     """The accuracy of a row minus that of another, with its interval; * if zero is outside."""
-    found = gap(*(dict(zip(one["seeds"], one["accuracy"]["values"], strict=True)) for one in (row, other)))
+    scores, others = (dict(zip(one["seeds"], one["accuracy"]["values"], strict=True)) for one in (row, other))
+    found = gap(scores, others)
     margin = "" if found.margin is None else f" ± {found.margin:.3f}"
     return f"{found.mean:+.3f}{margin}{' *' if found.clear else ''}"
 
