@@ -32,8 +32,8 @@ def evaluate_lengths(
     Args:
         path: a run on a task, or what `load` returned for it.
         lengths: tokens per window; 1 or more different ones, shorter or longer than in training.
-        max_tokens: read at most this many tokens at each length, but at least one window (default: `None`, as many windows
-            at each length as the run held out).
+        max_tokens: read at most this many tokens at each length, but at least one window (default: `None`, as many as the
+            held-out windows of the training length have).
         effort: ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
         max_passes: the maximum number of passes per token.
 
@@ -59,7 +59,8 @@ def evaluate_lengths(
     budget = effort_arguments(loaded.model, effort, max_passes)
     splits = [_split(loaded, run, length) for length in lengths]  # all are checked before the first is scored
     trained = run.config.data.context
-    rows = [length_scores(loaded.model, split, trained, max_tokens or split.num_tokens, budget) for split in splits]
+    tokens = max_tokens or held_out(loaded, run, trained).num_tokens
+    rows = [length_scores(loaded.model, split, trained, tokens, budget) for split in splits]
     return {"name": loaded.name, "task": run.config.data.task, "trained": trained, "lengths": rows}
 
 

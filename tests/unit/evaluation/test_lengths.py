@@ -79,6 +79,11 @@ def test_tokens_that_are_not_scored_are_left_out(tmp_path: Path):
     assert (row["scored_tokens"], row["scored_beyond"], row["tokens"]) == (60, 40, 200)
 
 
+def test_every_length_has_as_many_tokens_as_the_held_out_windows_of_the_training(run: Path):
+    tokens = prepare(Run.open(run).config.data).validation.num_tokens
+    assert [row["tokens"] for row in evaluate_lengths(run, [24, 32], effort=0)["lengths"]] == [tokens, tokens]
+
+
 def test_effort_reaches_the_model(run: Path):
     assert evaluate_lengths(run, [24], 240, effort=0)["lengths"][0]["passes_per_token"] == 1
     assert evaluate_lengths(run, [24], 240, max_passes=1)["lengths"][0]["passes_per_token"] == 1
