@@ -320,7 +320,7 @@ def test_each_task_that_was_run_has_a_row_with_paired_differences(tmp_path: Path
     accuracies = {"plain": [0.5, 0.6, 0.7], "doubledepth": [0.6, 0.7, 0.8], "ponderlm2": [0.9, 0.5, 0.7]}
     rows = [row(name, values) for name, values in (accuracies | {"adaptivelatentcot": [0.5, 0.5, 0.5]}).items()]
     (folder / "models.json").write_text(json.dumps({"rows": rows}))
-    said = tasks.tasks(str(tmp_path))
+    said = tasks.on_tasks(str(tmp_path))
     found = cells(said, "`StateTracking('parity', reset=0.1)`")
     assert found[:3] == ["0.500", "0.600 ± 0.100", "0.700 ± 0.100"]
     assert found[-2:] == ["+0.100 ± 0.000 *", "+0.000 ± 0.657"]

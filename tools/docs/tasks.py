@@ -17,7 +17,7 @@ LEVELS = (0, 2, 4, 6, 8, 10, 12)
 
 
 @generated
-def tasks(folder: str) -> str:
+def on_tasks(folder: str) -> str:
     """Accuracy of each model on each task that was run, with two differences paired by seed."""
     rows = []
     for name, settings in TASKS.items():
