@@ -5,7 +5,7 @@
     python -m experiments.tasks.run --scale cpu --name parity      one task only
     python -m experiments.tasks.run --scale cpu --smoke      a check that it runs
 
-On each task the same four recipes are trained for the same number of updates, at the learning rate of the recipes: one layer,
+On each task four recipes are trained for an equal and small number of updates, at the learning rate of the recipes: one layer,
 two layers, one latent thought that later tokens attend to (PonderLM-2), and up to three latent steps with a router. Each task
 has its own folder in ``results/tasks/``.
 """
@@ -22,13 +22,13 @@ from pondera.core.errors import unknown
 SCALES: dict[str, dict[str, Any]] = {"cpu": {"train.steps": 250, "train.eval_every": 400, "train.save_every": 400}}
 TASKS: dict[str, dict[str, Any]] = {
     "a5": {"data.task": "StateTracking('A5', reset=0.25, generators=True)", "train.steps": 400},
-    "parity": {"data.task": "StateTracking('parity', reset=0.1)"},
+    "parity": {"data.task": "StateTracking('parity', reset=0.1)", "train.steps": 150},
     "pointers": {"data.task": "PointerChasing(nodes=4, hops=2)"},
     "expressions": {"data.task": "ModularExpression(modulus=5, depth=3, branch=0.0)"},
-    "copying": {"data.task": "Copying(letters=64)"},
+    "copying": {"data.task": "Copying(letters=64)", "train.steps": 150},
     "recall": {"data.task": "AssociativeRecall(pairs=4, values=8)"},
 }
-"""Settings of each task beside those of the recipes on a task; the windows have 16 tokens. A5 has 60 states to be learned."""
+"""Settings of each task beside those of the recipes on a task; the windows have 16 tokens."""
 RECIPES = ["plain", "doubledepth", "ponderlm2", "adaptivelatentcot"]
 
 
