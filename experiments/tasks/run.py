@@ -25,7 +25,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "parity": {"data.task": "StateTracking('parity', reset=0.1)", "train.steps": 150},
     "pointers": {"data.task": "PointerChasing(nodes=4, hops=2)"},
     "expressions": {"data.task": "ModularExpression(modulus=5, depth=3, branch=0.0)"},
-    "copying": {"data.task": "Copying(letters=64)", "train.steps": 150},
+    "copying": {"data.task": "Copying(letters=64)", "train.steps": 100},
     "recall": {"data.task": "AssociativeRecall(pairs=4, values=8)"},
 }
 """Settings of each task beside those of the recipes on a task; the windows have 16 tokens."""
