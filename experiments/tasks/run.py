@@ -22,10 +22,10 @@ from pondera.core.errors import unknown
 SCALES: dict[str, dict[str, Any]] = {"cpu": {"train.steps": 250, "train.eval_every": 400, "train.save_every": 400}}
 TASKS: dict[str, dict[str, Any]] = {
     "a5": {"data.task": "StateTracking('A5', reset=0.25, generators=True)", "train.steps": 400},
-    "parity": {"data.task": "StateTracking('parity', reset=0.1)", "train.steps": 150},
+    "parity": {"data.task": "StateTracking('parity', reset=0.1)"},
     "pointers": {"data.task": "PointerChasing(nodes=4, hops=2)"},
     "expressions": {"data.task": "ModularExpression(modulus=5, depth=3, branch=0.0)"},
-    "copying": {"data.task": "Copying(letters=64)", "train.steps": 100},
+    "copying": {"data.task": "Copying(letters=64)"},
     "recall": {"data.task": "AssociativeRecall(pairs=4, values=8)"},
 }
 """Settings of each task beside those of the recipes on a task; the windows have 16 tokens."""
