@@ -114,6 +114,7 @@ def test_efforts_and_kv_caches(folder: Path, capsys: pytest.CaptureFixture[str])
         ),
         ("--last-word texts.jsonl --data.column a", "--data.column: not with --last-word; use --columns"),
         ("--pairs pairs.jsonl --max-tokens 3", "--max-tokens: for a text; with --pairs, use --max-rows N"),
+        ("--pairs pairs.jsonl --lengths 16,32", "--lengths: for a run on a task, without --pairs"),
         ("--last-word texts.jsonl --group UID", "--group: only with --pairs"),
         ("--pairs pairs.jsonl --data.tokenizer a", "data.tokenizer: the model has its own"),
         ("--max-rows 3", "--max-rows: needs --pairs FILE or --last-word FILE"),
