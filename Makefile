@@ -1,4 +1,4 @@
-# make demo   trains three small models on your own Python library and compares them
+# make demo   asks a chat model with a compressed KV cache, and trains small models that think
 # make test   lint, types and the whole test suite
 # make docs   writes the cards, the pages of methods, the figures and the tables from docstrings and results/
 # All set themselves up in .venv with the pinned versions of constraints.txt.
@@ -28,7 +28,7 @@ docs: $(VENV)/.runtime
 $(VENV)/.runtime: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Pondera needs Python 3.11 or newer; try make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gguf]'
 	touch $@
 
 $(VENV)/.development: $(VENV)/.runtime

@@ -13,9 +13,9 @@ from helpers import scripts
 
 from pondera.core import spec
 
-build, docstrings, findings, front, models, names, pages, study = (
+build, docstrings, findings, front, models, names, pages, study, tasks = (
     scripts.load(f"tools.docs.{name}")
-    for name in ("build", "docstrings", "findings", "front", "models", "names", "pages", "study")
+    for name in ("build", "docstrings", "findings", "front", "models", "names", "pages", "study", "tasks")
 )
 
 FOLDERS = ("src", "tests", "tools", "experiments", "benchmarks")
@@ -303,3 +303,38 @@ def test_a_measure_by_difficulty_is_the_mean_over_the_seeds_that_have_it():
     ]
     assert tracking.curve({"by_difficulty": runs}, "accuracy") == [(0, 0.9), (1, 0.5)]
     assert tracking.curve({"by_difficulty": runs}, "passes") == [(0, 1.5), (1, 3.0)]
+
+
+def test_each_task_that_was_run_has_a_row_with_paired_differences(tmp_path: Path):
+    def row(name: str, values: list[float]) -> dict[str, Any]:
+        fields = {"accuracy": {"values": values}, "passes_per_token": {"values": [1.0, 1.0, 1.0]}}
+        return {"name": name, "seeds": [0, 1, 2], **fields}
+
+    folder = tmp_path / "parity-cpu"
+    folder.mkdir()
+    accuracies = {"plain": [0.5, 0.6, 0.7], "doubledepth": [0.6, 0.7, 0.8], "ponderlm2": [0.9, 0.5, 0.7]}
+    rows = [row(name, values) for name, values in (accuracies | {"adaptivelatentcot": [0.5, 0.5, 0.5]}).items()]
+    (folder / "models.json").write_text(json.dumps({"rows": rows}))
+    said = tasks.on_tasks(str(tmp_path))
+    found = cells(said, "`StateTracking('parity', reset=0.1)`")
+    assert found[:3] == ["0.500", "0.600 ± 0.100", "0.700 ± 0.100"]
+    assert found[-2:] == ["+0.100 ± 0.000 *", "+0.000 ± 0.657"]
+    assert "Copying" not in said
+
+
+def test_lengths_have_the_accuracy_beyond_the_training_only_where_there_is_some(tmp_path: Path):
+    levels = {"difficulty": [0, 1, 2], "accuracy": [1.0, 0.9, 0.25], "passes": [1, 1, 1]}
+    fields = {"name": "plain", "passes_per_token": {"values": [1.0, 1.0]}, "by_difficulty": [levels, levels]}
+    rows = [
+        {**fields, "length": 16, "accuracy": {"values": [0.8, 0.6]}, "accuracy_beyond": {"values": [None, None]}},
+        {**fields, "length": 32, "accuracy": {"values": [0.5, 0.5]}, "accuracy_beyond": {"values": [0.25, 0.5]}},
+    ]
+    said = tasks.lengths(written(tmp_path, rows, seeds=2))
+    short, long = (line.split(" | ") for line in said.splitlines() if line.startswith("| `plain` |"))
+    assert short[1:7] == ["16", "1.00", "0.700 ± 0.141", "", "1.00", "0.25"]
+    assert long[1:5] == ["32", "1.00", "0.500 ± 0.000", "0.375 ± 0.177"]
+
+
+def test_a_part_is_made_from_a_folder_of_results():
+    part = "<!-- generated: gained results/tracking/s3-resets-cpu -->\nold\n<!-- end -->"
+    assert "`adaptivelatentcot`" in build.built(part) and "not run yet" not in build.built(part)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import lzma
 import os
 import re
 import shlex
@@ -54,6 +56,15 @@ def write_books(folder: Path) -> None:
     (books / "letters.txt").write_text("Dear friend, the sea is calm today and I am well.\n" * 40)
 
 
+def write_tasks(folder: Path) -> None:
+    """Two rows each in the form of BLiMP and LAMBADA."""
+    pairs = [{"sentence_good": "The sea was calm.", "sentence_bad": "The sea were calm.", "UID": uid} for uid in "ab"]
+    texts = [{"text": "Dear friend, the sea is calm"}, {"text": "I am well"}]
+    for name, rows in {"blimp": pairs, "lambada_test": texts}.items():
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{name}.jsonl.xz").write_bytes(lzma.compress(lines.encode()))
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the pages assume it: some books, and a checkpoint of transformers with its tokenizer."""
@@ -77,6 +88,7 @@ def folder(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         shutil.copytree(start / name, tmp_path / name)
     shutil.copytree(start / CHECKPOINT, tmp_path / "smollm2")
     shutil.copy(start / "model.gguf", tmp_path)
+    write_tasks(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

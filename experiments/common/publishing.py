@@ -102,7 +102,8 @@ def plan(args: argparse.Namespace, kind: str, settings: dict[str, Any], further:
     """
     name = args.name or Path(args.text).name.split(".")[0]
     words = ["python", "-m", f"experiments.{kind}.run", "--scale", args.scale]
-    words += ["--text", Path(args.text).name, "--name", name]
+    words += [] if "data.task" in settings else ["--text", Path(args.text).name]
+    words += ["--name", name]
     words += ["--steps", str(args.steps)] if args.steps else []
     words += ["--seeds", str(args.seeds)] if args.seeds != SEEDS else []
     overrides = {**settings, "data.text": args.text} | ({"train.steps": args.steps} if args.steps else {})

@@ -4,17 +4,24 @@
     python -m experiments.language.run --scale cpu --text books.jsonl.xz --arms plain doubledepth latentcot
     python -m experiments.language.run --scale cpu --text books.jsonl.xz --minutes 8.5      call it again until it says "done"
     python -m experiments.language.run --scale gpu --text books.jsonl.xz --minutes 8.5
+    python -m experiments.language.run --scale cpu --text books.jsonl.xz --pairs blimp.jsonl.xz --last-word lambada.jsonl.xz
     python -m experiments.language.run --scale cpu --smoke      a check that it runs
 
 At least 20 tokens per parameter, windows spread over the whole held-out text, and a learning rate that is tuned for each
-model with a seed that is not compared. Results are published to ``results/language/`` after each call.
+model with a seed that is not compared. Results are published to ``results/language/`` after each call. With `--pairs` or
+`--last-word` the trained runs are also scored on minimal pairs or last words, which changes no run; these results are in
+``tasks.json``.
 """
 
 from __future__ import annotations
 
+import argparse
+import shlex
+from pathlib import Path
 from typing import Any
 
-from experiments.common.publishing import GPU, arguments, in_pieces, plan, publish, write_recipe
+from experiments.common.publishing import GPU, Experiment, arguments, in_pieces, plan, publish, write_json, write_recipe
+from experiments.language.tasks import evaluate_tasks
 from pondera.comparison.compare import compare
 from pondera.comparison.sweep import Sweep
 from pondera.core.run_config import load
@@ -58,6 +65,9 @@ def arms(layers: int) -> dict[str, dict[str, Any]]:
 def main() -> None:
     parser = arguments(__doc__, list(SCALES))
     parser.add_argument("--arms", nargs="+", choices=list(arms(1)), default=list(arms(1)))
+    parser.add_argument("--pairs", type=Path, metavar="FILE", help="after training, minimal pairs such as BLiMP")
+    parser.add_argument("--last-word", type=Path, metavar="FILE", help="after training, texts such as LAMBADA")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="rows of each file, spread evenly (default: all)")
     args = parser.parse_args()
     further = () if args.arms == list(arms(1)) else ("--arms", *args.arms)
     it = plan(args, "language", SCALES[args.scale], further)
@@ -70,7 +80,20 @@ def main() -> None:
         sweep = None if args.smoke else Sweep("train.lr", RATES[args.scale])
         found = compare(paths, it.seeds, "tokens", None, it.out, jobs=it.jobs, sweep=sweep)
         publish(it.out, it.results, "tokens", it.command)
+        publish_tasks(args, it, found["rows"])
         print(*found["verdict"], sep="\n")
+
+
+def publish_tasks(args: argparse.Namespace, it: Experiment, rows: list[dict[str, Any]]) -> None:
+    """Scores the runs on the files that were given, and writes ``tasks.json`` to the results."""
+    given = {name: getattr(args, name) for name in ("pairs", "last_word")}
+    files = {name: file for name, file in given.items() if file is not None}
+    if not files:
+        return
+    words = [word for name, file in files.items() for word in ("--" + name.replace("_", "-"), file.name)]
+    words += [] if args.max_rows is None else ["--max-rows", str(args.max_rows)]
+    found = evaluate_tasks(rows, it.out, files, args.max_rows)
+    write_json(it.results / "tasks.json", found | {"command": f"{it.command} {shlex.join(words)}"})
 
 
 if __name__ == "__main__":

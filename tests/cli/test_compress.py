@@ -160,8 +160,13 @@ def test_what_cannot_be_had_is_told_before_anything_is_measured(said, model: Pat
     assert code == 2 and "bits per byte" not in error
 
 
-def test_a_text_is_needed_and_must_be_long_enough(said, model: Path, tmp_path: Path):
-    assert "give a text to measure on" in said(model)[2]
+def test_without_a_text_the_standard_library_is_read(said, model: Path, caplog: pytest.LogCaptureFixture):
+    code, shown, _ = said(model, "--kv-cache", "StreamingLLM(0.5)", "--windows", "1")
+    assert code == 0 and "StreamingLLM(0.5)" in shown
+    assert "the standard library of this Python is the text" in caplog.text
+
+
+def test_a_text_must_be_long_enough(said, model: Path, tmp_path: Path):
     short = tmp_path / "short.txt"
     short.write_text("The quick brown fox.")
     code, _, error = said(model, "--data.text", short)

@@ -110,7 +110,7 @@ def test_help_names_every_verb(said):
         ("train plain --train.steps --resume", "--train.steps needs a value"),
         ("train plain --train.steps many", "train.steps: expected int, got 'many'"),
         ("train plain --backbone.a.b 1 --backbone.a 2 --train.lr x", "train.lr: expected float, got 'x'"),
-        ("train plain --train.lr.x 1", "--train.lr.x: 'lr' is 0.002 here, not a group of settings"),
+        ("train plain --train.lr.x 1", "--train.lr.x: 'lr' is 0.006 here, not a group of settings"),
         ("train plain --backbone ./nowhere", "backbone: no such folder: './nowhere'"),
         ("train plain --think PonderLLM3", "think: unknown think method 'PonderLLM3'; did you mean 'PonderLM3'"),
         ("train plain --think PonderLM2(", "think: cannot read this spec"),

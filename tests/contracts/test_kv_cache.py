@@ -1,151 +1,48 @@
 """The contract tests of the seam `kv_cache`, for every method in the index and every backbone family.
 
 With a budget that no sequence exceeds, logits are bit-identical to those of the stock cache. Evicting a token equals masking
-it. Padding and other batch rows change nothing. Draft tokens that are rolled back have no effect. Beam search works. The
-storage becomes smaller.
+it. Padding and other batch rows change nothing. The storage becomes smaller. `test_kv_cache_drafts`, `test_kv_cache_kept` and
+`test_kv_cache_refused` have further tests of all methods.
 """
 
 from __future__ import annotations
 
 import copy
-import pickle
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.architectures import BACKBONES, ids, left_padded
-from helpers.declared import form, forms
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from helpers.architectures import ids, left_padded
+from helpers.cache_methods import (
+    CODED,
+    COMPUTING_LESS,
+    EVICTING,
+    FORMS,
+    LARGE,
+    ONE_BY_ONE,
+    REFUSED,
+    SLOTS,
+    SMALL,
+    feed,
+    kept,
+    large,
+    model,
+    small,
+)
+from transformers import DynamicCache
 
-from pondera import UserError
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.cache.state import state_of
-from pondera.core import spec
 from pondera.cost.measure import tensors_in
-from pondera.methods.kv_cache.base import KVCache, KVCacheMethod
+from pondera.methods.kv_cache.base import KVCache
 from pondera.methods.kv_cache.common.policy import BudgetedPolicy
-from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
 from pondera.methods.kv_cache.common.windowed_layer import SinkWindowLayer
-
-FORMS = forms("kv_cache")
-FAMILIES = ("llama", "mistral", "qwen3", "gemma3", "gpt_neox")
-SMALL = sorted(name for name, declared in FORMS.items() if "tight" in declared)
-ONE_BY_ONE = [name for name in FORMS if "heads" not in name]  # for any number of layers and heads
-_MODELS: dict[str, torch.nn.Module] = {}
 
 
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def model(family: str = "llama"):
-    """A plain transformers model; built once, because no test here changes its weights."""
-    if family not in _MODELS:
-        config = copy.deepcopy(BACKBONES[family])
-        if family == "mistral":
-            config["sliding_window"] = None
-        torch.manual_seed(0)
-        made = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config)).eval()
-        for parameter in made.parameters():
-            parameter.mul_(1.5)  # random embeddings of std 0.02 have almost no effect on logits
-        _MODELS[family] = made
-    return _MODELS[family]
-
-
-_FITTED: dict[tuple[str, int], KVCacheMethod] = {}
-
-
-def memory(text: str, lm=None) -> KVCacheMethod:
-    """A new method; a method that needs calibration is calibrated once per model and reused."""
-    made = spec.build(text, "kv_cache")
-    if made.fitted or lm is None:
-        return made
-    if (text, id(lm)) not in _FITTED:
-        _FITTED[text, id(lm)] = made.fit(lm, [ids(4, 20)])
-    return _FITTED[text, id(lm)]
-
-
-def large(name: str, lm=None) -> KVCacheMethod:
-    return memory(form(FORMS, name, "exact"), lm)
-
-
-def small(name: str, lm=None) -> KVCacheMethod:
-    return memory(form(FORMS, name, "tight"), lm)
-
-
-def refuses(name: str, family: str) -> bool:
-    """Whether a method does not support a family; only methods that save compute may refuse, and only sliding windows."""
-    if family != "gemma3" or "exact" not in FORMS[name] or memory(FORMS[name]["exact"]).saves != "compute":
-        return False
-    try:
-        with torch.no_grad():
-            large(name, model(family)).cache(model(family))
-    except UserError:
-        return True
-    return False
-
-
-REFUSED = [(name, "gemma3") for name in ONE_BY_ONE if refuses(name, "gemma3")]
-LARGE = [(name, family) for name in FORMS for family in FAMILIES if name in ONE_BY_ONE or family in ("llama", "qwen3")]
-LARGE = [pair for pair in LARGE if pair not in REFUSED]
-# Methods that evict no token, but store most of them as codes.
-CODED = [name for name in SMALL if isinstance(small(name), SinkWindowCache)]
-SLOTS = [name for name in SMALL if name not in CODED]
-EVICTING = [name for name in SMALL if small(name).saves == "bytes"]
-COMPUTING_LESS = [name for name in SMALL if small(name).saves == "compute"]
-
-
-def feed(lm, cache, x: torch.Tensor, pieces: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
-    """Logits of all tokens, from one call per piece, with the positions of padded rows as in `generate`."""
-    found, seen = [], 0
-    for piece in x.split(pieces, dim=1):
-        begin, seen = seen, seen + piece.shape[1]
-        kwargs = {}
-        if mask is not None:
-            position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, begin:seen]
-            kwargs = {"attention_mask": mask[:, :seen], "position_ids": position_ids}
-        found.append(lm(piece, **kwargs, past_key_values=cache).logits)
-    return torch.cat(found, dim=1)
-
-
-def state(cache: KVCache) -> list[torch.Tensor]:
-    """The state of all layers of a cache, in the order of the tokens."""
-    found = []
-    for layer in cache.kept:
-        if isinstance(layer, SinkWindowLayer):
-            parts = [codes.view(coder) for coder, codes in zip(layer.coders, layer.codes, strict=True)]
-            found += [part for each in parts for part in each.values()]
-            found += [*layer.ring.read(layer.ring.first, layer.ring.end), layer.sink_keys, layer.sink_values]
-            found += [torch.tensor([layer.pads, layer.begins, layer.coded])]
-            continue
-        assert isinstance(layer, KVStoreLayer)
-        for table in layer.tables:
-            order = table.position.argsort(dim=-1)
-            real = table.position.gather(2, order) >= 0
-            found += [table.position.gather(2, order)[real]]
-            found += [rows.gather(2, order[..., None].expand_as(rows))[real] for rows in (table.keys, table.values)]
-            found += [table.note[name].gather(2, order)[real] for name in table.notes]
-        found += list(layer.state.values())
-    return found
-
-
-def kept(cache: KVCache, row: int = 0) -> list[list[list[int]]]:
-    """The indices of the tokens that each head of each layer keeps exactly; the first token after padding has index 0."""
-    found = []
-    for layer in cache.kept:
-        if isinstance(layer, SinkWindowLayer):
-            tokens = range(layer.seen - layer.pads[row])
-            first, last = layer.method.sinks, layer.method.sinks + layer.coded[row]
-            found.append([[t for t in tokens if not first <= t < last]] * layer.ring.keys.shape[1])
-            continue
-        assert isinstance(layer, KVStoreLayer)
-        pads = int(layer.state["padding"][row])
-        heads = [head for table in layer.tables for head in table.position[row]]
-        found.append([sorted((head[head >= 0] - pads).tolist()) for head in heads])
-    return found
 
 
 @pytest.mark.parametrize("name", FORMS)
@@ -265,95 +162,6 @@ def _masked(lm, cache: KVCache, held: list[list[list[int]]], token: torch.Tensor
             handle.remove()
 
 
-@pytest.mark.parametrize("name", SMALL)
-def test_draft_tokens_that_are_rolled_back_have_no_effect(name: str):
-    lm, x = model(), ids(2, 20)
-    cache = small(name, lm).cache(lm)
-    cache.activate_past_recording()
-    feed(lm, cache, x[:, :12], [12])
-    cache.crop(0)
-    feed(lm, cache, x[:, 12:13], [1])
-    cache.crop(0)
-    before = [tensor.clone() for tensor in state(cache)]
-    feed(lm, cache, x[:, 13:17], [4])
-    cache.crop(-4)
-    assert cache.get_seq_length() == 13
-    assert all(torch.equal(a, b) for a, b in zip(state(cache), before, strict=True))
-    # Draft tokens that stay equal tokens from single calls.
-    feed(lm, cache, x[:, 13:17], [4])
-    cache.crop(-2)
-    assert cache.get_seq_length() == 15 and all(max(map(max, layer)) == 14 for layer in kept(cache))
-
-
-@pytest.mark.parametrize("name", EVICTING)
-def test_recording_ends_with_two_calls_that_no_crop_follows(name: str):
-    lm, x = model(), ids(2, 30)
-    recorded, plain = (small(name, lm).cache(lm) for _ in range(2))
-    feed(lm, plain, x[:, :12], [12])
-    feed(lm, recorded, x[:, :12], [12])
-    recorded.activate_past_recording()
-    for number in range(12, 15):
-        feed(lm, plain, x[:, number : number + 1], [1])
-        feed(lm, recorded, x[:, number : number + 1], [1])
-        recorded.crop(0)
-    assert torch.equal(feed(lm, recorded, x[:, 15:], [1] * 15), feed(lm, plain, x[:, 15:], [1] * 15))
-    assert all(torch.equal(*pair) for pair in zip(state(recorded), state(plain), strict=True))
-    assert not any(layer.record_past for layer in recorded.kept)
-
-
-@pytest.mark.parametrize("name", SLOTS)
-def test_decoding_after_generate_with_drafts_keeps_the_budget(name: str):
-    lm, x = model(), ids(1, 5).repeat(1, 4)
-    cache = small(name, lm).cache(lm)
-    options = dict(past_key_values=cache, do_sample=False, pad_token_id=0, eos_token_id=None)
-    found = lm.generate(x, max_new_tokens=6, prompt_lookup_num_tokens=3, **options)
-    alone = small(name, lm).cache(lm)
-    feed(lm, alone, found[:, :-1], [20, *[1] * 5])
-    lm.generate(found, max_new_tokens=30, **options)
-    feed(lm, alone, ids(1, 30), [1] * 30)
-    sizes = [sum(len(head) for layer in kept(each) for head in layer) for each in (cache, alone)]
-    assert sizes[0] == sizes[1]
-
-
-@pytest.mark.parametrize("order", [[1, 0], [1], [0, 1, 1]], ids=str)
-@pytest.mark.parametrize("name", SMALL)
-def test_rows_are_selected_while_drafts_are_pending(name: str, order: list[int]):
-    lm, x = model(), ids(2, 20, seed=5)
-    found = []
-    for before in (True, False):
-        cache = small(name, lm).cache(lm)
-        first = x[order] if before else x
-        feed(lm, cache, first[:, :10], [10])
-        cache.activate_past_recording()
-        feed(lm, cache, first[:, 10:14], [4])
-        if not before:
-            cache.batch_select_indices(torch.tensor(order))
-        cache.crop(-1)
-        feed(lm, cache, x[order][:, 13:16], [3])
-        cache.crop(0)
-        found.append(feed(lm, cache, x[order][:, 16:], [1] * 4))
-    torch.testing.assert_close(*found, atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_prompt_lookup_with_room_for_all_is_greedy(name: str):
-    lm, x = model(), ids(1, 5).repeat(1, 3)
-    greedy = lm.generate(x, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    cache = large(name, lm).cache(lm)
-    found = lm.generate(
-        x, max_new_tokens=8, do_sample=False, pad_token_id=0, past_key_values=cache, prompt_lookup_num_tokens=3
-    )
-    assert torch.equal(found, greedy) and cache.get_seq_length() == found.shape[1] - 1
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_beams_and_several_sequences(name: str):
-    lm, x = model(), ids(2, 8)
-    kwargs = {"max_new_tokens": 5, "num_beams": 3, "num_return_sequences": 2, "do_sample": False, "pad_token_id": 0}
-    expected = lm.generate(x, **kwargs)
-    assert torch.equal(lm.generate(x, **kwargs, past_key_values=large(name, lm).cache(lm)), expected)
-
-
 @pytest.mark.parametrize("name", EVICTING)
 def test_storage_really_falls(name: str):
     lm, x = model(), ids(2, 60)
@@ -396,12 +204,6 @@ def state_storage(cache: KVCache) -> list[torch.Tensor]:
     return [part for layer in cache.kept for part in tensors_in(state_of(layer))]
 
 
-@pytest.mark.parametrize(("name", "family"), REFUSED)
-def test_models_that_a_memory_does_not_fit_are_refused_in_words(name: str, family: str):
-    with pytest.raises(UserError, match=name):
-        small(name).cache(model(family))
-
-
 @pytest.mark.parametrize("name", SLOTS)
 def test_the_order_of_slots_means_nothing(name: str):
     lm, x = model(), ids(2, 14)
@@ -422,122 +224,11 @@ def test_the_order_of_slots_means_nothing(name: str):
 
 
 @pytest.mark.parametrize("name", FORMS)
-def test_a_cache_that_was_reset_is_as_new(name: str):
-    lm, x = model(), ids(2, 12)
-    cache = large(name, lm).cache(lm) if name not in SMALL else small(name, lm).cache(lm)
-    first = feed(lm, cache, x, [10, 1, 1])
-    cache.reset()
-    assert cache.get_seq_length() == 0 and torch.equal(feed(lm, cache, x, [10, 1, 1]), first)
-
-
-@pytest.mark.parametrize("name", FORMS)
 def test_bf16_and_shortest_texts(name: str):
     lm = copy.deepcopy(model()).to(torch.bfloat16)
     cache = (small(name, lm) if name in SMALL else large(name, lm)).cache(lm)
     logits = feed(lm, cache, ids(1, 11), [1] * 11)
     assert logits.isfinite().all() and cache.get_seq_length() == 11
-
-
-@pytest.mark.parametrize("name", SMALL)
-def test_a_cache_left_half_filled_is_refused(name: str):
-    lm, x = model(), ids(1, 10)
-    cache = small(name, lm).cache(lm)
-
-    def fails(*_):
-        raise RuntimeError("out of memory, say")
-
-    handle = lm.get_decoder().layers[1].register_forward_pre_hook(fails)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        lm(x, past_key_values=cache)
-    handle.remove()
-    with pytest.raises(UserError, match="half of a call"):
-        lm(x, past_key_values=cache)
-    cache.reset()
-    lm(x, past_key_values=cache)
-
-
-@pytest.mark.parametrize("name", EVICTING)
-def test_misuse_is_refused_in_words(name: str):
-    lm, x = model(), ids(1, 30)
-    cache = small(name, lm).cache(lm)
-    lm(x, past_key_values=cache)
-    if name != "VQKV":  # a rollback can remove codes of single tokens; see tests/unit/kv_cache/test_vqkv.py
-        with pytest.raises(UserError, match="activate_past_recording"):
-            cache.crop(-3 if name != "KIVI" else -6)
-    with pytest.raises(UserError, match="negative"):
-        cache.crop(3)
-    with pytest.raises(UserError, match="offloaded"):
-        cache.offload(0)
-
-
-def test_models_without_a_growing_cache_are_refused():
-    config = copy.deepcopy(BACKBONES["mistral"])
-    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
-    with pytest.raises(UserError, match="nothing to compress"):
-        memory("PreallocatedCache()").cache(lm)
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("StreamingLLM(3)", "at least 5"),
-        ("H2O(1.5)", "at most 1"),
-        ("H2O('5 apples')", "units are"),
-        ("H2O([0.5, 0.5])", "3 layers are compressed"),
-        ("H2O([[4], [4], [4]])", "has length 1"),
-        ("H2O(8, recent=1.5)", "share of the budget"),
-        ("H2O(8, sinks=-1)", "0 or more"),
-    ],
-)
-def test_budgets_that_do_not_fit_are_refused_in_words(text: str, says: str):
-    with pytest.raises(UserError, match=says):
-        memory(text).cache(model())
-
-
-@pytest.mark.parametrize(("name", "family"), [(name, "llama") for name in FORMS] + [("H2O", "gemma3")])
-def test_a_saved_cache_goes_on_as_if_it_had_never_left(name: str, family: str, tmp_path: Path):
-    lm, x = model(family), ids(2, 30)
-    memory = small(name, lm) if name in SMALL else large(name, lm)
-    cache, mask = memory.cache(lm), torch.ones(2, 30)
-    mask[0, :3] = 0
-    feed(lm, cache, x[:, :22], [18, 1, 1, 1, 1], mask[:, :22])
-    again = memory.load_cache(lm, cache.save(tmp_path / "read.safetensors"))
-    assert again.nbytes() <= cache.nbytes() and again.get_seq_length() == 22
-
-    def rest(of) -> torch.Tensor:
-        found = []
-        for number in range(22, 30):
-            position = (mask[:, : number + 1].sum(-1, keepdim=True) - 1).long()
-            step = lm(
-                x[:, number : number + 1],
-                past_key_values=of,
-                position_ids=position,
-                attention_mask=mask[:, : number + 1],
-            )
-            found.append(step.logits)
-        return torch.cat(found, 1)
-
-    assert torch.equal(rest(cache), rest(again))
-
-
-@pytest.mark.parametrize("crops", [False, True])
-@pytest.mark.parametrize("name", FORMS)
-def test_a_cache_from_inference_mode_is_continued_outside_of_it(name: str, crops: bool):
-    lm, x = model(), ids(2, 30)
-    memory = small(name, lm) if name in SMALL else large(name, lm)
-    found = []
-    for mode in (torch.no_grad, torch.inference_mode):
-        cache = memory.cache(lm)
-        cache.activate_past_recording()
-        with mode():
-            feed(lm, cache, x[:, :20], [12, 8])
-        if crops:
-            cache.crop(-2)
-        first = feed(lm, cache, x[:, 20:25], [1] * 5)
-        with mode():
-            feed(lm, cache, x[:, 25:27], [2])
-        found.append(torch.cat([first, feed(lm, cache, x[:, 27:], [1] * 3)], 1))
-    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("name", [name for name in FORMS if name not in CODED])
@@ -552,39 +243,3 @@ def test_gradients_of_several_calls_equal_those_of_one(name: str):
             return torch.autograd.grad(logits.square().sum(), weight)[0]
 
     torch.testing.assert_close(gradient([6, 1, 1, 6]), gradient([14]), atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_a_copy_of_a_prefix_goes_on_and_leaves_the_prefix_as_it_is(name: str):
-    lm, x = model(), ids(2, 30)
-    memory = small(name, lm) if name in SMALL else large(name, lm)
-    cache = memory.cache(lm)
-    feed(lm, cache, x[:, :20], [18, 1, 1])
-    copies = copy.deepcopy(cache), cache.clone()
-    assert all(each.method is memory and each.owner is cache.owner for each in copies)
-    found = [feed(lm, each, x[:, 20:], [1] * 10) for each in (*copies, cache)]
-    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[2])
-    with pytest.raises(UserError, match=r"cache\.save\(path\)"):
-        pickle.dumps(cache)
-
-
-def test_what_is_no_cache_of_this_memory_and_model_is_refused(tmp_path: Path):
-    lm, memory = model(), small("H2O")
-    cache = memory.cache(lm)
-    feed(lm, cache, ids(1, 12), [12])
-    file = cache.save(tmp_path / "read.safetensors")
-    with pytest.raises(UserError, match="contains a cache of H2O"):
-        small("StreamingLLM").load_cache(lm, file)
-    with pytest.raises(UserError, match="no such file"):
-        memory.load_cache(lm, tmp_path / "none.safetensors")
-    (tmp_path / "text").write_text("not a cache")
-    with pytest.raises(UserError, match="not a saved cache"):
-        memory.load_cache(lm, tmp_path / "text")
-    with pytest.raises(UserError, match="another kind of model"):
-        memory.load_cache(model("gemma3"), file)
-    cache.activate_past_recording()
-    feed(lm, cache, ids(1, 2), [2])
-    with pytest.raises(UserError, match="contains draft tokens"):
-        cache.save(file)
-    cache.crop(0)
-    cache.save(file)

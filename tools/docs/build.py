@@ -13,7 +13,21 @@ import re
 import sys
 from pathlib import Path
 
-from tools.docs import api, blocks, combined, findings, front, models, pages, past, study, times, tracking  # noqa: F401  (these register makers)
+from tools.docs import (  # noqa: F401  (these register makers)
+    api,
+    blocks,
+    combined,
+    findings,
+    front,
+    models,
+    pages,
+    past,
+    rounds,
+    study,
+    tasks,
+    times,
+    tracking,
+)
 from tools.docs.tables import MAKERS, ROOT, generated
 
 EXAMPLE = "<!-- worked example: {} -->\n```python\n"
@@ -39,8 +53,8 @@ def built(text: str) -> str:
     """`text` with every generated part replaced by its current content."""
 
     def made(part: re.Match[str]) -> str:
-        # If there is no results file yet, the part says so; nothing is filled in by hand.
-        there = not part[3] or (ROOT / part[3].partition("#")[0]).is_file()
+        # If there is no results file or folder yet, the part says so; nothing is filled in by hand.
+        there = not part[3] or (ROOT / part[3].partition("#")[0]).exists()
         return f"{part[1]}{MAKERS[part[2]](part[3]) if there else '*not run yet*'}\n{part[4]}"
 
     return PART.sub(made, text)

@@ -16,7 +16,8 @@ MAKERS: dict[str, Callable[[str], str]] = {}
 
 
 def generated(maker: Callable[[str], str]) -> Callable[[str], str]:
-    """Registers a function that generates a part of a page from the path of a results file."""
+    """Registers a function that generates a part of a page from the path of a results file; its name must be free."""
+    assert maker.__name__ not in MAKERS, f"two parts of pages are named {maker.__name__}"
     MAKERS[maker.__name__] = maker
     return maker
 

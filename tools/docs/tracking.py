@@ -55,14 +55,15 @@ def tracking(path: str) -> str:
 def by_difficulty(path: str) -> str:
     """Accuracy of each model at each difficulty, and its passes if they differ, as means over seeds."""
     rows = read(path)["rows"]
+    every = {row["name"]: {measure: dict(curve(row, measure)) for measure in ("accuracy", "passes")} for row in rows}
+    shown = sorted({level for curves in every.values() for level in curves["accuracy"]})
     lines = []
-    for row in rows:
-        curves = {measure: dict(curve(row, measure)) for measure in ("accuracy", "passes")}
+    for name, curves in every.items():
         for measure, levels in curves.items():
             if measure == "accuracy" or len(set(levels.values())) > 1:
-                cells = (f"{levels[level]:.2f}" if level in levels else "" for level in range(MOST + 1))
-                lines.append((f"`{row['name']}`, {measure}", *cells))
-    return table(["difficulty", *map(str, range(MOST + 1))], lines)
+                cells = (f"{levels[level]:.2f}" if level in levels else "" for level in shown)
+                lines.append((f"`{name}`, {measure}", *cells))
+    return table(["difficulty", *map(str, shown)], lines)
 
 
 @generated

@@ -43,6 +43,9 @@ def check_numbers(cache: Any) -> None:
     passes_BT = getattr(cache, "passes_BT", None)
     if passes_BT is not None and passes_BT.shape[1] != cache.tokens:
         raise ValueError(f"tokens={cache.tokens}, and passes of {passes_BT.shape[1]} tokens")
+    prefix_BT = getattr(cache, "prefix_BT", None)
+    if prefix_BT is not None and prefix_BT.shape[1] < cache.tokens:
+        raise ValueError(f"tokens={cache.tokens}, and hashes of {prefix_BT.shape[1]} tokens")
 
 
 def _attributes(part: Any) -> dict[str, Any]:

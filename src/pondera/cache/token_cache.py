@@ -37,12 +37,14 @@ class TokenCache(CacheState, Cache):
         slots: the cache for the backbone, over the same layers.
         tokens: the number of tokens seen.
         passes_BT: the number of passes of each cached token; `None` before the first token.
+        prefix_BT: a hash of the tokens up to and including each cached one, if the method draws its decisions from it
+            (`pondera.methods.think.common.halting`); `None` otherwise.
         methods: the spec strings of the methods that fill the cache; `None`: not known.
         model: what identifies the model of the cache, see `pondera.cache.identity`; empty: not known.
         unfinished: a call has ended in an error after it had begun to change the cache.
     """
 
-    holds: ClassVar[tuple[str, ...]] = ("tokens", "passes_BT", "slots_per_token", "layers")
+    holds: ClassVar[tuple[str, ...]] = ("tokens", "passes_BT", "prefix_BT", "slots_per_token", "layers")
 
     def __init__(self, layers: list, slots_per_token: int, slots: Cache | None = None) -> None:
         super().__init__(layers=layers)
@@ -105,6 +107,18 @@ class TokenCache(CacheState, Cache):
         self.tokens += passes_BT.shape[1]
         self.passes_BT = passes_BT if self.passes_BT is None else torch.cat([self.passes_BT, passes_BT], dim=1)
 
+    def prefix_hashes(self) -> Tensor | None:
+        """The hashes of the cached tokens, ``[B, tokens]``; `None`: none have been stored."""
+        # A call that ended in an error before it changed the layers may have stored more.
+        return None if self.prefix_BT is None or not self.tokens else self.prefix_BT[:, : self.tokens]
+
+    def append_prefix_hashes(self, prefix_BT: Tensor) -> None:
+        """Adds the hashes of the tokens of a call, before `record`; tokens before the first hashes get 0."""
+        earlier_BT = self.prefix_hashes()
+        if earlier_BT is None:
+            earlier_BT = prefix_BT.new_zeros(len(prefix_BT), self.tokens)
+        self.prefix_BT = torch.cat([earlier_BT, prefix_BT], dim=1)
+
     def check_rollback(self, tokens: int) -> None:
         """See `CacheState.check_rollback`."""
         slots = self.slots_per_token
@@ -120,11 +134,14 @@ class TokenCache(CacheState, Cache):
         self.tokens = tokens
         if self.passes_BT is not None:
             self.passes_BT = self.passes_BT[:, :tokens]
+        if self.prefix_BT is not None:
+            self.prefix_BT = self.prefix_BT[:, :tokens]
 
     def clear(self) -> None:
         """See `CacheState.clear`; `reset` also resets the layers."""
         self.tokens = 0
         self.passes_BT: Tensor | None = None
+        self.prefix_BT: Tensor | None = None
         self.unfinished = False
 
     def reset(self) -> None:

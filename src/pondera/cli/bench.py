@@ -94,13 +94,13 @@ def run(args: argparse.Namespace) -> int:
         print_json({"name": name, "rows": [asdict(row) for row in rows]})
         return 0
     for questions in dict.fromkeys(row.questions for row in rows):
-        shown = [_shown(row) for row in rows if row.questions == questions]
+        cells = [shown(row) for row in rows if row.questions == questions]
         items = next(row.items for row in rows if row.questions == questions)
         title = f"{questions}: {items} questions about {args.contexts} contexts of up to {args.tokens} tokens, {name}"
-        print_table(list(shown[0]), [list(row.values()) for row in shown], title)
+        print_table(list(cells[0]), [list(row.values()) for row in cells], title)
     print(LEGEND)
     if args.plot is not None:
-        _draw(args.plot, name, rows)
+        draw(args.plot, name, rows)
         print(f"plots: {args.plot}")
     return 0
 
@@ -123,7 +123,7 @@ def _measured(args: argparse.Namespace) -> tuple[str, list[BenchRow]]:
     return loaded.name, rows
 
 
-def _shown(row: BenchRow) -> dict[str, str]:
+def shown(row: BenchRow) -> dict[str, str]:
     """A row of the table."""
 
     def share(value: float | None, interval: tuple[float, float] | None) -> str:
@@ -143,7 +143,7 @@ def _shown(row: BenchRow) -> dict[str, str]:
     }
 
 
-def _draw(out: Path, name: str, rows: list[BenchRow]) -> None:
+def draw(out: Path, name: str, rows: list[BenchRow]) -> None:
     """Plots what is kept against bytes, with a line per method and a point per setting."""
     from pondera.methods.probe.base import Plot
     from pondera.report.plots import write_plots

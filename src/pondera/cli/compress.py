@@ -20,6 +20,7 @@ recall: tokens of an earlier passage that are predicted when its beginning is re
 SUMMARY = "compresses the KV cache of a model and measures what that costs in quality"
 EXAMPLES = """
 pondera compress runs/plain
+pondera compress smollm2 --plot compress.html
 pondera compress path/to/model --data.text book.txt --kv-cache "StreamingLLM(0.25)" --kv-cache "H2O(0.25)"
 pondera compress path/to/model --data.text book.txt --plot compress.html --out compressed
 pondera generate compressed --prompt "The sea"

@@ -1,4 +1,4 @@
-"""``pondera eval``: evaluates a trained model on held-out text, with the cost per token."""
+"""``pondera eval``: evaluates a trained model on held-out text, its task, minimal pairs or last words, with the cost."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import argparse
 import math
 from typing import Any
 
-from pondera.cli.output import only_json, print_difficulty, print_json, print_table
+from pondera.cli.evaluate_rows import add_rows, refuse_row_options, run_rows
+from pondera.cli.output import only_json, print_difficulty, print_json, print_lengths, print_table
 from pondera.cli.parser import Parser, add_budget, add_kv_cache, positive_int, text_notes
+from pondera.core.errors import UserError
 from pondera.core.metric import SCORES, score_name
 
-SUMMARY = "evaluates a trained model on held-out text, with the cost per token"
+SUMMARY = "evaluates a trained model on held-out text, minimal pairs or last words, with the cost per token"
 EXAMPLES = """
 pondera eval runs/ponderlm2-seed0
 pondera eval runs/ponderlm2-seed0 --data.text book.txt --max-tokens 100000
 pondera eval path/to/model --data.text stdlib --json
 pondera eval runs/ponderlm3-seed0 --effort 0,0.25,0.5,1
 pondera eval runs/ponderlm2-seed0 --kv-cache "SnapKV(64)"
+pondera eval runs/ponderlm2-seed0 --pairs blimp.jsonl.xz --max-rows 6700
+pondera eval runs/ponderlm2-seed0 --last-word lambada_test.jsonl.xz
+pondera eval runs/states --lengths 16,32,64
 """
 SHOWN = (
     ("accuracy", "accuracy", "of the tokens that are asked"),
@@ -47,13 +52,25 @@ def parser() -> Parser:
         "--max-tokens", type=positive_int(1), metavar="N", help="maximum number of tokens to score (default: all)"
     )
     add_budget(arguments, several=True)
+    arguments.add_argument(
+        "--lengths",
+        type=_lengths,
+        metavar="N,N,...",
+        help="of a run on a task: score windows of these lengths, also longer than those of the training",
+    )
     add_kv_cache(arguments)
+    add_rows(arguments)
     arguments.add_argument("--json", action="store_true", help="print JSON only")
     return arguments
 
 
 def run(args: argparse.Namespace) -> int:
-    """Evaluates the model at each effort and prints the scores."""
+    """Evaluates the model, at each effort or length that is asked for, and prints the scores."""
+    if args.pairs is not None or args.last_word is not None:
+        return run_rows(args)
+    refuse_row_options(args)
+    if args.lengths is not None:
+        return _run_lengths(args)
     from pondera.evaluation.open_model import open_model
     from pondera.evaluation.perplexity import evaluate, given_settings
 
@@ -75,6 +92,30 @@ def run(args: argparse.Namespace) -> int:
         rows = [_row(effort, one, found) for effort, one in zip(wanted, found, strict=True)]
         print_table(list(rows[0]), [list(row.values()) for row in rows], "quality and cost by effort")
     return 0
+
+
+def _run_lengths(args: argparse.Namespace) -> int:
+    """Evaluates a run on a task at each length and prints the scores."""
+    if len(args.effort or []) > 1:
+        raise UserError("--lengths and several efforts: give one --effort, or leave --lengths out")
+    if args.overrides:
+        other = next(iter(args.overrides))
+        raise UserError(f"--lengths and --{other}: --lengths scores the task of the run; leave one of them out")
+    from pondera.evaluation.lengths import evaluate_lengths
+    from pondera.evaluation.open_model import open_model
+
+    compressed = args.kv_cache is not None or args.calibrate is not None
+    with only_json(args.json):
+        model = open_model(args.path, args.kv_cache, calibrate=args.calibrate) if compressed else args.path
+        effort = args.effort[0] if args.effort else None
+        found = evaluate_lengths(model, args.lengths, args.max_tokens, effort, args.max_passes)
+    print_json(found) if args.json else print_lengths(found)
+    return 0
+
+
+def _lengths(text: str) -> list[int]:
+    """An argument type: whole numbers, separated by commas."""
+    return [positive_int(1)(part.strip()) for part in text.split(",")]
 
 
 def _row(effort: str | float | None, one: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, str]:

@@ -105,6 +105,32 @@ def print_difficulty(found: dict[str, list[dict[str, Any]]]) -> None:
     print_table(["recipe", "difficulty", *map(str, shown)], lines)
 
 
+def print_lengths(found: dict[str, Any]) -> None:
+    """Prints a row for each length: accuracy, the accuracy beyond the training length, passes, and accuracy by difficulty.
+
+    Args:
+        found: what `pondera.evaluation.lengths.evaluate_lengths` returns.
+    """
+    levels = sorted({level for row in found["lengths"] for level in row["by_difficulty"]["difficulty"]})
+    shown = [level for level in levels if level <= MOST_LEVELS]
+    lines = []
+    for row in found["lengths"]:
+        table, beyond = row["by_difficulty"], row["accuracy_beyond"]
+        by_level = dict(zip(table["difficulty"], table["accuracy"], strict=True))
+        lines.append(
+            [
+                str(row["length"]),
+                f"{row['accuracy']:.4f}",
+                "–" if beyond is None else f"{beyond:.4f}",
+                f"{row['passes_per_token']:.3f}",
+                *(f"{by_level[level]:.2f}" if level in by_level else "" for level in shown),
+            ]
+        )
+    columns = ["length", "accuracy", f"beyond {found['trained']}", "passes/token", *(f"at {level}" for level in shown)]
+    print_table(columns, lines, f"{found['name']} on {found['task']}")
+    print(f'trained at {found["trained"]} tokens; "beyond": the positions after them; "at N": accuracy at difficulty N')
+
+
 def print_answers(found: Sequence[Answer]) -> None:
     """Prints a line each for the tokens of a task, the predictions, the errors and the passes."""
     lines = {

@@ -1,7 +1,8 @@
 """Random controls: for each model that learns which tokens take its passes, one whose passes go to random tokens.
 
 Their mean passes per token are those that the learned runs measured, so a control is trained after them. If the rule of a
-model is worth its name, the model is better than its control.
+model is worth its name, the model is better than its control. Which tokens these are follows from the seed of each run and from
+the tokens before, so it differs between seeds and has nothing to do with what a token means.
 """
 
 from __future__ import annotations

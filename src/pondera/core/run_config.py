@@ -3,7 +3,7 @@
 A run is written as YAML (a recipe or a file of the user). The command line can override any field by its dotted name:
 ``--data.text books/ --train.steps 500 --backbone.hidden_size 256``. The text of each field is its help, which
 ``pondera train --help`` prints. A file can extend another one with ``base: plain``, and have other settings for runs on a
-task (``on_task:``).
+task (``on_task:``) and for runs from a checkpoint (``on_checkpoint:``).
 
 The YAML follows version 1.2: ``1e-3`` is a number, ``yes``, ``on`` and dates are text. In addition, ``none`` is null.
 """
@@ -14,6 +14,7 @@ import dataclasses
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,11 @@ from pondera.core.errors import UserError, unknown
 from pondera.core.seams import SeamSettings, option
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-ON_TASK = "on_task"
-"""The group of a recipe whose settings replace the others if the run trains on a task."""
+GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "on_task": lambda tree: bool((tree.get("data") or {}).get("task")),
+    "on_checkpoint": lambda tree: isinstance(tree.get("backbone"), str),
+}
+"""Groups of a recipe whose settings replace the others: if the run trains on a task, and if it continues from a checkpoint."""
 
 
 @dataclass
@@ -120,33 +124,38 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def read(source: str | Path, on_task: bool | None = None) -> dict[str, Any]:
+def read(source: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """The mapping of a recipe or YAML file, merged over that of its ``base``.
 
     ``base: plain`` extends a recipe, ``base: mine.yaml`` a file (relative to the extending file). Groups are merged key by
     key, except that a backbone of another ``model_type`` replaces the whole group. ``name`` and ``about`` are not inherited.
-    The group ``on_task`` has settings that replace those of the same file if the run trains on a task.
+    The groups ``on_task`` and ``on_checkpoint`` have settings that replace those of the same file if the run trains on a task,
+    and if its backbone is a checkpoint.
 
     Args:
         source: a recipe name (``"ponderlm2"``) or the path of a YAML file.
-        on_task: whether the run trains on a task; default: `None`, if ``data.task`` is set in a file.
+        overrides: dotted field -> value, which decide the groups together with the files; they are not merged.
 
     Raises:
         UserError: no such recipe or file, not a YAML mapping, or circular bases.
     """
     path = _locate(source)
-    if on_task is None:
-        on_task = bool((_read(path, (), False).get("data") or {}).get("task"))
-    return _read(path, (), on_task)
+    tree = _read(path, (), frozenset())
+    for dotted in ("data.task", "backbone"):
+        if overrides and dotted in overrides:
+            value = overrides[dotted]
+            assign(tree, dotted, scalar(value) if isinstance(value, str) else value)
+    return _read(path, (), frozenset(name for name, applies in GROUPS.items() if applies(tree)))
 
 
-def _read(path: Path, above: tuple[Path, ...], on_task: bool) -> dict[str, Any]:
+def _read(path: Path, above: tuple[Path, ...], chosen: frozenset[str]) -> dict[str, Any]:
     tree = _mapping(path)
-    base, for_task = tree.pop("base", None), tree.pop(ON_TASK, None) or {}
-    if not isinstance(for_task, dict):
-        raise UserError(f"{path}: {ON_TASK}: expected a group of settings, got {for_task!r}")
-    if on_task:
-        tree = _merge(tree, for_task)
+    base, groups = tree.pop("base", None), {name: tree.pop(name, None) or {} for name in GROUPS}
+    for name, group in groups.items():
+        if not isinstance(group, dict):
+            raise UserError(f"{path}: {name}: expected a group of settings, got {group!r}")
+        if name in chosen:
+            tree = _merge(tree, group)
     if base is None:
         return tree
     try:
@@ -159,7 +168,7 @@ def _read(path: Path, above: tuple[Path, ...], on_task: bool) -> dict[str, Any]:
     if below.resolve() in chain:
         circle = " -> ".join(step.name for step in (*chain, below))
         raise UserError(f"{path}: base: the files extend each other in a circle ({circle}); remove one base")
-    inherited = _read(below, chain, on_task)
+    inherited = _read(below, chain, chosen)
     return _merge({key: value for key, value in inherited.items() if key not in ("name", "about")}, tree)
 
 
@@ -217,8 +226,7 @@ def load(source: str | Path, overrides: dict[str, Any] | None = None) -> RunConf
         >>> load("ponderlm2", {"train.steps": "20"}).train.steps
         20
     """
-    task = (overrides or {}).get("data.task")
-    tree = read(source, None if task is None else scalar(str(task)) is not None)
+    tree = read(source, overrides)
     tree.setdefault("name", Path(source).stem)
     for dotted, value in (overrides or {}).items():
         assign(tree, dotted, _override(dotted, value) if isinstance(value, str) else value)

@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from pondera.core.errors import UserError, unknown
-
 PACKED = (".xz", ".gz")
 LONGEST = 2**31 - 1  # characters of a CSV field; the default limit of the csv module is 131,072
 
@@ -20,6 +18,10 @@ Row = tuple[str, dict[str, Any]]
 
 class NoRows(ValueError):
     """A file without rows despite its extension."""
+
+
+class BadRows(ValueError):
+    """A row that cannot be read; the message names its place."""
 
 
 def reader(path: Path) -> Callable[[IO[bytes], str, tuple[str, ...]], Iterator[Row]] | None:
@@ -58,7 +60,7 @@ def _json(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[Row
         if len(lines) > 1 and all(line.lstrip().startswith("{") for line in lines):
             yield from _json_lines(io.BytesIO(content), place, columns)
             return
-        raise UserError(f"data.text: {place}: not valid JSON ({error})") from None
+        raise BadRows(f"{place}: not valid JSON ({error})") from None
     if isinstance(found, dict) and columns[0] in found:
         found = [found]
     if not isinstance(found, list):
@@ -71,13 +73,13 @@ def _parsed(place: str, line: str) -> Any:
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"data.text: {place}: not valid JSON ({error}); each line must be one object") from None
+        raise BadRows(f"{place}: not valid JSON ({error}); each line must be one object") from None
 
 
 def _object(place: str, row: Any, columns: tuple[str, ...]) -> Row:
     if not isinstance(row, dict):
         example = json.dumps({columns[0]: "..."})
-        raise UserError(f"data.text: {place}: expected an object such as {example}, found {json.dumps(row)[:40]!r}")
+        raise BadRows(f"{place}: expected an object such as {example}, found {json.dumps(row)[:40]!r}")
     return place, row
 
 
@@ -90,8 +92,8 @@ def _csv(file: IO[bytes], place: str, columns: tuple[str, ...], delimiter: str =
         raise NoRows("empty")
     for number, fields in enumerate(rows, 1):
         if fields and len(fields) != len(header):
-            raise UserError(
-                f"data.text: {place}:{number}: {len(fields)} fields under a header of {len(header)}; quote texts that "
+            raise BadRows(
+                f"{place}:{number}: {len(fields)} fields under a header of {len(header)}; quote texts that "
                 f"contain {delimiter!r} or a line break with double quotes"
             )
         if fields:
@@ -107,7 +109,7 @@ def _fields(rows: Iterator[list[str]], place: str) -> Iterator[list[str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise UserError(f"data.text: {place}: not valid CSV ({error})") from None
+            raise BadRows(f"{place}: not valid CSV ({error})") from None
         finally:
             csv.field_size_limit(before)
         yield row
@@ -122,15 +124,15 @@ def _parquet(file: IO[bytes], place: str, columns: tuple[str, ...]) -> Iterator[
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError:
-        raise UserError(f"data.text: {place}: reading .parquet needs pyarrow; type: pip install pyarrow") from None
+        raise BadRows(f"{place}: reading .parquet needs pyarrow; type: pip install pyarrow") from None
     try:
         table = ParquetFile(file)
-        if columns[0] not in table.schema_arrow.names:
-            raise unknown(f"data.column (the text field of {place})", columns[0], table.schema_arrow.names)
-        wanted = [name for name in columns if name in table.schema_arrow.names]
+        names = table.schema_arrow.names
+        # Without the first column all are read, so that the message about it can name them.
+        wanted = [name for name in columns if name in names] if columns[0] in names else None
         batches = table.iter_batches(batch_size=1000, columns=wanted)
         for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-            if row[columns[0]] is not None:  # as in datasets, null is no text
+            if row.get(columns[0], "") is not None:  # as in datasets, null is no text
                 yield f"{place}:{number}", row
     except ArrowException as error:
         raise NoRows(f"not a Parquet file, or damaged: {str(error).splitlines()[0]}") from None
@@ -146,3 +148,13 @@ READERS: dict[str, Callable[[IO[bytes], str, tuple[str, ...]], Iterator[Row]]] =
     ".tsv": _tsv,
     ".parquet": _parquet,
 }
+
+
+def without_surrogates(text: str) -> str:
+    """Replaces lone surrogates, which JSON allows and UTF-8 does not.
+
+    Example:
+        >>> without_surrogates("a\\ud800b")
+        'a?b'
+    """
+    return text.encode("utf-8", "replace").decode("utf-8")

@@ -8,31 +8,28 @@ which must be the same on every machine.
 from __future__ import annotations
 
 import ast
-import difflib
-import gzip
 import hashlib
-import lzma
 import os
 import re
 import socket
 import sysconfig
 import urllib.parse
 import urllib.request
-import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from pondera.core.errors import UserError, unknown
-from pondera.data.row_files import PACKED, READERS, NoRows, Row, reader
+from pondera.data.packed_files import NotText, nearest, opened
+from pondera.data.row_files import PACKED, READERS, Row, reader, without_surrogates
 
-ADVICE = f"give UTF-8 text or rows ({', '.join(READERS)}), optionally compressed as .xz or .gz"
 PIECE = 16_384  # characters per document of a single plain-text file
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+NAMED = ("stdlib",)  # sources that are not files
 TOPICS = "pydoc_data/topics.py"  # the language reference, as one large dictionary
 
 
@@ -64,14 +61,6 @@ class Source:
         return dict(Counter(self.skipped.values()))
 
 
-class NotText(UserError):
-    """A file that cannot be read as text: an error if the user named it, skipped if it is in a folder."""
-
-    def __init__(self, path: Path, reason: str, advice: str = ADVICE):
-        super().__init__(f"data.text: {str(path)!r} cannot be read as text ({reason}); {advice}")
-        self.reason = reason
-
-
 def open_text(text: str, column: str = "text") -> Source:
     """Opens the text source that ``data.text`` names.
 
@@ -98,7 +87,7 @@ def open_text(text: str, column: str = "text") -> Source:
     if path.exists():
         raise UserError(f"data.text: {text!r} is neither a regular file nor a folder; save it to a file first")
     if not HUB_NAME.fullmatch(text) or path.suffix.lower() in (".txt", ".md", *READERS, *PACKED):
-        raise UserError(f"data.text: no such file or folder: {text!r}{_near(path)}")
+        raise UserError(f"data.text: no such file or folder: {text!r}{nearest(path, NAMED)}")
     return _dataset(text, column)
 
 
@@ -192,7 +181,9 @@ def _files(name: str, files: list[tuple[str, Path]], column: str, whole: bool = 
             try:
                 rows = reader(path)
                 documents = _rows(relative, path, column, rows) if rows else _plain(relative, path, whole)
-                yield from (Document(_unicode(title), _unicode(text)) for title, text in documents if text.strip())
+                for title, text in documents:
+                    if text.strip():
+                        yield Document(without_surrogates(title), without_surrogates(text))
             except NotText as error:
                 if not whole:
                     raise
@@ -216,38 +207,9 @@ def _digest(kind: str, files: Iterable[tuple[str, Path]]) -> str:
     return total.hexdigest()
 
 
-def _unpacked(path: Path) -> IO[bytes]:
-    opener: Any = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix.lower(), open)
-    return opener(path, "rb")
-
-
-@contextmanager
-def _as_text(path: Path) -> Iterator[None]:
-    """Turns all errors of reading a file into `NotText`."""
-    try:
-        yield
-    except UnicodeDecodeError:
-        raise NotText(path, "binary, or not UTF-8") from None
-    except NoRows as error:
-        raise NotText(path, str(error)) from None
-    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError):
-        raise NotText(path, "damaged archive", "download or compress it again") from None
-    except OSError as error:
-        raise NotText(path, error.strerror or "unreadable", "check the file") from None
-
-
-def read_text(path: Path) -> str:
-    """The text of a file, which may be compressed as .xz or .gz.
-
-    Raises:
-        NotText: there is no such file, or it is not UTF-8.
-    """
-    with _as_text(path), _unpacked(path) as file:
-        return file.read().decode("utf-8-sig")
-
-
 def _plain(relative: str, path: Path, whole: bool) -> Iterator[Document]:
-    text = read_text(path)
+    with opened(path) as file:
+        text = file.read().decode("utf-8-sig")
     if "\0" in text:
         raise NotText(path, "binary, or not UTF-8")
     if not text.strip():
@@ -260,7 +222,7 @@ def _plain(relative: str, path: Path, whole: bool) -> Iterator[Document]:
 
 
 def _rows(relative: str, path: Path, column: str, rows: Callable[..., Iterator[Row]]) -> Iterator[Document]:
-    with _as_text(path), _unpacked(path) as file:
+    with opened(path) as file:
         for place, row in rows(file, relative, (column, "title")):
             if column not in row:
                 raise unknown(f"data.column (the text field of {place})", column, row)
@@ -270,11 +232,6 @@ def _rows(relative: str, path: Path, column: str, rows: Callable[..., Iterator[R
                 )
             title = row.get("title")
             yield Document(title if isinstance(title, str) and title else place, row[column])
-
-
-def _unicode(text: str) -> str:
-    """Replaces lone surrogates, which JSON allows and UTF-8 does not."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _dataset(name: str, column: str) -> Source:
@@ -320,13 +277,5 @@ def first_line(error: Exception) -> str:
 def _no_dataset(name: str, reason: str) -> UserError:
     return UserError(
         f"data.text: {name!r} is not 'stdlib', not a file or folder, and not a Hugging Face dataset that loads "
-        f"({reason}){_near(Path(name))}"
+        f"({reason}){nearest(Path(name), NAMED)}"
     )
-
-
-def _near(path: Path) -> str:
-    """A hint with the most similar file name in the same folder, or an empty string."""
-    folder = path.expanduser().parent
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    near = difflib.get_close_matches(path.name, ["stdlib", *names], n=1)
-    return f"; did you mean {near[0] if near[0] == 'stdlib' else str(path.with_name(near[0]))!r}?" if near else ""

@@ -57,8 +57,9 @@ def compress(
     Args:
         name: a run folder, a model folder, or a hub name.
         kv_cache: one method or several, e.g. ``["H2O(0.25)", "SnapKV(1024)"]``; default: a sweep.
-        text: held-out text: a file, folder or dataset; default: what a run held out of its own.
-        context: tokens of a window; default: the run's own, or 256.
+        text: held-out text: a file, folder or dataset; default: what a run held out of its own, else the standard library of
+            this Python.
+        context: tokens of a window; default: the run's own, or 1,024.
         column: the text column of a JSON, CSV or Parquet file or dataset.
         windows: how many windows are measured.
         calibrate: text to fit codebooks to; default: what a run trained on.

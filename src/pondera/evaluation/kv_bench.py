@@ -114,12 +114,13 @@ def bench(
     """
     it = settings or BenchSettings()
     names = list(dict.fromkeys([FULL, *(spec.format(spec.parse(text)) for text in it.methods)]))
-    kinds: dict[str, Questions] = {text: spec.build(text, "questions") for text in it.questions}
+    for text in it.questions:  # fails before anything is measured
+        spec.build(text, "questions")
     methods = {text: ready(loaded.model, text, calibration, say) for text in names}
     stored = _Store(store, {"model": loaded.name, "torch": torch.__version__, **asdict(it)})
     rows: list[BenchRow] = []
-    for text, kind in kinds.items():
-        asked = kind.draw(lambda part: len(encode(loaded, part, False)), it.tokens, it.contexts, it.seed)
+    for text in it.questions:
+        asked = contexts(loaded, it, text)
         scores = {NONE: stored.scores(text, NONE, lambda asked=asked: [score_without(loaded, one) for one in asked])}
         for name, method in methods.items():
             began = time.perf_counter()
@@ -127,6 +128,12 @@ def bench(
             rows.append(_row(text, name, method, scores))
             say(f"{text} {name}: {_said(rows[-1])} ({time.perf_counter() - began:.0f} s)")
     return rows
+
+
+def contexts(loaded: Loaded, settings: BenchSettings, questions: str) -> list[AskedContext]:
+    """The contexts of one kind of questions, with the questions about them."""
+    kind: Questions = spec.build(questions, "questions")
+    return kind.draw(lambda part: len(encode(loaded, part, False)), settings.tokens, settings.contexts, settings.seed)
 
 
 def _scores(loaded: Loaded, method: KVCacheMethod, asked: Sequence[AskedContext]) -> list[ContextScore]:

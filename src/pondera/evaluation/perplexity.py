@@ -162,12 +162,12 @@ def _corpus_digest(run: Run) -> str | None:
     return None
 
 
-def _score_held_out(
-    loaded: Loaded, run: Run, context: int, max_tokens: int | None, budget: dict[str, Any]
-) -> dict[str, Any]:
-    from pondera.evaluation.permuted_passes import permuted_scores
-    from pondera.evaluation.score import score
+def held_out(loaded: Loaded, run: Run, context: int) -> Any:
+    """The held-out windows of the run of a model, of any length: a `Split` of its text, or a `TaskSplit` of its task.
 
+    Raises:
+        UserError: the text of the run has changed since the training, or the windows are too short for its task.
+    """
     corpus = prepare(replace(run.config.data, context=context))
     trained_on, same = _corpus_digest(run), fingerprint(corpus.tokenizer()) == fingerprint(loaded.tokenizer)
     if not same or trained_on not in (None, corpus.digest):
@@ -175,9 +175,18 @@ def _score_held_out(
             f"data.text: {run.config.data.text!r} has changed since {loaded.name} was trained, so the held-out part is "
             "not known; give another --data.text that the model was not trained on"
         )
-    held_out = corpus.validation
-    tokens, document_mask = max_tokens or held_out.num_tokens, run.config.data.document_mask
-    run_it = partial(score, loaded.model, held_out, context, tokens, _batch_size(context), document_mask, budget=budget)
+    return corpus.validation
+
+
+def _score_held_out(
+    loaded: Loaded, run: Run, context: int, max_tokens: int | None, budget: dict[str, Any]
+) -> dict[str, Any]:
+    from pondera.evaluation.permuted_passes import permuted_scores
+    from pondera.evaluation.score import score
+
+    split = held_out(loaded, run, context)
+    tokens, document_mask = max_tokens or split.num_tokens, run.config.data.document_mask
+    run_it = partial(score, loaded.model, split, context, tokens, batch_size(context), document_mask, budget=budget)
     return run_it() | (permuted_scores(loaded.model, run_it) if run.config.data.task else {})
 
 
@@ -188,9 +197,9 @@ def _score_whole(loaded: Loaded, text: LongText, context: int, budget: dict[str,
     model, start = loaded.model, _first_token(loaded)
     document_mask = loaded.run is not None and loaded.run.config.data.document_mask
     size = context - (start is not None)
-    windows, batch_size, sums = text.windows(size, document_mask), _batch_size(context), ScoreSums()
-    for first in range(0, len(windows), batch_size):
-        last = min(first + batch_size, len(windows))
+    windows, count, sums = text.windows(size, document_mask), batch_size(context), ScoreSums()
+    for first in range(0, len(windows), count):
+        last = min(first + count, len(windows))
         sums += sum_scores(model, [windows[index] for index in range(first, last)], start, budget)
     tokens = text.num_tokens - 1
     if rest := tokens % size:
@@ -204,7 +213,8 @@ def _first_token(loaded: Loaded) -> int | None:
     return first[0] if first == [loaded.tokenizer.bos_token_id] else None
 
 
-def _batch_size(context: int) -> int:
+def batch_size(context: int) -> int:
+    """The number of windows that are scored in one call."""
     return max(1, 2048 // context)
 
 

@@ -104,6 +104,22 @@ def _answered(loaded: Loaded, question: Question, cache: Any) -> tuple[float, bo
     return float(chosen_T.sum()), bool((logits_TV.argmax(-1) == answer_T).all())
 
 
+@torch.no_grad()
+def decoded(loaded: Loaded, cache: Any, context: str, questions: Sequence[Question]) -> list[str]:
+    """Reads a context into an empty cache and decodes an answer to each question, as long as the right one."""
+    model = loaded.model
+    model(_row(model, encode(loaded, context, True)), logits_to_keep=1, **{CACHE: cache})
+    found = []
+    for question in questions:
+        copy, ids, answer = cache.clone(), encode(loaded, question.text, False), []
+        for _ in encode(loaded, question.answer, False):
+            out = model(_row(model, ids), logits_to_keep=1, **{CACHE: copy})
+            ids = [int(out.logits[0, -1].argmax())]
+            answer += ids
+        found.append(str(loaded.tokenizer.decode(answer)).strip())
+    return found
+
+
 def step_seconds(model: AdaptiveLM, cache: Any, steps: int = STEPS) -> float:
     """The median time of a greedy decoding step after what the cache holds; the cache grows."""
     times, next_BT = [], torch.zeros(1, 1, dtype=torch.long, device=model.device)

@@ -125,11 +125,35 @@ class TaskScores:
         return TaskScores(TaskSums(by_level), tuple(numbers[:passes]))
 
 
+@dataclass(frozen=True)
+class ScoredTokens:
+    """The scored tokens of some windows, one entry for each, and the passes of all tokens.
+
+    Args:
+        place_N: the position in the window, from 0.
+        difficulty_N, right_N, nats_N, passes_N: as `TaskSums.of` takes them.
+        passes_BC: the passes of all tokens, scored or not.
+    """
+
+    place_N: Tensor
+    difficulty_N: Tensor
+    right_N: Tensor
+    nats_N: Tensor
+    passes_N: Tensor
+    passes_BC: Tensor
+
+    def sums(self, start: int = 0) -> TaskSums:
+        """The sums over the tokens at the positions from `start`."""
+        kept_N = self.place_N >= start
+        every = (self.difficulty_N, self.right_N, self.nats_N, self.passes_N)
+        return TaskSums.of(*(part_N[kept_N] for part_N in every))
+
+
 @torch.no_grad()
-def sum_task_scores(
+def scored_tokens(
     model: AdaptiveLM, windows: list[Mapping[str, Tensor]], budget: dict[str, Any] | None = None, permute: bool = False
-) -> TaskScores:
-    """Scores windows of one length.
+) -> ScoredTokens:
+    """Runs a model on windows of one length.
 
     Args:
         model: in any mode, which stays as it is.
@@ -144,10 +168,20 @@ def sum_task_scores(
     asked_BC = difficulty_BC >= 0
     logits_NV, targets_N = logits_BCV[asked_BC].float(), given["shift_labels"][asked_BC]
     nats_N = F.cross_entropy(logits_NV, targets_N, reduction="none")
-    sums = TaskSums.of(difficulty_BC[asked_BC], logits_NV.argmax(-1) == targets_N, nats_N, passes_BC[asked_BC])
+    right_N = logits_NV.argmax(-1) == targets_N
+    return ScoredTokens(
+        asked_BC.nonzero()[:, 1], difficulty_BC[asked_BC], right_N, nats_N, passes_BC[asked_BC], passes_BC
+    )
+
+
+def sum_task_scores(
+    model: AdaptiveLM, windows: list[Mapping[str, Tensor]], budget: dict[str, Any] | None = None, permute: bool = False
+) -> TaskScores:
+    """Scores windows of one length; the arguments are those of `scored_tokens`."""
+    found = scored_tokens(model, windows, budget, permute)
     # Every process has the same number of levels: a difficulty is at most the length of a window.
-    every = TaskSums(torch.zeros(difficulty_BC.shape[1] + 1, len(COLUMNS), dtype=torch.float64))
-    return TaskScores(every + sums, pass_counts(passes_BC, math.ceil(model.passes())))
+    every = TaskSums(torch.zeros(found.passes_BC.shape[1] + 1, len(COLUMNS), dtype=torch.float64))
+    return TaskScores(every + found.sums(), pass_counts(found.passes_BC, math.ceil(model.passes())))
 
 
 def _outputs(

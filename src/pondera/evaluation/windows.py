@@ -5,6 +5,7 @@ Shapes: N windows, B batch, T tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
 
 ASKED, LEAST = 24, 32
 """Maximum tokens of the passage that is repeated to measure recall; minimum tokens of a window."""
+CONTEXT = 1024
+"""Tokens of a window for a model that is not from a run, if it has as many positions."""
 TOGETHER = 2048
 """Approximate tokens of a calibration batch."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ class HeldOutWindows:
 
 
 def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> HeldOutWindows:
-    """Windows of the given text, or of the held-out part of the run's own text.
+    """Windows of the given text, else of what the run held out of its own, else of the standard library of this Python.
 
     Args:
         loaded: the model; its tokenizer tokenises the text.
@@ -83,9 +88,14 @@ def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> HeldOutWind
         count: the maximum number of windows.
 
     Raises:
-        UserError: there is no text, or it is too short.
+        UserError: the text is too short, or the run was trained on a task.
     """
     given = given_settings(dict(data))
+    if loaded.run is None:
+        given = {"context": min(CONTEXT, loaded.model.positions or CONTEXT)} | given
+        if "text" not in given:
+            log.warning("no --data.text is given, so the standard library of this Python is the text")
+            given["text"] = "stdlib"
     context = context_of(given.get("context"), loaded)
     limit = loaded.model.positions
     if limit is not None:
@@ -94,8 +104,7 @@ def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> HeldOutWind
         source = open_text(given["text"], given.get("column", "text"))
         text = LongText.read(source, given["text"], loaded.tokenizer, count * context, loaded.model.embedded)
         return HeldOutWindows.cut(text, context, count)
-    if loaded.run is None:
-        raise UserError("data.text: this model is not from a run; give a text to measure on, e.g. --data.text book.txt")
+    assert loaded.run is not None
     split = prepare(loaded.run.config.data).validation
     if isinstance(split, TaskSplit):
         raise UserError(

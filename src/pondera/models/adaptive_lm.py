@@ -8,14 +8,13 @@ from __future__ import annotations
 import inspect
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from pondera.cache.identity import identity
 from pondera.cache.io import load
-from pondera.cache.layer import begin_generate
 from pondera.cache.masks import token_positions
 from pondera.cache.token_cache import TokenCache
 from pondera.core import spec
@@ -25,7 +24,6 @@ from pondera.core.hf import (
     CACHE,
     Cache,
     DynamicCache,
-    GenerationConfig,
     GenerationMixin,
     PreTrainedModel,
 )
@@ -34,15 +32,16 @@ from pondera.models.attention_mask import token_mask
 from pondera.models.backbone import Backbone
 from pondera.models.causal_lm import causal_lm, put_head, saved_model
 from pondera.models.config import SETTINGS, AdaptiveConfig
+from pondera.models.continued import embed_scale, take_over
 from pondera.models.embedding import put_scale
-from pondera.models.foreign_forward import BaseModel, watch_forward
 from pondera.models.generation_settings import storable
-from pondera.models.keywords import SHIFT_LABELS, check_keywords
+from pondera.models.keywords import SHIFT_LABELS, check_keywords, one_cache
 from pondera.models.method import Method, MethodOutput, TokenBatch, check_passes
 from pondera.models.next_token import next_token_term, shifted, total_loss
 from pondera.models.output import AdaptiveOutput
 from pondera.models.packed_documents import documents, refuse_packed_cache
 from pondera.models.self_check import bind_method, check_method
+from pondera.models.transformers_hooks import TransformersHooks
 from pondera.models.unsupported import NoContinuousBatching
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
+class AdaptiveLM(NoContinuousBatching, TransformersHooks, PreTrainedModel, GenerationMixin):
     """A causal LM with adaptive compute and memory: any transformers backbone plus at most one method per seam.
 
     It supports the interfaces of a transformers causal LM: `generate` with greedy decoding, sampling, beams, streamers and
@@ -84,7 +83,6 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = []
-    _said_frozen = False
     _said_lost = False
 
     def __init__(self, config: AdaptiveConfig, **unknown_settings: Any) -> None:
@@ -104,11 +102,11 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         inner = causal_lm(config, self.think, old)
         put_head(inner, config, old)
         self.backbone = Backbone(inner, unit_rms=unit_rms)
-        self._check_attention()
+        _check_attention(self)
         if self.backbone.lm.device.type != "meta":
             self.backbone.check_head()
         if config.embed_scale is None:
-            config.embed_scale = self._embed_scale(old)
+            config.embed_scale = embed_scale(self, old)
         # The embedding of a padding index gets no gradient, and the pad token is often the EOS token. A new model, whose pad
         # token is not set yet, would train that row and a resumed one would not.
         cast(nn.Embedding, self.backbone.lm.get_input_embeddings()).padding_idx = None
@@ -131,39 +129,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         if self.backbone.lm.device.type != "meta":
             check_method(self)
         if old is not None:
-            self._take_over(old)
-
-    def _take_over(self, old: AdaptiveLM) -> None:
-        """Takes the generation config of an old model, and the parameters of its method with equal names and shapes."""
-        self.generation_config = old.generation_config
-        mine, theirs = ({} if lm.method is None else lm.method.state_dict() for lm in (self, old))
-        shared = {name: theirs[name] for name in theirs if name in mine and mine[name].shape == theirs[name].shape}
-        if self.method is not None:
-            self.method.load_state_dict(shared, strict=False)
-        groups = [sorted(names) for names in (shared, mine.keys() - shared, theirs.keys() - shared)]
-        log.info(
-            "%s: loaded: the backbone (%d tensors), method parameters: %s; new: %s; not used: %s",
-            self.config._checkpoint,
-            len(old.backbone.lm.state_dict()),
-            *(", ".join(names) or "none" for names in groups),
-        )
-
-    def _check_attention(self) -> None:
-        kernel = self.backbone.config._attn_implementation
-        if self.method is not None and kernel not in (None, "sdpa", "eager"):
-            raise UserError(
-                f"attn_implementation: {kernel!r} treats KV slots of equal position as packed documents, or takes no custom "
-                "mask; a model with a method needs 'sdpa' (also fused on GPUs) or 'eager'"
-            )
-
-    def _embed_scale(self, old: AdaptiveLM | None) -> float:
-        if old is not None:
-            return cast(float, old.config.embed_scale)
-        if self.config.init != "scaled":
-            return 1.0
-        width = self.backbone.config.hidden_size
-        own = float(getattr(self.backbone.lm.get_input_embeddings(), "embed_scale", 1.0))
-        return (self.method.embed_scale(width) if self.method is not None else (2.5 * width) ** 0.5) / own
+            take_over(self, old)
 
     @property
     def method(self) -> Method | None:
@@ -195,26 +161,6 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
     def added_parameters(self) -> list[nn.Parameter]:
         """The parameters that methods add to the backbone: those of `method` and of `head`."""
         return [parameter for part in (self.method, self.head) if part is not None for parameter in part.parameters()]
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The token embeddings of the backbone."""
-        return self.backbone.lm.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replaces the token embeddings of the backbone."""
-        self.backbone.lm.set_input_embeddings(value)
-
-    def get_decoder(self) -> nn.Module:
-        """The decoder of the backbone, without its head."""
-        return self.backbone.decoder
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The head of the backbone."""
-        return cast(nn.Module, self.backbone.lm.get_output_embeddings())
-
-    def set_output_embeddings(self, value: nn.Module) -> None:
-        """Replaces the head of the backbone."""
-        self.backbone.lm.set_output_embeddings(value)
 
     def new_cache(self) -> Cache:
         """An empty cache of the type that the method needs."""
@@ -306,22 +252,25 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         """
         shift_labels = kwargs.pop(SHIFT_LABELS, None)
         check_keywords(kwargs, _PARAMETERS, position_ids is not None)
-        cache = _one_cache(cache, past_key_values)
+        cache = one_cache(cache, past_key_values)
         if cache is None and use_cache:
             cache = self.new_cache()
         if labels is not None and shift_labels is None:
             shift_labels = shifted(labels)
-        found = self.states(
-            input_ids,
-            attention_mask,
-            position_ids,
-            cache,
-            inputs_embeds,
-            shift_labels,
-            self._budget(effort, max_passes),
-            document_ids,
-            passes,
-        )
+        tokens = (input_ids, attention_mask, position_ids, cache, inputs_embeds)
+        found = self.states(*tokens, shift_labels, self._budget(effort, max_passes), document_ids, passes)
+        out = self._output(found, cache, logits_to_keep, shift_labels, num_items_in_batch)
+        return cast(AdaptiveOutput, out.to_tuple()) if return_dict is False else out
+
+    def _output(
+        self,
+        found: MethodOutput,
+        cache: Cache | None,
+        logits_to_keep: int | Tensor,
+        shift_labels: Tensor | None,
+        num_items_in_batch: Tensor | int | None,
+    ) -> AdaptiveOutput:
+        """Logits, and the loss if labels are given, from the states after all passes; arguments as for `forward`."""
         h_BTD, loss, terms = found.h_BTD, None, found.terms
         if isinstance(logits_to_keep, Tensor):
             h_BTD = h_BTD[:, logits_to_keep]
@@ -339,7 +288,7 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         else:
             out.__dict__.update(terms=terms, trace=found.trace)
         out.__dict__.update({"cache": cache, CACHE: cache})
-        return cast(AdaptiveOutput, out.to_tuple()) if return_dict is False else out
+        return out
 
     def _budget(self, effort: str | float | None, max_passes: int | None) -> Effort:
         budget = Effort.of(effort, max_passes)
@@ -424,81 +373,15 @@ class AdaptiveLM(NoContinuousBatching, PreTrainedModel, GenerationMixin):
         with cache.call():
             return method(self.backbone, batch)
 
-    @property
-    def base_model(self) -> Any:
-        """For trainers that apply the output matrix themselves: a callable that returns the final hidden states."""
-        return BaseModel(self)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Like `nn.Module`; if a trainer replaces `forward`, hooks keep the loss terms of the method."""
-        if name == "forward":
-            watch_forward(self)
-        super().__setattr__(name, value)
-
-    def _set_gradient_checkpointing(
-        self, enable: bool = True, gradient_checkpointing_func: Any = None, **more: Any
-    ) -> None:
-        """Called by transformers to enable activation checkpointing; raises or ignores it if the method does not support it."""
-        method = self.method
-        if enable and method is not None:
-            if getattr(gradient_checkpointing_func, "keywords", {}).get("use_reentrant", False):
-                raise UserError(
-                    f"use_reentrant: {self.chosen} passes tensors to its layers that get no gradient with reentrant "
-                    'checkpointing; use gradient_checkpointing_kwargs={"use_reentrant": False}'
-                )
-            if not method.supports_recompute:
-                log.warning(
-                    "gradient_checkpointing: ignored. %s reads KV slots of earlier steps from a cache, which cannot be "
-                    "recomputed; training is the same without it, but needs more memory (use a smaller batch)",
-                    self.chosen,
-                )
-                return
-        cast(Any, super())._set_gradient_checkpointing(enable, gradient_checkpointing_func, **more)
-
-    def train(self, mode: bool = True) -> Self:
-        """Like `nn.Module`; warns if an adapter trains while parameters of the method are frozen."""
-        super().train(mode)
-        method = self.method
-        # An adapter that trains a copy of the method (modules_to_save) wraps the frozen original.
-        if mode and method is not None and not self._said_frozen and not hasattr(method, "original_module"):
-            frozen = sum(not parameter.requires_grad for parameter in method.parameters())
-            if frozen and any(parameter.requires_grad for parameter in self.parameters()):
-                self._said_frozen = True
-                log.warning(
-                    "%d parameters of %s are frozen while others train, because adapters freeze all other parameters; to "
-                    "train them, too, use LoraConfig(..., modules_to_save=[%r])",
-                    frozen,
-                    self.chosen,
-                    self._seam,
-                )
-        return self
-
-    def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
-        """Called by `generate` to create a cache; a method needs one that counts tokens and KV slots separately."""
-        if self.method is None and self.kv_cache is None:
-            cast(Any, super())._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-        elif model_kwargs.get(CACHE) is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise UserError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: a model with a method "
-                    "creates its own cache; leave cache_implementation out"
-                )
-            model_kwargs[CACHE] = self.new_cache()
-        elif model_kwargs.get(CACHE) is not None:
-            begin_generate(model_kwargs[CACHE])
-
-
-def _one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """The cache of a call, which has two names in transformers."""
-    if cache is None:
-        return past_key_values
-    if past_key_values is not None and past_key_values is not cache:
+def _check_attention(model: AdaptiveLM) -> None:
+    """Refuses attention kernels that a model with a method cannot use."""
+    kernel = model.backbone.config._attn_implementation
+    if model.method is not None and kernel not in (None, "sdpa", "eager"):
         raise UserError(
-            "cache and past_key_values are two names of one argument, but two different caches were given; give one"
+            f"attn_implementation: {kernel!r} treats KV slots of equal position as packed documents, or takes no custom "
+            "mask; a model with a method needs 'sdpa' (also fused on GPUs) or 'eager'"
         )
-    return cache
 
 
 _PARAMETERS = list(inspect.signature(AdaptiveLM.forward).parameters)

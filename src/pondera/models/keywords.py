@@ -1,4 +1,4 @@
-"""Checks additional keywords of a forward call; unknown ones raise.
+"""Checks additional keywords of a forward call, and arguments with two names; unknown ones raise.
 
 Shapes: B batch, T tokens.
 """
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pondera.core.errors import UserError, unknown
+from pondera.core.hf import Cache
 
 SHIFT_LABELS = "shift_labels"
 """``[B, T]``, the token after each input. Not a parameter: transformers' Trainer expects every parameter with "label" in its
@@ -66,3 +67,14 @@ def check_keywords(given: dict[str, Any], parameters: list[str], positioned: boo
         elif name not in PASSED:
             allowed = {*parameters, SHIFT_LABELS, "past_key_values", "cache"}
             raise unknown("keyword of forward", name, allowed - {"self", "kwargs"})
+
+
+def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache of a call, which has two names in transformers."""
+    if cache is None:
+        return past_key_values
+    if past_key_values is not None and past_key_values is not cache:
+        raise UserError(
+            "cache and past_key_values are two names of one argument, but two different caches were given; give one"
+        )
+    return cache

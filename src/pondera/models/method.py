@@ -44,6 +44,8 @@ class TokenBatch:
         labels_BT: the next token of each, negative if unknown. Only losses and controls may use it.
         ids_BT: the token ids; default: `None`, not known. Only random choices use them, so that they differ between tokens.
         passes_BT: the passes that each token takes, at most those of the method; default: `None`, the method decides.
+        prefix_BT: a hash of the tokens of the document up to and including each, for random controls; default: `None`, not
+            computed.
     """
 
     h_BTD: Tensor
@@ -54,6 +56,7 @@ class TokenBatch:
     labels_BT: Tensor | None = None
     ids_BT: Tensor | None = None
     passes_BT: Tensor | None = None
+    prefix_BT: Tensor | None = None
 
 
 @dataclass

@@ -265,9 +265,26 @@ def test_a_file_can_name_its_task(tmp_path):
     assert run_config.load(tmp_path / "own.yaml", {"data.task": "none"}).train.lr != 0.5
 
 
-def test_settings_for_tasks_must_be_a_group(tmp_path):
-    (tmp_path / "own.yaml").write_text("on_task: 3\n")
-    with pytest.raises(UserError, match="on_task: expected a group of settings, got 3"):
+def test_a_run_from_a_checkpoint_has_the_settings_for_checkpoints(tmp_path):
+    (tmp_path / "own.yaml").write_text("on_checkpoint: {train: {lr: 0.5}}\ntrain: {lr: 0.1}\n")
+    (tmp_path / "deeper.yaml").write_text("base: own.yaml\nbackbone: some/model\n")
+    for source, overrides, lr in (
+        ("own.yaml", {}, 0.1),
+        ("own.yaml", {"backbone": "runs/plain"}, 0.5),
+        ("own.yaml", {"backbone": "{model_type: llama}"}, 0.1),
+        ("own.yaml", {"backbone.hidden_size": "64"}, 0.1),
+        ("own.yaml", {"backbone": "runs/plain", "train.lr": "0.2"}, 0.2),
+        ("deeper.yaml", {}, 0.5),
+    ):
+        assert run_config.load(tmp_path / source, overrides).train.lr == lr, (source, overrides)
+    for recipe in run_config.recipe_names():  # a rate for a new model would ruin a trained one
+        assert run_config.load(recipe, {"backbone": "some/model"}).train.lr <= 5e-4, recipe
+
+
+@pytest.mark.parametrize("group", ["on_task", "on_checkpoint"])
+def test_settings_for_tasks_must_be_a_group(tmp_path, group):
+    (tmp_path / "own.yaml").write_text(f"{group}: 3\n")
+    with pytest.raises(UserError, match=f"{group}: expected a group of settings, got 3"):
         run_config.load(tmp_path / "own.yaml")
 
 

@@ -15,7 +15,7 @@ from pondera.core.run_config import DataConfig
 from pondera.data.corpus import prepare
 from pondera.data.task_corpus import BLOCK
 from pondera.data.tasks.base import FILL, IGNORED, NO_DIFFICULTY, Task
-from pondera.data.tasks.common.groups import after, group
+from pondera.data.tasks.common.groups import after, generators, group
 
 INDEX = spec.index(("task",))
 FORMS = [text for info in INDEX.values() for text in info.examples.values()]
@@ -72,6 +72,30 @@ def test_difficulty_of_state_tracking_is_the_number_of_elements_since_the_reset(
             since = 0 if is_reset else since + 1
             assert difficulty == since
     assert resets_NC.mean() == pytest.approx(0.3, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["S3", "S4", "S5", "A4", "A5", "Z60", "parity"])
+def test_generators_are_few_and_their_products_are_the_group(name: str):
+    found = group(name)
+    chosen = [found.elements[index] for index in generators(found)]
+    reached = {found.elements[0]}
+    for _ in found.elements:
+        reached |= {after(state, element) for state in reached for element in chosen}
+    assert reached == set(found.elements) and len(chosen) <= 4
+    for left_out in chosen[:-1]:  # each was added because those before it were not enough
+        before = chosen[: chosen.index(left_out) + 1]
+        reached = {found.elements[0]}
+        for _ in found.elements:
+            reached |= {after(state, element) for state in reached for element in before}
+        assert len(reached) < len(found.elements)
+
+
+def test_only_generators_are_drawn_and_the_states_are_those_of_the_group():
+    task = built("StateTracking('A5', reset=0.1, generators=True)")
+    found, named = task.sample(np.random.default_rng(0), 200, 30), names(task)
+    drawn = {named[number] for number in found.ids_NC.ravel()} - {"R"}
+    assert len(drawn) == 3 and len(np.unique(found.targets_NC)) == task.answers == 60
+    assert {named[number] for number in found.targets_NC[found.difficulty_NC == 1]} == drawn
 
 
 def test_difficulty_of_addition_is_how_far_a_carry_can_come_from():

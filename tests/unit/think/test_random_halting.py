@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pondera.core.stateless_random import prefix_hash
 from pondera.methods.think.common.halting import Halting
 from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.config import AdaptiveConfig
@@ -41,7 +42,9 @@ def ids(batch: int, tokens: int, seed: int = 0) -> Tensor:
 
 def mask(control: Halting, ids_BT: Tensor | None, tokens: int, depth: int = 1) -> Tensor:
     """The tokens that go on to `depth`, ``[B, T]``."""
-    found = control.continue_mask(depth, torch.arange(tokens)[None], None, pytest.fail, ids_BT)
+    positions = torch.arange(tokens)[None]
+    hashes = None if ids_BT is None else prefix_hash(ids_BT, positions)
+    found = control.continue_mask(depth, positions, None, pytest.fail, hashes)
     assert found is not None
     return found
 

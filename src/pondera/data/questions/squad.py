@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from pondera.core.errors import UserError
+from pondera.data.packed_files import opened
 from pondera.data.questions.base import AskedContext, Count, Question, Questions
-from pondera.data.text import NotText, read_text
 
 
 class Squad(Questions):
@@ -65,7 +65,8 @@ class Squad(Questions):
         """The paragraphs with their questions."""
         found: list[tuple[str, list[Question]]] = []
         try:
-            tree: Any = json.loads(read_text(Path(self.file).expanduser()))
+            with opened(Path(self.file).expanduser(), "Squad") as file:
+                tree: Any = json.loads(file.read().decode("utf-8-sig"))
             for article in tree["data"]:
                 for paragraph in article["paragraphs"]:
                     asked = [(qa["question"], qa["answers"]) for qa in paragraph["qas"]]
@@ -75,10 +76,6 @@ class Squad(Questions):
                         if answers
                     ]
                     found.append((paragraph["context"], questions))
-        except NotText as error:
-            raise UserError(
-                f"{self.file!r} cannot be read ({error.reason}); give a JSON file in the form of SQuAD"
-            ) from None
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"{self.file!r} is not in the form of SQuAD ({type(error).__name__}: {error}); expected JSON with data, "

@@ -22,6 +22,8 @@ class AssociativeRecall(Task):
     difficulty 1.
 
     Source: associative recall as in "Zoology", arXiv 2312.04927.
+    When not to use it: as a control on a model of one layer. A value must first attend to the key before it, so the look-up
+    needs two layers or two passes.
 
     Args:
         pairs: n, from 1 to 256.

@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 
 from pondera.data.tasks.base import FILL, Task, TaskSamples, share
-from pondera.data.tasks.common.groups import after, group
+from pondera.data.tasks.common.groups import after, generators, group
 
 RESET = "R"
 
@@ -32,6 +32,8 @@ class StateTracking(Task):
     Args:
         group: ``"S3"``, ``"S4"``, ``"S5"``, ``"A4"``, ``"A5"``, ``"Z60"`` (any ``Zn``) or ``"parity"``.
         reset: the probability that a token is a reset.
+        generators: draw a few elements only, whose products are the whole group. The products to be learned are then few,
+            also in a large group such as ``"A5"``.
 
     Example:
         >>> task = StateTracking("Z60", reset=0.5)
@@ -44,10 +46,12 @@ class StateTracking(Task):
         "resets": "StateTracking(group='S3', reset=0.25)",
         "no-resets": "StateTracking(group='A5', reset=0.0)",
         "parity": "StateTracking(group='parity', reset=0.1)",
+        "generators": "StateTracking(group='A5', reset=0.2, generators=True)",
     }
 
-    def __init__(self, group: str = "S3", reset: float = 0.25) -> None:
+    def __init__(self, group: str = "S3", reset: float = 0.25, generators: bool = False) -> None:
         self.group, self.reset = _group(group), share("reset", reset)
+        self.drawn = np.array(_generators(self.group) if generators else range(self.answers))
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -61,7 +65,7 @@ class StateTracking(Task):
 
     def sample(self, rng: np.random.Generator, count: int, context: int) -> TaskSamples:
         """See `Task.sample`."""
-        element_NC = rng.integers(self.answers, size=(count, context))
+        element_NC = self.drawn[rng.integers(len(self.drawn), size=(count, context))]
         reset_NC = rng.random((count, context)) < self.reset
         state_NC, since_NC = np.empty_like(element_NC), np.empty_like(element_NC)
         state_N, since_N = np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -86,4 +90,4 @@ class StateTracking(Task):
         return states
 
 
-_group = group
+_group, _generators = group, generators

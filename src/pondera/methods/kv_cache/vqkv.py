@@ -25,6 +25,7 @@ from pondera.core.run_folder import write_atomic
 from pondera.methods.kv_cache.base import compressible
 from pondera.methods.kv_cache.common.calibration import FitProgress, clustered, collect, learned, residual_tables
 from pondera.methods.kv_cache.common.codebooks import ONE_BYTE, TWO_BYTES, Codebooks, RotaryCodebooks
+from pondera.methods.kv_cache.common.fingerprint import check_fingerprint, fingerprint
 from pondera.methods.kv_cache.common.rotary_pairs import branches as by_speed
 from pondera.methods.kv_cache.common.rotary_pairs import rotation_pairs
 from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
@@ -227,7 +228,7 @@ class VQKV(SinkWindowCache):
     def bind(self, config: PreTrainedConfig) -> None:
         """See `KVCacheMethod.bind`: creates empty codebooks with the shapes for this model."""
         dims, keys, values = self.layout(config)
-        self.fingerprint = _fingerprint(config)
+        self.fingerprint = fingerprint(config)
         D, J = head_dim(config), self._joined(config)
         for index in range(len(compressible(config))):
             for branch, (each, stages) in enumerate(zip(dims, keys, strict=True)):
@@ -239,12 +240,7 @@ class VQKV(SinkWindowCache):
 
     def check(self, config: PreTrainedConfig, layers: list[int]) -> None:
         """See `KVCacheMethod.check`: refuses codebooks of another model."""
-        mine, theirs = self.fingerprint, _fingerprint(config)
-        if mine != theirs:
-            raise UserError(
-                f"these codebooks were fitted to {_words(mine or {})}, and this model is {_words(theirs)}; "
-                "fit codebooks to this model: method.fit(model, samples)"
-            )
+        check_fingerprint(self.fingerprint, config)
 
     def coders(self, config: PreTrainedConfig, index: int) -> tuple[Codec, Codec]:
         """See `SinkWindowCache.coders`."""
@@ -391,7 +387,7 @@ class VQKV(SinkWindowCache):
             with safe_open(path, "pt") as file:
                 metadata = file.metadata() or {}
                 tables = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            described, fingerprint = metadata["method"], json.loads(metadata["fingerprint"])
+            described, stated = metadata["method"], json.loads(metadata["fingerprint"])
         except FileNotFoundError:
             raise UserError(f"{path}: no such file; write it with method.save({str(folder)!r})") from None
         except (SafetensorError, KeyError, ValueError) as error:
@@ -403,21 +399,5 @@ class VQKV(SinkWindowCache):
             if name.split("_")[0] not in ("keys", "values", "frequency", "is"):
                 raise UserError(f"{path}: {name!r} is not a tensor of VQKV")
             method.register_buffer(name, table)
-        method.fingerprint = fingerprint
+        method.fingerprint = stated
         return method
-
-
-def _fingerprint(config: PreTrainedConfig) -> dict[str, Any]:
-    """The properties of a model that its codebooks depend on."""
-    return {
-        "model_type": config.model_type,
-        "layers": len(compressible(config)),
-        "heads": kv_heads(config),
-        "width": head_dim(config),
-    }
-
-
-def _words(fingerprint: dict[str, Any]) -> str:
-    if not fingerprint:
-        return "nothing"
-    return "{model_type} with {layers} layers to compress, {heads} KV heads of width {width}".format(**fingerprint)

@@ -138,12 +138,13 @@ class AdaPonderLM(PonderLM):
     def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Sets the share of penalized gates and the random draw of this step."""
         self._share_now = self.bottom * height(self.ramp, progress)
-        self.halting.draw = 1 + step
+        self.halting.begin_step(step, seed)
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding share this loop."""
         if not self.steps or (not self.halting.adaptive and batch.passes_BT is None):
             return super().forward(backbone, batch)
+        batch = self.halting.keyed(batch)
         passes = self.new_passes(backbone, batch, self.packed and not self.dense)
         tau = batch.budget.threshold(self.threshold) if self.adaptive else self.threshold
         x_BTD, gate_history = self.begin(batch.h_BTD), []
@@ -157,7 +158,7 @@ class AdaPonderLM(PonderLM):
             else:
                 predict = partial(_likeliest, backbone, states[-1])
                 continue_BT = self.halting.continue_mask(
-                    depth, batch.position_ids, batch.labels_BT, predict, batch.ids_BT
+                    depth, batch.position_ids, batch.labels_BT, predict, batch.prefix_BT
                 )
             if not passes.mask_active(continue_BT) and not self.dense:
                 break

@@ -5,7 +5,6 @@ Shapes: B batch, T tokens, D width; a token has slots 0 (its embedding) to K (it
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from functools import partial
 from typing import ClassVar
@@ -22,6 +21,7 @@ from pondera.methods.think.base import MethodOutput, Think, TokenBatch
 from pondera.methods.think.common.feedback import Feedback
 from pondera.methods.think.common.interleave import interleaved_cache, interleaved_pass, slots_allowed
 from pondera.methods.think.common.jacobi import Rounds, check_rounds, jacobi, priced_rounds, rounds_of
+from pondera.methods.think.common.train_rounds import checked_rounds, mean_rounds, rounds_at
 from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 
@@ -48,7 +48,8 @@ class PonderLM2(Think):
 
     Args:
         thoughts: K, latent thoughts per token; 0 gives the plain backbone.
-        train_rounds: (minimum, maximum) number of Jacobi rounds in training, drawn for each optimizer step.
+        train_rounds: Jacobi rounds in training: (minimum, maximum), drawn for each optimizer step; or a schedule of (share of
+            the training, rounds), such as ``((0, 1), (0.3, 2), (0.7, 4))``, with which they grow.
         eval_rounds: Jacobi rounds at evaluation and prefill: a number, ``"converged"``, or ``"exact"``.
         feedback: ``"hidden"`` (the paper) or ``"vocab"``, the mixture of embeddings predicted by the state.
 
@@ -68,23 +69,21 @@ class PonderLM2(Think):
     def __init__(
         self,
         thoughts: int = 1,
-        train_rounds: tuple[int, int] = (2, 3),
+        train_rounds: Sequence = (2, 3),
         eval_rounds: int | str = "converged",
         feedback: str = "hidden",
     ) -> None:
         super().__init__()
         if thoughts < 0:
             raise UserError(f"thoughts={thoughts}: give 0 (no thinking) or more")
-        if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
-            raise UserError(f"train_rounds={train_rounds}: give (minimum, maximum), such as (2, 3)")
         check_rounds(eval_rounds)
         self.thoughts = thoughts
-        self.train_rounds = tuple(train_rounds)
+        self.train_rounds = checked_rounds(train_rounds)
         self.eval_rounds = eval_rounds
         self.slots_per_token = thoughts + 1
         self.feedback = Feedback(feedback)
         self.needs_vocabulary = self.feedback.needs_vocabulary
-        self._rounds_now = self.train_rounds[0]
+        self.begin_step(0, 0)
 
     def bind(self, backbone: Backbone) -> None:
         """Measures the feedback scale."""
@@ -96,7 +95,7 @@ class PonderLM2(Think):
 
     def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Draws the number of rounds for this optimizer step; all ranks and micro-batches use the same number."""
-        self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
+        self._rounds_now = rounds_at(self.train_rounds, step, seed, progress)
 
     def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> TokenCache:
         """One cache with K + 1 KV slots per token."""
@@ -162,7 +161,7 @@ class PonderLM2(Think):
         slots = len(shares or ()) or self.slots_per_token
         if not training and (context or tokens == 1 or self.eval_rounds == "exact"):
             return [DecoderPass(1, row + 1, cached=True) for row in range(context * slots, (context + tokens) * slots)]
-        rounds = sum(self.train_rounds) / 2 if training else priced_rounds(self.eval_rounds)
+        rounds = mean_rounds(self.train_rounds) if training else priced_rounds(self.eval_rounds)
         guess = [DecoderPass(tokens * n, tokens * n) for n in range(1, slots)]
         return [*guess, DecoderPass(tokens * slots, tokens * slots, repeats=(rounds if slots > 1 else 0) + 1)]
 

@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, S slots of a call, N slots of a token, D width; a tok
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +28,7 @@ from pondera.methods.think.common.interleave import deinterleave, interleave, pe
 from pondera.methods.think.common.jacobi import Rounds, check_rounds, jacobi, priced_rounds, rounds_of
 from pondera.methods.think.common.passes import SlotCache, new_slot_cache
 from pondera.methods.think.common.readout import mixture
+from pondera.methods.think.common.train_rounds import checked_rounds, mean_rounds, rounds_at
 from pondera.models.backbone import Backbone
 from pondera.models.method import SlotMaker
 from pondera.models.varlen import VarlenPass, VarlenSlots
@@ -50,7 +50,7 @@ class New:
         most: maximum number of slots per token.
         threshold: a slot is kept if the probability to reach it is at least this value.
         soft: run all slots, however small their weight.
-        ids_BT: token ids, if they are known.
+        prefix_BT: see `TokenBatch`.
         chosen_BT: the slots that each token gets, whatever the router says; ``None``: the router decides.
     """
 
@@ -62,7 +62,7 @@ class New:
     most: int
     threshold: float
     soft: bool
-    ids_BT: Tensor | None = None
+    prefix_BT: Tensor | None = None
     chosen_BT: Tensor | None = None
 
     def at(self, token: int) -> New:
@@ -71,7 +71,7 @@ class New:
             "token_BT": self.token_BT,
             "position_BT": self.position_BT,
             "real_BT": self.real_BT,
-            "ids_BT": self.ids_BT,
+            "prefix_BT": self.prefix_BT,
             "chosen_BT": self.chosen_BT,
         }
         return replace(self, **{name: x_BT[:, token : token + 1] for name, x_BT in parts.items() if x_BT is not None})
@@ -137,7 +137,8 @@ class PonderLM3(Think):
     Args:
         thoughts: K, the maximum number of latent thoughts per token; 0 gives the plain backbone.
         threshold: tau; at inference a thought is generated if the probability to reach it is at least this value.
-        train_rounds: (minimum, maximum) number of Jacobi rounds in training, drawn for each optimizer step.
+        train_rounds: Jacobi rounds in training: (minimum, maximum), drawn for each optimizer step; or a schedule of (share of
+            the training, rounds), such as ``((0, 1), (0.3, 2), (0.7, 4))``, with which they grow.
         eval_rounds: Jacobi rounds at evaluation and prefill: a number, ``"converged"``, or ``"exact"``, token by token.
         penalty: lambda, the cost of one expected thought in nats.
         warmup: the share of the training in which the penalty grows from 0.
@@ -168,7 +169,7 @@ class PonderLM3(Think):
         self,
         thoughts: int = 3,
         threshold: float = 1e-4,
-        train_rounds: tuple[int, int] = (2, 3),
+        train_rounds: Sequence = (2, 3),
         eval_rounds: int | str = "converged",
         penalty: float = 0.01,
         warmup: float = 0.3,
@@ -181,8 +182,6 @@ class PonderLM3(Think):
             raise UserError(f"thoughts={thoughts}: give 0 (no thinking) or more")
         if not 0 < threshold < 1:
             raise UserError(f"threshold={threshold}: give a probability between 0 and 1")
-        if len(train_rounds) != 2 or not 0 <= train_rounds[0] <= train_rounds[1]:
-            raise UserError(f"train_rounds={train_rounds}: give (minimum, maximum), such as (2, 3)")
         check_rounds(eval_rounds)
         if penalty < 0 or not 0 <= warmup <= 1:
             raise UserError(f"penalty={penalty}, warmup={warmup}: give a penalty of 0 or more, and a share from 0 to 1")
@@ -190,7 +189,7 @@ class PonderLM3(Think):
             if given not in allowed:
                 raise unknown(name, given, allowed)
         self.thoughts, self.threshold, self.eval_rounds, self.refresh = thoughts, threshold, eval_rounds, refresh
-        self.train_rounds, self.penalty, self.warmup = tuple(train_rounds), penalty, warmup
+        self.train_rounds, self.penalty, self.warmup = checked_rounds(train_rounds), penalty, warmup
         self.slots_per_token = thoughts + 1
         self.feedback = Feedback("hidden")
         self.halting = Halting(halting, "router", continue_prob)
@@ -217,9 +216,9 @@ class PonderLM3(Think):
 
     def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Draws the number of rounds (the same on all ranks), updates the penalty and the random draw of this step."""
-        self._rounds_now = random.Random(f"{seed}:{step}").randint(*self.train_rounds)
+        self._rounds_now = rounds_at(self.train_rounds, step, seed, progress)
         self._penalty_now = self.penalty * min(1.0, progress / self.warmup) if self.warmup else self.penalty
-        self._draw_now = 1 + step
+        self.halting.begin_step(step, seed)
 
     def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One cache for the slots of all depths."""
@@ -227,6 +226,7 @@ class PonderLM3(Think):
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Sequences may differ in their slots, so each call on a cache may have its own budget."""
+        batch = self.halting.keyed(batch)
         h_BTD, cache, mask = batch.h_BTD, batch.cache, batch.mask
         seen, (rows, tokens) = 0 if cache is None else cache.tokens, h_BTD.shape[:2]
         position_BT = batch.position_ids.expand(rows, -1)
@@ -239,10 +239,9 @@ class PonderLM3(Think):
             batch.budget.passes(self.slots_per_token, self.learned),
             batch.budget.threshold(self.threshold),
             soft=self.training and self.learned and cache is None and batch.passes_BT is None,
-            ids_BT=batch.ids_BT,
+            prefix_BT=batch.prefix_BT,
             chosen_BT=batch.passes_BT,
         )
-        self.halting.draw = self._draw_now if self.training else 0
         cache = cache if isinstance(cache, SlotCache) else self.new_cache(backbone)
         residuals: list[float] = []
         if seen or not self.training and (tokens == 1 or self.eval_rounds == "exact"):
@@ -358,7 +357,7 @@ class PonderLM3(Think):
             return chosen_BTN & new.real_BT[..., None]
         kept = [new.real_BT]
         for number in range(1, new.most):
-            continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT, new.ids_BT)
+            continue_BT = self.halting.continue_mask(number, new.position_BT, None, lambda: new.token_BT, new.prefix_BT)
             kept.append(kept[-1] if continue_BT is None else kept[-1] & continue_BT)
         return torch.stack(kept, dim=-1)
 
@@ -385,7 +384,7 @@ class PonderLM3(Think):
                 schedule += [DecoderPass(1, seen * kept + k + 1, repeats=share) for k, share in enumerate(shares)]
             evaluations = 1.0
         else:
-            rounds = sum(self.train_rounds) / 2 if training else priced_rounds(self.eval_rounds)
+            rounds = mean_rounds(self.train_rounds) if training else priced_rounds(self.eval_rounds)
             wider = self._wider if soft else 0
             for number in range(1, len(shares)):
                 rows = tokens * sum(shares[:number])

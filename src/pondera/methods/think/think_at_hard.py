@@ -126,6 +126,7 @@ class ThinkAtHard(HaltingThink):
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. In training the labels decide, and the decider learns to predict their decision."""
+        batch = self.halting.keyed(batch)
         passes = self.new_passes(backbone, batch)
         state_BTD = total_BTD = passes.run_first(batch.h_BTD)
         totals, decider_losses = [total_BTD], []
@@ -136,7 +137,7 @@ class ThinkAtHard(HaltingThink):
                 decider_losses += [decider_loss] if decider_loss is not None else []
             else:
                 continue_BT = self.halting.continue_mask(
-                    step, batch.position_ids, batch.labels_BT, predict, batch.ids_BT
+                    step, batch.position_ids, batch.labels_BT, predict, batch.prefix_BT
                 )
             if not passes.mask_active(continue_BT):
                 break

@@ -63,6 +63,32 @@ def group(name: str) -> Group:
     return Group(name, elements, names, product)
 
 
+def generators(found: Group) -> tuple[int, ...]:
+    """The indices of a few elements whose products are the whole group: each one adds products to those before it.
+
+    Example:
+        >>> s4 = group("S4")
+        >>> [s4.names[index] for index in generators(s4)]
+        ['0132', '0213', '1023']
+    """
+    chosen: list[int] = []
+    reached = {0}
+    for index in range(len(found.elements)):
+        if index not in reached:
+            chosen.append(index)
+            reached = _products(found.product, chosen)
+    return tuple(chosen)
+
+
+def _products(product: np.ndarray, chosen: list[int]) -> set[int]:
+    """All products of the chosen elements."""
+    reached, latest = {0}, {0}
+    while latest:
+        latest = {int(product[one, other]) for one in latest for other in chosen} - reached
+        reached |= latest
+    return reached
+
+
 def after(first: Element, second: Element) -> Element:
     """The permutation that applies `first`, then `second`."""
     return tuple(second[place] for place in first)

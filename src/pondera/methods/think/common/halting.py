@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from pondera.core.errors import UserError, unknown
-from pondera.core.stateless_random import stateless_uniform
+from pondera.core.stateless_random import prefix_hash, stateless_uniform
 from pondera.models.backbone import Backbone
 from pondera.models.method import TokenBatch
 
 CONTROLS = ("fixed", "random", "oracle")
+_SEED_FACTOR = 0x5851F42D4C957F2D
+"""Spreads the bits of small seeds."""
 
 
-class Halting:
+class Halting(nn.Module):
     """A halting control in place of a method's own rule, or a marker that the own rule is used.
 
     ``"fixed"``: every token takes all passes. ``"random"``: a token continues with probability `continue_prob`; this
@@ -27,8 +30,11 @@ class Halting:
     prediction of the next token is wrong. Only training and scoring know the next token; where it is unknown, every
     token continues.
 
-    Random decisions depend only on the position, the token id, the depth and, in training, the step number. Caching,
-    padding and other sequences of the batch do not change them, and tokens at one position decide independently.
+    Random decisions are hashes of the tokens of the document up to and including the token (`keyed`), its position, the
+    depth, the seed of the run and, in training, the step number. Caching, padding and other sequences of the batch do not
+    change them. What a token means for the task says nothing about them, even if there are few different tokens. Rows that
+    begin alike decide alike there; another seed decides otherwise. A caller that gives `inputs_embeds` tells no token ids:
+    tokens at one position then decide alike in all rows.
 
     Args:
         kind: the name of the method's own rule, or of a control.
@@ -36,7 +42,10 @@ class Halting:
         continue_prob: for ``"random"``.
     """
 
+    seed: Tensor
+
     def __init__(self, kind: str, own: str, continue_prob: float) -> None:
+        super().__init__()
         if kind not in (own, *CONTROLS):
             raise unknown("halting", kind, (own, *CONTROLS))
         if not 0 <= continue_prob <= 1:
@@ -45,7 +54,37 @@ class Halting:
             )
         self.kind, self.continue_prob, self.learned = kind, continue_prob, kind == own
         self.draw = 0
-        """Seed of the random decisions; 0 at evaluation."""
+        """Number of the random decisions: 1 + the step in training; 0 at evaluation."""
+        if kind == "random":  # saved with the weights, so that an evaluation knows the seed of the training
+            self.register_buffer("seed", torch.zeros((), dtype=torch.long))
+
+    def begin_step(self, step: int, seed: int) -> None:
+        """Sets the random decisions of a step; see `Method.begin_step`."""
+        self.draw = 1 + step
+        if self.kind == "random" and step >= 0:
+            self.seed.fill_(seed % 2**63)
+
+    def keyed(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with the hashes that random decisions depend on; a cache stores those of its tokens.
+
+        Called once per call, before its first pass. Other kinds of halting need none. Tokens whose ids are not known add
+        nothing to the hash.
+        """
+        if self.kind != "random":
+            return batch
+        cache, tokens = batch.cache, batch.h_BTD.shape[1]
+        earlier_BT = None if cache is None else cache.prefix_hashes()
+        before_B1 = None if earlier_BT is None else earlier_BT[:, -1:]
+        if batch.ids_BT is not None:
+            document_BT = None if batch.mask is None else batch.mask[:, -tokens:]
+            prefix_BT = prefix_hash(batch.ids_BT, batch.position_ids, document_BT, before_B1)
+        elif before_B1 is not None:
+            prefix_BT = before_B1.expand(-1, tokens)
+        else:
+            return batch
+        if cache is not None:
+            cache.append_prefix_hashes(prefix_BT)
+        return replace(batch, prefix_BT=prefix_BT)
 
     @property
     def adaptive(self) -> bool:
@@ -63,7 +102,7 @@ class Halting:
         position_ids: Tensor,
         labels_BT: Tensor | None,
         predict: Callable[[], Tensor],
-        ids_BT: Tensor | None = None,
+        prefix_BT: Tensor | None = None,
     ) -> Tensor | None:
         """The mask of tokens that a control sends to `depth`; ``None``: all tokens.
 
@@ -71,11 +110,12 @@ class Halting:
             depth: the next pass, 1, 2, ...
             position_ids: ``[B or 1, T]``.
             labels_BT: the next token of each token; negative where unknown.
-            ids_BT: the token ids; default: ``None``, not known.
+            prefix_BT: see `TokenBatch`; default: ``None``, token ids are not known.
             predict: returns the most likely next token ``[B, T]`` at the current depth.
         """
         if self.kind == "random":
-            return stateless_uniform(position_ids, depth, self.draw, ids_BT) < self.continue_prob
+            key = self.seed * _SEED_FACTOR if prefix_BT is None else prefix_BT + self.seed * _SEED_FACTOR
+            return stateless_uniform(position_ids, depth, self.draw, key) < self.continue_prob
         if self.kind == "oracle" and labels_BT is not None:
             return (predict() != labels_BT) | (labels_BT < 0)
         return None

@@ -38,7 +38,7 @@ class HaltingThink(Think):
 
     def begin_step(self, step: int, seed: int, progress: float = 1.0) -> None:
         """Sets the random draw of this step."""
-        self.halting.draw = 1 + step
+        self.halting.begin_step(step, seed)
 
     def new_cache(self, backbone: Backbone, kv_cache: SlotMaker | None = None) -> SlotCache:
         """One sub-cache per pass in every layer."""
@@ -74,6 +74,7 @@ class ReachThink(HaltingThink):
 
     def forward(self, backbone: Backbone, batch: TokenBatch) -> MethodOutput:
         """See `Think.forward`. Training, prefill and decoding share this loop."""
+        batch = self.halting.keyed(batch)
         passes, learned = self.new_passes(backbone, batch), self.halting.learned
         state_BTD = passes.run_first(batch.h_BTD)
         states, reach = [state_BTD], [torch.ones_like(state_BTD[..., 0], dtype=torch.float32)]
@@ -97,7 +98,7 @@ class ReachThink(HaltingThink):
         """The tokens that take a pass; `None`: all tokens."""
         if not self.halting.learned:
             predict = partial(_likeliest, backbone, state_BTD)
-            return self.halting.continue_mask(step, batch.position_ids, batch.labels_BT, predict, batch.ids_BT)
+            return self.halting.continue_mask(step, batch.position_ids, batch.labels_BT, predict, batch.prefix_BT)
         continue_BT, explored_BT = self.takes(reach_BT, batch.budget), None
         if self.training:
             explored_BT = self.halting.explored(step, batch, self._explore_now)

@@ -1,0 +1,144 @@
+"""Product codes of keys before rotary embedding: each byte codes some whole rotation pairs of a head.
+
+Whole pairs commute with the rotary embedding, so decoding looks numbers up and rotates them; no matrix product is needed. A
+coordinate that the model does not rotate is a unit of its own.
+
+Shapes: B batch, G KV heads, S tokens, D head width, c coordinates of all heads (G * D), U units, K codes, n bytes of a
+token in a layer, W coordinates of the widest group, N vectors (B * S).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pondera.cache.codec import Codec, Parts
+
+
+class PairCodes(Codec):
+    """Product codes of one layer's keys before rotary embedding.
+
+    Args:
+        table_GKD: the rows of all groups; coordinate d of a decoded key is ``table[head, code of d's group, d]``.
+        byte_GD: the number of the byte that codes each coordinate, from 0 over all heads of the layer.
+        weight_GD: weights of the squared errors by which codes are chosen.
+
+    Example:
+        >>> table = torch.tensor([[[0.0, 0.0], [1.0, 2.0]]])  # one head, two codes for one pair
+        >>> codec = PairCodes(table, torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2))
+        >>> parts = codec.encode(torch.tensor([[[[0.9, 1.8]]]]), None)
+        >>> parts["codes"].tolist(), codec.decode(parts, None).tolist()
+        ([[[[1]]]], [[[[1.0, 2.0]]]])
+    """
+
+    def __init__(self, table_GKD: Tensor, byte_GD: Tensor, weight_GD: Tensor) -> None:
+        G, K, D = table_GKD.shape
+        self.heads, self.width, self.codes = G, D, K
+        flat = byte_GD.flatten()  # coordinates of all heads one after another
+        self.byte_c = flat
+        self.rows = table_GKD.transpose(1, 2).reshape(G * D, K).float()
+        self.bytes = int(flat.max()) + 1
+        W = int(torch.bincount(flat).max())
+        # For each byte the coordinates that it codes; the number G * D stands for an additional coordinate that is zero.
+        self.of_nW = torch.full((self.bytes, W), G * D, device=flat.device)
+        for number in range(self.bytes):
+            members = (flat == number).nonzero()[:, 0]
+            self.of_nW[number, : len(members)] = members
+        scale_c = torch.cat([weight_GD.flatten().float().sqrt(), weight_GD.new_zeros(1, dtype=torch.float32)])
+        rows_cK = torch.cat([self.rows, self.rows.new_zeros(1, K)])
+        self.scale_c = scale_c
+        self.scaled_nWK = (rows_cK * scale_c[:, None])[self.of_nW]
+        self.half_nK = self.scaled_nWK.square().sum(1) / 2
+
+    def entry(self, name: str) -> int:
+        """See `Codec.entry`."""
+        return 1
+
+    def encode(self, x_BGSD: Tensor, position_BS: Tensor | None = None) -> Parts:
+        """See `Codec.encode`; the keys are those before rotary embedding."""
+        B, _, S, _ = x_BGSD.shape
+        x_cN = x_BGSD.float().permute(1, 3, 0, 2).reshape(-1, B * S)
+        x_cN = torch.cat([x_cN, x_cN.new_zeros(1, B * S)]) * self.scale_c[:, None]
+        codes_nN = torch.empty(self.bytes, B * S, dtype=torch.uint8, device=x_cN.device)
+        for number, (of_W, rows_WK, half_K) in enumerate(zip(self.of_nW, self.scaled_nWK, self.half_nK, strict=True)):
+            codes_nN[number] = torch.addmm(half_K, x_cN[of_W].T, rows_WK, beta=-1).argmax(-1).to(torch.uint8)
+        return {"codes": codes_nN.view(self.bytes, B, 1, S).permute(1, 2, 3, 0).contiguous()}
+
+    def decode(self, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
+        """See `Codec.decode`; returns keys before rotary embedding."""
+        codes_B1Sn = parts["codes"]
+        B, _, S, _ = codes_B1Sn.shape
+        codes_cM = codes_B1Sn.reshape(B * S, -1).T.long()[self.byte_c]
+        x_cM = self.rows.gather(1, codes_cM)
+        return x_cM.view(self.heads, self.width, B, S).permute(2, 0, 3, 1)
+
+
+def deal_bytes(variance_LGd: Tensor, total: int, least: int, most: int, bits: float = 8) -> Tensor:
+    """``[L, G]``: the bytes of each head, by reverse water-filling with one level for all heads.
+
+    A coordinate of (weighted) variance v gets ``max(0, log2(v / level) / 2)`` bits. The level is the one at which all heads
+    together get `total` bytes.
+
+    Args:
+        variance_LGd: weighted variances of the coordinates of each head.
+        total: bytes of a token in all layers.
+        least, most: bounds of the bytes of one head.
+        bits: of a byte that are used: log2 of the number of codes.
+
+    Example:
+        >>> deal_bytes(torch.tensor([[[16.0, 16.0], [1.0, 1.0]]]), total=6, least=1, most=5).tolist()
+        [[4, 2]]
+    """
+    heads = variance_LGd.shape[0] * variance_LGd.shape[1]
+    assert least * heads <= total <= most * heads
+    logs = variance_LGd.clamp(min=1e-30).log2().double()
+    low, high = logs.min() - 64, logs.max() + 1
+    for _ in range(80):
+        level = (low + high) / 2
+        if ((logs - level).clamp(min=0).sum(-1) / (2 * bits)).clamp(least, most).sum() > total:
+            low = level
+        else:
+            high = level
+    wanted_LG = ((logs - high).clamp(min=0).sum(-1) / (2 * bits)).clamp(least, most)
+    dealt_LG = wanted_LG.floor()
+    for _ in range(total - int(dealt_LG.sum())):  # what rounding left over, to those that lost most
+        rest = torch.where(dealt_LG < most, wanted_LG - dealt_LG, -torch.inf)
+        dealt_LG.view(-1)[rest.argmax()] += 1
+    return dealt_LG.long()
+
+
+def grouped_units(variance_U: Tensor, size_U: Tensor, groups: int, bits: float = 8) -> list[list[int]]:
+    """Puts units of similar variance together, so that each group wants about as many bits.
+
+    Args:
+        variance_U: the weighted variance of the coordinates of each unit: a rotation pair, or a coordinate that is not rotated.
+        size_U: the coordinates of each unit.
+        groups: the number of groups, at most the number of units.
+        bits: of a group.
+
+    Example:
+        >>> grouped_units(torch.tensor([1.0, 1000.0, 1.0, 1.0]), torch.tensor([2, 2, 2, 2]), groups=2)
+        [[1], [0, 2, 3]]
+    """
+    order = variance_U.argsort(descending=True, stable=True).tolist()
+    logs, size_U = variance_U.clamp(min=1e-30).log2().double(), size_U / 2
+    low, high = logs.min() - 64, logs.max() + 1
+    for _ in range(80):  # the level at which the units together want the bits of all groups
+        level = (low + high) / 2
+        if (size_U * (logs - level).clamp(min=0)).sum() > bits * groups:
+            low = level
+        else:
+            high = level
+    wanted = (size_U * (logs - high).clamp(min=0.05)).tolist()
+    found, left = [], sum(wanted)
+    for number in range(groups, 0, -1):
+        members, target = [], left / number
+        while order and (
+            not members or (len(order) >= number and (sum(wanted[j] for j in members) + wanted[order[0]] / 2 <= target))
+        ):
+            members.append(order.pop(0))
+        if number == 1:
+            members += order
+        found.append(members)
+        left -= sum(wanted[j] for j in members)
+    return found
