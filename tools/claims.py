@@ -49,6 +49,7 @@ class Claim:
     note: str = ""
 
 
+UNTESTED = "claim not tested here"
 THINKING = "results/thinking/books-cpu/tokens.json"
 LATENT, PONDER, RELATIVES, PONDER3 = (
     f"results/adaptive/books-cpu/{name}.json" for name in ("latentcot", "ponderlm", "relatives", "ponderlm3")
@@ -176,6 +177,10 @@ EVICTION = {
     "H2O": policy("H2O", "Tokens with the largest accumulated attention keep quality with a fifth of the KV cache."),
     "AdaKV": policy("AdaKV", "A layer's budget, shared among its heads by score, loses less.", PROMPT),
     "Keyformer": policy("Keyformer", "Gumbel noise and temperature in H2O's score keep more of the quality."),
+    "KVzip": Claim(
+        "The KV slots that a model needs to repeat a context answer any question about it: a third to a quarter suffices.",
+        UNTESTED,
+    ),
     "LazyLLM": policy(
         "LazyLLM",
         "Progressive pruning of prompt tokens brings the first token 2.3 times as soon at the same accuracy.",

@@ -115,7 +115,7 @@ class KVStoreLayer(KVLayer):
             exact = exact and table.whole and slot_BGk is None
         observed = self.method.observed_queries(self, call)
         if exact:
-            out_BTHD = call.stock(*self._joined())
+            out_BTHD = call.stock(*self.joined())
             for table in self.tables if observed else ():
                 self._observe(call, query_BGRTD[:, table.part], table, observed)
         else:
@@ -139,7 +139,8 @@ class KVStoreLayer(KVLayer):
         """Whether the latest token is the last one of a prompt."""
         return self.seen == self.prompt
 
-    def _joined(self) -> tuple[Tensor, Tensor]:
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all heads, ``[B, G, S, D]``, if no head has evicted a slot."""
         if len(self.tables) == 1:
             return self.tables[0].keys, self.tables[0].values
         keys, values = zip(*((table.keys, table.values) for table in self.tables), strict=True)

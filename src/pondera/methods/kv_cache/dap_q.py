@@ -56,7 +56,7 @@ class DapQ(PolicyWrapper):
 
     def __init__(self, policy: KVCacheMethod | None = None, ahead: int | None = None) -> None:
         policy = SnapKV() if policy is None else policy
-        if not isinstance(policy, Policy) or not policy.prefill_only:
+        if not isinstance(policy, Policy) or not policy.prefill_only or not policy.observation_window:
             raise UserError(
                 f"DapQ({type(policy).__name__}(...)): give a policy with an observation window at the end of the "
                 "prompt, e.g. DapQ(SnapKV(512))"
