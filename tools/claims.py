@@ -168,6 +168,9 @@ THINK = {
 EVICTION = {
     "A2SF": policy("A2SF", "Accumulated attention with a forgetting factor keeps quality with a part of the KV cache."),
     "DapQ": policy("DapQ", "Queries rotated to decoding positions pick the prompt tokens to keep.", PROMPT),
+    "ExpectedAttention": Claim(
+        "The attention that future queries are expected to pay tells what to keep, whatever the question is.", UNTESTED
+    ),
     "FastKV": policy(
         "FastKV",
         "From one layer on, prefill propagates only the most attended tokens: prefill is 1.8 times as fast.",

@@ -53,8 +53,8 @@ class KVzip(SecondRun):
     Args:
         budget: KV slots per layer and KV head on average: a number (512), a share of the context (0.3) or bytes of a
             sequence ("64MiB"); a list has one per layer, a list of lists one per head.
-        level: which heads share the budget: those of the whole ``"model"``, those of a ``"layer"``, or, with ``"head"``,
-            none: every head keeps the same number.
+        level: the heads that share a budget: those of the whole ``"model"`` or of a ``"layer"``; with ``"head"`` every head
+            keeps the same number.
         chunk: tokens of a part.
         prompt: token ids of an instruction before each repetition, such as those of "Repeat the previous context:".
         sinks: number of first tokens that are never evicted.

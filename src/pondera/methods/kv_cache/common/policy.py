@@ -35,6 +35,8 @@ class Policy(KVCacheMethod):
 
     observation_window: int = 0
     """Number of last queries of a call whose attention it observes; `ALL`: all; 0 (fastest): no query."""
+    observes_scores: bool = True
+    """Whether it needs the scores of observed queries; if not, none are computed, and observations have scores of no slot."""
     sparse_attention: bool = False
     """Whether queries attend to a selection of slots."""
     exact: bool = True
