@@ -180,6 +180,7 @@ EVICTION = {
     "H2O": policy("H2O", "Tokens with the largest accumulated attention keep quality with a fifth of the KV cache."),
     "AdaKV": policy("AdaKV", "A layer's budget, shared among its heads by score, loses less.", PROMPT),
     "Keyformer": policy("Keyformer", "Gumbel noise and temperature in H2O's score keep more of the quality."),
+    "KeyDiff": Claim("Keys that differ from the mean key are those that queries attend to.", UNTESTED),
     "KVzip": Claim(
         "The KV slots that a model needs to repeat a context answer any question about it: a third to a quarter suffices.",
         UNTESTED,
@@ -194,6 +195,7 @@ EVICTION = {
     "RefreshKV": policy("RefreshKV", "Attention to a part of the cache, refreshed when queries drift, keeps quality."),
     "SnapKV": policy("SnapKV", "The prompt's last queries tell which of its tokens to keep."),
     "StreamingLLM": policy("StreamingLLM", "First and latest tokens suffice for stable decoding of unbounded text."),
+    "TOVA": Claim("What the latest query attends to is what later queries need.", UNTESTED),
     "TokenSelect": policy("TokenSelect", "Attention to the tokens that heads vote for keeps quality."),
     "TreeKV": policy("TreeKV", "Eviction that thins old regions like levels of a tree keeps quality."),
 }
