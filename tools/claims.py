@@ -168,6 +168,9 @@ THINK = {
 EVICTION = {
     "A2SF": policy("A2SF", "Accumulated attention with a forgetting factor keeps quality with a part of the KV cache."),
     "DapQ": policy("DapQ", "Queries rotated to decoding positions pick the prompt tokens to keep.", PROMPT),
+    "CriticalKV": Claim(
+        "Scores times the norm of the projected value lose less than attention alone at the same budget.", UNTESTED
+    ),
     "ExpectedAttention": Claim(
         "The attention that future queries are expected to pay tells what to keep, whatever the question is.", UNTESTED
     ),
@@ -191,6 +194,7 @@ EVICTION = {
         "Pruned after the first of 3 layers. " + SMALL,
         lambda: [first_token("LazyLLM()")],
     ),
+    "PyramidKV": Claim("Budgets that fall over the layers lose less than the same budget for all.", UNTESTED),
     "RandomEviction": Claim("A control: keeps random tokens.", "control", lambda: recall("RandomEviction")[:3]),
     "RefreshKV": policy("RefreshKV", "Attention to a part of the cache, refreshed when queries drift, keeps quality."),
     "SnapKV": policy("SnapKV", "The prompt's last queries tell which of its tokens to keep."),
