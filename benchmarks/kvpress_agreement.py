@@ -28,7 +28,7 @@ SIZES = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 512,
 }
 PAIRS = {
     "StreamingLLM": ("StreamingLLM({n}, sinks=4)", "StreamingLLMPress({r}, n_sink=4)"),
@@ -40,9 +40,23 @@ PAIRS = {
         "AdaKV(SnapKV({n}, window=16, kernel=5, pool='mean'), safeguard=0.25)",
         "AdaKVPress(SnapKVPress({r}, window_size=16, kernel_size=5), alpha_safeguard=0.25)",
     ),
+    "KVzip": ("KVzip({n}, prompt=[3, 5, 2, 7], sinks=0)", "KVzipPress({r}, n_sink=0)"),
+    "KVzip, by layer": (
+        "KVzip({n}, level='layer', prompt=[3, 5, 2, 7], sinks=0)",
+        "KVzipPress({r}, layerwise=True, n_sink=0)",
+    ),
+    "ExpectedAttention": (
+        "ExpectedAttention({n}, future=64, epsilon=0.02)",
+        "ExpectedAttentionPress({r}, n_future_positions=64, epsilon=0.02)",
+    ),
+    "KeyDiff": ("KeyDiff({n})", "KeyDiffPress({r})"),
+    "TOVA": ("TOVA({n})", "TOVAPress({r})"),
 }
 """By name: Pondera's spec with the number of slots, kvpress's expression with the share to evict."""
 SHARES = (0.5, 0.25, 0.125)
+
+IDS = {"": [], "\n": [7]}
+"""Token ids of the texts of KVzipPress, as random models have no tokenizer; those of its instruction are 3, 5, 2."""
 
 Kept = list[list[list[int]]]
 """By layer and KV head: sorted token indices."""
@@ -77,17 +91,36 @@ def ours(model: Any, ids_BT: torch.Tensor, memory: str) -> Kept:
     return [[sorted(head[head >= 0].tolist()) for head in layer] for layer in heads]
 
 
+class Tokenizer:
+    """Encodes the texts of KVzipPress."""
+
+    chat_template = None
+
+    @classmethod
+    def from_pretrained(cls, name: str) -> Tokenizer:
+        """In place of `AutoTokenizer`."""
+        return cls()
+
+    def encode(self, text: str, **_: Any) -> torch.Tensor:
+        """``[1, tokens]``."""
+        return torch.tensor([IDS.get(text, [3, 5, 2])], dtype=torch.long)
+
+
 def theirs(model: Any, ids_BT: torch.Tensor, expression: str) -> Kept:
     """The tokens that a press keeps: keys of the full cache that remain and are not marked as masked."""
     import kvpress
+    import kvpress.presses.kvzip_press
     from transformers import DynamicCache
+
+    kvpress.presses.kvzip_press.AutoTokenizer = Tokenizer
+    torch.set_default_dtype(torch.float64)  # of the mask that KVzipPress makes
 
     whole, cut = DynamicCache(), DynamicCache()
     model(ids_BT, past_key_values=whole)
     press = eval(expression, vars(kvpress).copy())  # one of PAIRS above, nothing else
     with press(model):
         model(ids_BT, past_key_values=cut)
-        masked = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
+    masked = [getattr(layer.self_attn, "masked_key_indices", None) for layer in model.model.layers]
     kept_sets: Kept = []
     for layer, before, after in zip(masked, whole.layers, cut.layers, strict=True):
         gone = set() if layer is None else set(zip(layer[1].tolist(), layer[2].tolist(), strict=True))

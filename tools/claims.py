@@ -48,6 +48,7 @@ class Claim:
     note: str = ""
 
 
+UNTESTED = "claim not tested here"
 LANGUAGE, HEADS, ELASTIC = (f"results/{name}/books-cpu/tokens.json" for name in ("language", "heads", "elastic"))
 FIXED, DECIDING = (f"results/tracking/s3-resets-cpu/{name}.json" for name in ("fixed", "deciding"))
 SMALL = "The paper's claim concerns large models on natural text; recall was measured with small models on synthetic sequences."
@@ -130,6 +131,12 @@ THINK = {
 EVICTION = {
     "A2SF": policy("A2SF", "Accumulated attention with a forgetting factor keeps quality with a part of the KV cache."),
     "DapQ": policy("DapQ", "Queries rotated to decoding positions pick the prompt tokens to keep.", PROMPT),
+    "CriticalKV": Claim(
+        "Scores times the norm of the projected value lose less than attention alone at the same budget.", UNTESTED
+    ),
+    "ExpectedAttention": Claim(
+        "The attention that future queries are expected to pay tells what to keep, whatever the question is.", UNTESTED
+    ),
     "FastKV": policy(
         "FastKV",
         "From one layer on, prefill propagates only the most attended tokens: prefill is 1.8 times as fast.",
@@ -139,16 +146,23 @@ EVICTION = {
     "H2O": policy("H2O", "Tokens with the largest accumulated attention keep quality with a fifth of the KV cache."),
     "AdaKV": policy("AdaKV", "A layer's budget, shared among its heads by score, loses less.", PROMPT),
     "Keyformer": policy("Keyformer", "Gumbel noise and temperature in H2O's score keep more of the quality."),
+    "KeyDiff": Claim("Keys that differ from the mean key are those that queries attend to.", UNTESTED),
+    "KVzip": Claim(
+        "The KV slots that a model needs to repeat a context answer any question about it: a third to a quarter suffices.",
+        UNTESTED,
+    ),
     "LazyLLM": policy(
         "LazyLLM",
         "Progressive pruning of prompt tokens brings the first token 2.3 times as soon at the same accuracy.",
         "Pruned after the first of 3 layers. " + SMALL,
         lambda: [first_token("LazyLLM()")],
     ),
+    "PyramidKV": Claim("Budgets that fall over the layers lose less than the same budget for all.", UNTESTED),
     "RandomEviction": Claim("A control: keeps random tokens.", "control", lambda: recall("RandomEviction")[:3]),
     "RefreshKV": policy("RefreshKV", "Attention to a part of the cache, refreshed when queries drift, keeps quality."),
     "SnapKV": policy("SnapKV", "The prompt's last queries tell which of its tokens to keep."),
     "StreamingLLM": policy("StreamingLLM", "First and latest tokens suffice for stable decoding of unbounded text."),
+    "TOVA": Claim("What the latest query attends to is what later queries need.", UNTESTED),
     "TokenSelect": policy("TokenSelect", "Attention to the tokens that heads vote for keeps quality."),
     "TreeKV": policy("TreeKV", "Eviction that thins old regions like levels of a tree keeps quality."),
 }

@@ -36,6 +36,7 @@ from pondera.cache.state import state_of
 from pondera.cost.measure import tensors_in
 from pondera.methods.kv_cache.base import KVCache
 from pondera.methods.kv_cache.common.policy import BudgetedPolicy
+from pondera.methods.kv_cache.common.second_run import SecondRun
 from pondera.methods.kv_cache.common.windowed_layer import SinkWindowLayer
 
 
@@ -170,7 +171,10 @@ def test_storage_really_falls(name: str):
     feed(lm, cache, x, [50] + [1] * 10)
     if "share" not in name:
         most = 18 if getattr(small(name), "prefill_only", False) else 8  # including the 10 tokens after the prompt
-        assert all(sum(map(len, layer)) <= most * len(layer) for layer in kept(cache))
+        sizes = [(sum(map(len, layer)), most * len(layer)) for layer in kept(cache)]
+        if isinstance(small(name), SecondRun):  # whose layers may share a budget
+            sizes = [(sum(held), sum(limit)) for held, limit in [zip(*sizes, strict=True)]]
+        assert all(held <= limit for held, limit in sizes)
         if isinstance(small(name), BudgetedPolicy):  # in other methods heads share a budget
             assert all(len(head) <= most for layer in kept(cache) for head in layer)
     # A slot also contains its position and notes, and storage for 16 more slots is unused.

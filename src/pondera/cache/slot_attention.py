@@ -62,7 +62,7 @@ class AttentionObservation:
 
     Args:
         query_BGRTD: queries after rotary embedding.
-        score_BGRTS: scaled dot products, ``-inf`` where a query may not attend.
+        score_BGRTS: scaled dot products, ``-inf`` where a query may not attend; of no slot, if the policy needs none.
         number_T: the token index of each query.
         real_BT: false for queries of padding; their weights are 0.
         scaling: the factor of the dot products.

@@ -42,7 +42,7 @@ class KeepAll:
 
     observation_window = 0
     sparse_attention = by_head = False
-    exact = True
+    exact = observes_scores = True
 
     @property
     def note_defaults(self) -> dict[str, float]:
@@ -115,7 +115,7 @@ class KVStoreLayer(KVLayer):
             exact = exact and table.whole and slot_BGk is None
         observed = self.method.observed_queries(self, call)
         if exact:
-            out_BTHD = call.stock(*self._joined())
+            out_BTHD = call.stock(*self.joined())
             for table in self.tables if observed else ():
                 self._observe(call, query_BGRTD[:, table.part], table, observed)
         else:
@@ -139,7 +139,8 @@ class KVStoreLayer(KVLayer):
         """Whether the latest token is the last one of a prompt."""
         return self.seen == self.prompt
 
-    def _joined(self) -> tuple[Tensor, Tensor]:
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all heads, ``[B, G, S, D]``, if no head has evicted a slot."""
         if len(self.tables) == 1:
             return self.tables[0].keys, self.tables[0].values
         keys, values = zip(*((table.keys, table.values) for table in self.tables), strict=True)
@@ -150,7 +151,7 @@ class KVStoreLayer(KVLayer):
     ) -> Tensor:
         """Attention over the slots of a store, which are not all tokens of the sequence in order."""
         T = query_BGRTD.shape[3]
-        if slot_BGk is None and observed >= T:
+        if slot_BGk is None and observed >= T and self.method.observes_scores:
             outputs = self._observe(call, query_BGRTD, table, observed, attends=True)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         keys, values, position = table.keys, table.values, table.position
@@ -183,7 +184,8 @@ class KVStoreLayer(KVLayer):
         """
         T = query_BGRTD.shape[3]
         begin = max(0, T - observed)
-        block = max(1, BLOCK // max(1, math.prod(query_BGRTD.shape[:3]) * table.used))
+        numbers = table.used if self.method.observes_scores else query_BGRTD.shape[4]
+        block = max(1, BLOCK // max(1, math.prod(query_BGRTD.shape[:3]) * numbers))
         # Observations of possible draft tokens wait for `crop`, in separate blocks.
         drafts = max(begin, T - DRAFTS) if self.record_past else T
         edges = [*range(begin, drafts, block), *range(drafts, T, block), T]
@@ -215,6 +217,13 @@ class KVStoreLayer(KVLayer):
         query_BGRTD, number, softmax = query_BGRTD[:, :, :, part], call.start + part.start, call.softmax
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
+        number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
+        real_BT = call.position_BT[:, part] >= 0
+        if not self.method.observes_scores:
+            none_BGRT0 = query_BGRTD[..., :0]
+            return AttentionObservation(
+                query_BGRTD, none_BGRT0, number_T, real_BT, call.scaling, begins, softmax=softmax
+            )
         attended = None
         bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, table.position)
         if softmax is PLAIN and bias is None:
@@ -224,8 +233,6 @@ class KVStoreLayer(KVLayer):
         if score_BGRTS is None:
             allowed = slots_allowed(call.written_mask(part), table.position)
             score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling, softmax, bias)
-        number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
-        real_BT = call.position_BT[:, part] >= 0
         return AttentionObservation(
             query_BGRTD, score_BGRTS, number_T, real_BT, call.scaling, begins, out_BTHD, softmax
         )

@@ -1,6 +1,6 @@
 """DapQ: scores prompt tokens with queries rotated to decoding positions.
 
-Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, D head width, F frequencies.
+Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, D head width.
 """
 
 from __future__ import annotations
@@ -8,20 +8,16 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from pondera.arch.families import family, listed
 from pondera.cache.kv_store import KVStore
 from pondera.cache.slot_attention import AttentionObservation, scores
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedModel
 from pondera.methods.kv_cache.base import KVCache, KVCacheMethod
-from pondera.methods.kv_cache.common.policy import Policy
+from pondera.methods.kv_cache.common.policy import ALL, Policy
+from pondera.methods.kv_cache.common.query_rotation import QueryRotation
 from pondera.methods.kv_cache.common.wrapper import PolicyWrapper
 from pondera.methods.kv_cache.snap_kv import SnapKV
-from pondera.models.rotary import rotary_frequencies, rotate
 
 
 class DapQ(PolicyWrapper):
@@ -56,7 +52,7 @@ class DapQ(PolicyWrapper):
 
     def __init__(self, policy: KVCacheMethod | None = None, ahead: int | None = None) -> None:
         policy = SnapKV() if policy is None else policy
-        if not isinstance(policy, Policy) or not policy.prefill_only:
+        if not isinstance(policy, Policy) or not policy.prefill_only or not 0 < policy.observation_window < ALL:
             raise UserError(
                 f"DapQ({type(policy).__name__}(...)): give a policy with an observation window at the end of the "
                 "prompt, e.g. DapQ(SnapKV(512))"
@@ -65,18 +61,12 @@ class DapQ(PolicyWrapper):
         self.ahead = policy.observation_window if ahead is None else ahead
         if self.ahead < 0:
             raise UserError(f"ahead={ahead}: give a number of positions, 0 or more")
-        self.frequency_F: Tensor | None = None
-        self.interleaved = False
+        self.rotation: QueryRotation | None = None
 
     def prepare(self, model: PreTrainedModel, cache: KVCache) -> None:
         """See `KVCacheMethod.prepare`."""
-        config = model.config.get_text_config(decoder=True)
-        frequency_F = _frequencies(model) if self.ahead else None
-        if self.frequency_F is not None and not (
-            frequency_F is not None and torch.equal(frequency_F, self.frequency_F)
-        ):
-            raise UserError("this DapQ already serves a model with other rotary positions; create one DapQ per model")
-        self.frequency_F, self.interleaved = frequency_F, family(config).interleaved
+        if self.ahead:
+            self.rotation = QueryRotation.of(model, type(self).__name__, self.rotation)
         super().prepare(model, cache)
 
     def check_passes(self) -> None:
@@ -88,26 +78,8 @@ class DapQ(PolicyWrapper):
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
-        if self.frequency_F is not None:
-            angle_F = self.ahead * self.frequency_F
-            cos_F, sin_F = (part.to(seen.query_BGRTD) for part in (angle_F.cos(), angle_F.sin()))
-            query_BGRTD = rotate(seen.query_BGRTD, cos_F, sin_F, self.interleaved)
+        if self.rotation is not None:
+            query_BGRTD = self.rotation.move(seen.query_BGRTD, self.ahead).to(seen.query_BGRTD.dtype)
             score_BGRTS = scores(query_BGRTD, table.keys, table.real[:, :, None], seen.scaling, seen.softmax)
             seen = dataclasses.replace(seen, query_BGRTD=query_BGRTD, score_BGRTS=score_BGRTS)
         self.policy.observe(layer, table, seen)
-
-
-def _frequencies(model: PreTrainedModel) -> Tensor:
-    """``[F]``: angle per position of each pair of coordinates, in the layers with full attention.
-
-    Raises:
-        UserError: the rotary positions of the architecture are unknown, or they change with the length of the sequence.
-    """
-    config = model.config.get_text_config(decoder=True)
-    modules = family(config).modules
-    if modules is None or modules.rotary is None:
-        raise UserError(
-            f"{config.model_type}: DapQ moves queries by rotary positions, and supports "
-            f"{listed(lambda each: each.modules and each.modules.rotary)}; use SnapKV"
-        )
-    return rotary_frequencies(model, "use SnapKV")

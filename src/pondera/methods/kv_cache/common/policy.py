@@ -35,6 +35,8 @@ class Policy(KVCacheMethod):
 
     observation_window: int = 0
     """Number of last queries of a call whose attention it observes; `ALL`: all; 0 (fastest): no query."""
+    observes_scores: bool = True
+    """Whether it needs the scores of observed queries; if not, none are computed, and observations have scores of no slot."""
     sparse_attention: bool = False
     """Whether queries attend to a selection of slots."""
     exact: bool = True
@@ -132,13 +134,7 @@ class BudgetedPolicy(Policy):
 
     def slots(self, layer: KVStoreLayer, table: KVStore, heads: list[int]) -> Tensor:
         """``[B, g]``: the current budget of these heads in slots."""
-        row_bytes = table.keys_BGSD.element_size() * (table.keys_BGSD.shape[-1] + table.values_BGSD.shape[-1])
-        if self.budget.relative:
-            tokens = layer.real_tokens(self.budget_from_prompt)
-            limits = [self.budget.slots(layer.index, heads, seen, row_bytes, layer.among) for seen in tokens]
-        else:  # the same for every sequence
-            limits = [self.budget.slots(layer.index, heads, 0, row_bytes, layer.among)] * len(table.keys_BGSD)
-        return torch.tensor(limits, device=table.keys_BGSD.device)
+        return budgeted(self.budget, layer, table, heads, self.budget_from_prompt)
 
     def evict(self, layer: KVStoreLayer, table: KVStore) -> bool:
         """See `Policy.evict`."""
@@ -185,6 +181,27 @@ class EvictionPolicy(BudgetedPolicy):
         """``[B, G, S]``: `score`, but ``inf`` for protected slots and ``-inf`` for empty ones."""
         score_BGS = self.score(layer, table).masked_fill(self.protected(layer, table, limit_BG), torch.inf)
         return score_BGS.masked_fill(table.position < 0, -torch.inf)
+
+
+def budgeted(
+    budget: SlotBudget, layer: KVStoreLayer, table: KVStore, heads: list[int], from_prompt: bool = False
+) -> Tensor:
+    """``[B, g]``: a budget in slots.
+
+    Args:
+        budget: the budget.
+        layer: the layer.
+        table: the KV slots of these heads.
+        heads: indices of KV heads.
+        from_prompt: shares refer to the tokens of the prompt, not to those seen.
+    """
+    row_bytes = table.keys_BGSD.element_size() * (table.keys_BGSD.shape[-1] + table.values_BGSD.shape[-1])
+    if budget.relative:
+        tokens = layer.real_tokens(from_prompt)
+        limits = [budget.slots(layer.index, heads, seen, row_bytes, layer.among) for seen in tokens]
+    else:  # the same for every sequence
+        limits = [budget.slots(layer.index, heads, 0, row_bytes, layer.among)] * len(table.keys_BGSD)
+    return torch.tensor(limits, device=table.keys_BGSD.device)
 
 
 def evict_lowest(table: KVStore, score_BGS: Tensor, over_BG: Tensor) -> None:

@@ -28,7 +28,7 @@ class PolicyWrapper(Policy):
             policy.sparse_attention,
             policy.exact,
         )
-        self.prefill_only = policy.prefill_only
+        self.prefill_only, self.observes_scores = policy.prefill_only, policy.observes_scores
 
     @property
     def note_defaults(self) -> dict[str, float]:
