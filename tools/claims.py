@@ -27,7 +27,8 @@ from tools.measured import (
     slow_signal,
 )
 
-VERDICTS = ("reproduced", "partly", "not reproduced", "claim not tested here", "control")
+UNTESTED = "claim not tested here"
+VERDICTS = ("reproduced", "partly", "not reproduced", UNTESTED, "control")
 """Whether we could reproduce the claim of the paper; a control has no claim."""
 
 
@@ -48,7 +49,6 @@ class Claim:
     note: str = ""
 
 
-UNTESTED = "claim not tested here"
 LANGUAGE, HEADS, ELASTIC = (f"results/{name}/books-cpu/tokens.json" for name in ("language", "heads", "elastic"))
 FIXED, DECIDING = (f"results/tracking/s3-resets-cpu/{name}.json" for name in ("fixed", "deciding"))
 SMALL = "The paper's claim concerns large models on natural text; recall was measured with small models on synthetic sequences."
@@ -67,7 +67,7 @@ def tracked(name: str, slots: int, random: bool = True) -> list[Measure]:
 
 def policy(name: str, claim: str, note: str = SMALL, more: Callable[[], list[Measure]] = list) -> Claim:
     """An eviction or selection policy: its recall with a quarter of the KV slots, and that of random eviction."""
-    return Claim(claim, "claim not tested here", lambda: recall(name) + more(), note)
+    return Claim(claim, UNTESTED, lambda: recall(name) + more(), note)
 
 
 THINK = {
@@ -92,7 +92,7 @@ THINK = {
     ),
     "PonderLM": Claim(
         "Feeding back the likeliest tokens lowers perplexity (16.95 to 14.16 at 70 M parameters and 30 billion tokens).",
-        "claim not tested here",
+        UNTESTED,
     ),
     "PonderLM2": Claim(
         "One latent thought per token beats twice the parameters (410 M to 1.4 B parameters, 26 to 300 billion tokens).",
@@ -119,7 +119,7 @@ THINK = {
     ),
     "ThinkAtHard": Claim(
         "A second pass for the tokens that a decider finds hard improves a trained model.",
-        "claim not tested here",
+        UNTESTED,
     ),
     "UniversalTransformer": Claim(
         "Adaptive computation time learns how many passes each token needs.",
@@ -216,7 +216,7 @@ CACHES = {
     ),
     "FisherVQ": Claim(
         "Our own: bytes of keys dealt by the loss of repeating a text keep more of a context than VQKV at equal bits.",
-        "claim not tested here",
+        UNTESTED,
     ),
     "ElasticMemory": Claim(
         "Legendre coefficients of past keys and values are a memory for very long texts.",
@@ -254,7 +254,7 @@ CACHES = {
 MODULES = {
     "ConceptLM": Claim(
         "Predicting the next concept besides the next token makes a better model of the same backbone.",
-        "claim not tested here",
+        UNTESTED,
     ),
     "VQLogits": Claim(
         "Up to 99 % of the output parameters and five sixths of the time for logits are saved at 4 % in perplexity.",
@@ -303,7 +303,7 @@ QUANTIZE = {
     ),
     "Scalar": Claim(
         "Rounding every dimension codes wide features of frozen encoders.",
-        "claim not tested here",
+        UNTESTED,
         lambda: [
             absolute(
                 QUANTIZERS,

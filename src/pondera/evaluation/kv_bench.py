@@ -28,7 +28,14 @@ from pondera.methods.kv_cache.base import KVCacheMethod
 
 QUESTIONS = ("Needles()", "FewShot()", "Continuation()")
 METHODS = (
-    *("StreamingLLM(0.25)", "RandomEviction(0.25)", "H2O(0.25)", "SnapKV(0.25)", "AdaKV(SnapKV(0.25))"),
+    *(
+        "RandomEviction(0.25)",
+        "StreamingLLM(0.25)",
+        "H2O(0.25)",
+        "SnapKV(0.25)",
+        "ExpectedAttention(0.25)",
+        "KVzip(0.25)",
+    ),
     *("KIVI(4)", "KIVI(2)"),
 )
 NONE = "no context"

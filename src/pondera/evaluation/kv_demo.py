@@ -17,7 +17,7 @@ from pondera.evaluation.question_score import decoded
 from pondera.inference.default_model import NAME
 from pondera.inference.load import Loaded, load
 
-SETTINGS = BenchSettings(("Needles(6)",), ("StreamingLLM(0.25)", "SnapKV(0.25)", "KIVI(4)"), tokens=1500, contexts=2)
+SETTINGS = BenchSettings(("Needles(6)",), ("KVzip(0.25)", "SnapKV(0.25)", "KIVI(4)"), tokens=1500, contexts=2)
 SHOWN = 4
 """Questions whose answers are shown."""
 
