@@ -49,6 +49,10 @@ EXACT = {
     "TokenSelect": "TokenSelect(200)",
     "AdaKV": "AdaKV(SnapKV(200, window=4))",
     "RefreshKV": "RefreshKV(200)",
+    "CriticalKV": "CriticalKV(SnapKV(200, window=4))",
+    "KeyDiff": "KeyDiff(200)",
+    "PyramidKV": "PyramidKV(SnapKV(200, window=4), beta=1)",
+    "TOVA": "TOVA(200)",
     "RandomEviction": "RandomEviction(200)",
     "KIVI": "KIVI(8, window=200)",
     "VQKV": f"VQKV(2, window=200, {FAST})",
@@ -58,11 +62,21 @@ TIGHT = {
     "H2O": "H2O(10)",
     "SnapKV": "SnapKV(10, window=3, kernel=3)",
     "TreeKV": "TreeKV(10, sinks=1, recent=2)",
+    "CriticalKV": "CriticalKV(SnapKV(10, window=4))",
+    "KeyDiff": "KeyDiff(10, recent=2)",
+    "PyramidKV": "PyramidKV(SnapKV(10, window=4), beta=2)",
+    "TOVA": "TOVA(10)",
     "RandomEviction": "RandomEviction(10, sinks=1)",
     "KIVI": "KIVI(2, group=4, window=4, sinks=1)",
     "VQKV": f"VQKV(2, window=5, sinks=1, flush_size=2, {FAST})",
 }
-REFUSED = {"FastKV": "FastKV(SnapKV(8, window=4))", "LazyLLM": "LazyLLM()", "DapQ": "DapQ(SnapKV(8, window=4))"}
+REFUSED = {
+    "FastKV": "FastKV(SnapKV(8, window=4))",
+    "LazyLLM": "LazyLLM()",
+    "DapQ": "DapQ(SnapKV(8, window=4))",
+    "KVzip": "KVzip()",
+    "ExpectedAttention": "ExpectedAttention()",
+}
 PIECES = (5, 4, 1, 1, 2)
 
 
@@ -306,7 +320,7 @@ def test_heads_combine(method: str):
 
 @pytest.mark.parametrize("kv_cache", REFUSED)
 def test_methods_that_cannot_be_right_are_refused(kv_cache: str):
-    with pytest.raises(UserError, match="drops tokens from the hidden states|moves queries ahead by tokens"):
+    with pytest.raises(UserError, match="drops tokens|moves queries|runs the model again|rotates queries back"):
         build("UniversalTransformer", REFUSED[kv_cache]).new_cache()
 
 
