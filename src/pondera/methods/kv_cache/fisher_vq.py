@@ -166,6 +166,17 @@ class FisherVQ(SinkWindowCache):
         """See `KVCacheMethod.check`: refuses tables of another model."""
         check_fingerprint(self.fingerprint, config)
 
+    def check_passes(self) -> None:
+        """See `KVCacheMethod.check_passes`: refused."""
+        raise UserError(
+            "FisherVQ measures the loss of models that read tokens in one pass, and a think or chunk method reads them in "
+            "several; use VQKV(2.75)"
+        )
+
+    def token_cache(self, model: PreTrainedModel, slots_per_token: int) -> Any:
+        """See `KVCacheMethod.token_cache`: refused, also with one slot per token."""
+        self.check_passes()
+
     def coders(self, config: PreTrainedConfig, index: int) -> tuple[Codec, Codec]:
         """See `SinkWindowCache.coders`."""
         keys, values = self.get_buffer("key_tables"), self.get_buffer("value_tables")
@@ -191,8 +202,10 @@ class FisherVQ(SinkWindowCache):
             samples: token ids, ``[B, T]`` each, without padding.
 
         Raises:
-            UserError: there are too few tokens, or the model has no rotary frequencies that stay.
+            UserError: there are too few tokens, the model has no rotary frequencies that stay, or a think or chunk method.
         """
+        if getattr(model, "method", None) is not None:
+            self.check_passes()
         config = model.config.get_text_config(decoder=True)
         self.bind(config)
         self.to(model.device)
