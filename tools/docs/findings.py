@@ -53,9 +53,9 @@ def _language() -> str:
     assert not any(difference(LANGUAGE, *pair, "").significant for pair in pairs)
     return (
         f"**On text thinking is level with depth** ({size / 1e6:.2f} M parameters, {tokens / size:.0f} tokens per "
-        f"parameter, learning rates tuned, {gained.seeds} seeds). PonderLM-2 is {-gained.value:.3f} ± {gained.ci95:.3f} bits per byte better "
-        "than a plain model. At about equal inference FLOPs neither it nor latent CoT differs significantly from a model of "
-        "twice the depth, with either initialisation. [Text](docs/results/language.md)"
+        f"parameter, learning rates tuned, {gained.seeds} seeds). PonderLM-2 is {-gained.value:.3f} ± {gained.ci95:.3f} bits "
+        "per byte better than a plain model. At about equal inference FLOPs neither it nor latent CoT differs "
+        "significantly from a model of twice the depth, with either initialisation. [Text](docs/results/language.md)"
     )
 
 

@@ -92,7 +92,7 @@ def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> HeldOutWind
     """
     given = given_settings(dict(data))
     if loaded.run is None:
-        given = {"context": min(CONTEXT, loaded.model.positions or CONTEXT)} | given
+        given.setdefault("context", min(CONTEXT, loaded.model.positions or CONTEXT))
         if "text" not in given:
             log.warning("no --data.text is given, so the standard library of this Python is the text")
             given["text"] = "stdlib"
