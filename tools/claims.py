@@ -88,7 +88,7 @@ THINK = {
     ),
     "PauseToken": Claim(
         "A control: the slots of latent thoughts, with a constant input.",
-        UNTESTED,
+        "control",
     ),
     "PonderLM": Claim(
         "Feeding back the likeliest tokens lowers perplexity (16.95 to 14.16 at 70 M parameters and 30 billion tokens).",
