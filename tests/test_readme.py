@@ -210,9 +210,13 @@ def test_links_lead_somewhere():
 
 def test_the_demo_goes_from_nothing_to_a_report(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     from pondera.comparison import demo
+    from pondera.evaluation import kv_demo
+    from pondera.evaluation.kv_bench import BenchSettings
 
     small = {"data.windows": 600, "train.eval_tokens": 160, "train.steps": 2, "train.batch_size": 2}
     monkeypatch.setattr(demo, "SETTINGS", {**demo.SETTINGS, **small})
+    short = BenchSettings(("Needles(2)",), ("StreamingLLM(0.25)",), tokens=300, contexts=2)
+    monkeypatch.setattr(kv_demo, "SETTINGS", short)
     assert main(["demo", "--out", "demo"]) == 0
     said = capsys.readouterr().out
     for expected in (

@@ -57,8 +57,6 @@ class CriticalKV(EvictionPolicy):
     examples: ClassVar[dict[str, str]] = {
         "exact": "CriticalKV(SnapKV(64, window=4))",
         "tight": "CriticalKV(SnapKV(8, window=3, kernel=3))",
-        "exact-adaptive": "AdaKV(CriticalKV(SnapKV(64, window=4)))",
-        "tight-adaptive": "AdaKV(CriticalKV(SnapKV(8, window=3, kernel=3)), safeguard=0.3)",
     }
     prefill_only: bool = True
     policy: EvictionPolicy

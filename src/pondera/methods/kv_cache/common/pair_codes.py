@@ -86,7 +86,7 @@ def deal_bytes(variance_LGd: Tensor, total: int, least: int, most: int, bits: fl
         bits: of a byte that are used: log2 of the number of codes.
 
     Example:
-        >>> deal_bytes(torch.tensor([[[16.0, 16.0], [1.0, 1.0]]]), total=6, least=1, most=5).tolist()
+        >>> deal_bytes(torch.tensor([[[65536.0, 65536.0], [1.0, 1.0]]]), total=6, least=1, most=5).tolist()
         [[4, 2]]
     """
     heads = variance_LGd.shape[0] * variance_LGd.shape[1]
