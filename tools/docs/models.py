@@ -6,7 +6,7 @@ from typing import Any
 
 from pondera.comparison.verdict import differences
 from pondera.evaluation.significance import Gap, gap
-from tools.docs.tables import generated, read, table, with_spread
+from tools.docs.tables import generated, over_seeds, read, table, with_spread
 
 
 @generated
@@ -97,3 +97,25 @@ def versus(path: str) -> str:
         "significance",
     ]
     return table(head, rows)
+
+
+@generated
+def pairs_and_words(path: str) -> str:
+    """Minimal pairs and last words: the mean of each model, and its difference to plain and to twice the depth."""
+    found, rows = read(path), []
+    measures = (("pairs", "accuracy", 100), ("last_word", "log_probability_per_byte", 1))
+    for name in found["pairs"]["arms"]:
+        cells = [f"`{name}`"]
+        for task, key, scale in measures:
+            measured = found[task]["arms"][name][key]
+            cells.append(over_seeds([scale * value for value in measured["by_seed"].values()], "{:.2f}".format))
+            for base in ("plain", "doubledepth"):
+                apart = measured["against"].get(base)
+                cells.append(
+                    "" if apart is None else f"{scale * apart['difference']:+.2f} ± {scale * apart['margin']:.2f}"
+                )
+        rows.append(tuple(cells))
+    bases = ["to `plain`", "to `doubledepth`"]
+    head = ["model", "pairs right, %", *bases, "last word, nats per byte", *bases]
+    size = f"{found['pairs']['rows']:,} pairs and {found['last_word']['rows']:,} texts"
+    return f"{table(head, rows)}\n\n`{found['command']}`: {size}; differences with their 95 % CI, paired by seed."
