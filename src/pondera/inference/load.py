@@ -155,6 +155,8 @@ def _find(path: Path, given: str) -> tuple[Path, Run | None]:
             f"{given!r} is a file; give a .gguf file, or a folder: a run folder, or a model folder with config.json"
         )
     if not path.is_dir():
+        if path.suffix.lower() == ".gguf":
+            raise UserError(f"no such file: {given!r}; give the path of a GGUF file, a folder, or a hub name")
         if HUB_NAME.fullmatch(given):
             return path, None
         raise UserError(f"no such folder: {given!r}{_near(path)}; give a run or model folder, or a hub name")

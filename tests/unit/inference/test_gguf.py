@@ -95,6 +95,11 @@ def test_without_the_package(file: Path, tmp_path: Path, monkeypatch: pytest.Mon
         convert(file)
 
 
+def test_a_file_that_is_not_there(tmp_path: Path):
+    with pytest.raises(UserError, match=r"no such file: .*nothing\.gguf"):
+        load(tmp_path / "nothing.gguf")
+
+
 def test_another_kind_of_file(tmp_path: Path):
     (tmp_path / "model.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"give a \.gguf file, or a folder"):
