@@ -72,7 +72,7 @@ def gains(_: str) -> str:
             "`pondera train adaptivelatentcot`",
             f"state tracking: {100 * router['accuracy']['mean']:.1f} % right at "
             f"{router['passes_per_token']['mean']:.1f} passes per token, plain {100 * plain['accuracy']['mean']:.1f} %; no "
-            "gain over depth on text",
+            "gain over depth was found on text",
             "[tasks](docs/results/tracking.md), [text](docs/results/language.md)",
         ),
     ]

@@ -59,7 +59,7 @@ verbs:
   pondera --version
 
 start here:
-  pondera demo                               train three tiny models and compare them: a few minutes
+  pondera demo                               a chat model with a compressed cache, and tiny models that think: minutes
   pondera train ponderlm2 --data.text books/ train a small model on your text, with one latent thought per token
   pondera compare plain ponderlm2 --seeds 3  compare two recipes at equal cost
 

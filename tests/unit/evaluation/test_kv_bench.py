@@ -61,14 +61,19 @@ def test_without_a_context(loaded: Loaded):
 
 @torch.no_grad()
 def test_a_right_answer_is_seen(loaded: Loaded):
-    """An answer that the model itself decodes."""
-    ids = encode(loaded, ASKED.context + "\nthe", True)
-    best = loaded.tokenizer.decode(loaded.model(torch.tensor([ids])).logits[0, -1].argmax())
-    if loaded.tokenizer(best).input_ids != [int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax())]:
-        pytest.skip("the likeliest token is no text of its own")
-    method = PreallocatedCache()
-    method.bind(loaded.model.backbone.config)
-    assert score_context(loaded, method, AskedContext(ASKED.context, (Question("\nthe", best),))).right == (True,)
+    """Answers that the model itself decodes are right, and others are not."""
+    seen = 0
+    for text in ("\nthe", "\nfox", "\ndog", " over", " lazy", " brown", " jumps", " quick", ".", " T", "\na", "\nb"):
+        ids = encode(loaded, ASKED.context, True) + encode(loaded, text, False)
+        best = int(loaded.model(torch.tensor([ids])).logits[0, -1].argmax())
+        answer = str(loaded.tokenizer.decode(best))
+        if encode(loaded, answer, False) != [best]:
+            continue  # part of a character, which no text stands for
+        wrong = " the" if answer != " the" else " fox"
+        asked = AskedContext(ASKED.context, (Question(text, answer), Question(text, wrong)))
+        assert score_context(loaded, _full(loaded), asked).right == (True, False)
+        seen += 1
+    assert seen
 
 
 @torch.no_grad()
