@@ -52,8 +52,9 @@ def _language() -> str:
     assert gained.significant and isinstance(gained.value, float) and gained.value < 0
     assert not any(difference(LANGUAGE, *pair, "").significant for pair in pairs)
     return (
-        f"**On text thinking gained a little, and not measurably more than depth** ({size / 1e6:.2f} M "
-        f"parameters, {tokens / size:.0f} tokens per parameter, learning rates tuned, {gained.seeds} seeds). PonderLM-2 is {-gained.value:.3f} ± {gained.ci95:.3f} bits "
+        f"**On text thinking gained a little, and not measurably more than depth** ({size / 1e6:.2f} M parameters, "
+        f"{tokens / size:.0f} tokens per parameter, learning rates tuned, {gained.seeds} seeds). PonderLM-2 is "
+        f"{-gained.value:.3f} ± {gained.ci95:.3f} bits "
         "per byte better than a plain model. At about equal inference FLOPs neither it nor latent CoT differs "
         "significantly from a model of twice the depth, with either initialisation. [Text](docs/results/language.md)"
     )
