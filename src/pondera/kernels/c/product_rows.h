@@ -1,0 +1,77 @@
+/* Products of one weight matrix with up to 8 rows, for one instruction set. Included once per set by products.c, which defines
+ * LANES (floats per vector), TILE(rows) (weight rows at once, as registers allow), TARGET (the instruction set of a function),
+ * NAME(name) (the name of a function of this set), and of this set the type `vector` and the functions `floats`, `bfloats`,
+ * `ints` (read LANES weights) and `lanes` (adds up a vector).
+ *
+ * Every output is one sum in a fixed order: LANES partial sums along the row, then these, then the rest of the row. It does not
+ * depend on how many rows of x a call has, nor on tiles and threads.
+ */
+
+TARGET INLINE NAME(vector) NAME(weights)(const char *row, long i, int kind)
+{
+    if (kind == FLOAT)
+        return NAME(floats)((const float *)row + i);
+    return kind == BFLOAT ? NAME(bfloats)((const uint16_t *)row + i) : NAME(ints)((const int8_t *)row + i);
+}
+
+/* Outputs `first` to `first + tile - 1` for all rows of x; `tile`, `rows` and `kind` are constants, so sums are in registers. */
+TARGET INLINE void NAME(tile)(const Products *p, long first, int tile, int rows, int kind)
+{
+    const long inputs = p->inputs, step = inputs * BYTES[kind], whole = inputs / LANES * LANES;
+    const char *weight = (const char *)p->weight + first * step;
+    NAME(vector) sums[MOST_TILE][MOST_ROWS];
+    for (int t = 0; t < tile; t++)
+        for (int n = 0; n < rows; n++)
+            sums[t][n] = (NAME(vector)){0};
+    for (long i = 0; i < whole; i += LANES) {
+        NAME(vector) w[MOST_TILE];
+        for (int t = 0; t < tile; t++)
+            w[t] = NAME(weights)(weight + t * step, i, kind);
+        for (int n = 0; n < rows; n++) {
+            const NAME(vector) x = NAME(floats)(p->x + n * inputs + i);
+            for (int t = 0; t < tile; t++)
+                sums[t][n] += x * w[t];
+        }
+    }
+    float found[MOST_TILE][MOST_ROWS];
+    for (int t = 0; t < tile; t++)
+        for (int n = 0; n < rows; n++)
+            found[t][n] = NAME(lanes)(sums[t][n]);
+    put(p, first, tile, rows, kind, whole, found);
+}
+
+TARGET INLINE void NAME(range)(const Products *p, long first, long last, int rows, int kind)
+{
+    for (; first + TILE(rows) <= last; first += TILE(rows))
+        NAME(tile)(p, first, TILE(rows), rows, kind);
+    for (; first < last; first++)
+        NAME(tile)(p, first, 1, rows, kind);
+}
+
+#define BY_ROWS(kind)                                                                                                       \
+    switch (p->rows) {                                                                                                      \
+    case 1: NAME(range)(p, first, last, 1, kind); break;                                                                    \
+    case 2: NAME(range)(p, first, last, 2, kind); break;                                                                    \
+    case 3: NAME(range)(p, first, last, 3, kind); break;                                                                    \
+    case 4: NAME(range)(p, first, last, 4, kind); break;                                                                    \
+    case 5: NAME(range)(p, first, last, 5, kind); break;                                                                    \
+    case 6: NAME(range)(p, first, last, 6, kind); break;                                                                    \
+    case 7: NAME(range)(p, first, last, 7, kind); break;                                                                    \
+    default: NAME(range)(p, first, last, 8, kind);                                                                          \
+    }
+
+TARGET static void NAME(outputs)(const Products *p, long first, long last)
+{
+    if (p->kind == FLOAT)
+        BY_ROWS(FLOAT)
+    else if (p->kind == BFLOAT)
+        BY_ROWS(BFLOAT)
+    else
+        BY_ROWS(INT)
+}
+
+#undef BY_ROWS
+#undef LANES
+#undef TILE
+#undef TARGET
+#undef NAME
