@@ -208,3 +208,18 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     out = capsys.readouterr().out
     assert "  problem  train" in out and out.endswith("cannot run: see the problems above\n")
     assert not any(tmp_path.iterdir())
+
+
+def test_products_of_a_few_rows(examine, monkeypatch):
+    """Which instruction set decoding uses, or why it uses torch."""
+    from pondera.kernels import products
+
+    monkeypatch.setattr(products, "why_not_used", lambda: "")
+    monkeypatch.setattr(products, "instruction_set", lambda: "AVX2")
+    assert examine({})["ok", "products"].startswith(
+        "decoding on the CPU in float32 and bfloat16 uses AVX2 for up to 8 rows"
+    )
+    monkeypatch.setattr(products, "why_not_used", lambda: build.OFF)
+    assert examine({})["ok", "products"] == f"decoding uses the slower products of torch: {build.OFF}"
+    monkeypatch.setattr(products, "why_not_used", lambda: "cc does not compile products.c")
+    assert examine({})["warning", "products"].endswith("products of torch: cc does not compile products.c")

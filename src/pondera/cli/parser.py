@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from pondera.core import run_config
 from pondera.core.errors import UserError
+from pondera.kernels import CHOICES
 
 
 class Parser(argparse.ArgumentParser):
@@ -172,6 +173,17 @@ def add_kv_cache(parser: Parser) -> None:
         metavar="TEXT",
         help="with --kv-cache: calibration text for codebooks (default: the training text of the run); `pondera compress "
         "--out` saves the codebooks",
+    )
+
+
+def add_kernels(parser: Parser) -> None:
+    """Adds the argument ``--kernels``."""
+    parser.add_argument(
+        "--kernels",
+        choices=CHOICES,
+        default="native",
+        help="products of up to 8 rows on a CPU: native reads each weight once and is faster, torch is for comparison; equal "
+        "up to rounding (default: native; `pondera doctor` says whether it is available)",
     )
 
 

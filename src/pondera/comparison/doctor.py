@@ -196,6 +196,20 @@ def _native() -> Iterator[Finding]:
         yield Finding("ok" if reasons == [OFF] else "warning", "native", text)
     else:
         yield Finding("ok", "native", f"kernels in use: {', '.join(kernels())}")
+    yield _products()
+
+
+def _products() -> Finding:
+    """How `pondera generate` and models of `pondera.load` multiply a few rows."""
+    from pondera.kernels.build import OFF
+    from pondera.kernels.products import FEW, instruction_set, why_not_used
+
+    reason = why_not_used()
+    if not reason:
+        text = f"decoding on the CPU in float32 and bfloat16 uses {instruction_set()} for up to {FEW} rows; torch does the rest"
+        return Finding("ok", "products", text)
+    level = "ok" if reason == OFF else "warning"
+    return Finding(level, "products", f"decoding uses the slower products of torch: {reason}")
 
 
 def _data(data: DataConfig) -> Iterator[Finding]:

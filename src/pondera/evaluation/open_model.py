@@ -30,6 +30,7 @@ def load(
     tokenizer: str | Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    kernels: str = "native",
     **others: Any,
 ) -> tuple[AdaptiveLM, PreTrainedTokenizerFast]:
     """Loads a model and its tokenizer; plain ``model.generate`` then uses the methods named here.
@@ -44,12 +45,14 @@ def load(
         calibrate: a text file, folder or dataset, for a KV cache method that is fitted to the model first, such as VQKV;
             default: the training text of a run.
         calibrate_tokens: how many of its tokens are read.
+        kernels: ``"native"``: on a CPU, without gradients, products of at most 8 rows (where the model decodes) read each
+            weight once; they equal those of torch up to rounding. ``"torch"``: all products are those of torch.
         tokenizer, revision, trust_remote_code: see `pondera.inference.load.load`.
         others: nothing else is allowed; the error names what is.
 
     Returns:
         The model, in eval mode, and its tokenizer. Without `kv_cache` and `think` the model computes what the checkpoint
-        computes in transformers.
+        computes in transformers, bit for bit with ``kernels="torch"``.
 
     Raises:
         UserError: no such model, method or argument (with the nearest name), a method that does not fit the model, or one
@@ -73,6 +76,7 @@ def load(
         tokenizer=tokenizer,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        kernels=kernels,
     )
     return found.model, found.tokenizer
 

@@ -48,6 +48,7 @@ def generate(
     on_text: Callable[[str], Any] | None = None,
     effort: str | float | None = None,
     max_passes: int | None = None,
+    kernels: str = "native",
 ) -> Generated:
     """Continues `prompt` until the model generates an end token or `max_new_tokens` are reached.
 
@@ -61,6 +62,7 @@ def generate(
         on_text: called with each piece of text when its last character is complete; the pieces join to `text`.
         effort: compute per token: ``"low"``, ``"medium"``, ``"high"`` or a number from 0 (one pass) to 1.
         max_passes: maximum number of passes per token; default: `None`, no limit.
+        kernels: as for `load`, of a model that is loaded here; one that is given keeps its own.
 
     Raises:
         UserError: a setting is out of range, or the prompt and the new tokens exceed the positions of the model.
@@ -70,7 +72,9 @@ def generate(
         generate("runs/ponderlm2", "Once upon a time", on_text=lambda text: print(text, end="", flush=True))
     """
     _check(max_new_tokens, temperature, top_p, seed)
-    loaded = path if isinstance(path, Loaded) else load(path)  # an error in the path appears before torch is imported
+    loaded = (
+        path if isinstance(path, Loaded) else load(path, kernels=kernels)
+    )  # an error in the path appears before torch is imported
 
     import torch
 

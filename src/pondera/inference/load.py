@@ -16,6 +16,7 @@ from pondera.core.errors import UserError, unknown
 from pondera.core.run_folder import Run, is_run
 from pondera.data.text import HUB_NAME, first_line, hub
 from pondera.inference.default_model import model_folder
+from pondera.kernels import CHOICES
 from pondera.models import checkpoints
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     think: str | None = None,
+    kernels: str = "torch",
     **others: Any,
 ) -> Loaded:
     """Loads a model and its tokenizer.
@@ -76,6 +78,8 @@ def load(
         trust_remote_code: execute Python code of the checkpoint. Use this only for code that you have read.
         think: a think method to build on the checkpoint. Its new parameters are untrained; from the method of another Pondera
             model it takes the parameters that both have.
+        kernels: how the linear layers multiply a few rows on the CPU (`pondera.kernels.linear`): ``"torch"``, or
+            ``"native"``, which is faster where the model decodes.
         others: nothing else is allowed; the error names what is.
 
     A tokenizer can have more tokens than the model has embeddings. A text with such a token raises when it is encoded.
@@ -89,6 +93,8 @@ def load(
         loaded.model(**loaded.tokenizer("Once upon", return_tensors="pt").to(loaded.model.device)).passes
     """
     refuse_others(others, load)
+    if kernels not in CHOICES:
+        raise unknown("kernels", str(kernels), CHOICES)
     folder = model_folder(path)
     source, run = _find(Path(folder).expanduser(), str(path))
 
@@ -114,7 +120,12 @@ def load(
     lm.generation_config = storable(lm.generation_config)
     _set_special_tokens(lm, vocabulary, own and (think is None or lm.config._retrofit))
     name = run.config.name if run else _name(path, folder, source)
-    return Loaded(_placed(lm if own else _wrapped(lm), device), vocabulary, name, run, foreign=not own)
+    model = _placed(lm if own else _wrapped(lm), device)
+
+    from pondera.kernels.linear import use_kernels
+
+    use_kernels(model, kernels)
+    return Loaded(model, vocabulary, name, run, foreign=not own)
 
 
 def _name(path: str | Path, folder: str | Path, source: Path) -> str:

@@ -4,3 +4,6 @@ A kernel is a file ``c/NAME.c``; `pondera.kernels.build.library` compiles it on 
 in torch. It is the reference implementation in the tests, and it runs if the library is `None` or the tensors do not
 `fit <pondera.kernels.call.fit>`.
 """
+
+CHOICES = ("native", "torch")
+"""The kernels that a model can use for products of a few rows (`pondera.kernels.linear`)."""

@@ -13,6 +13,7 @@ import ctypes
 import torch
 from torch import Tensor, nn
 from torch._C import _len_torch_dispatch_stack
+from torch.nn import functional as F
 
 from pondera.kernels.build import library, why_not
 
@@ -93,6 +94,26 @@ def _fit(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | 
 
 
 def instruction_set() -> str:
-    """The instruction set of the kernel on this CPU; empty if the kernel is not available (`why_not` says why)."""
-    kernel = None if why_not("products") else library("products")
+    """The instruction set of the kernel on this CPU; empty if the kernel is not available."""
+    kernel = library("products")
     return "" if kernel is None else SETS[kernel.best_set()]
+
+
+def why_not_used() -> str:
+    """The reason why models do not use the kernel: it is not available, or its products are not those of torch; else empty."""
+    return why_not("products") or ("" if _agrees() else "its products differ from those of torch on this machine")
+
+
+@torch.inference_mode()
+def _agrees() -> bool:
+    """Whether the products of a small matrix are those of torch, for each dtype of weights."""
+    draw = torch.Generator("cpu").manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=draw, device="cpu") for shape in ((3, 75), (7, 75), (7,)))
+    scale, codes = weight.abs().amax(1) / 127, (weight * 50).clamp(-127, 127).to(torch.int8)
+    found = few_rows(x, weight, bias), few_rows(x, codes, bias, scale), few_rows(x.bfloat16(), weight.bfloat16())
+    right = F.linear(x, weight, bias), F.linear(x, codes * scale[:, None], bias), F.linear(x, weight)
+    bounds = (1e-4, 1e-4, 0.1)
+    return all(
+        ours is not None and bool((ours - theirs).abs().max() <= bound * theirs.abs().max())
+        for ours, theirs, bound in zip(found, right, bounds, strict=True)
+    )

@@ -1,0 +1,59 @@
+"""Linear layers that multiply a few rows with a native kernel while they decode, and otherwise as torch does.
+
+`use_kernels` changes the class of the linear layers of a model, and nothing else: modules, parameters, hooks and the state dict
+stay the same, so a model is saved, moved, wrapped by PEFT and trained as before.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pondera.core.errors import unknown
+from pondera.kernels import CHOICES
+from pondera.kernels.products import few_rows, why_not_used
+
+
+class NativeLinear(nn.Linear):
+    """`nn.Linear` with the kernel of `pondera.kernels.products`, where that supports the call, else torch's product."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``input W^T + bias``, ``[..., O]``."""
+        y = few_rows(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias) if y is None else y
+
+
+def use_kernels(model: nn.Module, kernels: str) -> int:
+    """Makes the linear layers of a model use a kernel; can be repeated and reversed.
+
+    A layer uses the native kernel for 1 to 8 rows, without gradients, on the CPU. All other calls are unchanged, and so is the
+    whole model if the kernel is not available (`pondera.kernels.products.why_not_used`). Classes that others derived from
+    `nn.Linear` are left alone.
+
+    Args:
+        model: changed in place; layers that are added later, such as those of PEFT, need another call.
+        kernels: ``"native"`` or ``"torch"``.
+
+    Returns:
+        The number of layers with the native kernel.
+
+    Raises:
+        UserError: no such kernels.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        >>> use_kernels(model, "torch"), type(model[0]) is nn.Linear
+        (0, True)
+    """
+    if kernels not in CHOICES:
+        raise unknown("kernels", kernels, CHOICES)
+    native = kernels == "native" and not why_not_used()
+    old, new = (nn.Linear, NativeLinear) if native else (NativeLinear, nn.Linear)
+    count = 0
+    for module in model.modules():
+        if type(module) is old and (not native or module.weight.device.type == "cpu"):
+            cast(Any, module).__class__ = new
+        count += type(module) is NativeLinear
+    return count
