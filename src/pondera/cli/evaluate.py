@@ -8,7 +8,7 @@ from typing import Any
 
 from pondera.cli.evaluate_rows import add_rows, refuse_row_options, run_rows
 from pondera.cli.output import only_json, print_difficulty, print_json, print_lengths, print_table
-from pondera.cli.parser import Parser, add_budget, add_kv_cache, positive_int, text_notes
+from pondera.cli.parser import Parser, add_budget, add_kv_cache, add_weights, positive_int, text_notes
 from pondera.core.errors import UserError
 from pondera.core.metric import SCORES, score_name
 
@@ -19,6 +19,7 @@ pondera eval runs/ponderlm2-seed0 --data.text book.txt --max-tokens 100000
 pondera eval path/to/model --data.text stdlib --json
 pondera eval runs/ponderlm3-seed0 --effort 0,0.25,0.5,1
 pondera eval runs/ponderlm2-seed0 --kv-cache "SnapKV(64)"
+pondera eval path/to/model --data.text stdlib --weights int8
 pondera eval runs/ponderlm2-seed0 --pairs blimp.jsonl.xz --max-rows 6700
 pondera eval runs/ponderlm2-seed0 --last-word lambada_test.jsonl.xz
 pondera eval runs/states --lengths 16,32,64
@@ -34,6 +35,10 @@ SHOWN = (
     ("kv_bytes_per_token", "KV cache", "bytes per token"),
     ("tokens_per_second", "speed", "tokens per second, measured"),
 )
+
+
+COMPARED = ("accuracy", "error", "loss", "perplexity", "bits_per_byte")
+"""The scores of the weights as saved that ``--weights`` adds."""
 
 
 def parser() -> Parser:
@@ -59,6 +64,7 @@ def parser() -> Parser:
         help="of a run on a task: score windows of these lengths, also longer than those of the training",
     )
     add_kv_cache(arguments)
+    add_weights(arguments, "; the weights as saved are scored, too, and the difference is printed")
     add_rows(arguments)
     arguments.add_argument("--json", action="store_true", help="print JSON only")
     return arguments
@@ -71,21 +77,28 @@ def run(args: argparse.Namespace) -> int:
     refuse_row_options(args)
     if args.lengths is not None:
         return _run_lengths(args)
-    from pondera.evaluation.open_model import open_model
-    from pondera.evaluation.perplexity import evaluate, given_settings
+    from pondera.evaluation.perplexity import given_settings
 
     wanted: list[str | float | None] = list(args.effort or [None])
-    several, compressed = len(wanted) > 1, args.kv_cache is not None or args.calibrate is not None
     with only_json(args.json):
         given_settings(args.overrides)  # before the model is loaded
-        model = open_model(args.path, args.kv_cache, calibrate=args.calibrate) if several or compressed else args.path
-        found = [evaluate(model, args.overrides, args.max_tokens, effort, args.max_passes) for effort in wanted]
+        found = _evaluated(args, wanted, args.weights)
+        if args.weights is not None:
+            for one, saved in zip(found, _evaluated(args, wanted, None), strict=True):
+                one["weights"], score = args.weights, score_name([one, saved])
+                one["saved_weights"] = {name: saved[name] for name in COMPARED if saved.get(name) is not None}
+                one["difference"] = {"score": score, "value": one[score] - saved[score]}
     if args.json:
         print_json(found[0] if len(found) == 1 else [{"effort": e} | one for e, one in zip(wanted, found, strict=True)])
     elif len(found) == 1:
         for key, name, unit in SHOWN:
             if found[0].get(key) is not None:
                 print(f"  {name:15}{_number(found[0][key]):>12}  {unit}")
+        if "difference" in found[0]:
+            score, value = found[0]["difference"].values()
+            saved = found[0]["saved_weights"][score]
+            about = f"{SCORES[score]}, {found[0]['weights']} minus the weights as saved ({saved:.4f})"
+            print(f"  {'difference':15}{value:>+12.4f}  {about}")
         if "by_difficulty" in found[0]:
             print_difficulty({found[0]["name"]: [found[0]["by_difficulty"]]})
     else:
@@ -94,10 +107,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _evaluated(
+    args: argparse.Namespace, efforts: list[str | float | None], weights: str | None
+) -> list[dict[str, Any]]:
+    """The scores at each effort, with these weights."""
+    from pondera.evaluation.open_model import open_model
+    from pondera.evaluation.perplexity import evaluate
+
+    model = args.path
+    if len(efforts) > 1 or weights is not None or args.kv_cache is not None or args.calibrate is not None:
+        kernels = "torch" if weights is None else "native"
+        model = open_model(args.path, args.kv_cache, calibrate=args.calibrate, weights=weights, kernels=kernels)
+    return [evaluate(model, args.overrides, args.max_tokens, effort, args.max_passes) for effort in efforts]
+
+
 def _run_lengths(args: argparse.Namespace) -> int:
     """Evaluates a run on a task at each length and prints the scores."""
     if len(args.effort or []) > 1:
         raise UserError("--lengths and several efforts: give one --effort, or leave --lengths out")
+    if args.weights is not None:
+        raise UserError("--lengths and --weights: leave one of them out")
     if args.overrides:
         other = next(iter(args.overrides))
         raise UserError(f"--lengths and --{other}: --lengths scores the task of the run; leave one of them out")
@@ -123,11 +152,13 @@ def _row(effort: str | float | None, one: dict[str, Any], found: list[dict[str, 
     full = max(found, key=lambda other: other["passes_per_token"])
     flops, score = one["inference_flops_per_token"], score_name(found)
     label = SCORES[score].replace(" per ", "/")
+    changed = {f"Δ {label} of {one['weights']}": f"{one['difference']['value']:+.4f}"} if "difference" in one else {}
     return {
         "effort": str(effort),
         "passes/token": f"{one['passes_per_token']:.3f}",
         label: f"{one[score]:.4f}",
         f"Δ {label}": f"{one[score] - full[score]:+.4f}",
+        **changed,
         "FLOPs/token": "" if flops is None else f"{flops:.3g}",
         "KV bytes/token": "" if one["kv_bytes_per_token"] is None else f"{one['kv_bytes_per_token']:,.0f}",
         "tokens/s": f"{one['tokens_per_second']:.0f}",

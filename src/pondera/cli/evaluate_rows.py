@@ -86,6 +86,8 @@ def _given(args: argparse.Namespace) -> dict[str, Any]:
     from pondera.evaluation.perplexity import given_settings
 
     option = "--last-word" if args.pairs is None else "--pairs"
+    if args.weights is not None:
+        raise UserError(f"--weights: for the loss of a text, without {option}; leave one of them out")
     if args.lengths is not None:
         raise UserError(f"--lengths: for a run on a task, without {option}; leave one of them out")
     if args.max_tokens is not None:

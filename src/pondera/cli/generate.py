@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from pondera.cli.output import print_answers, print_table
-from pondera.cli.parser import Parser, add_budget, add_kernels, add_kv_cache, bounded_float, positive_int
+from pondera.cli.parser import Parser, add_budget, add_kernels, add_kv_cache, add_weights, bounded_float, positive_int
 from pondera.core.errors import UserError
 from pondera.core.escape import escape_lines
 
@@ -59,6 +59,7 @@ def parser() -> Parser:
     add_budget(arguments)
     add_kv_cache(arguments)
     add_kernels(arguments)
+    add_weights(arguments, "; decodes faster, `pondera eval --weights int8` says what it costs")
     arguments.add_argument(
         "--show-concepts", action="store_true", help="list the chunks of the text with their concepts"
     )
@@ -87,7 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
     temperature = 0.0 if args.greedy else 0.8 if args.temperature is None else args.temperature
     top_p = 0.95 if args.top_p is None else args.top_p
-    loaded = open_model(args.path, args.kv_cache, calibrate=args.calibrate, kernels=args.kernels)
+    options = {"calibrate": args.calibrate, "kernels": args.kernels, "weights": args.weights}
+    loaded = open_model(args.path, args.kv_cache, **options)
     if task_of(loaded) is not None:
         print_answers(answers(loaded, prompt, args.effort, args.max_passes))
         return 0

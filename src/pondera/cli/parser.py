@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from pondera.core import run_config
 from pondera.core.errors import UserError
-from pondera.kernels import CHOICES
+from pondera.kernels import CHOICES, WEIGHTS
 
 
 class Parser(argparse.ArgumentParser):
@@ -184,6 +184,20 @@ def add_kernels(parser: Parser) -> None:
         default="native",
         help="products of up to 8 rows on a CPU: native reads each weight once and is faster, torch is for comparison; equal "
         "up to rounding (default: native; `pondera doctor` says whether it is available)",
+    )
+
+
+def add_weights(parser: Parser, more: str = "") -> None:
+    """Adds the argument ``--weights``.
+
+    Args:
+        parser: the parser of the verb.
+        more: what the verb does with them.
+    """
+    parser.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help=f"int8: linear layers with int8 weights, one scale per output, on a CPU{more} (default: as saved)",
     )
 
 

@@ -16,7 +16,7 @@ from pondera.core.errors import UserError, unknown
 from pondera.core.run_folder import Run, is_run
 from pondera.data.text import HUB_NAME, first_line, hub
 from pondera.inference.default_model import model_folder
-from pondera.kernels import CHOICES
+from pondera.kernels import CHOICES, WEIGHTS
 from pondera.models import checkpoints
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def load(
     trust_remote_code: bool = False,
     think: str | None = None,
     kernels: str = "torch",
+    weights: str | None = None,
     **others: Any,
 ) -> Loaded:
     """Loads a model and its tokenizer.
@@ -80,6 +81,8 @@ def load(
             model it takes the parameters that both have.
         kernels: how the linear layers multiply a few rows on the CPU (`pondera.kernels.linear`): ``"torch"``, or
             ``"native"``, which is faster where the model decodes.
+        weights: ``"int8"``: linear layers get int8 weights (`pondera.kernels.int8`), and `device` is the CPU by default;
+            default: `None`, as in `dtype`.
         others: nothing else is allowed; the error names what is.
 
     A tokenizer can have more tokens than the model has embeddings. A text with such a token raises when it is encoded.
@@ -95,6 +98,8 @@ def load(
     refuse_others(others, load)
     if kernels not in CHOICES:
         raise unknown("kernels", str(kernels), CHOICES)
+    if weights is not None and weights not in WEIGHTS:
+        raise unknown("weights", str(weights), WEIGHTS)
     folder = model_folder(path)
     source, run = _find(Path(folder).expanduser(), str(path))
 
@@ -120,11 +125,9 @@ def load(
     lm.generation_config = storable(lm.generation_config)
     _set_special_tokens(lm, vocabulary, own and (think is None or lm.config._retrofit))
     name = run.config.name if run else _name(path, folder, source)
-    model = _placed(lm if own else _wrapped(lm), device)
+    model = _placed(lm if own else _wrapped(lm), device if weights is None else device or "cpu")
 
-    from pondera.kernels.linear import use_kernels
-
-    use_kernels(model, kernels)
+    _put_kernels(model, kernels, weights)
     return Loaded(model, vocabulary, name, run, foreign=not own)
 
 
@@ -345,6 +348,22 @@ def _set_special_tokens(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast,
         ids = known if isinstance(known, list) else [known]
         if token is not None and token < rows and (known is None or (by_default and token not in ids)):
             setattr(config, role, token)
+
+
+def _put_kernels(model: AdaptiveLM, kernels: str, weights: str | None) -> None:
+    """Chooses how the linear layers of a model multiply, and how its backbone stores their weights."""
+    from pondera.kernels.linear import use_kernels
+    from pondera.kernels.products import why_not_used
+
+    if weights is not None:
+        from pondera.kernels.int8 import use_int8
+
+        if kernels == "native" and (reason := why_not_used()):
+            log.warning(
+                "weights='int8': decoding is slower than without, because it needs the native kernel: %s", reason
+            )
+        use_int8(model.backbone.lm, native=kernels == "native")
+    use_kernels(model, kernels)
 
 
 def _placed(model: Any, device: str | None) -> AdaptiveLM:

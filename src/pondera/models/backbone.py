@@ -115,7 +115,8 @@ class Backbone(nn.Module):
     def top(self, h_BTD: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The highest logits of final hidden states and their token ids, ``[B, T, count]`` each."""
         head = self.lm.get_output_embeddings()
-        if not isinstance(head, nn.Linear) or head.bias is not None:
+        own_product = type(head) is not nn.Linear and not torch.is_grad_enabled()  # of a kernel, or of other weights
+        if not isinstance(head, nn.Linear) or head.bias is not None or own_product:
             return self.head(h_BTD).topk(count, dim=-1)
         logits_BTk, ids_BTk = top_logits(h_BTD, head.weight, count)
         return self._as_the_model_gives_them(logits_BTk), ids_BTk
