@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from pondera import AdaptiveConfig, AdaptiveLM
@@ -138,6 +137,7 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": args.threads,
         "rounds": args.rounds,
+        "load_average": os.getloadavg()[1],
         "shapes": SHAPES,
         "bytes_per_weight": BYTES,
         "weights_per_second": rates,

@@ -240,3 +240,33 @@ def training_floor(path: str) -> str:
     ]
     head = ["pair", "matrix products", "fused attention", "everything else", "largest possible speed-up at equal FLOPs"]
     return f"{table(head, rows)}\n\n`{found['command']}`, {found['threads']} threads."
+
+
+@generated
+def small_products(path: str) -> str:
+    """Decoding steps and products of a few rows with torch's products and the native kernel."""
+    found = read(path)
+    kinds = ("torch", "native", "native int8")
+
+    def step(rows: str, one: dict[str, float]) -> tuple[str, ...]:
+        times = (f"{1000 * one[kind]:.1f} ({one['torch'] / one[kind]:.2f} ×)" for kind in kinds)
+        return rows, *times, f"{1000 * one['read']:.1f}"
+
+    def product(name: str, rows: str, one: dict[str, float]) -> tuple[str, ...]:
+        size = " × ".join(map(str, found["shapes"][name]))
+        rates = (f"{found['bytes_per_weight'][kind] * one[kind] / 1e9:.1f}" for kind in (*kinds, "read"))
+        return f"{name} ({size})", rows, *rates
+
+    steps = [step(rows, one) for rows, one in found["step_seconds"].items()]
+    products = [
+        product(name, rows, one)
+        for name, all_rows in found["weights_per_second"].items()
+        for rows, one in all_rows.items()
+    ]
+    head = ["sequences", *(f"{kind}, ms a step" for kind in kinds), "reading the weights, ms"]
+    about = (
+        f"`{found['command']}`: {found['instruction_set']}, {found['threads']} threads, torch {found['torch']}, medians of "
+        f"{found['rounds']} interleaved rounds; load average {found['load_average']:.1f}. Speed-ups over torch in brackets."
+    )
+    rates = table(["matrix", "rows", *(f"{kind}, GB/s" for kind in kinds), "reading, GB/s"], products)
+    return f"{table(head, steps)}\n\n{rates}\n\n{about}"

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from pondera.core.errors import UserError
 from pondera.core.hf import Conv1D
-from pondera.kernels.linear import NativeLinear
+from pondera.kernels.linear import NativeConv1D, NativeLinear
 from pondera.kernels.products import few_rows
 
 MOST = 127
@@ -100,7 +100,12 @@ class Int8Embedding(Int8, nn.Embedding):
         return (F.embedding(input, self.codes) * self.scale[input][..., None]).to(self._dtype)
 
 
-LAYERS: dict[type[nn.Module], type[Int8]] = {nn.Linear: Int8Linear, NativeLinear: Int8Linear, Conv1D: Int8Conv1D}
+LAYERS: dict[type[nn.Module], type[Int8]] = {
+    nn.Linear: Int8Linear,
+    NativeLinear: Int8Linear,
+    Conv1D: Int8Conv1D,
+    NativeConv1D: Int8Conv1D,
+}
 
 
 def use_int8(model: nn.Module, native: bool = True) -> int:

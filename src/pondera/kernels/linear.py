@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pondera.core.errors import unknown
+from pondera.core.hf import Conv1D
 from pondera.kernels import CHOICES
 from pondera.kernels.products import few_rows, why_not_used
 
@@ -25,12 +26,24 @@ class NativeLinear(nn.Linear):
         return F.linear(input, self.weight, self.bias) if y is None else y
 
 
+class NativeConv1D(Conv1D):
+    """The linear layer of GPT-2, whose weight is ``[I, O]``, with the same kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x W + bias``, ``[..., O]``."""
+        y = few_rows(x, self.weight.T, self.bias)
+        return super().forward(x) if y is None else y
+
+
+NATIVE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: NativeLinear, Conv1D: NativeConv1D}
+
+
 def use_kernels(model: nn.Module, kernels: str) -> int:
     """Makes the linear layers of a model use a kernel; can be repeated and reversed.
 
     A layer uses the native kernel for 1 to 8 rows, without gradients, on the CPU. All other calls are unchanged, and so is the
     whole model if the kernel is not available (`pondera.kernels.products.why_not_used`). Classes that others derived from
-    `nn.Linear` are left alone.
+    the two that torch and transformers have are left alone.
 
     Args:
         model: changed in place; layers that are added later, such as those of PEFT, need another call.
@@ -50,10 +63,11 @@ def use_kernels(model: nn.Module, kernels: str) -> int:
     if kernels not in CHOICES:
         raise unknown("kernels", kernels, CHOICES)
     native = kernels == "native" and not why_not_used()
-    old, new = (nn.Linear, NativeLinear) if native else (NativeLinear, nn.Linear)
+    change = NATIVE if native else {new: old for old, new in NATIVE.items()}
     count = 0
     for module in model.modules():
-        if type(module) is old and (not native or module.weight.device.type == "cpu"):
+        new = change.get(type(module))
+        if new is not None and (not native or cast(Tensor, module.weight).device.type == "cpu"):
             cast(Any, module).__class__ = new
-        count += type(module) is NativeLinear
+        count += type(module) in NATIVE.values()
     return count

@@ -30,7 +30,10 @@ class _Products(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "weight", "scale", "bias", "y")),
-        *((name, ctypes.c_int64) for name in ("rows", "inputs", "outputs", "kind", "bfloat", "threads", "set")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("rows", "inputs", "outputs", "kind", "by_input", "bfloat", "threads", "set")
+        ),
     )
 
 
@@ -41,7 +44,7 @@ def few_rows(
 
     Args:
         x: ``[..., I]``, float32 or bfloat16, any strides.
-        weight_OI: contiguous; of the dtype of `x`, or int8.
+        weight_OI: contiguous, or the transpose of a contiguous matrix; of the dtype of `x`, or int8.
         bias_O: of the dtype of `x`.
         scale_O: float32, the factor of each output, with int8 weights only.
         set_: index in `SETS`; default: -1, the best of this CPU, which also replaces one that it does not have.
@@ -66,7 +69,8 @@ def few_rows(
         None if scale_O is None else scale_O.data_ptr(),
         None if bias_O is None else bias_O.data_ptr(),
         y.data_ptr(),
-        *(x.numel() // inputs, inputs, outputs, KINDS[weight_OI.dtype], x.dtype == torch.bfloat16),
+        *(x.numel() // inputs, inputs, outputs, KINDS[weight_OI.dtype]),
+        *(not weight_OI.is_contiguous(), x.dtype == torch.bfloat16),
         *(torch.get_num_threads(), set_),
     )
     if kernel.products(ctypes.byref(arguments)):
@@ -86,7 +90,7 @@ def _fit(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | 
     for tensor in (x, weight_OI, bias_O, scale_O):  # no generator expression: this runs for every layer of every token
         if tensor is not None and not (type(tensor) in (Tensor, nn.Parameter) and tensor.device.type == "cpu"):
             return False
-    if not weight_OI.is_contiguous() or not weight_OI.numel():
+    if not (weight_OI.is_contiguous() or weight_OI.T.is_contiguous()) or not weight_OI.numel():
         return False
     if scale_O is not None and (scale_O.dtype != torch.float32 or not scale_O.is_contiguous()):
         return False

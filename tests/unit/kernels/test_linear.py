@@ -16,6 +16,7 @@ from torch import nn
 
 import pondera
 from pondera import AdaptiveConfig, AdaptiveLM, UserError
+from pondera.core.hf import Conv1D
 from pondera.kernels import linear
 from pondera.kernels.linear import NativeLinear, use_kernels
 from pondera.kernels.products import FEW, why_not_used
@@ -86,7 +87,10 @@ def same(model: nn.Module, calls: list[int], **given) -> None:
 
 @pytest.mark.parametrize("family", architectures.BACKBONES)
 def test_every_architecture(family: str, calls: list[int]):
-    same(build(family), calls)
+    model = build(family)
+    same(model, calls)
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, Conv1D))]
+    assert len(layers) >= 13 and all(type(module) in linear.NATIVE.values() for module in layers)
 
 
 @pytest.mark.parametrize("case", TRAINED)

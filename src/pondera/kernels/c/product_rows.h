@@ -48,6 +48,39 @@ TARGET INLINE void NAME(range)(const Products *p, long first, long last, int row
         NAME(tile)(p, first, 1, rows, kind);
 }
 
+/* Adds the products of `deep` inputs from i on to the sums of a strip of outputs; returns how many outputs these are. */
+TARGET INLINE long NAME(add_inputs)(const Products *p, long i, int deep, long first, long width, int kind,
+                                    float sums[MOST_ROWS][STRIP])
+{
+    const char *weight = (const char *)p->weight + (i * p->outputs + first) * BYTES[kind];
+    const long step = p->outputs * BYTES[kind];
+    long o = 0;
+    for (; o + LANES <= width; o += LANES) {
+        NAME(vector) w[DEEP];
+        for (int d = 0; d < deep; d++)
+            w[d] = NAME(weights)(weight + d * step, o, kind);
+        for (long n = 0; n < p->rows; n++) {
+            NAME(vector) sum = NAME(floats)(sums[n] + o);
+            for (int d = 0; d < deep; d++)
+                sum += w[d] * p->x[n * p->inputs + i + d];
+            memcpy(sums[n] + o, &sum, sizeof sum);
+        }
+    }
+    return o;
+}
+
+/* Outputs `first` to `last - 1` where the weights of one input are contiguous. */
+TARGET INLINE void NAME(strip)(const Products *p, long first, long last, int kind)
+{
+    float sums[MOST_ROWS][STRIP] = {{0}};
+    long i = 0, done = 0;
+    for (; i + DEEP <= p->inputs; i += DEEP)
+        done = NAME(add_inputs)(p, i, DEEP, first, last - first, kind, sums);
+    for (; i < p->inputs; i++)
+        done = NAME(add_inputs)(p, i, 1, first, last - first, kind, sums);
+    put_strip(p, first, last, done, kind, sums);
+}
+
 #define BY_ROWS(kind)                                                                                                       \
     switch (p->rows) {                                                                                                      \
     case 1: NAME(range)(p, first, last, 1, kind); break;                                                                    \
@@ -62,7 +95,13 @@ TARGET INLINE void NAME(range)(const Products *p, long first, long last, int row
 
 TARGET static void NAME(outputs)(const Products *p, long first, long last)
 {
-    if (p->kind == FLOAT)
+    if (p->by_input && p->kind == FLOAT)
+        NAME(strip)(p, first, last, FLOAT);
+    else if (p->by_input && p->kind == BFLOAT)
+        NAME(strip)(p, first, last, BFLOAT);
+    else if (p->by_input)
+        NAME(strip)(p, first, last, INT);
+    else if (p->kind == FLOAT)
         BY_ROWS(FLOAT)
     else if (p->kind == BFLOAT)
         BY_ROWS(BFLOAT)

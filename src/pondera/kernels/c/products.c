@@ -14,7 +14,10 @@
 enum {
     MOST_ROWS = 8,
     MOST_TILE = 4,
-    ITEM = 1 << 16 /* bytes of weights per work item */
+    ITEM = 1 << 16, /* bytes of weights per work item */
+    STRIP = 256,    /* outputs per work item, at most, where weights are [inputs, outputs] */
+    LEAST = 64,     /* outputs per work item, at least, there */
+    DEEP = 4        /* inputs at once, there */
 };
 enum { FLOAT, BFLOAT, INT };  /* kinds of weights */
 enum { PLAIN, AVX2, AVX512 }; /* instruction sets */
@@ -22,11 +25,11 @@ static const long BYTES[] = {4, 2, 1};
 
 typedef struct {
     const float *x;     /* [rows, inputs], contiguous */
-    const void *weight; /* [outputs, inputs], contiguous */
+    const void *weight; /* [outputs, inputs], contiguous; [inputs, outputs] if by_input */
     const float *scale; /* [outputs], of int8 weights; else NULL */
     const void *bias;   /* [outputs], float or bfloat16 like y; or NULL */
     void *y;            /* [rows, outputs] */
-    int64_t rows, inputs, outputs, kind, bfloat, threads, set; /* bfloat: x (see products), bias and y are bfloat16 */
+    int64_t rows, inputs, outputs, kind, by_input, bfloat, threads, set; /* bfloat: x (see products), bias, y are bfloat16 */
 } Products;
 
 INLINE float from_bfloat(uint16_t half)
@@ -54,22 +57,41 @@ INLINE float weight_at(const char *row, long i, int kind)
     return kind == BFLOAT ? from_bfloat(((const uint16_t *)row)[i]) : ((const int8_t *)row)[i];
 }
 
-/* Adds the products from index `rest` on, scale and bias to the sums of a tile, and stores them. */
+/* Applies scale and bias to a sum, and stores it. */
+INLINE void finish(const Products *p, long row, long output, float sum)
+{
+    const long at = row * p->outputs + output;
+    sum = p->scale ? sum * p->scale[output] : sum;
+    if (p->bfloat)
+        ((uint16_t *)p->y)[at] = to_bfloat(p->bias ? sum + from_bfloat(((const uint16_t *)p->bias)[output]) : sum);
+    else
+        ((float *)p->y)[at] = p->bias ? sum + ((const float *)p->bias)[output] : sum;
+}
+
+/* Adds the products from index `rest` on to the sums of a tile, and finishes them. */
 static __attribute__((noinline)) void put(const Products *p, long first, int tile, int rows, int kind, long rest,
                                           const float sums[MOST_TILE][MOST_ROWS])
 {
     for (int t = 0; t < tile; t++)
         for (int n = 0; n < rows; n++) {
-            const long output = first + t, at = n * p->outputs + output;
-            const char *weight = (const char *)p->weight + output * p->inputs * BYTES[kind];
+            const char *weight = (const char *)p->weight + (first + t) * p->inputs * BYTES[kind];
             float sum = sums[t][n];
             for (long i = rest; i < p->inputs; i++)
                 sum += p->x[n * p->inputs + i] * weight_at(weight, i, kind);
-            sum = p->scale ? sum * p->scale[output] : sum;
-            if (p->bfloat)
-                ((uint16_t *)p->y)[at] = to_bfloat(p->bias ? sum + from_bfloat(((const uint16_t *)p->bias)[output]) : sum);
-            else
-                ((float *)p->y)[at] = p->bias ? sum + ((const float *)p->bias)[output] : sum;
+            finish(p, n, first + t, sum);
+        }
+}
+
+/* Computes the sums of a strip from index `done` on, and finishes all of them. */
+static __attribute__((noinline)) void put_strip(const Products *p, long first, long last, long done, int kind,
+                                                float sums[MOST_ROWS][STRIP])
+{
+    for (long n = 0; n < p->rows; n++)
+        for (long o = 0; o < last - first; o++) {
+            for (long i = 0; o >= done && i < p->inputs; i++)
+                sums[n][o] += p->x[n * p->inputs + i] *
+                              weight_at((const char *)p->weight + i * p->outputs * BYTES[kind], first + o, kind);
+            finish(p, n, first + o, sums[n][o]);
         }
 }
 
@@ -167,6 +189,10 @@ int best_set(void)
 /* Outputs per work item. */
 static long per_item(const Products *p)
 {
+    if (p->by_input) {
+        const long share = p->outputs / (4 * p->threads) / LEAST * LEAST; /* so that threads can take turns */
+        return share < LEAST ? LEAST : share > STRIP ? STRIP : share;
+    }
     const long outputs = ITEM / (p->inputs * BYTES[p->kind]) / MOST_TILE * MOST_TILE;
     return outputs ? outputs : MOST_TILE;
 }
@@ -184,8 +210,8 @@ static void work(void *given, long item)
     plain_outputs(p, first, last);
 }
 
-/* Computes y. If `bfloat` is set, x is bfloat16, too. A `set` that this CPU does not have, or a negative one, is replaced by the
- * best that it has. Returns 0, or 1 if memory allocation fails. */
+/* Computes y. If `bfloat` is set, x is bfloat16, too. A `set` that this CPU does not have, or a negative one, is replaced by
+ * the best that it has. Returns 0, or 1 if memory allocation fails. */
 int products(const Products *given)
 {
     Products p = *given;
