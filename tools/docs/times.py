@@ -266,7 +266,7 @@ def small_products(path: str) -> str:
     head = ["sequences", *(f"{kind}, ms a step" for kind in kinds), "reading the weights, ms"]
     about = (
         f"`{found['command']}`: {found['instruction_set']}, {found['threads']} threads, torch {found['torch']}, medians of "
-        f"{found['rounds']} interleaved rounds; load average {found['load_average']:.1f}. Speed-ups over torch in brackets."
+        f"{found['rounds']} interleaved rounds, load average {found['load_average']:.1f}. Speed-ups over torch in brackets."
     )
     rates = table(["matrix", "rows", *(f"{kind}, GB/s" for kind in kinds), "reading, GB/s"], products)
     return f"{table(head, steps)}\n\n{rates}\n\n{about}"

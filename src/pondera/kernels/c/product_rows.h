@@ -14,7 +14,9 @@ TARGET INLINE NAME(vector) NAME(weights)(const char *row, long i, int kind)
     return kind == BFLOAT ? NAME(bfloats)((const uint16_t *)row + i) : NAME(ints)((const int8_t *)row + i);
 }
 
-/* Outputs `first` to `first + tile - 1` for all rows of x; `tile`, `rows` and `kind` are constants, so sums are in registers. */
+/* Outputs `first` to `first + tile - 1` for all rows of x; `tile`, `rows` and `kind` are constants, so sums are in registers.
+ * The CPU foresees one row of weights, but not that the next tile continues after the last of them: it is prefetched (to the
+ * second level), which doubles the speed. */
 TARGET INLINE void NAME(tile)(const Products *p, long first, int tile, int rows, int kind)
 {
     const long inputs = p->inputs, step = inputs * BYTES[kind], whole = inputs / LANES * LANES;
@@ -25,8 +27,10 @@ TARGET INLINE void NAME(tile)(const Products *p, long first, int tile, int rows,
             sums[t][n] = (NAME(vector)){0};
     for (long i = 0; i < whole; i += LANES) {
         NAME(vector) w[MOST_TILE];
-        for (int t = 0; t < tile; t++)
+        for (int t = 0; t < tile; t++) {
             w[t] = NAME(weights)(weight + t * step, i, kind);
+            __builtin_prefetch(weight + (t + tile) * step + i * BYTES[kind], 0, 2);
+        }
         for (int n = 0; n < rows; n++) {
             const NAME(vector) x = NAME(floats)(p->x + n * inputs + i);
             for (int t = 0; t < tile; t++)
