@@ -85,16 +85,29 @@ TARGET INLINE void NAME(strip)(const Products *p, long first, long last, int kin
     put_strip(p, first, last, done, kind, sums);
 }
 
+/* A function of its own for each number of rows and kind of weights: in one function, compilation would take minutes. */
+#define RANGE(rows, kind)                                                                                                   \
+    TARGET static __attribute__((noinline)) void NAME(range_##rows##_##kind)(const Products *p, long first, long last)      \
+    {                                                                                                                       \
+        NAME(range)(p, first, last, rows, kind);                                                                            \
+    }
+#define RANGES(kind)                                                                                                        \
+    RANGE(1, kind) RANGE(2, kind) RANGE(3, kind) RANGE(4, kind) RANGE(5, kind) RANGE(6, kind) RANGE(7, kind) RANGE(8, kind)
+
+RANGES(FLOAT)
+RANGES(BFLOAT)
+RANGES(INT)
+
 #define BY_ROWS(kind)                                                                                                       \
     switch (p->rows) {                                                                                                      \
-    case 1: NAME(range)(p, first, last, 1, kind); break;                                                                    \
-    case 2: NAME(range)(p, first, last, 2, kind); break;                                                                    \
-    case 3: NAME(range)(p, first, last, 3, kind); break;                                                                    \
-    case 4: NAME(range)(p, first, last, 4, kind); break;                                                                    \
-    case 5: NAME(range)(p, first, last, 5, kind); break;                                                                    \
-    case 6: NAME(range)(p, first, last, 6, kind); break;                                                                    \
-    case 7: NAME(range)(p, first, last, 7, kind); break;                                                                    \
-    default: NAME(range)(p, first, last, 8, kind);                                                                          \
+    case 1: NAME(range_1_##kind)(p, first, last); break;                                                                    \
+    case 2: NAME(range_2_##kind)(p, first, last); break;                                                                    \
+    case 3: NAME(range_3_##kind)(p, first, last); break;                                                                    \
+    case 4: NAME(range_4_##kind)(p, first, last); break;                                                                    \
+    case 5: NAME(range_5_##kind)(p, first, last); break;                                                                    \
+    case 6: NAME(range_6_##kind)(p, first, last); break;                                                                    \
+    case 7: NAME(range_7_##kind)(p, first, last); break;                                                                    \
+    default: NAME(range_8_##kind)(p, first, last);                                                                          \
     }
 
 TARGET static void NAME(outputs)(const Products *p, long first, long last)
@@ -114,6 +127,8 @@ TARGET static void NAME(outputs)(const Products *p, long first, long last)
 }
 
 #undef BY_ROWS
+#undef RANGES
+#undef RANGE
 #undef LANES
 #undef TILE
 #undef TARGET
