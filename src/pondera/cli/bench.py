@@ -66,6 +66,7 @@ def parser() -> Parser:
     arguments.add_argument(
         "--seed", type=positive_int(0), default=0, metavar="N", help="of contexts and questions (default: %(default)s)"
     )
+    arguments.add_argument("--dtype", metavar="DTYPE", help="of the weights, such as bfloat16 (default: the saved one)")
     arguments.add_argument(
         "--calibrate", metavar="TEXT", help="text for methods that are fitted to the model first, such as VQKV"
     )
@@ -117,7 +118,7 @@ def _measured(args: argparse.Namespace) -> tuple[str, list[BenchRow]]:
         spec.build(text, "questions")
     for text in settings.methods:
         spec.build(text, "kv_cache")
-    loaded = load(args.path)
+    loaded = load(args.path, dtype=args.dtype)
     samples = calibration(loaded, args.calibrate, 65536, 1024)
     rows = bench(loaded, settings, samples, args.out, lambda line: print(line, file=sys.stderr, flush=True))
     return loaded.name, rows

@@ -124,7 +124,7 @@ def bench(
     for text in it.questions:  # fails before anything is measured
         spec.build(text, "questions")
     methods = {text: ready(loaded.model, text, calibration, say) for text in names}
-    stored = _Store(store, {"model": loaded.name, "torch": torch.__version__, **asdict(it)})
+    stored = _Store(store, {"model": loaded.name, "dtype": _dtype(loaded), "torch": torch.__version__, **asdict(it)})
     rows: list[BenchRow] = []
     for text in it.questions:
         asked = contexts(loaded, it, text)
@@ -141,6 +141,10 @@ def contexts(loaded: Loaded, settings: BenchSettings, questions: str) -> list[As
     """The contexts of one kind of questions, with the questions about them."""
     kind: Questions = spec.build(questions, "questions")
     return kind.draw(lambda part: len(encode(loaded, part, False)), settings.tokens, settings.contexts, settings.seed)
+
+
+def _dtype(loaded: Loaded) -> str:
+    return str(loaded.model.dtype).removeprefix("torch.")
 
 
 def _scores(loaded: Loaded, method: KVCacheMethod, asked: Sequence[AskedContext]) -> list[ContextScore]:
