@@ -75,6 +75,7 @@ REFUSED = {
     "LazyLLM": "LazyLLM()",
     "DapQ": "DapQ(SnapKV(8, window=4))",
     "KVzip": "KVzip()",
+    "Coded": "Coded(SnapKV(200, window=4), KIVI(4))",
     "ExpectedAttention": "ExpectedAttention()",
     "FisherVQ": "FisherVQ(3, codes=4, vectors=64, texts=1, text_tokens=16)",
 }
@@ -322,7 +323,8 @@ def test_heads_combine(method: str):
 @pytest.mark.parametrize("kv_cache", REFUSED)
 def test_methods_that_cannot_be_right_are_refused(kv_cache: str):
     with pytest.raises(
-        UserError, match="drops tokens|moves queries|runs the model again|rotates queries back|in one pass"
+        UserError,
+        match="drops tokens|moves queries|runs the model again|rotates queries back|in one pass|of several passes",
     ):
         build("UniversalTransformer", REFUSED[kv_cache]).new_cache()
 

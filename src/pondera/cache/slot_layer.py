@@ -139,6 +139,11 @@ class KVStoreLayer(KVLayer):
         """Whether the latest token is the last one of a prompt."""
         return self.seen == self.prompt
 
+    @property
+    def stored(self) -> list[KVStore]:
+        """Stores with all kept slots: `tables`, unless a layer stores some slots in another form."""
+        return self.tables
+
     def joined(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all heads, ``[B, G, S, D]``, if no head has evicted a slot."""
         if len(self.tables) == 1:

@@ -33,6 +33,8 @@ class UniformQuantizer(Codec):
         ([[[[228]]]], [[[[0.0, 1.0, 2.0, 3.0]]]])
     """
 
+    alike: bool = True
+
     def __init__(self, bits: int, group: int, by_channel: bool) -> None:
         self.bits, self.group, self.by_channel = bits, group, by_channel
         self.unit = group if by_channel else 1
