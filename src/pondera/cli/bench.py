@@ -32,7 +32,8 @@ def parser() -> Parser:
     """The argument parser of ``pondera bench``."""
     about = (
         "Reads contexts, compresses their KV cache, and then asks questions about them, each on a copy of the cache: the "
-        "method has not seen the questions. Finished rows are kept in --out, and the same command continues."
+        "method has not seen the questions, unless --known is given. Finished rows are kept in --out, and the same command "
+        "continues."
     )
     arguments = Parser("bench", about, EXAMPLES, notes=_notes)
     arguments.add_argument("what", choices=["kv"], help="kv: KV cache methods")
@@ -112,7 +113,12 @@ def _measured(args: argparse.Namespace) -> tuple[str, list[BenchRow]]:
     from pondera.inference.load import load
 
     settings = BenchSettings(
-        tuple(args.questions or QUESTIONS), tuple(args.kv_cache or METHODS), args.tokens, args.contexts, args.seed
+        tuple(args.questions or QUESTIONS),
+        tuple(args.kv_cache or METHODS),
+        args.tokens,
+        args.contexts,
+        args.seed,
+        args.known,
     )
     for text in settings.questions:  # before the model is loaded
         spec.build(text, "questions")

@@ -22,7 +22,7 @@ from pondera.core.errors import UserError
 from pondera.core.run_folder import write_atomic
 from pondera.data.questions.base import AskedContext, Questions
 from pondera.evaluation.kv_sweep import FULL, ready, table_bytes
-from pondera.evaluation.question_score import ContextScore, encode, score_context, score_without
+from pondera.evaluation.question_score import ContextScore, encode, score_context, score_known, score_without
 from pondera.inference.load import Loaded
 from pondera.methods.kv_cache.base import KVCacheMethod
 
@@ -55,6 +55,8 @@ class BenchSettings:
         tokens: the length of a context.
         contexts: how many contexts of each kind of questions.
         seed: of contexts and questions.
+        known: whether each question is read with its context, before the cache is compressed; every question then takes a
+            prefill of its own.
     """
 
     questions: tuple[str, ...] = QUESTIONS
@@ -62,6 +64,7 @@ class BenchSettings:
     tokens: int = 2048
     contexts: int = 8
     seed: int = 0
+    known: bool = False
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,9 @@ def bench(
         scores = {NONE: stored.scores(text, NONE, lambda asked=asked: [score_without(loaded, one) for one in asked])}
         for name, method in methods.items():
             began = time.perf_counter()
-            scores[name] = stored.scores(text, name, lambda asked=asked, method=method: _scores(loaded, method, asked))
+            scores[name] = stored.scores(
+                text, name, lambda asked=asked, method=method: _scores(loaded, method, asked, it.known)
+            )
             rows.append(_row(text, name, method, scores))
             say(f"{text} {name}: {_said(rows[-1])} ({time.perf_counter() - began:.0f} s)")
     return rows
@@ -149,8 +154,9 @@ def _dtype(loaded: Loaded) -> str:
     return str(loaded.model.dtype).removeprefix("torch.")
 
 
-def _scores(loaded: Loaded, method: KVCacheMethod, asked: Sequence[AskedContext]) -> list[ContextScore]:
-    return [score_context(loaded, method, one, timed=number < TIMED) for number, one in enumerate(asked)]
+def _scores(loaded: Loaded, method: KVCacheMethod, asked: Sequence[AskedContext], known: bool) -> list[ContextScore]:
+    score = score_known if known else score_context
+    return [score(loaded, method, one, timed=number < TIMED) for number, one in enumerate(asked)]
 
 
 class _Store:
