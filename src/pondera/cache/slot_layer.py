@@ -309,6 +309,12 @@ class KVStoreLayer(KVLayer):
         """For each batch row, the number of tokens seen, or of its prompt, without padding."""
         return ((self.prompt if budget_from_prompt else self.seen) - self.state["padding"]).tolist()
 
+    def unused_bytes(self) -> int:
+        """Bytes of storage that is allocated for later tokens."""
+        pairs = ((table.keys_BGSD, table.used) for table in self.tables)
+        values = ((table.values_BGSD, table.used) for table in self.tables)
+        return sum(rows[:, :, used:].numel() * rows.element_size() for rows, used in (*pairs, *values))
+
     def number(self, table: KVStore) -> Tensor:
         """``[B, G, S]``: the index of each slot's token in its sequence, padding not counted."""
         return table.position - self.state["padding"][:, None, None]

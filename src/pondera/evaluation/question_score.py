@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core.errors import UserError
 from pondera.core.hf import CACHE
 from pondera.data.questions.base import AskedContext, Question
@@ -34,7 +35,7 @@ class ContextScore:
     Args:
         nats: for each question, the log-probability of its answer, in nats.
         right: for each question, whether greedy decoding gives the answer.
-        cache_bytes: bytes of the cache after the context; 0 without a context.
+        cache_bytes: bytes of the cache after the context, without storage for later tokens; 0 without a context.
         prefill_seconds: time to read and compress the context.
         step_seconds: median time of a decoding step after it; 0 if it was not measured.
     """
@@ -109,7 +110,9 @@ def _read(model: AdaptiveLM, method: KVCacheMethod, ids: Sequence[int]) -> tuple
     cache = new_cache(model, method)
     began = time.perf_counter()
     model(_row(model, ids), logits_to_keep=1, **{CACHE: cache})
-    return cache, time.perf_counter() - began, cache.nbytes()
+    seconds = time.perf_counter() - began
+    unused = sum(layer.unused_bytes() for layer in getattr(cache, "layers", ()) if isinstance(layer, KVStoreLayer))
+    return cache, seconds, cache.nbytes() - unused
 
 
 @torch.no_grad()
