@@ -67,6 +67,11 @@ def parser() -> Parser:
     arguments.add_argument(
         "--seed", type=positive_int(0), default=0, metavar="N", help="of contexts and questions (default: %(default)s)"
     )
+    arguments.add_argument(
+        "--known",
+        action="store_true",
+        help="read each question with its context, before the cache is compressed (one prefill per question)",
+    )
     arguments.add_argument("--dtype", metavar="DTYPE", help="of the weights, such as bfloat16 (default: the saved one)")
     arguments.add_argument(
         "--calibrate", metavar="TEXT", help="text for methods that are fitted to the model first, such as VQKV"
