@@ -151,6 +151,9 @@ EVICTION = {
         "The KV slots that a model needs to repeat a context answer any question about it: a third to a quarter suffices.",
         UNTESTED,
     ),
+    "LagKV": Claim(
+        "Tokens that leave the range of the tokens after them are those to keep, without a look at attention.", UNTESTED
+    ),
     "LazyLLM": policy(
         "LazyLLM",
         "Progressive pruning of prompt tokens brings the first token 2.3 times as soon at the same accuracy.",
