@@ -130,6 +130,10 @@ THINK = {
 
 EVICTION = {
     "A2SF": policy("A2SF", "Accumulated attention with a forgetting factor keeps quality with a part of the KV cache."),
+    "Compactor": Claim(
+        "Leverage scores of keys and attention that is not causal tell what to keep, whatever the question is.",
+        UNTESTED,
+    ),
     "DapQ": policy("DapQ", "Queries rotated to decoding positions pick the prompt tokens to keep.", PROMPT),
     "CriticalKV": Claim(
         "Scores times the norm of the projected value lose less than attention alone at the same budget.", UNTESTED

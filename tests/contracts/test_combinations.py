@@ -78,6 +78,7 @@ REFUSED = {
     "DapQ": "DapQ(SnapKV(8, window=4))",
     "KVzip": "KVzip()",
     "ExpectedAttention": "ExpectedAttention()",
+    "Compactor": "Compactor()",
     "FisherVQ": "FisherVQ(3, codes=4, vectors=64, texts=1, text_tokens=16)",
 }
 PIECES = (5, 4, 1, 1, 2)
@@ -324,7 +325,7 @@ def test_heads_combine(method: str):
 @pytest.mark.parametrize("kv_cache", REFUSED)
 def test_methods_that_cannot_be_right_are_refused(kv_cache: str):
     with pytest.raises(
-        UserError, match="drops tokens|moves queries|runs the model again|rotates queries back|in one pass"
+        UserError, match="drops tokens|moves queries|runs the model again|rotates (queries|keys) back|in one pass"
     ):
         build("UniversalTransformer", REFUSED[kv_cache]).new_cache()
 
