@@ -134,6 +134,9 @@ EVICTION = {
         "Leverage scores of keys and attention that is not causal tell what to keep, whatever the question is.",
         UNTESTED,
     ),
+    "CurDKV": Claim(
+        "Rows of a CUR decomposition of keys and values lose less than the tokens with the most attention.", UNTESTED
+    ),
     "DapQ": policy("DapQ", "Queries rotated to decoding positions pick the prompt tokens to keep.", PROMPT),
     "CriticalKV": Claim(
         "Scores times the norm of the projected value lose less than attention alone at the same budget.", UNTESTED
