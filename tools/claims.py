@@ -205,6 +205,9 @@ CACHES = {
         ],
         "One model; that large models keep their quality at 2 bits was not tested.",
     ),
+    "TurboQuant": Claim(
+        "Random rotation makes one table of levels fit any key and value: quality is kept at 3.5 bits.", UNTESTED
+    ),
     "VQKV": Claim(
         "Codebooks cut the KV cache by 82.8 % at 2.75 bits per number, nearly without loss.",
         "partly",

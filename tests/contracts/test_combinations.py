@@ -57,6 +57,7 @@ EXACT = {
     "CurDKV": "CurDKV(200)",
     "RandomEviction": "RandomEviction(200)",
     "KIVI": "KIVI(8, window=200)",
+    "TurboQuant": "TurboQuant(4, window=200)",
     "VQKV": f"VQKV(2, window=200, {FAST})",
 }
 TIGHT = {
@@ -72,6 +73,7 @@ TIGHT = {
     "CurDKV": "CurDKV(10, window=4)",
     "RandomEviction": "RandomEviction(10, sinks=1)",
     "KIVI": "KIVI(2, group=4, window=4, sinks=1)",
+    "TurboQuant": "TurboQuant(2, window=5, sinks=1, flush_size=2)",
     "VQKV": f"VQKV(2, window=5, sinks=1, flush_size=2, {FAST})",
 }
 REFUSED = {
