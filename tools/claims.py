@@ -161,6 +161,10 @@ EVICTION = {
     "LagKV": Claim(
         "Tokens that leave the range of the tokens after them are those to keep, without a look at attention.", UNTESTED
     ),
+    "LazyEviction": Claim(
+        "Tokens regain attention after a while; keeping them by the longest such interval saves 50 to 70 % of the KV cache.",
+        UNTESTED,
+    ),
     "LazyLLM": policy(
         "LazyLLM",
         "Progressive pruning of prompt tokens brings the first token 2.3 times as soon at the same accuracy.",
