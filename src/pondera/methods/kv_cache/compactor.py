@@ -41,11 +41,13 @@ class Compactor(EvictionPolicy):
     keys; one float per KV slot. Decoding computes no scores, but keeps every generated token.
     When not to use it: on models without rotary positions, which it refuses. For one question that the prompt ends with
     (`SnapKV`). For long outputs after short prompts.
-    Resolved: as in the authors' code, dot products in chunks are not scaled, attention is averaged over the query heads of
-    a KV head and then over three neighboring tokens, both scores are normalized over all heads and tokens of a sequence,
-    and first and last tokens enter no score. The authors set `blending` to the share of evicted tokens, to 0.35, or to 0.5
-    in different versions. Left out: the calibration that chooses the budget by the context. In chunked prefill the method
-    evicts at the end of each call; a query then attends to the tokens of its chunk that are still there.
+    Resolved: as in the authors' press in kvpress, dot products in chunks are not scaled, attention is averaged over the query
+    heads of a KV head and then over three neighboring tokens, both scores are normalized over all heads and tokens of a
+    sequence, and first and last tokens enter no score. (Their engine computes leverage within 512 tokens, and attention
+    without values and neighbors.) They set `blending` to the share of evicted tokens, to 0.35, or to 0.5. They count the
+    missing queries of a short last chunk as uniform attention; here it has fewer queries, for fewer keys. Left out: the
+    calibration that chooses the budget by the context. In chunked prefill the method evicts at the end of each call; a query
+    then attends to the tokens of its chunk that are still there.
 
     Args:
         budget: KV slots of the prompt per layer and KV head: a number (512), a share of the prompt (0.25) or bytes of a
@@ -71,6 +73,7 @@ class Compactor(EvictionPolicy):
         "tight": "Compactor(8, chunk=4, sketch=None, sinks=1, recent=1)",
     }
     prefill_only: bool = True
+    signed: ClassVar[bool] = True
     observation_window: int = ALL
     observes_scores: bool = False
 
