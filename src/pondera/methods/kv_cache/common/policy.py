@@ -177,6 +177,9 @@ class EvictionPolicy(BudgetedPolicy):
     policy evicts the older.
     """
 
+    signed: ClassVar[bool] = False
+    """Whether scores may be negative, so that a wrapper cannot multiply them."""
+
     @abstractmethod
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """``[B, G, S]``: the score of each slot; the policy evicts the lowest."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from pondera.cache.codec import Codec, Parts
 from pondera.core.errors import UserError
 from pondera.kernels.build import library
+from pondera.methods.kv_cache.common.bit_packing import pack_bits, unpack_bits
 
 BITS = (1, 2, 4, 8)
 WIDEST = 1024
@@ -74,7 +75,7 @@ class UniformQuantizer(Codec):
         # Rounded to float16 first, because decoding uses the stored minimum and step.
         least, step = least.half(), ((most - least) / (2**self.bits - 1)).half()
         levels = ((x - least) / step.float().clamp(min=1e-7)).round().clamp(0, 2**self.bits - 1)
-        codes = self._packed(levels.to(torch.uint8).view(x_BGSD.shape))
+        codes = pack_bits(levels.to(torch.uint8).view(x_BGSD.shape), self.bits)
         return {"codes": codes, "least": least.squeeze(axis), "step": step.squeeze(axis)}
 
     def decode(self, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
@@ -124,27 +125,12 @@ class UniformQuantizer(Codec):
     def decoded(self, parts: Parts) -> Tensor:
         """`decode` with operations of torch: the reference implementation."""
         axis = 3 if self.by_channel else 4
-        levels = self._in_groups(self._unpacked(parts["codes"]).float())
+        levels = self._in_groups(unpack_bits(parts["codes"], self.bits).float())
         x = torch.addcmul(parts["least"].float().unsqueeze(axis), levels, parts["step"].float().unsqueeze(axis))
         return x.flatten(2, 3) if self.by_channel else x.flatten(3, 4)
 
     def _in_groups(self, x_BGSD: Tensor) -> Tensor:
         return x_BGSD.unflatten(2, (-1, self.group)) if self.by_channel else x_BGSD.unflatten(3, (-1, self.group))
-
-    def _packed(self, levels_BGSD: Tensor) -> Tensor:
-        if self.bits == 8:
-            return levels_BGSD
-        places = levels_BGSD.unflatten(-1, (-1, 8 // self.bits)).unbind(-1)
-        packed = places[0].clone()
-        for number, place in enumerate(places[1:], 1):
-            packed |= place << (self.bits * number)
-        return packed
-
-    def _unpacked(self, codes: Tensor) -> Tensor:
-        if self.bits == 8:
-            return codes
-        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)
-        return ((codes[..., None] >> shifts) & (2**self.bits - 1)).flatten(-2)
 
 
 def _readable(*rows_BGSX: Tensor) -> bool:
