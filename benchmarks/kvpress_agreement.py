@@ -51,6 +51,14 @@ PAIRS = {
     ),
     "KeyDiff": ("KeyDiff({n})", "KeyDiffPress({r})"),
     "TOVA": ("TOVA({n})", "TOVAPress({r})"),
+    # Ranks are tied across partitions; with these sizes each of the 24 ranked ones keeps 3, 1 or 0 tokens.
+    "LagKV": ("LagKV({n}, lag=7, sinks=11)", "LagKVPress({r}, lag_size=7, n_sink=11)"),
+    "CurDKV": ("CurDKV({n}, window=16, sinks=4)", "CURPress({r}, local_window_size=16, num_sinks=4)"),
+    # Without a short last chunk, whose missing keys CompactorPress counts, and without the random sketch.
+    "Compactor": (
+        "Compactor({n}, blending=0.35, chunk=36, sketch=None, sinks=8, recent=4)",
+        "CompactorPress({r}, blending=0.35, chunk_size=36, sketch_dimension=16, sink_size_start=8, sink_size_end=4)",
+    ),
 }
 """By name: Pondera's spec with the number of slots, kvpress's expression with the share to evict."""
 SHARES = (0.5, 0.25, 0.125)
@@ -106,13 +114,27 @@ class Tokenizer:
         return torch.tensor([IDS.get(text, [3, 5, 2])], dtype=torch.long)
 
 
+class WithoutSketch:
+    """torch, with the identity in place of the random sketch of LeverageScorePress."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def randn(*shape: int, **kind: Any) -> torch.Tensor:
+        """Square matrices of this shape; LeverageScorePress divides them by the root of their width."""
+        return (torch.eye(shape[-1], **kind) * shape[-1] ** 0.5).expand(shape)
+
+
 def theirs(model: Any, ids_BT: torch.Tensor, expression: str) -> Kept:
     """The tokens that a press keeps: keys of the full cache that remain and are not marked as masked."""
     import kvpress
     import kvpress.presses.kvzip_press
+    import kvpress.presses.leverage_press
     from transformers import DynamicCache
 
     kvpress.presses.kvzip_press.AutoTokenizer = Tokenizer
+    kvpress.presses.leverage_press.torch = WithoutSketch()
     torch.set_default_dtype(torch.float64)  # of the mask that KVzipPress makes
 
     whole, cut = DynamicCache(), DynamicCache()

@@ -130,6 +130,13 @@ THINK = {
 
 EVICTION = {
     "A2SF": policy("A2SF", "Accumulated attention with a forgetting factor keeps quality with a part of the KV cache."),
+    "Compactor": Claim(
+        "Leverage scores of keys and attention that is not causal tell what to keep, whatever the question is.",
+        UNTESTED,
+    ),
+    "CurDKV": Claim(
+        "Rows of a CUR decomposition of keys and values lose less than the tokens with the most attention.", UNTESTED
+    ),
     "DapQ": policy("DapQ", "Queries rotated to decoding positions pick the prompt tokens to keep.", PROMPT),
     "CriticalKV": Claim(
         "Scores times the norm of the projected value lose less than attention alone at the same budget.", UNTESTED
@@ -149,6 +156,13 @@ EVICTION = {
     "KeyDiff": Claim("Keys that differ from the mean key are those that queries attend to.", UNTESTED),
     "KVzip": Claim(
         "The KV slots that a model needs to repeat a context answer any question about it: a third to a quarter suffices.",
+        UNTESTED,
+    ),
+    "LagKV": Claim(
+        "Tokens that leave the range of the tokens after them are those to keep, without a look at attention.", UNTESTED
+    ),
+    "LazyEviction": Claim(
+        "Tokens regain attention after a while; keeping them by the longest such interval saves 50 to 70 % of the KV cache.",
         UNTESTED,
     ),
     "LazyLLM": policy(
@@ -194,6 +208,9 @@ CACHES = {
             ),
         ],
         "One model; that large models keep their quality at 2 bits was not tested.",
+    ),
+    "TurboQuant": Claim(
+        "Random rotation makes one table of levels fit any key and value: quality is kept at 3.5 bits.", UNTESTED
     ),
     "VQKV": Claim(
         "Codebooks cut the KV cache by 82.8 % at 2.75 bits per number, nearly without loss.",

@@ -45,7 +45,12 @@ def arm(name: str, head: str | None, overrides: dict[str, Any], first: RunConfig
 def main() -> None:
     args = arguments(__doc__, list(SCALES)).parse_args()
     it = plan(args, "heads", SCALES[args.scale])
-    it = dataclasses.replace(it, command=it.command.replace("experiments.heads.run", "experiments.heads.clustered"))
+    it = dataclasses.replace(
+        it,  # folders of its own: its plain model has the name of one in the tables of `run`
+        out=it.out.with_name(f"clustered-{it.out.name}"),
+        results=it.results.with_name(f"clustered-{it.results.name}"),
+        command=it.command.replace("experiments.heads.run", "experiments.heads.clustered"),
+    )
     with in_pieces(args.minutes):
         first = load("plain", it.overrides)
         compare([write_recipe(first, it.out / "recipes")], 1, "tokens", None, it.out, jobs=1)

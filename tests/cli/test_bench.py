@@ -34,6 +34,8 @@ def test_table_store_and_plots(model: Path, questions: str, tmp_path: Path):
     shown = " ".join(ran.stdout.split())  # the title may be on two lines
     assert "StreamingLLM(0.5)" in shown and "kept:" in shown and "questions about 2 contexts" in shown
     assert (tmp_path / "plot.html").read_text().startswith("<!doctype html>")
+    known = subprocess.run([*command, "--known"], capture_output=True, text=True)
+    assert known.returncode == 2 and "known False" in known.stderr  # the scores in the file are of unknown questions
     again = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert [row["method"] for row in json.loads(again.stdout)["rows"]] == ["PreallocatedCache()", "StreamingLLM(0.5)"]
 

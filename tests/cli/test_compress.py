@@ -12,6 +12,7 @@ from helpers import saved_models
 
 from pondera.cli.main import main
 from pondera.core import spec
+from pondera.evaluation import uses
 from pondera.evaluation.kv_sweep import FITTED, SWEEP, sweep
 from pondera.evaluation.windows import HeldOutWindows, held_out
 from pondera.inference.load import load
@@ -186,3 +187,45 @@ def test_models_with_a_trained_memory_are_refused(said, text: Path, tmp_path: Pa
 def test_nothing_is_overwritten(said, model: Path, text: Path):
     code, _, error = said(model, "--data.text", text, "--out", model)
     assert code == 2 and "already exists" in error
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["--for", "chat"], "questions"),
+        (["--for", "questions", "--budget", "a lot"], "25%"),
+        (["--for", "questions", "--keep", "H2O(0.5)", "--out", "x"], "--keep does not go with --for"),
+        (["--for", "questions", "--data.text", "x.txt"], "--data.text does not go with --for"),
+        (["--tokens", "100"], "--tokens is for --for"),
+        (["--budget", "0"], "25%"),
+        (["--for", "questions", "--tokens", "9"], "at least 64"),
+    ],
+)
+def test_uses_and_budgets_that_are_wrong(said, model: Path, given: list[str], message: str):
+    code, _, progress = said(model, *given)
+    assert code == 2 and message in progress
+
+
+def test_a_budget_takes_the_best_row_within_it(said, model: Path, text: Path):
+    methods = ["--kv-cache", "StreamingLLM(0.5)", "--kv-cache", "StreamingLLM(0.25)"]
+    words = [model, "--data.text", text, "--windows", 2, *methods]
+    code, shown, _ = said(*words, "--budget", "50%", "--json")
+    found = json.loads(shown)
+    fitting = [row for row in found["rows"] if row["of_full"] <= 0.5]
+    assert code == 0 and found["elbow"] == min(fitting, key=lambda row: row["bits_per_byte"])["method"]
+    code, _, progress = said(*words, "--budget", "1%")
+    assert code == 2 and "no method was within 1 %" in progress
+
+
+def test_for_questions(said, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = [
+        {"context": f"a{n} is b{n}.", "qas": [{"question": f"a{n}?", "answers": [{"text": f"b{n}"}]}]}
+        for n in range(20)
+    ]
+    (tmp_path / "x.json").write_text(json.dumps({"data": [{"paragraphs": asked}]}))
+    monkeypatch.setattr(uses, "QUESTIONS", (f"Squad({str(tmp_path / 'x.json')!r})",))
+    words = [model, "--for", "questions", "--tokens", 64, "--contexts", 2, "--kv-cache", "StreamingLLM(0.25)"]
+    code, shown, progress = said(*words, "--out", tmp_path / "small")
+    assert code == 0, progress
+    assert "chosen: StreamingLLM(0.25)" in shown and "tokens/s" in shown and "saved with" in progress
+    assert json.loads((tmp_path / "small" / "config.json").read_text())["kv_cache"] == "StreamingLLM(0.25)"

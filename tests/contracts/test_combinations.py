@@ -53,8 +53,12 @@ EXACT = {
     "KeyDiff": "KeyDiff(200)",
     "PyramidKV": "PyramidKV(SnapKV(200, window=4), beta=1)",
     "TOVA": "TOVA(200)",
+    "LagKV": "LagKV(200, lag=8)",
+    "LazyEviction": "LazyEviction(200, window=8)",
+    "CurDKV": "CurDKV(200)",
     "RandomEviction": "RandomEviction(200)",
     "KIVI": "KIVI(8, window=200)",
+    "TurboQuant": "TurboQuant(4, window=200)",
     "VQKV": f"VQKV(2, window=200, {FAST})",
 }
 TIGHT = {
@@ -66,8 +70,12 @@ TIGHT = {
     "KeyDiff": "KeyDiff(10, recent=2)",
     "PyramidKV": "PyramidKV(SnapKV(10, window=4), beta=2)",
     "TOVA": "TOVA(10)",
+    "LagKV": "LagKV(10, lag=3, sinks=2)",
+    "LazyEviction": "LazyEviction(10, window=3, threshold=0.08)",
+    "CurDKV": "CurDKV(10, window=4)",
     "RandomEviction": "RandomEviction(10, sinks=1)",
     "KIVI": "KIVI(2, group=4, window=4, sinks=1)",
+    "TurboQuant": "TurboQuant(2, window=5, sinks=1, flush_size=2)",
     "VQKV": f"VQKV(2, window=5, sinks=1, flush_size=2, {FAST})",
 }
 REFUSED = {
@@ -75,7 +83,9 @@ REFUSED = {
     "LazyLLM": "LazyLLM()",
     "DapQ": "DapQ(SnapKV(8, window=4))",
     "KVzip": "KVzip()",
+    "Coded": "Coded(SnapKV(200, window=4), KIVI(4))",
     "ExpectedAttention": "ExpectedAttention()",
+    "Compactor": "Compactor()",
     "FisherVQ": "FisherVQ(3, codes=4, vectors=64, texts=1, text_tokens=16)",
 }
 PIECES = (5, 4, 1, 1, 2)
@@ -322,7 +332,8 @@ def test_heads_combine(method: str):
 @pytest.mark.parametrize("kv_cache", REFUSED)
 def test_methods_that_cannot_be_right_are_refused(kv_cache: str):
     with pytest.raises(
-        UserError, match="drops tokens|moves queries|runs the model again|rotates queries back|in one pass"
+        UserError,
+        match="drops tokens|moves queries|runs the model again|rotates (queries|keys) back|in one pass|of several passes",
     ):
         build("UniversalTransformer", REFUSED[kv_cache]).new_cache()
 

@@ -9,6 +9,8 @@ import torch
 from helpers.architectures import ids
 from helpers.cache_methods import EVICTING, FORMS, SLOTS, SMALL, feed, kept, large, model, small, state
 
+from pondera.methods.kv_cache.lazy_eviction import LazyEviction
+
 
 @pytest.fixture(autouse=True)
 def no_grad() -> Iterator[None]:
@@ -62,8 +64,10 @@ def test_decoding_after_generate_with_drafts_keeps_the_budget(name: str):
     feed(lm, alone, found[:, :-1], [20, *[1] * 5])
     lm.generate(found, max_new_tokens=30, **options)
     feed(lm, alone, ids(1, 30), [1] * 30)
-    sizes = [sum(len(head) for layer in kept(each) for head in layer) for each in (cache, alone)]
-    assert sizes[0] == sizes[1]
+    heads = [[len(head) for layer in kept(each) for head in layer] for each in (cache, alone)]
+    # Draft tokens change when the evictions come, which matters if they evict several tokens at once.
+    at_once = small(name).window if isinstance(small(name), LazyEviction) else 1
+    assert abs(sum(heads[0]) - sum(heads[1])) <= (at_once - 1) * len(heads[0])
 
 
 @pytest.mark.parametrize("order", [[1, 0], [1], [0, 1, 1]], ids=str)

@@ -104,7 +104,7 @@ def state(cache: KVCache) -> list[torch.Tensor]:
             found += [torch.tensor([layer.pads, layer.begins, layer.coded])]
             continue
         assert isinstance(layer, KVStoreLayer)
-        for table in layer.tables:
+        for table in layer.stored:
             order = table.position.argsort(dim=-1)
             real = table.position.gather(2, order) >= 0
             found += [table.position.gather(2, order)[real]]
@@ -115,7 +115,10 @@ def state(cache: KVCache) -> list[torch.Tensor]:
 
 
 def kept(cache: KVCache, row: int = 0) -> list[list[list[int]]]:
-    """The indices of the tokens that each head of each layer keeps exactly; the first token after padding has index 0."""
+    """The indices of the tokens that each head of each layer keeps; the first token after padding has index 0.
+
+    Of a cache that codes without eviction, those that stay exact.
+    """
     found = []
     for layer in cache.kept:
         if isinstance(layer, SinkWindowLayer):
@@ -125,6 +128,6 @@ def kept(cache: KVCache, row: int = 0) -> list[list[list[int]]]:
             continue
         assert isinstance(layer, KVStoreLayer)
         pads = int(layer.state["padding"][row])
-        heads = [head for table in layer.tables for head in table.position[row]]
+        heads = [head for table in layer.stored for head in table.position[row]]
         found.append([sorted((head[head >= 0] - pads).tolist()) for head in heads])
     return found

@@ -22,6 +22,7 @@ from tools.docs import (  # noqa: F401  (these register makers)
     models,
     pages,
     past,
+    questions,
     rounds,
     study,
     tasks,
@@ -62,7 +63,7 @@ def built(text: str) -> str:
 
 def wanted() -> dict[Path, str]:
     """Every file that is generated, or holds generated parts, and its text."""
-    whole = pages.files() | api.files() | study.figures() | front.figures() | tracking.figures()
+    whole = pages.files() | api.files() | study.figures() | front.figures() | tracking.figures() | questions.figures()
     written = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     in_parts = {page: built(page.read_text()) for page in written if page.parent != pages.FOLDER}
     return in_parts | whole

@@ -22,11 +22,13 @@ class Codec(ABC):
     Attributes:
         unit: the number of consecutive tokens that are coded together; `encode` takes multiples of it.
         needs_position: whether codes depend on the position of a token.
+        alike: whether it codes all heads and positions alike, so that it can code any selection of slots.
         queries: the number of queries up to which `dot` and `mix` are faster than products with decoded rows; 0: never.
     """
 
     unit: int = 1
     needs_position: bool = False
+    alike: bool = False
     queries: int = 0
 
     @abstractmethod

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pondera.cache.codec import Codes
+from pondera.cache.coded_slots import CodedSlots
 from pondera.cache.columns import Columns, DepthSlots
 from pondera.cache.file_checks import check_numbers
 from pondera.cache.identity import differences
@@ -29,7 +30,7 @@ from pondera.core.hf import Cache
 from pondera.core.run_folder import write_atomic
 from pondera.cost.measure import tensors_in
 
-HOLDERS = {holder.__name__: holder for holder in (KVStore, RingBuffer, Codes, DepthSlots, Columns)}
+HOLDERS = {holder.__name__: holder for holder in (KVStore, RingBuffer, Codes, CodedSlots, DepthSlots, Columns)}
 NOT_STATE = ("dtype", "device", "hold", "record_past")
 """Attributes of layers of transformers that are not saved: they follow from the tensors, or belong to running calls."""
 _DAMAGED = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)

@@ -82,6 +82,11 @@ class KVStore(BatchState):
             self.note[name] = note[:, :, : self.used]
 
     @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """`keys` and `values`."""
+        return self.keys, self.values
+
+    @property
     def real(self) -> Tensor:
         """``[B, G, S]``: true for slots of tokens that are not padding."""
         return self.position >= 0

@@ -139,6 +139,11 @@ class KVStoreLayer(KVLayer):
         """Whether the latest token is the last one of a prompt."""
         return self.seen == self.prompt
 
+    @property
+    def stored(self) -> list[KVStore]:
+        """Stores with all kept slots: `tables`, unless a layer stores some slots in another form."""
+        return self.tables
+
     def joined(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all heads, ``[B, G, S, D]``, if no head has evicted a slot."""
         if len(self.tables) == 1:
@@ -303,6 +308,12 @@ class KVStoreLayer(KVLayer):
     def real_tokens(self, budget_from_prompt: bool = False) -> list[int]:
         """For each batch row, the number of tokens seen, or of its prompt, without padding."""
         return ((self.prompt if budget_from_prompt else self.seen) - self.state["padding"]).tolist()
+
+    def unused_bytes(self) -> int:
+        """Bytes of storage that is allocated for later tokens."""
+        pairs = ((table.keys_BGSD, table.used) for table in self.tables)
+        values = ((table.values_BGSD, table.used) for table in self.tables)
+        return sum(rows[:, :, used:].numel() * rows.element_size() for rows, used in (*pairs, *values))
 
     def number(self, table: KVStore) -> Tensor:
         """``[B, G, S]``: the index of each slot's token in its sequence, padding not counted."""

@@ -32,7 +32,8 @@ def parser() -> Parser:
     """The argument parser of ``pondera bench``."""
     about = (
         "Reads contexts, compresses their KV cache, and then asks questions about them, each on a copy of the cache: the "
-        "method has not seen the questions. Finished rows are kept in --out, and the same command continues."
+        "method has not seen the questions, unless --known is given. Finished rows are kept in --out, and the same command "
+        "continues."
     )
     arguments = Parser("bench", about, EXAMPLES, notes=_notes)
     arguments.add_argument("what", choices=["kv"], help="kv: KV cache methods")
@@ -66,6 +67,12 @@ def parser() -> Parser:
     arguments.add_argument(
         "--seed", type=positive_int(0), default=0, metavar="N", help="of contexts and questions (default: %(default)s)"
     )
+    arguments.add_argument(
+        "--known",
+        action="store_true",
+        help="read each question with its context, before the cache is compressed (one prefill per question)",
+    )
+    arguments.add_argument("--dtype", metavar="DTYPE", help="of the weights, such as bfloat16 (default: the saved one)")
     arguments.add_argument(
         "--calibrate", metavar="TEXT", help="text for methods that are fitted to the model first, such as VQKV"
     )
@@ -111,13 +118,18 @@ def _measured(args: argparse.Namespace) -> tuple[str, list[BenchRow]]:
     from pondera.inference.load import load
 
     settings = BenchSettings(
-        tuple(args.questions or QUESTIONS), tuple(args.kv_cache or METHODS), args.tokens, args.contexts, args.seed
+        tuple(args.questions or QUESTIONS),
+        tuple(args.kv_cache or METHODS),
+        args.tokens,
+        args.contexts,
+        args.seed,
+        args.known,
     )
     for text in settings.questions:  # before the model is loaded
         spec.build(text, "questions")
     for text in settings.methods:
         spec.build(text, "kv_cache")
-    loaded = load(args.path)
+    loaded = load(args.path, dtype=args.dtype)
     samples = calibration(loaded, args.calibrate, 65536, 1024)
     rows = bench(loaded, settings, samples, args.out, lambda line: print(line, file=sys.stderr, flush=True))
     return loaded.name, rows

@@ -14,13 +14,18 @@ from pondera.core.errors import UserError
 
 if TYPE_CHECKING:
     from pondera.evaluation.kv_sweep import SweepRow
+    from pondera.evaluation.uses import Measured
 
 LEGEND = """table bytes: codebooks, once per model; top-1 agreement: how often the likeliest token is that of the full cache;
 recall: tokens of an earlier passage that are predicted when its beginning is repeated; tokens/s: decoding, here"""
+USE_LEGEND = """of full: bytes of the cache after the context; kept: share of what the context is worth (full cache 100 %,
+no context 0 %), mean over needles and examples; right: questions that greedy decoding answers; first token: reading and
+compressing; tokens/s: decoding, here"""
 SUMMARY = "compresses the KV cache of a model and measures what that costs in quality"
 EXAMPLES = """
 pondera compress runs/plain
 pondera compress smollm2 --plot compress.html
+pondera compress smollm2 --for questions --budget 25% --out small
 pondera compress path/to/model --data.text book.txt --kv-cache "StreamingLLM(0.25)" --kv-cache "H2O(0.25)"
 pondera compress path/to/model --data.text book.txt --plot compress.html --out compressed
 pondera generate compressed --prompt "The sea"
@@ -32,7 +37,8 @@ def parser() -> Parser:
     about = (
         "Measures KV cache methods on a model against its full cache: bytes, bits per byte of held-out text, top-1 agreement "
         "(next tokens equal to those with the full cache) and recall of an early passage. Recommends the elbow, or the only "
-        "--kv-cache, and with --out saves the model with that method."
+        "--kv-cache, and with --out saves the model with that method. With --for, methods that fit a use answer questions "
+        "about long contexts instead, and the one that keeps most within --budget is taken."
     )
     arguments = Parser("compress", about, EXAMPLES, settings="data.", notes=lambda: text_notes("evaluation text"))
     arguments.add_argument(
@@ -44,6 +50,24 @@ def parser() -> Parser:
         default=[],
         metavar="SPEC",
         help="a method such as 'H2O(0.25)', see `pondera methods`; may be repeated (default: a sweep)",
+    )
+    arguments.add_argument(
+        "--for",
+        dest="use",
+        metavar="USE",
+        help="what the cache is for: questions (a context is read once, its questions are not known yet) or prompts (each "
+        "long prompt ends with its question)",
+    )
+    arguments.add_argument(
+        "--budget",
+        metavar="SHARE",
+        help="most bytes of the full cache to take, such as 25%% (default: the elbow decides)",
+    )
+    arguments.add_argument(
+        "--tokens", type=positive_int(64), metavar="N", help="with --for: length of a context (default: 1024)"
+    )
+    arguments.add_argument(
+        "--contexts", type=positive_int(2), metavar="N", help="with --for: contexts of each kind (default: 4)"
     )
     arguments.add_argument(
         "--calibrate", metavar="TEXT", help="calibration text for codebooks (default: the training text of the run)"
@@ -79,8 +103,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--keep selects the method that --out saves; give --out FOLDER, too")
     if args.out is not None and args.out.exists():
         raise UserError(f"--out {args.out}: already exists; give another folder")
+    _check_use(args)
     with only_json(args.json):
-        found = _compress(args)
+        found = _compress(args) if args.use is None else _compress_for(args)
     if args.json:
         print_json(found)
     return 0
@@ -99,6 +124,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
         calibrate_tokens=args.calibrate_tokens,
         out=args.out,
         keep=args.keep,
+        budget=args.budget,
         say=lambda line: print(line, file=sys.stderr, flush=True),
         **given_settings(args.overrides),
     )
@@ -109,7 +135,7 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
             list(_row(rows[0])), [list(_row(row).values()) for row in rows], f"KV cache of {done.context} tokens"
         )
         print(LEGEND)
-        named = "elbow" if len(rows) > 2 else "chosen"
+        named = "elbow" if len(rows) > 2 and args.budget is None else "chosen"
         print(
             f"{named}: {chosen.method}, {100 * chosen.of_full:.1f} % of the bytes of the full cache, "
             f"{chosen.bits_per_byte - rows[0].bits_per_byte:+.4f} bits per byte"
@@ -119,6 +145,65 @@ def _compress(args: argparse.Namespace) -> dict[str, Any]:
     if args.out is not None:
         print(f"saved with {done.written}: pondera generate {args.out} --prompt ...", file=sys.stderr)
     return found
+
+
+def _check_use(args: argparse.Namespace) -> None:
+    """Raises if options are given that do not go with --for, or only with it."""
+    given = {"--tokens": args.tokens, "--contexts": args.contexts}
+    if args.use is None:
+        if names := [name for name, value in given.items() if value is not None]:
+            raise UserError(f"{names[0]} is for --for USE; without it, give --data.context and --windows")
+        return
+    others = {
+        "--keep": args.keep,
+        "--plot": args.plot,
+        **{f"--{name}": value for name, value in args.overrides.items()},
+    }
+    if names := [name for name, value in others.items() if value is not None]:
+        raise UserError(
+            f"{names[0]} does not go with --for: its contexts are generated; `pondera bench kv` has plots and more"
+        )
+
+
+def _compress_for(args: argparse.Namespace) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from pondera.evaluation.compress import compress_for
+
+    done = compress_for(
+        args.path,
+        args.use,
+        args.budget,
+        kv_cache=args.kv_cache,
+        calibrate=args.calibrate,
+        out=args.out,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+        **{name: value for name in ("tokens", "contexts") if (value := getattr(args, name)) is not None},
+    )
+    full, chosen = done.rows[0], done.chosen
+    if not args.json:
+        cells = [_use_row(row) for row in done.rows]
+        print_table(list(cells[0]), [list(row.values()) for row in cells], f"{done.name}, for {args.use}")
+        print(USE_LEGEND)
+        print(
+            f"chosen: {chosen.method}: {100 * chosen.of_full:.1f} % of the bytes, {100 * chosen.kept:.0f} % kept, "
+            f"{1 / full.step_seconds:.1f} -> {1 / chosen.step_seconds:.1f} tokens/s"
+        )
+    if done.written is not None:
+        print(f"saved with {done.written}: pondera generate {args.out} --prompt ...", file=sys.stderr)
+    return {"name": done.name, "chosen": chosen.method, "rows": [asdict(row) for row in done.rows]}
+
+
+def _use_row(row: Measured) -> dict[str, str]:
+    """A row of the table of a use."""
+    return {
+        "method": row.method,
+        "of full": f"{100 * row.of_full:.1f} %",
+        "kept": f"{100 * row.kept:.0f} %",
+        "right": f"{100 * row.right:.0f} %",
+        "first token": f"{row.prefill_seconds:.2f} s",
+        "tokens/s": f"{1 / row.step_seconds:.1f}",
+    }
 
 
 def _row(row: SweepRow) -> dict[str, str]:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from pondera.core import spec
 from pondera.core.errors import UserError
 from pondera.evaluation.chunked_forward import chunked_forward
+from pondera.evaluation.fitted_tables import fit
 from pondera.evaluation.windows import HeldOutWindows
 from pondera.inference.load import Loaded
 from pondera.methods.kv_cache.base import KVCacheMethod, compressible
@@ -125,7 +126,7 @@ def ready(model: AdaptiveLM, text: str, calibration: Sequence[Tensor], say: Call
     method.to(model.device)
     if not method.fitted:
         say(f"{text}: calibrating")
-        method.fit(model, calibration)
+        fit(method, model, calibration)
     return method
 
 

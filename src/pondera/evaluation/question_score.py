@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core.errors import UserError
 from pondera.core.hf import CACHE
 from pondera.data.questions.base import AskedContext, Question
@@ -34,7 +35,7 @@ class ContextScore:
     Args:
         nats: for each question, the log-probability of its answer, in nats.
         right: for each question, whether greedy decoding gives the answer.
-        cache_bytes: bytes of the cache after the context; 0 without a context.
+        cache_bytes: bytes of the cache after the context, without storage for later tokens; 0 without a context.
         prefill_seconds: time to read and compress the context.
         step_seconds: median time of a decoding step after it; 0 if it was not measured.
     """
@@ -65,21 +66,53 @@ def score_context(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, ti
     Raises:
         UserError: context and question are longer than the positions of the model.
     """
-    model, ids = loaded.model, encode(loaded, asked.context, True)
+    model, ids = loaded.model, _context_ids(loaded, asked)
+    cache, seconds, size = _read(model, method, ids)
+    found = [_answered(loaded, question, cache.clone()) for question in asked.questions]
+    nats, right = zip(*found, strict=True)
+    return ContextScore(nats, right, size, seconds, step_seconds(model, cache) if timed else 0.0)
+
+
+@torch.no_grad()
+def score_known(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, timed: bool = False) -> ContextScore:
+    """Reads the context with each question but its last token in one call, which compresses it, and then the rest.
+
+    The method can choose what the question needs; the whole answer is predicted with the compressed cache. Arguments and errors
+    are those of `score_context`; each question takes a prefill.
+    """
+    model, ids = loaded.model, _context_ids(loaded, asked)
+    found, seconds, sizes, step = [], [], [], 0.0
+    for number, question in enumerate(asked.questions):
+        text = encode(loaded, question.text, False)
+        cache, taken, size = _read(model, method, ids + text[:-1])
+        seconds.append(taken)
+        sizes.append(size)
+        if timed and number == 0:
+            step = step_seconds(model, cache.clone())
+        found.append(_predicted(loaded, text[-1:], encode(loaded, question.answer, False), cache))
+    nats, right = zip(*found, strict=True)
+    return ContextScore(nats, right, sum(sizes) // len(sizes), sorted(seconds)[len(seconds) // 2], step)
+
+
+def _context_ids(loaded: Loaded, asked: AskedContext) -> list[int]:
+    """The token ids of the context; refuses one that leaves no positions for its questions."""
+    ids, limit = encode(loaded, asked.context, True), loaded.model.positions
     longest = max(len(encode(loaded, one.text + one.answer, False)) for one in asked.questions)
-    limit = model.positions
     if limit is not None and len(ids) + longest > limit:
         raise UserError(
             f"a context of {len(ids)} tokens and a question of {longest} exceed the {limit} positions of this model; shorten it"
         )
+    return ids
+
+
+def _read(model: AdaptiveLM, method: KVCacheMethod, ids: Sequence[int]) -> tuple[Any, float, int]:
+    """A cache that has read these tokens in one call, the seconds it took, and the bytes of the cache."""
     cache = new_cache(model, method)
     began = time.perf_counter()
     model(_row(model, ids), logits_to_keep=1, **{CACHE: cache})
     seconds = time.perf_counter() - began
-    size = cache.nbytes()
-    found = [_answered(loaded, question, cache.clone()) for question in asked.questions]
-    nats, right = zip(*found, strict=True)
-    return ContextScore(nats, right, size, seconds, step_seconds(model, cache) if timed else 0.0)
+    unused = sum(layer.unused_bytes() for layer in getattr(cache, "layers", ()) if isinstance(layer, KVStoreLayer))
+    return cache, seconds, cache.nbytes() - unused
 
 
 @torch.no_grad()
@@ -92,11 +125,14 @@ def score_without(loaded: Loaded, asked: AskedContext) -> ContextScore:
 
 def _answered(loaded: Loaded, question: Question, cache: Any) -> tuple[float, bool]:
     """The log-probability of the answer, and whether each of its tokens is the likeliest."""
-    model, text, answer = (
-        loaded.model,
-        encode(loaded, question.text, cache is None),
-        encode(loaded, question.answer, False),
+    return _predicted(
+        loaded, encode(loaded, question.text, cache is None), encode(loaded, question.answer, False), cache
     )
+
+
+def _predicted(loaded: Loaded, text: list[int], answer: list[int], cache: Any) -> tuple[float, bool]:
+    """The same for token ids; the text has at least one."""
+    model = loaded.model
     out = model(_row(model, text + answer[:-1]), **({} if cache is None else {CACHE: cache}))
     logits_TV = out.logits[0, -len(answer) :].float()
     answer_T = torch.tensor(answer, device=logits_TV.device)

@@ -16,13 +16,14 @@ from torch import Tensor
 from pondera.core.errors import UserError
 from pondera.data.corpus import prepare
 from pondera.data.task_corpus import TaskSplit
-from pondera.data.text import open_text
-from pondera.evaluation.long_text import LongText
+from pondera.data.text import Source, open_text
+from pondera.data.tokenizer import encode
+from pondera.evaluation.long_text import LongText, documents
 from pondera.evaluation.perplexity import context_of, given_settings
 from pondera.inference.load import Loaded
 
 if TYPE_CHECKING:
-    from pondera.data.corpus import AnySplit, Split
+    from pondera.data.corpus import Split
 
 ASKED, LEAST = 24, 32
 """Maximum tokens of the passage that is repeated to measure recall; minimum tokens of a window."""
@@ -30,6 +31,10 @@ CONTEXT = 1024
 """Tokens of a window for a model that is not from a run, if it has as many positions."""
 TOGETHER = 2048
 """Approximate tokens of a calibration batch."""
+SAFE, LONG = 4, 16
+"""Characters of a token: fewer than a token has on average in most texts, so that windows need not overlap; and more."""
+LONGEST = 2**28
+"""Characters of a calibration text that are read at most."""
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +120,9 @@ def held_out(loaded: Loaded, data: Mapping[str, Any], count: int) -> HeldOutWind
 
 
 def calibration(loaded: Loaded, text: str | None, tokens: int, context: int) -> list[Tensor]:
-    """Token ids ``[B, T]`` to fit codebooks to.
+    """Token ids ``[B, T]`` to fit codebooks to: windows that are spread evenly over the text.
+
+    A codebook that has seen one document only codes other documents badly.
 
     Args:
         loaded: the model.
@@ -126,17 +133,48 @@ def calibration(loaded: Loaded, text: str | None, tokens: int, context: int) -> 
     Raises:
         UserError: a text that does not fill one window.
     """
+    most = max(1, tokens // context)
     if text is not None:
-        split: AnySplit = LongText.read(open_text(text), text, loaded.tokenizer, tokens, loaded.model.embedded)
+        windows = spread_windows(open_text(text), text, loaded, context, most)
     elif loaded.run is not None:
-        split = prepare(loaded.run.config.data).train
+        every = prepare(loaded.run.config.data).train.windows(context, False)
+        windows: list[Tensor] = [every[number]["input_ids"] for number in _spread(len(every), most)]
     else:
         return []
-    windows = split.windows(context, False)
-    count = min(len(windows), max(1, tokens // context))
-    if not count or not len(windows):
+    if not windows:
         raise UserError(
-            f"--calibrate: this text has {split.num_tokens} tokens, and a window needs {context + 1}; give a longer one"
+            f"--calibrate: this text has no window of {context + 1} tokens; give a longer one, or a smaller context"
         )
-    ids_NT = torch.stack([windows[number]["input_ids"] for number in range(count)])
-    return list(ids_NT.split(max(1, TOGETHER // context)))
+    return list(torch.stack(windows).split(max(1, TOGETHER // context)))
+
+
+def spread_windows(source: Source, name: str, loaded: Loaded, context: int, most: int) -> list[Tensor]:
+    """Windows ``[T]`` at even distances in a text, of which each is tokenised alone; fewer, if they would overlap.
+
+    Args:
+        source: the documents.
+        name: the source as the user gave it, for messages.
+        loaded: the model; its tokenizer tokenises the text.
+        context: T.
+        most: maximum number of windows.
+    """
+    texts, size = [], 0
+    for text in documents(source, name):
+        texts.append(text)
+        size += len(text)
+        if size >= LONGEST:
+            break
+    whole = "\n\n".join(texts)
+    found = []
+    for number in range(count := max(1, min(most, len(whole) // (SAFE * context)))):
+        begin = number * (len(whole) // count)
+        ids, _ = next(encode([whole[begin : begin + LONG * context]], loaded.tokenizer, loaded.model.embedded))
+        if len(ids) > context:
+            found.append(torch.tensor(ids[:context].astype("int64")))
+    return found
+
+
+def _spread(windows: int, most: int) -> list[int]:
+    """Numbers of windows at even distances."""
+    count = min(windows, most)
+    return [number * windows // count for number in range(count)]

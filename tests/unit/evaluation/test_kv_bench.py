@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import saved_models
 
+from pondera.arch.dimensions import head_dim, kv_heads
 from pondera.core.errors import UserError
 from pondera.data.questions.base import AskedContext, Question
 from pondera.evaluation import kv_bench
@@ -49,6 +50,18 @@ def test_the_full_cache_scores_as_the_text_in_one_call(loaded: Loaded):
         nats, right = _by_hand(loaded, ASKED.context, question)
         assert math.isclose(found.nats[number], nats, abs_tol=1e-4) and found.right[number] == right
     assert found.cache_bytes > 0 and found.step_seconds > 0
+
+
+@torch.no_grad()
+def test_bytes_are_those_of_the_stock_cache(loaded: Loaded):
+    """Storage that is allocated for later tokens is not part of the cache of a context; positions are."""
+    config, tokens = loaded.model.backbone.config, len(encode(loaded, ASKED.context, True))
+    slots = config.num_hidden_layers * kv_heads(config) * tokens
+    method = PreallocatedCache()
+    method.bind(loaded.model.backbone.config)
+    found = score_context(loaded, method, ASKED)
+    stock, positions = slots * 2 * head_dim(config) * 4, slots * 4
+    assert 0 <= found.cache_bytes - stock <= 2 * positions
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from pondera import UserError
 from pondera.methods.kv_cache.ada_kv import AdaKV
+from pondera.methods.kv_cache.compactor import Compactor
 from pondera.methods.kv_cache.critical_kv import CriticalKV
 from pondera.methods.kv_cache.h2o import H2O
 from pondera.methods.kv_cache.snap_kv import SnapKV
@@ -77,6 +78,8 @@ def test_what_does_not_fit_is_refused_in_words():
         policy.cache(model(3))
     with pytest.raises(UserError, match="at the end of the prompt"):
         CriticalKV(H2O(8))
+    with pytest.raises(UserError, match="those of Compactor may be negative"):
+        CriticalKV(Compactor(20))
     with pytest.raises(UserError, match="from 0 to 1"):
         CriticalKV(first=2)
     with pytest.raises(UserError, match="0 or more"):

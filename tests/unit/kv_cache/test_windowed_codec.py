@@ -241,3 +241,16 @@ def test_a_ring_goes_round():
 def test_regions_that_make_no_sense_are_refused(kwargs: dict[str, Any]):
     with pytest.raises(UserError, match="give a number of tokens"):
         layer(**kwargs)
+
+
+@pytest.mark.parametrize(("given", "sinks"), [({}, 4), ({"sinks": 0}, 0)])
+def test_rounding_leaves_the_first_tokens_exact_unless_the_form_of_the_paper_is_asked_for(
+    given: dict[str, Any], sinks: int
+):
+    config = cast(Any, SimpleNamespace(head_dim=D))
+    keys = rows(60)
+    of = KIVI(2, group=4, window=8, **given).layer(config, 0, 1)
+    feed(of, keys, [50, *[1] * 10])
+    found, _, number_BS = of.restored()
+    exact = [t for t in range(60) if torch.equal(found[:, :, number_BS[0] == t], keys[1][:, :, t : t + 1])]
+    assert exact == [*range(sinks), *range(sinks + of.coded[0], 60)] and of.coded[0] > 40

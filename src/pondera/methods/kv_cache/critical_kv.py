@@ -68,6 +68,11 @@ class CriticalKV(EvictionPolicy):
                 f"CriticalKV({type(policy).__name__}(...)): give an eviction policy that acts at the end of the prompt, "
                 "e.g. CriticalKV(SnapKV(512))"
             )
+        if policy.signed:
+            raise UserError(
+                f"CriticalKV multiplies scores by norms, and those of {type(policy).__name__} may be negative; give a policy "
+                "whose scores are not, e.g. CriticalKV(SnapKV(512))"
+            )
         if not 0 <= first <= 1:
             raise UserError(f"first={first}: give the share of the budget of the first stage, from 0 to 1")
         if not 0 <= epsilon < float("inf"):

@@ -43,6 +43,7 @@ class KeyDiff(EvictionPolicy):
     paper: ClassVar[str] = "KeyDiff, arXiv 2504.15364"
     cost: ClassVar[str] = "budget KV slots; a mean key and a cosine per slot whenever slots are evicted"
     examples: ClassVar[dict[str, str]] = {"exact": "KeyDiff(64)", "tight": "KeyDiff(8, recent=1)"}
+    signed: ClassVar[bool] = True
 
     def __init__(self, budget: int | float | str | list = 0.5, recent: int | float = 0, sinks: int = 0) -> None:
         super().__init__(budget, sinks, recent)

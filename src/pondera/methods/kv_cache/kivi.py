@@ -29,14 +29,15 @@ class KIVI(SinkWindowCache):
     groups of 32. A decode step dequantizes all earlier tokens; there is no arithmetic on codes.
     When not to use it: for 2 bits per number in total, which leave 1 bit for the codes; use `VQKV` there.
     Resolved: the paper quantizes keys when a window of exact ones is full, and values one by one; here the method
-    quantizes both `group` tokens at a time, so the exact window has `window` to ``window + group - 1`` tokens. Like the
-    paper, it keeps no sinks by default. Steps and minima are float16.
+    quantizes both `group` tokens at a time, so the exact window has `window` to ``window + group - 1`` tokens. The paper
+    quantizes the first tokens, too (``sinks=0``); here they stay exact by default, because every later token attends to
+    them. Steps and minima are float16.
 
     Args:
         bits: 1, 2, 4 or 8 per number.
         group: number of values that share a step; for values at most the head width.
         window: number of latest tokens that stay exact; up to ``window + group - 1`` of them do.
-        sinks: number of first tokens that stay exact.
+        sinks: number of first tokens that stay exact; the paper has none.
         keys: ``"channel"``, or ``"token"`` to quantize keys in the way of values (a control).
 
     Example:
@@ -53,7 +54,7 @@ class KIVI(SinkWindowCache):
     examples: ClassVar[dict[str, str]] = {"exact": "KIVI()", "tight": "KIVI(2, group=4, window=4, sinks=1)"}
 
     def __init__(
-        self, bits: int = 2, group: int = 32, window: int = 128, sinks: int = 0, keys: str = "channel"
+        self, bits: int = 2, group: int = 32, window: int = 128, sinks: int = 4, keys: str = "channel"
     ) -> None:
         if bits not in BITS:
             raise UserError(f"bits={bits!r}: give {', '.join(map(str, BITS))}")

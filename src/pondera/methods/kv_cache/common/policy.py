@@ -6,7 +6,7 @@ Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, k ch
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedConfig
 from pondera.methods.kv_cache.base import KVCacheMethod
 from pondera.methods.kv_cache.common.budget import SlotBudget
+
+if TYPE_CHECKING:
+    from pondera.methods.kv_cache.common.second_run import AfterPrompt
 
 ALL = 2**62
 """Observes every query of a call."""
@@ -48,6 +51,11 @@ class Policy(KVCacheMethod):
     def note_defaults(self) -> dict[str, float]:
         """The names of its per-slot notes, and their values for a new slot."""
         return {}
+
+    @property
+    def second_run(self) -> AfterPrompt | None:
+        """What evicts after the prompt and may run the model again; default: `None`, nothing does."""
+        return None
 
     @property
     def by_head(self) -> bool:
@@ -168,6 +176,9 @@ class EvictionPolicy(BudgetedPolicy):
     Most papers only need `score`, and `observe` if the score is based on attention. Among slots with equal scores the
     policy evicts the older.
     """
+
+    signed: ClassVar[bool] = False
+    """Whether scores may be negative, so that a wrapper cannot multiply them."""
 
     @abstractmethod
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:

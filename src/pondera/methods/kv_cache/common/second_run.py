@@ -12,7 +12,7 @@ import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -117,10 +117,22 @@ class Prompt:
         self.decoder(**call)
 
 
+class AfterPrompt(Protocol):
+    """What `_settle` calls at the end of the prompt."""
+
+    def after_prompt(self, prompt: Prompt) -> None:
+        """See `SecondRun.after_prompt`."""
+
+
 class SecondRun(Policy):
     """A policy that evicts once: after the first call, the prompt, which it may run through the model again."""
 
     prefill_only: bool = True
+
+    @property
+    def second_run(self) -> Self:
+        """See `Policy.second_run`."""
+        return self
 
     @abstractmethod
     def after_prompt(self, prompt: Prompt) -> None:
@@ -182,15 +194,19 @@ def _embedded(decoder: Any, ids_BN: Tensor) -> Tensor:
 def _served(kwargs: dict[str, Any]) -> KVCache | None:
     """The cache of a call, if its method runs the model a second time and this is not that run."""
     cache = kwargs.get(CACHE)
-    if isinstance(cache, KVCache) and isinstance(cache.method, SecondRun) and isinstance(cache.kept[0], KVStoreLayer):
-        return cache
-    return None
+    if not isinstance(cache, KVCache) or not isinstance(cache.kept[0], KVStoreLayer):
+        return None
+    return None if _second_run(cache) is None else cache
+
+
+def _second_run(cache: KVCache) -> AfterPrompt | None:
+    return cache.method.second_run if isinstance(cache.method, Policy) else None
 
 
 def _settle(decoder: nn.Module, cache: KVCache) -> None:
     """Calls `SecondRun.after_prompt` once it is known which tokens are the prompt."""
-    layer = cache.kept[0]
-    assert isinstance(layer, KVStoreLayer) and isinstance(cache.method, SecondRun)
+    layer, method = cache.kept[0], _second_run(cache)
+    assert isinstance(layer, KVStoreLayer) and method is not None
     if INPUTS not in layer.state or layer.drafted:
         return
     inputs, positions = (layer.state.pop(name)[:, : layer.seen] for name in (INPUTS, POSITIONS))
@@ -200,4 +216,4 @@ def _settle(decoder: nn.Module, cache: KVCache) -> None:
         kept.renew()
     real_BT = layer.tables[0].position[:, 0] >= 0
     with as_it_was(decoder):
-        cache.method.after_prompt(Prompt(decoder, cache, inputs, positions, real_BT))
+        method.after_prompt(Prompt(decoder, cache, inputs, positions, real_BT))

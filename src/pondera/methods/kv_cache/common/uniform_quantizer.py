@@ -1,17 +1,40 @@
 """Uniform quantization to a few bits, with minimum and step per group of numbers.
 
-Shapes: B batch, G KV heads, S tokens, D head width, g numbers that share a step, b bits of a number.
+Shapes: B batch, G KV heads, S tokens, D head width, N queries, g numbers that share a step, b bits of a number.
 """
 
 from __future__ import annotations
+
+import ctypes
 
 import torch
 from torch import Tensor
 
 from pondera.cache.codec import Codec, Parts
 from pondera.core.errors import UserError
+from pondera.kernels.build import library
+from pondera.methods.kv_cache.common.bit_packing import pack_bits, unpack_bits
 
 BITS = (1, 2, 4, 8)
+WIDEST = 1024
+"""The widest head of the kernel."""
+DECODE, DOT, MIX = range(3)
+"""What the kernel computes."""
+
+
+class _Uniform(ctypes.Structure):
+    """The struct of ``uniform.c``; the kernel sets its last two fields."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("codes", "least", "step", "given", "out")),
+        *((f"{name}_{axis}", ctypes.c_int64) for name in ("codes", "least", "step") for axis in "BG"),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("B", "G", "S", "D", "N", "bits", "group", "by_channel", "block", "mode", "threads")
+        ),
+        ("sums", ctypes.c_void_p),
+        ("blocks", ctypes.c_long),
+    )
 
 
 class UniformQuantizer(Codec):
@@ -33,6 +56,9 @@ class UniformQuantizer(Codec):
         ([[[[228]]]], [[[[0.0, 1.0, 2.0, 3.0]]]])
     """
 
+    alike: bool = True
+    queries: int = 16
+
     def __init__(self, bits: int, group: int, by_channel: bool) -> None:
         self.bits, self.group, self.by_channel = bits, group, by_channel
         self.unit = group if by_channel else 1
@@ -49,33 +75,73 @@ class UniformQuantizer(Codec):
         # Rounded to float16 first, because decoding uses the stored minimum and step.
         least, step = least.half(), ((most - least) / (2**self.bits - 1)).half()
         levels = ((x - least) / step.float().clamp(min=1e-7)).round().clamp(0, 2**self.bits - 1)
-        codes = self._packed(levels.to(torch.uint8).view(x_BGSD.shape))
+        codes = pack_bits(levels.to(torch.uint8).view(x_BGSD.shape), self.bits)
         return {"codes": codes, "least": least.squeeze(axis), "step": step.squeeze(axis)}
 
     def decode(self, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
-        """See `Codec.decode`."""
+        """See `Codec.decode`; on a CPU with a native kernel."""
+        B, G, S, _ = parts["codes"].shape
+        width = parts["codes"].shape[-1] * 8 // self.bits
+        out_BGSD = self._native(DECODE, parts, None, (B, G, S, width))
+        return self.decoded(parts) if out_BGSD is None else out_BGSD
+
+    def dot(self, query_BGND: Tensor, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
+        """See `Codec.dot`: the kernel decodes a token at a time."""
+        B, G, N, _ = query_BGND.shape
+        out_BGNS = self._native(DOT, parts, query_BGND, (B, G, N, parts["codes"].shape[2]))
+        return super().dot(query_BGND, parts, position_BS) if out_BGNS is None else out_BGNS
+
+    def mix(self, weight_BGNS: Tensor, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
+        """See `Codec.mix`."""
+        B, G, N, _ = weight_BGNS.shape
+        out_BGND = self._native(MIX, parts, weight_BGNS, (B, G, N, parts["codes"].shape[-1] * 8 // self.bits))
+        return super().mix(weight_BGNS, parts, position_BS) if out_BGND is None else out_BGND
+
+    def _native(self, mode: int, parts: Parts, given: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
+        """The result of the kernel; `None` if it does not support the arguments."""
+        codes, least, step = parts["codes"], parts["least"], parts["step"]
+        B, G, S, width = *codes.shape[:3], codes.shape[3] * 8 // self.bits
+        rows = (codes, least, step)
+        if not S or not _readable(*rows) or width > WIDEST or torch.compiler.is_compiling():
+            return None
+        if given is not None and (given.device.type != "cpu" or (torch.is_grad_enabled() and given.requires_grad)):
+            return None
+        if given is not None and given.dtype == torch.float64:
+            return None
+        kernel = library("uniform")
+        if kernel is None:
+            return None
+        if given is not None:
+            given = given.float().contiguous()
+        out = torch.empty(shape)
+        strides = (number for part in rows for number in (part.stride(0), part.stride(1)))
+        pointers = (*(part.data_ptr() for part in rows), None if given is None else given.data_ptr(), out.data_ptr())
+        N = 0 if given is None else given.shape[2]
+        sizes = (B, G, S, width, N, self.bits, self.group, self.by_channel, 0, mode, torch.get_num_threads())
+        if kernel.uniform(ctypes.byref(_Uniform(*pointers, *strides, *sizes))):
+            raise MemoryError("the native kernel 'uniform' could not allocate memory")
+        return out
+
+    def decoded(self, parts: Parts) -> Tensor:
+        """`decode` with operations of torch: the reference implementation."""
         axis = 3 if self.by_channel else 4
-        levels = self._in_groups(self._unpacked(parts["codes"]).float())
+        levels = self._in_groups(unpack_bits(parts["codes"], self.bits).float())
         x = torch.addcmul(parts["least"].float().unsqueeze(axis), levels, parts["step"].float().unsqueeze(axis))
         return x.flatten(2, 3) if self.by_channel else x.flatten(3, 4)
 
     def _in_groups(self, x_BGSD: Tensor) -> Tensor:
         return x_BGSD.unflatten(2, (-1, self.group)) if self.by_channel else x_BGSD.unflatten(3, (-1, self.group))
 
-    def _packed(self, levels_BGSD: Tensor) -> Tensor:
-        if self.bits == 8:
-            return levels_BGSD
-        places = levels_BGSD.unflatten(-1, (-1, 8 // self.bits)).unbind(-1)
-        packed = places[0].clone()
-        for number, place in enumerate(places[1:], 1):
-            packed |= place << (self.bits * number)
-        return packed
 
-    def _unpacked(self, codes: Tensor) -> Tensor:
-        if self.bits == 8:
-            return codes
-        shifts = torch.arange(0, 8, self.bits, dtype=torch.uint8, device=codes.device)
-        return ((codes[..., None] >> shifts) & (2**self.bits - 1)).flatten(-2)
+def _readable(*rows_BGSX: Tensor) -> bool:
+    """Whether the kernel can read these: on the CPU, the rows of a head one after another."""
+    return all(
+        type(rows) is Tensor
+        and rows.device.type == "cpu"
+        and rows.stride(-1) == 1
+        and (rows.shape[2] == 1 or rows.stride(2) == rows.shape[3])
+        for rows in rows_BGSX
+    )
 
 
 def check_bits(bits: int, width: int) -> None:

@@ -1,0 +1,102 @@
+"""The experiment on compressed caches of a real model: what is kept of each kind of questions, by bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from pondera.core import spec
+from pondera.evaluation.kv_sweep import FULL
+from pondera.report.figure import figure
+from pondera.report.svg import Series, scatter_chart
+from tools.docs.study import FIGURES
+from tools.docs.tables import ROOT, generated, read, table
+
+RESULTS = "results/questions/smollm2.json"
+PICTURE = FIGURES / "questions.svg"
+DRAWN = ("RandomEviction", "SnapKV", "KeyDiff", "KVzip", "KIVI", "FisherVQ", "Coded(KVzip)")
+"""The families in the picture, in the order of their colours."""
+
+
+@generated
+def questions(path: str) -> str:
+    """Bytes of each method, and what it keeps of each kind of questions."""
+    found = read(path)
+    kinds = list(dict.fromkeys(row["questions"] for row in found["rows"]))
+    head = ["method", "bytes of full", *(name for kind in kinds for name in (f"{_short(kind)}: kept", "right"))]
+    rows = []
+    for method, by_kind in sorted(_by_method(found).items(), key=lambda item: -_size(item[1])):
+        cells = [
+            cell
+            for kind in kinds
+            if kind in by_kind
+            for cell in (_kept(by_kind[kind]), f"{by_kind[kind]['right']:.0%}")
+        ]
+        rows.append((f"`{method}`", f"{100 * _size(by_kind):.1f} %", *cells))
+    said = ", ".join(f"{_items(found, kind)} of `{kind}`" for kind in kinds)
+    return f"{table(head, rows)}\n\nQuestions: {said}. `{found['command']}`."
+
+
+@generated
+def answers_kept(path: str) -> str:
+    """One sentence for the first screen: the smallest cache that keeps nearly all, beside the most known eviction method."""
+    found = read(path)
+    means = {name: (_size(rows), _mean(rows)) for name, rows in _by_method(found).items() if name != FULL}
+    best = min((name for name, (_, kept) in means.items() if kept >= 0.95), key=lambda name: means[name][0])
+    (size, kept), (other_size, other) = means[best], means["SnapKV(0.25)"]
+    items = sum(_items(found, kind) for kind in {row["questions"] for row in found["rows"]})
+    return (
+        f"A chat model of 135 M parameters answers questions that come after its KV cache was compressed: "
+        f"**{size:.0%} of the bytes keep {kept:.0%} of what its contexts are worth** with `{best}`, which needs no training; "
+        f"`SnapKV(0.25)` keeps {other:.0%} with {other_size:.0%}. (SmolLM2-135M-Instruct, {items} questions.)"
+    )
+
+
+def figures() -> dict[Path, str]:
+    """What is kept against bytes, a point for each method, as means over the kinds of questions."""
+    if not (ROOT / RESULTS).is_file():
+        return {}
+    lines: dict[str, list[tuple[float, float]]] = {name: [] for name in DRAWN}
+    for method, rows in _by_method(read(RESULTS)).items():
+        if (name := _family(method)) in lines:
+            lines[name].append((100 * _size(rows), 100 * _mean(rows)))
+    series = [Series(name, number, [], sorted(points)) for number, (name, points) in enumerate(lines.items()) if points]
+    title = "What a compressed cache keeps of what its context is worth"
+    chart = scatter_chart(title, "% of the bytes of the full cache", "% kept", series)
+    return {PICTURE: figure(chart, [one.name for one in series])}
+
+
+def _by_method(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows by method and kind of questions."""
+    by_method: dict[str, dict[str, Any]] = {}
+    for row in found["rows"]:
+        by_method.setdefault(row["method"], {})[row["questions"]] = row
+    return by_method
+
+
+def _size(by_kind: dict[str, Any]) -> float:
+    return fmean(row["of_full"] for row in by_kind.values())
+
+
+def _mean(by_kind: dict[str, Any]) -> float:
+    return fmean(row["kept"] for row in by_kind.values())
+
+
+def _items(found: dict[str, Any], kind: str) -> int:
+    return next(row["items"] for row in found["rows"] if row["questions"] == kind)
+
+
+def _kept(row: dict[str, Any]) -> str:
+    low, high = row["kept_interval"]
+    return f"{100 * row['kept']:.0f} % [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _short(kind: str) -> str:
+    return {"Squad": "articles", "Needles": "needles", "FewShot": "examples"}[spec.parse(kind).name]
+
+
+def _family(method: str) -> str:
+    parsed = spec.parse(method)
+    inner = next((value for value in parsed.args if isinstance(value, spec.Spec)), None)
+    return parsed.name if inner is None else f"{parsed.name}({inner.name})"
