@@ -24,13 +24,12 @@ from pondera.evaluation.windows import calibration
 from pondera.inference.load import load
 
 METHODS = (
-    *(
-        f"{name}(0.25)"
-        for name in ("RandomEviction", "StreamingLLM", "SnapKV", "ExpectedAttention", "KeyDiff", "KVzip")
-    ),
-    *("KVzip(0.125)", "KIVI(4)", "KIVI(2)", "KIVI(2, sinks=4)", "FisherVQ(2.5625)", "FisherVQ(1.5)"),
+    *("KVzip(0.25)", "KVzip(0.125)", "KIVI(4)", "KIVI(2)", "KIVI(2, sinks=0)", "TurboQuant(4)", "TurboQuant(2)"),
+    *("FisherVQ(2.5625)", "FisherVQ(1.5)"),
     *("Coded(KVzip(0.5), KIVI(4, window=32))", "Coded(KVzip(0.25), KIVI(4, window=32))"),
     "Coded(KVzip(0.25), KIVI(2, window=32))",
+    *(f"{name}(0.25)" for name in ("ExpectedAttention", "Compactor", "LagKV", "KeyDiff", "SnapKV", "StreamingLLM")),
+    "RandomEviction(0.25)",
 )
 CALIBRATION = 65536
 """Tokens of the calibration text that are read."""

@@ -1,5 +1,7 @@
 """Linear layers that multiply a few rows with a native kernel while they decode, and otherwise as torch does.
 
+In half precision, on a CPU without instructions for it, they also multiply many rows in float32 (`pondera.kernels.half`).
+
 `use_kernels` changes the class of the linear layers of a model, and nothing else: modules, parameters, hooks and the state dict
 stay the same, so a model is saved, moved, wrapped by PEFT and trained as before.
 """
@@ -14,7 +16,14 @@ from torch.nn import functional as F
 from pondera.core.errors import unknown
 from pondera.core.hf import Conv1D
 from pondera.kernels import CHOICES
+from pondera.kernels.half import in_float32
 from pondera.kernels.products import few_rows, why_not_used
+
+
+def _product(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor | None:
+    """``x W^T + bias``; `None` if torch's product is the one to use."""
+    y = few_rows(x, weight_OI, bias_O)
+    return in_float32(x, weight_OI, bias_O) if y is None else y
 
 
 class NativeLinear(nn.Linear):
@@ -22,7 +31,7 @@ class NativeLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input W^T + bias``, ``[..., O]``."""
-        y = few_rows(input, self.weight, self.bias)
+        y = _product(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias) if y is None else y
 
 
@@ -31,7 +40,7 @@ class NativeConv1D(Conv1D):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x W + bias``, ``[..., O]``."""
-        y = few_rows(x, self.weight.T, self.bias)
+        y = _product(x, self.weight.T, self.bias)
         return super().forward(x) if y is None else y
 
 
@@ -41,9 +50,10 @@ NATIVE: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: NativeLinear, Conv1
 def use_kernels(model: nn.Module, kernels: str) -> int:
     """Makes the linear layers of a model use a kernel; can be repeated and reversed.
 
-    A layer uses the native kernel for 1 to 8 rows, without gradients, on the CPU. All other calls are unchanged, and so is the
-    whole model if the kernel is not available (`pondera.kernels.products.why_not_used`). Classes that others derived from
-    the two that torch and transformers have are left alone.
+    A layer uses the native kernel for 1 to 8 rows, without gradients, on the CPU, and may multiply more rows of half precision
+    in float32. All other calls are unchanged, and so is the whole model if the kernel is not available
+    (`pondera.kernels.products.why_not_used`). Classes that others derived from the two that torch and transformers have are
+    left alone.
 
     Args:
         model: changed in place; layers that are added later, such as those of PEFT, need another call.
