@@ -34,8 +34,8 @@ def test_table_store_and_plots(model: Path, questions: str, tmp_path: Path):
     shown = " ".join(ran.stdout.split())  # the title may be on two lines
     assert "StreamingLLM(0.5)" in shown and "kept:" in shown and "questions about 2 contexts" in shown
     assert (tmp_path / "plot.html").read_text().startswith("<!doctype html>")
-    known = subprocess.run([*command, "--known"], capture_output=True, text=True)
-    assert known.returncode == 2 and "known False" in known.stderr  # the scores in the file are of unknown questions
+    known = subprocess.run([*command, "--ask", "before"], capture_output=True, text=True)
+    assert known.returncode == 2 and "ask 'after'" in known.stderr  # the scores in the file are of unknown questions
     again = subprocess.run([*command, "--json"], capture_output=True, text=True)
     assert [row["method"] for row in json.loads(again.stdout)["rows"]] == ["PreallocatedCache()", "StreamingLLM(0.5)"]
 
@@ -49,6 +49,8 @@ def test_table_store_and_plots(model: Path, questions: str, tmp_path: Path):
         (["kv", "MODEL", "--contexts", "1"], "at least 2"),
         (["kv", "MODEL", "--tokens", "9"], "at least 64"),
         (["kv", "MODEL", "--kv-cache", "VQKV(2.75)", "--questions", "Needles(1)"], "--calibrate"),
+        (["kv", "MODEL", "--ask", "never"], "in-turns"),
+        (["kv", "MODEL", "--ask", "in-turns", "--questions", "Continuation()"], "at least 2 questions"),
         (["kv", "nowhere/at/all"], "no such folder"),
     ],
 )

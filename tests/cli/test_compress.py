@@ -192,7 +192,8 @@ def test_nothing_is_overwritten(said, model: Path, text: Path):
 @pytest.mark.parametrize(
     "given, message",
     [
-        (["--for", "chat"], "questions"),
+        (["--for", "songs"], "questions"),
+        (["--for", "chat"], "this model has 96 positions"),
         (["--for", "questions", "--budget", "a lot"], "25%"),
         (["--for", "questions", "--keep", "H2O(0.5)", "--out", "x"], "--keep does not go with --for"),
         (["--for", "questions", "--data.text", "x.txt"], "--data.text does not go with --for"),

@@ -21,6 +21,7 @@ pondera bench kv smollm2
 pondera bench kv path/to/model --kv-cache "SnapKV(0.25)" --kv-cache "KIVI(4)" --questions "Needles(4)" --contexts 4
 pondera bench kv smollm2 --questions "Squad('xquad.en.json')" --tokens 1900 --out bench.json --plot bench.html
 pondera bench kv smollm2 --kv-cache "VQKV(2.75)" --calibrate book.txt
+pondera bench kv smollm2 --ask in-turns --kv-cache "SnapKV(0.25)" --kv-cache "KVzip(0.25)" --questions "Needles(8)"
 """
 LEGEND = """kept: share of what the context is worth in nats, i.e. of the log-probability that it adds to the answers
 (full cache 100 %, no context 0 %); right: answers that greedy decoding gives; in brackets: 95 % interval,
@@ -32,7 +33,7 @@ def parser() -> Parser:
     """The argument parser of ``pondera bench``."""
     about = (
         "Reads contexts, compresses their KV cache, and then asks questions about them, each on a copy of the cache: the "
-        "method has not seen the questions, unless --known is given. Finished rows are kept in --out, and the same command "
+        "method has not seen the questions, unless --ask says otherwise. Finished rows are kept in --out, and the same command "
         "continues."
     )
     arguments = Parser("bench", about, EXAMPLES, notes=_notes)
@@ -68,9 +69,11 @@ def parser() -> Parser:
         "--seed", type=positive_int(0), default=0, metavar="N", help="of contexts and questions (default: %(default)s)"
     )
     arguments.add_argument(
-        "--known",
-        action="store_true",
-        help="read each question with its context, before the cache is compressed (one prefill per question)",
+        "--ask",
+        choices=["after", "before", "in-turns"],
+        default="after",
+        help="when: each question after the cache was compressed (the default); each read before that, with the context "
+        "(one prefill per question); or in turns, a conversation of which only the first question was read before",
     )
     arguments.add_argument("--dtype", metavar="DTYPE", help="of the weights, such as bfloat16 (default: the saved one)")
     arguments.add_argument(
@@ -123,7 +126,7 @@ def _measured(args: argparse.Namespace) -> tuple[str, list[BenchRow]]:
         args.tokens,
         args.contexts,
         args.seed,
-        args.known,
+        args.ask,
     )
     for text in settings.questions:  # before the model is loaded
         spec.build(text, "questions")

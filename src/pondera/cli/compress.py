@@ -55,8 +55,8 @@ def parser() -> Parser:
         "--for",
         dest="use",
         metavar="USE",
-        help="what the cache is for: questions (a context is read once, its questions are not known yet) or prompts (each "
-        "long prompt ends with its question)",
+        help="what the cache is for: questions (a context is read once, its questions are not known yet), prompts (each long "
+        "prompt ends with its question) or chat (a conversation of which only the first question is known)",
     )
     arguments.add_argument(
         "--budget",

@@ -18,11 +18,19 @@ import torch
 from torch import Tensor
 
 from pondera.core import spec
-from pondera.core.errors import UserError
+from pondera.core.errors import UserError, unknown
 from pondera.core.run_folder import write_atomic
 from pondera.data.questions.base import AskedContext, Questions
 from pondera.evaluation.kv_sweep import FULL, ready, table_bytes
-from pondera.evaluation.question_score import ContextScore, encode, score_context, score_known, score_without
+from pondera.evaluation.question_score import (
+    ContextScore,
+    encode,
+    score_context,
+    score_known,
+    score_turns,
+    score_turns_without,
+    score_without,
+)
 from pondera.inference.load import Loaded
 from pondera.methods.kv_cache.base import KVCacheMethod
 
@@ -38,6 +46,8 @@ METHODS = (
     ),
     *("KIVI(4)", "KIVI(2)"),
 )
+ORDERS = {"after": score_context, "before": score_known, "in-turns": score_turns}
+"""When questions are asked, and how they are scored then."""
 NONE = "no context"
 TIMED = 2
 """How many contexts the time of a decoding step is measured after."""
@@ -55,8 +65,9 @@ class BenchSettings:
         tokens: the length of a context.
         contexts: how many contexts of each kind of questions.
         seed: of contexts and questions.
-        known: whether each question is read with its context, before the cache is compressed; every question then takes a
-            prefill of its own.
+        ask: when questions are asked, one of `ORDERS`: each ``after`` the context was compressed, on a copy of the cache; each
+            read ``before`` the cache is compressed, which takes a prefill per question; or ``in-turns``, as a conversation
+            of which only the first question was read before.
     """
 
     questions: tuple[str, ...] = QUESTIONS
@@ -64,7 +75,11 @@ class BenchSettings:
     tokens: int = 2048
     contexts: int = 8
     seed: int = 0
-    known: bool = False
+    ask: str = "after"
+
+    def __post_init__(self) -> None:
+        if self.ask not in ORDERS:
+            raise unknown("ask", self.ask, ORDERS)
 
 
 @dataclass(frozen=True)
@@ -133,11 +148,11 @@ def bench(
     rows: list[BenchRow] = []
     for text in it.questions:
         asked = contexts(loaded, it, text)
-        scores = {NONE: stored.scores(text, NONE, lambda asked=asked: [score_without(loaded, one) for one in asked])}
+        scores = {NONE: stored.scores(text, NONE, lambda asked=asked: _without(loaded, methods[FULL], asked, it.ask))}
         for name, method in methods.items():
             began = time.perf_counter()
             scores[name] = stored.scores(
-                text, name, lambda asked=asked, method=method: _scores(loaded, method, asked, it.known)
+                text, name, lambda asked=asked, method=method: _scores(loaded, method, asked, it.ask)
             )
             rows.append(_row(text, name, method, scores))
             say(f"{text} {name}: {_said(rows[-1])} ({time.perf_counter() - began:.0f} s)")
@@ -154,9 +169,14 @@ def _dtype(loaded: Loaded) -> str:
     return str(loaded.model.dtype).removeprefix("torch.")
 
 
-def _scores(loaded: Loaded, method: KVCacheMethod, asked: Sequence[AskedContext], known: bool) -> list[ContextScore]:
-    score = score_known if known else score_context
-    return [score(loaded, method, one, timed=number < TIMED) for number, one in enumerate(asked)]
+def _scores(loaded: Loaded, method: KVCacheMethod, asked: Sequence[AskedContext], ask: str) -> list[ContextScore]:
+    return [ORDERS[ask](loaded, method, one, timed=number < TIMED) for number, one in enumerate(asked)]
+
+
+def _without(loaded: Loaded, full: KVCacheMethod, asked: Sequence[AskedContext], ask: str) -> list[ContextScore]:
+    if ask == "in-turns":
+        return [score_turns_without(loaded, full, one) for one in asked]
+    return [score_without(loaded, one) for one in asked]
 
 
 class _Store:

@@ -6,8 +6,8 @@ Shapes: B batch (always 1), T tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +66,7 @@ def score_context(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, ti
     Raises:
         UserError: context and question are longer than the positions of the model.
     """
-    model, ids = loaded.model, _context_ids(loaded, asked)
+    model, ids = loaded.model, _context_ids(loaded, asked, max)
     cache, seconds, size = _read(model, method, ids)
     found = [_answered(loaded, question, cache.clone()) for question in asked.questions]
     nats, right = zip(*found, strict=True)
@@ -80,7 +80,7 @@ def score_known(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, time
     The method can choose what the question needs; the whole answer is predicted with the compressed cache. Arguments and errors
     are those of `score_context`; each question takes a prefill.
     """
-    model, ids = loaded.model, _context_ids(loaded, asked)
+    model, ids = loaded.model, _context_ids(loaded, asked, max)
     found, seconds, sizes, step = [], [], [], 0.0
     for number, question in enumerate(asked.questions):
         text = encode(loaded, question.text, False)
@@ -94,13 +94,58 @@ def score_known(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, time
     return ContextScore(nats, right, sum(sizes) // len(sizes), sorted(seconds)[len(seconds) // 2], step)
 
 
-def _context_ids(loaded: Loaded, asked: AskedContext) -> list[int]:
-    """The token ids of the context; refuses one that leaves no positions for its questions."""
-    ids, limit = encode(loaded, asked.context, True), loaded.model.positions
-    longest = max(len(encode(loaded, one.text + one.answer, False)) for one in asked.questions)
-    if limit is not None and len(ids) + longest > limit:
+@torch.no_grad()
+def score_turns(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, timed: bool = False) -> ContextScore:
+    """Reads the context with the first question but its last token, which compresses both, and goes on as a conversation.
+
+    Each question follows the right answer to the one before, in the same cache. The first question is not scored: all that are
+    were unknown when the cache was compressed, as in a chat. Arguments and errors are those of `score_context`.
+    """
+    model, ids, first = loaded.model, _context_ids(loaded, asked, sum), encode(loaded, _several(asked)[0].text, False)
+    cache, seconds, size = _read(model, method, ids + first[:-1])
+    step = step_seconds(model, cache.clone()) if timed else 0.0
+    return replace(
+        _conversation(loaded, first[-1:], asked, cache), cache_bytes=size, prefill_seconds=seconds, step_seconds=step
+    )
+
+
+@torch.no_grad()
+def score_turns_without(loaded: Loaded, method: KVCacheMethod, asked: AskedContext) -> ContextScore:
+    """The same conversation without the context, with the cache of `method`, which is to be the full one."""
+    first = encode(loaded, _several(asked)[0].text, True)
+    return _conversation(loaded, first, asked, new_cache(loaded.model, method))
+
+
+def _conversation(loaded: Loaded, next_: list[int], asked: AskedContext, cache: Any) -> ContextScore:
+    """Scores of all questions but the first, whose tokens that are not in the cache are `next_`."""
+    found = []
+    for number, question in enumerate(asked.questions):
+        answer = encode(loaded, question.answer, False)
+        text = encode(loaded, question.text, False) if number else []
+        found.append(_predicted(loaded, next_ + text, answer, cache))
+        next_ = answer[-1:]
+    nats, right = zip(*found[1:], strict=True)
+    return ContextScore(nats, right)
+
+
+def _several(asked: AskedContext) -> Sequence[Question]:
+    """The questions; refuses a single one."""
+    if len(asked.questions) < 2:
         raise UserError(
-            f"a context of {len(ids)} tokens and a question of {longest} exceed the {limit} positions of this model; shorten it"
+            "questions in turns: a context needs at least 2 questions, and this kind has 1; give another kind, such as "
+            "Needles(8), or ask after the context"
+        )
+    return asked.questions
+
+
+def _context_ids(loaded: Loaded, asked: AskedContext, together: Callable[[Iterable[int]], int]) -> list[int]:
+    """The token ids of the context; refuses one that leaves no positions for the longest question (`max`) or all (`sum`)."""
+    ids, limit = encode(loaded, asked.context, True), loaded.model.positions
+    needed = together(len(encode(loaded, one.text + one.answer, False)) for one in asked.questions)
+    if limit is not None and len(ids) + needed > limit:
+        raise UserError(
+            f"a context of {len(ids)} tokens and {needed} tokens of questions exceed the {limit} positions of this model; "
+            "shorten it"
         )
     return ids
 

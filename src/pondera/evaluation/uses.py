@@ -20,8 +20,8 @@ ENOUGH = 0.95
 SLACK = 1.02
 """A cache may exceed the budget by 2 %: positions and exact tokens are counted, and shares are rounded."""
 QUESTIONS = ("Needles()", "FewShot()")
-TOKENS, QUESTION = 1024, 128
-"""Tokens of a context, and positions that are left for a question and its answer."""
+TOKENS, LEAST, QUESTION = 1024, 256, 128
+"""Tokens of a context, the fewest of them, and positions that are left for a question and its answer."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Use:
 
     Args:
         about: when it is this use.
-        known: whether a question is read before the cache is compressed.
+        ask: when questions are asked, see `pondera.evaluation.kv_bench.ORDERS`.
         methods: spec strings for a budget, a share of the bytes in 16 bits per number.
     """
 
     about: str
-    known: bool
+    ask: str
     methods: Callable[[float], tuple[str, ...]]
 
 
@@ -56,15 +56,18 @@ def _coded(policy: str, share: float) -> tuple[str, ...]:
 
 def _codes(share: float) -> tuple[str, ...]:
     """Codes alone, if they can fit: 5 of 16 bits, or 3."""
-    fitting = (("KIVI(4, window=32, sinks=4)", 5 / 16), ("KIVI(2, window=32, sinks=4)", 3 / 16))
+    fitting = (("KIVI(4, window=32)", 5 / 16), ("KIVI(2, window=32)", 3 / 16))
     return tuple(text for text, least in fitting if least <= share)
 
 
 USES = {
     "questions": Use(
-        "a long context is read once, and questions that were not known then follow", False, _for_questions
+        "a long context is read once, and questions that were not known then follow", "after", _for_questions
     ),
-    "prompts": Use("each long prompt ends with its own question", True, _for_prompts),
+    "prompts": Use("each long prompt ends with its own question", "before", _for_prompts),
+    "chat": Use(
+        "a conversation about a long context, of which only the first question was known", "in-turns", _for_questions
+    ),
 }
 
 
@@ -152,8 +155,13 @@ def measure(
     texts = tuple(methods) or tuple(
         dict.fromkeys(text for share in ([budget] if budget else [0.25, 0.125]) for text in it.methods(share))
     )
-    room = loaded.model.positions or TOKENS + QUESTION
-    settings = BenchSettings(QUESTIONS, texts, tokens or min(TOKENS, room - QUESTION), contexts, known=it.known)
+    room = (loaded.model.positions or TOKENS + QUESTION) - QUESTION
+    if room < LEAST:
+        raise UserError(
+            f"this model has {loaded.model.positions} positions, and contexts with their questions need {LEAST + QUESTION}; "
+            "measure it on text instead, without a use"
+        )
+    settings = BenchSettings(QUESTIONS, texts, tokens or min(TOKENS, room), contexts, ask=it.ask)
     by_method: dict[str, list[BenchRow]] = {}
     for row in bench(loaded, settings, calibration, say=say):
         by_method.setdefault(row.method, []).append(row)

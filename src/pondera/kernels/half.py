@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pondera.kernels.products import FEW
@@ -21,7 +23,9 @@ INSTRUCTIONS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float
 
 
 def in_float32(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor | None:
-    """``x W^T + bias`` computed in float32; `None` if torch's own product is better or needed, as with gradients.
+    """``x W^T + bias`` computed in float32; `None` if torch's own product is better or needed.
+
+    Gradients are computed in float32, too, and weights are converted again for them instead of kept.
 
     Args:
         x: ``[..., I]``.
@@ -42,11 +46,28 @@ def in_float32(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
         return None
     if x.device.type != "cpu" or weight_OI.device.type != "cpu" or not _slow(x.dtype):
         return None
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
         return None
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
-        return None
-    return F.linear(x.float(), weight_OI.float(), None if bias_O is None else bias_O.float()).to(x.dtype)
+    return _Product.apply(x, weight_OI, bias_O)
+
+
+class _Product(torch.autograd.Function):
+    """The product and its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        return F.linear(x.float(), weight_OI.float(), None if bias_O is None else bias_O.float()).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_OI = ctx.saved_tensors
+        grad = grads[0].float()
+        grad_NO, x_NI = grad.flatten(0, -2), x.flatten(0, -2)
+        of_x = (grad @ weight_OI.float()).to(x.dtype) if ctx.needs_input_grad[0] else None
+        of_weight = (grad_NO.T @ x_NI.float()).to(x.dtype) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, grad_NO.sum(0).to(x.dtype) if ctx.needs_input_grad[2] else None
 
 
 @cache

@@ -13,7 +13,14 @@ from pondera.core.errors import UserError
 from pondera.data.questions.base import AskedContext, Question
 from pondera.evaluation import kv_bench
 from pondera.evaluation.kv_bench import BenchSettings, bench
-from pondera.evaluation.question_score import encode, score_context, score_without
+from pondera.evaluation.kv_sweep import new_cache
+from pondera.evaluation.question_score import (
+    encode,
+    score_context,
+    score_turns,
+    score_turns_without,
+    score_without,
+)
 from pondera.inference.load import Loaded, load
 from pondera.methods.kv_cache.preallocated_cache import PreallocatedCache
 from pondera.methods.kv_cache.streaming_llm import StreamingLLM
@@ -97,6 +104,58 @@ def test_questions_do_not_see_each_other(loaded: Loaded):
     alone = [score_context(loaded, method, AskedContext(ASKED.context, (question,))) for question in ASKED.questions]
     assert both.nats == pytest.approx([one.nats[0] for one in alone], abs=1e-5)
     assert both.nats != pytest.approx(score_context(loaded, _full(loaded), ASKED).nats, abs=1e-3), "nothing was evicted"
+
+
+THREE = AskedContext(ASKED.context, (*ASKED.questions, Question("\na", " lazy dog")))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", [THREE.context, ""])
+def test_a_conversation_scores_as_its_text_in_one_call(loaded: Loaded, context: str):
+    """All questions but the first, each after the right answers to the ones before."""
+    asked = AskedContext(context, THREE.questions)
+    found = score_turns(loaded, _full(loaded), asked) if context else score_turns_without(loaded, _full(loaded), asked)
+    assert len(found.nats) == len(found.right) == 2
+    ids = encode(loaded, context, True) if context else []
+    for number, question in enumerate(asked.questions):
+        ids += encode(loaded, question.text, not ids)
+        answer = encode(loaded, question.answer, False)
+        logits_TV = loaded.model(torch.tensor([ids + answer])).logits[0].log_softmax(-1)
+        nats = sum(float(logits_TV[len(ids) - 1 + place, token]) for place, token in enumerate(answer))
+        if number:
+            assert math.isclose(found.nats[number - 1], nats, abs_tol=1e-4)
+        ids += answer
+
+
+@torch.no_grad()
+def test_the_cache_of_a_conversation_is_cut_after_the_first_question(loaded: Loaded):
+    method = StreamingLLM(6)
+    method.bind(loaded.model.backbone.config)
+    found = score_turns(loaded, method, THREE)
+    first = encode(loaded, THREE.questions[0].text, False)
+    cache = new_cache(loaded.model, method)
+    loaded.model(torch.tensor([encode(loaded, THREE.context, True) + first[:-1]]), past_key_values=cache)
+    rest, nats = first[-1:], []
+    for question in THREE.questions:
+        rest += encode(loaded, question.text, False) if question is not THREE.questions[0] else []
+        answer = encode(loaded, question.answer, False)
+        logits_TV = loaded.model(torch.tensor([rest + answer[:-1]]), past_key_values=cache).logits[0].log_softmax(-1)
+        nats.append(sum(float(row[token]) for row, token in zip(logits_TV[-len(answer) :], answer, strict=True)))
+        rest = answer[-1:]
+    assert found.nats == pytest.approx(nats[1:], abs=1e-5)
+    assert found.nats != pytest.approx(score_turns(loaded, _full(loaded), THREE).nats, abs=1e-3), "nothing was evicted"
+
+
+def test_a_conversation_needs_two_questions_and_room_for_all(loaded: Loaded):
+    with pytest.raises(UserError, match="at least 2 questions"):
+        score_turns(loaded, _full(loaded), AskedContext(ASKED.context, ASKED.questions[:1]))
+    with pytest.raises(UserError, match="tokens of questions exceed the 96 positions"):
+        score_turns(loaded, _full(loaded), AskedContext(ASKED.context, ASKED.questions * 20))
+
+
+def test_an_unknown_order_is_refused():
+    with pytest.raises(UserError, match="in-turns"):
+        BenchSettings(ask="later")
 
 
 def _full(loaded: Loaded) -> PreallocatedCache:

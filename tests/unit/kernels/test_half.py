@@ -37,6 +37,22 @@ def test_it_is_the_product_of_the_same_numbers(rows: int, dtype: torch.dtype):
         )
 
 
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients(wanted: tuple[int, ...], dtype: torch.dtype):
+    def gradients(product, as_: torch.dtype):
+        x, *others = drawn(20, dtype)
+        tensors = (x.view(2, 10, 75), *others)
+        given = [tensor.to(as_).requires_grad_(number in wanted) for number, tensor in enumerate(tensors)]
+        out = product(*given)
+        weights = torch.arange(out.numel(), device="cpu").view(out.shape).remainder(5).to(as_)
+        return torch.autograd.grad((out * weights).sum(), [given[number] for number in wanted])
+
+    for found, right in zip(gradients(in_float32, dtype), gradients(F.linear, torch.float64), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, right.to(dtype), rtol=2 ** -(7 if dtype == torch.bfloat16 else 10), atol=1e-3)
+
+
 def test_where_torch_multiplies():
     with torch.no_grad():
         assert in_float32(*drawn(8, torch.bfloat16)) is None  # few rows
@@ -46,7 +62,6 @@ def test_where_torch_multiplies():
         assert in_float32(x.to("meta"), weight, bias) is None
         with torch.autocast("cpu"):
             assert in_float32(x, weight, bias) is None
-    assert in_float32(x, weight, bias) is None  # gradients
 
 
 def test_a_cpu_with_instructions_uses_them(monkeypatch):
