@@ -156,10 +156,10 @@ def measure(
         dict.fromkeys(text for share in ([budget] if budget else [0.25, 0.125]) for text in it.methods(share))
     )
     room = (loaded.model.positions or TOKENS + QUESTION) - QUESTION
-    if room < LEAST:
+    if tokens is None and room < LEAST:
         raise UserError(
             f"this model has {loaded.model.positions} positions, and contexts with their questions need {LEAST + QUESTION}; "
-            "measure it on text instead, without a use"
+            "give fewer tokens, or measure it on text, without a use"
         )
     settings = BenchSettings(QUESTIONS, texts, tokens or min(TOKENS, room), contexts, ask=it.ask)
     by_method: dict[str, list[BenchRow]] = {}
