@@ -213,18 +213,16 @@ class _Store:
 
 def _row(questions: str, name: str, method: KVCacheMethod, scores: dict[str, list[ContextScore]]) -> BenchRow:
     own, full = scores[name], scores[FULL]
-    nats = {key: np.array([sum(one.nats) for one in scores[key]]) for key in (NONE, FULL, name)}
+    kept, kept_interval = kept_share(own, scores[NONE], full)
     counts = np.array([len(one.nats) for one in own])
     right = np.array([sum(one.right) for one in own])
-    gained, worth = nats[name] - nats[NONE], nats[FULL] - nats[NONE]
-    kept = float(gained.sum() / worth.sum()) if worth.sum() > 0 else None
     size = float(np.mean([one.cache_bytes for one in own]))
     return BenchRow(
         questions=questions,
         method=name,
         items=int(counts.sum()),
         kept=kept,
-        kept_interval=None if kept is None else _interval(gained, worth),
+        kept_interval=kept_interval,
         right=float(right.sum() / counts.sum()),
         right_interval=_interval(right, counts),
         cache_bytes=size,
@@ -233,6 +231,28 @@ def _row(questions: str, name: str, method: KVCacheMethod, scores: dict[str, lis
         prefill_seconds=float(np.median([one.prefill_seconds for one in own])),
         step_seconds=float(np.median([one.step_seconds for one in own[:TIMED]])),
     )
+
+
+def kept_share(
+    own: Sequence[ContextScore], without: Sequence[ContextScore], full: Sequence[ContextScore]
+) -> tuple[float | None, tuple[float, float] | None]:
+    """The share of the contexts' worth in nats that is kept, and its 95 % interval; `None` if they are worth nothing.
+
+    Args:
+        own: the scores of a method.
+        without: those without the contexts.
+        full: those with the full cache.
+
+    Example:
+        >>> none, full = [ContextScore((-8.0,), (False,))], [ContextScore((-2.0,), (True,))]
+        >>> kept_share([ContextScore((-5.0,), (False,))], none, full)
+        (0.5, (0.5, 0.5))
+    """
+    nats, none, most = (np.array([sum(one.nats) for one in scores]) for scores in (own, without, full))
+    gained, worth = nats - none, most - none
+    if worth.sum() <= 0:
+        return None, None
+    return float(gained.sum() / worth.sum()), _interval(gained, worth)
 
 
 def _interval(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
