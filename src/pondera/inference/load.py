@@ -59,7 +59,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     think: str | None = None,
-    kernels: str = "torch",
+    kernels: str = "native",
     weights: str | None = None,
     **others: Any,
 ) -> Loaded:
@@ -79,8 +79,8 @@ def load(
         trust_remote_code: execute Python code of the checkpoint. Use this only for code that you have read.
         think: a think method to build on the checkpoint. Its new parameters are untrained; from the method of another Pondera
             model it takes the parameters that both have.
-        kernels: how the linear layers multiply a few rows on the CPU (`pondera.kernels.linear`): ``"torch"``, or
-            ``"native"``, which is faster where the model decodes.
+        kernels: how the linear layers multiply on the CPU where the model decodes (`pondera.kernels.linear`): ``"native"``, or
+            ``"torch"``, which is slower.
         weights: ``"int8"``: linear layers get int8 weights (`pondera.kernels.int8`), and `device` is the CPU by default;
             default: `None`, as in `dtype`.
         others: nothing else is allowed; the error names what is.

@@ -215,7 +215,7 @@ def _restored(run: Run, corpus: AnyCorpus, main: bool) -> tuple[AdaptiveLM | Non
         checkpoints.quarantine(run, folder)
         log.info("resuming from %s", folder.name if folder else "the start: there is no checkpoint yet")
         run.truncate_after(checkpoints.read_state(folder)["step"] if folder else 0)
-    return (load(folder, device="cpu").model.float(), folder) if folder else (None, None)
+    return (load(folder, device="cpu", kernels="torch").model.float(), folder) if folder else (None, None)
 
 
 def _explained(error: NotFinite, run: Run, split: AnySplit, config: RunConfig) -> Failure:
