@@ -31,9 +31,9 @@ class KIVI(SinkWindowCache):
     With 2 bits check the quality on your model: a small one (SmolLM2-135M) then loses a quarter of what its context is
     worth, and nothing with 4, which is why 4 is the default.
     Resolved: the paper has 2 bits, and quantizes keys when a window of exact ones is full, and values one by one; here
-    the method quantizes both `group` tokens at a time, so the exact window has `window` to ``window + group - 1`` tokens. The paper
-    quantizes the first tokens, too (``sinks=0``); here they stay exact by default, because every later token attends to
-    them. Steps and minima are float16.
+    the method quantizes both `group` tokens at a time, so the exact window has `window` to ``window + group - 1``
+    tokens. The paper quantizes the first tokens, too (``sinks=0``); here they stay exact by default, because every
+    later token attends to them. Steps and minima are float16.
 
     Args:
         bits: 1, 2, 4 or 8 per number.
