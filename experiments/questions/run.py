@@ -24,12 +24,11 @@ from pondera.evaluation.windows import calibration
 from pondera.inference.load import load
 
 METHODS = (
-    *("KVzip(0.25)", "KVzip(0.125)", "KIVI(4)", "KIVI(2)", "KIVI(2, sinks=0)", "TurboQuant(4)", "TurboQuant(2)"),
+    *("KVzip(0.25)", "KVzip(0.125)", "KIVI(4)", "KIVI(2)", "KIVI(2, sinks=0)", "TurboQuant(4)"),
     *("FisherVQ(2.5625)", "FisherVQ(1.5)"),
     *("Coded(KVzip(0.5), KIVI(4, window=32))", "Coded(KVzip(0.25), KIVI(4, window=32))"),
     "Coded(KVzip(0.25), KIVI(2, window=32))",
-    *(f"{name}(0.25)" for name in ("ExpectedAttention", "Compactor", "LagKV", "KeyDiff", "SnapKV", "StreamingLLM")),
-    "RandomEviction(0.25)",
+    *(f"{name}(0.25)" for name in ("ExpectedAttention", "Compactor", "SnapKV", "RandomEviction")),
 )
 CALIBRATION = 65536
 """Tokens of the calibration text that are read."""
