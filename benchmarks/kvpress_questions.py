@@ -148,7 +148,8 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                         "right": sum(right) / len(right),
                     }
                 )
-    return {"peer": peer["peer"], "model": loaded.name, "dtype": "float32", "tokens": TOKENS, "rows": rows}
+    settings_of = {"model": loaded.name, "dtype": "float32", "tokens": TOKENS, "pairs": pairs(), "only_ours": OURS}
+    return {"peer": peer["peer"], **settings_of, "rows": rows}
 
 
 def main() -> None:

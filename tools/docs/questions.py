@@ -15,7 +15,7 @@ from tools.docs.tables import ROOT, generated, read, table
 
 RESULTS = "results/questions/smollm2.json"
 PICTURE = FIGURES / "questions.svg"
-DRAWN = ("RandomEviction", "SnapKV", "KeyDiff", "KVzip", "KIVI", "FisherVQ", "Coded(KVzip)")
+DRAWN = ("RandomEviction", "SnapKV", "ExpectedAttention", "KVzip", "KIVI", "FisherVQ", "Coded(KVzip)")
 """The families in the picture, in the order of their colours."""
 
 
@@ -51,6 +51,22 @@ def answers_kept(path: str) -> str:
         f"**{size:.0%} of the bytes keep {kept:.0%} of what its contexts are worth** with `{best}`, which needs no training; "
         f"`SnapKV(0.25)` keeps {other:.0%} with {other_size:.0%}. (SmolLM2-135M-Instruct, {items} questions.)"
     )
+
+
+@generated
+def beside_kvpress(path: str) -> str:
+    """What each method of kvpress keeps of each kind of questions, beside the same method here, and what only one has."""
+    found = read(path)
+    rows = {(row["by"], row["method"], row["questions"]): row for row in found["rows"]}
+    kinds = list(dict.fromkeys(row["questions"] for row in found["rows"]))
+    head = ["kvpress", "Pondera", *(f"{_short(kind)}: {by}" for kind in kinds for by in ("kvpress", "Pondera"))]
+    cells = []
+    for theirs, ours in [*found["pairs"].items(), *((None, name) for name in found["only_ours"])]:
+        pairs = [(("kvpress", theirs, kind), ("pondera", ours, kind)) for kind in kinds]
+        kept = ["" if key[1] is None else _kept(rows[key]) for pair in pairs for key in pair]
+        cells.append(("" if theirs is None else f"`{theirs}`", f"`{ours}`", *kept))
+    said = ", ".join(f"{_items(found, kind)} of `{kind}`" for kind in kinds)
+    return f"{table(head, cells)}\n\n{found['peer']}. Questions: {said}. `{found['command']}`."
 
 
 def figures() -> dict[Path, str]:

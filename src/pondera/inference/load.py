@@ -82,7 +82,7 @@ def load(
         kernels: how the linear layers multiply on the CPU where the model decodes (`pondera.kernels.linear`): ``"native"``, or
             ``"torch"``, which is slower.
         weights: ``"int8"``: linear layers get int8 weights (`pondera.kernels.int8`), and `device` is the CPU by default;
-            default: `None`, as in `dtype`.
+            ``"int8-prompts"``: prompts are multiplied in int8, too; default: `None`, as in `dtype`.
         others: nothing else is allowed; the error names what is.
 
     A tokenizer can have more tokens than the model has embeddings. A text with such a token raises when it is encoded.
@@ -362,7 +362,7 @@ def _put_kernels(model: AdaptiveLM, kernels: str, weights: str | None) -> None:
             log.warning(
                 "weights='int8': decoding is slower than without, because it needs the native kernel: %s", reason
             )
-        use_int8(model.backbone.lm, native=kernels == "native")
+        use_int8(model.backbone.lm, native=kernels == "native", prompts=weights == "int8-prompts")
     use_kernels(model, kernels)
 
 

@@ -7,5 +7,6 @@ in torch. It is the reference implementation in the tests, and it runs if the li
 
 CHOICES = ("native", "torch")
 """The kernels that a model can use for products of a few rows (`pondera.kernels.linear`)."""
-WEIGHTS = ("int8",)
-"""How the weights of a loaded model can be stored, apart from its dtype (`pondera.kernels.int8`)."""
+WEIGHTS = ("int8", "int8-prompts")
+"""How the weights of a loaded model can be stored, apart from its dtype (`pondera.kernels.int8`); with the second, prompts are
+multiplied in int8, too."""

@@ -1,7 +1,8 @@
 """Weights as int8 with one scale per output, for a model that decodes on a CPU.
 
 A decoding step takes as long as its weights take from memory, and these are a quarter of float32. Up to 8 rows use the native
-kernel of `pondera.kernels.products`; more rows multiply with the weights as floats again, so both compute the same function.
+kernel of `pondera.kernels.products`; more rows multiply with the weights as floats again, so both compute the same function. With
+`prompts`, more rows are rounded to int8 as well (`pondera.kernels.int8_rows`), which is faster and less exact.
 
 Shapes: I inputs, O outputs, V vocabulary, D width.
 """
@@ -17,6 +18,8 @@ from torch.nn import functional as F
 
 from pondera.core.errors import UserError
 from pondera.core.hf import Conv1D
+from pondera.kernels.build import why_not
+from pondera.kernels.int8_rows import many_rows
 from pondera.kernels.linear import NativeConv1D, NativeLinear
 from pondera.kernels.products import few_rows
 
@@ -43,6 +46,7 @@ class Int8(nn.Module):
     codes: Tensor
     scale: Tensor
     native: bool
+    prompts: bool
     _dtype: torch.dtype
 
     @property
@@ -60,6 +64,8 @@ class Int8(nn.Module):
                 "weights='int8': these weights cannot be trained; load the model without weights, or call eval()"
             )
         y = few_rows(input, self.codes, bias, self.scale) if self.native else None
+        if y is None and self.prompts:
+            y = many_rows(input, self.codes, self.scale, bias)
         return F.linear(input, self._floats(input.dtype), bias) if y is None else y
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -108,7 +114,7 @@ LAYERS: dict[type[nn.Module], type[Int8]] = {
 }
 
 
-def use_int8(model: nn.Module, native: bool = True) -> int:
+def use_int8(model: nn.Module, native: bool = True, prompts: bool = False) -> int:
     """Turns the weights of the linear layers of a model on the CPU into int8; this cannot be reversed.
 
     An embedding follows if a head shares its weights. Other embeddings and those with a scale, norms, biases, convolutions,
@@ -117,18 +123,22 @@ def use_int8(model: nn.Module, native: bool = True) -> int:
     Args:
         model: changed in place.
         native: up to 8 rows use the native kernel, if there is one.
+        prompts: more rows are rounded to int8, in groups of 32 inputs.
 
     Returns:
         The number of layers with int8 weights.
 
     Raises:
-        UserError: the model is not on the CPU, has weights that are not finite, or none that can be int8.
+        UserError: the model is not on the CPU, has weights that are not finite, or none that can be int8; or there is no native
+            kernel for `prompts`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 4), nn.ReLU()).eval()
         >>> use_int8(model), model[0].codes.dtype
         (1, torch.int8)
     """
+    if prompts and (reason := why_not("int8_rows") if native else "kernels='torch' leaves it out"):
+        raise UserError(f"weights='int8-prompts': there is no native kernel for it ({reason}); give weights='int8'")
     done: dict[int, tuple[Tensor, Tensor]] = {}
     kept: list[Tensor] = []  # so that no other tensor gets the id of one in `done`
     count = 0
@@ -145,7 +155,7 @@ def use_int8(model: nn.Module, native: bool = True) -> int:
             kept.append(weight)
         layer: Any = module
         del layer._parameters["weight"]
-        layer._dtype, layer.native, layer.__class__ = weight.dtype, native, new
+        layer._dtype, layer.native, layer.prompts, layer.__class__ = weight.dtype, native, prompts, new
         for name, value in zip(("codes", "scale"), done[id(weight)], strict=True):
             layer.register_buffer(name, value)
         count += 1
