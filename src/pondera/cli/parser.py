@@ -197,8 +197,8 @@ def add_weights(parser: Parser, more: str = "") -> None:
     parser.add_argument(
         "--weights",
         choices=WEIGHTS,
-        help="int8: linear layers with int8 weights, one scale per output, on a CPU; int8-prompts: the rows of prompts are int8 "
-        f"as well, which is faster and less exact{more} (default: as saved)",
+        help="int8: linear layers with int8 weights, one scale per output, on a CPU; int8-prompts: the rows of prompts are "
+        f"int8 as well, which is faster and less exact{more} (default: as saved)",
     )
 
 

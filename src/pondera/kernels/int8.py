@@ -1,8 +1,8 @@
 """Weights as int8 with one scale per output, for a model that decodes on a CPU.
 
 A decoding step takes as long as its weights take from memory, and these are a quarter of float32. Up to 8 rows use the native
-kernel of `pondera.kernels.products`; more rows multiply with the weights as floats again, so both compute the same function. With
-`prompts`, more rows are rounded to int8 as well (`pondera.kernels.int8_rows`), which is faster and less exact.
+kernel of `pondera.kernels.products`; more rows multiply with the weights as floats again, so both compute the same function.
+With `prompts`, more rows are rounded to int8 as well (`pondera.kernels.int8_rows`), which is faster and less exact.
 
 Shapes: I inputs, O outputs, V vocabulary, D width.
 """
