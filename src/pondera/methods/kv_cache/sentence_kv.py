@@ -62,7 +62,7 @@ class SentenceKV(PolicyWrapper):
         longest: a sentence of more tokens is cut.
 
     Example:
-        >>> SentenceKV(SnapKV(1280), attended=256, ends=[30, 1673]).recent
+        >>> SentenceKV(SnapKV(1280), attended=256, ends=[30, 47]).recent
         32
     """
 
