@@ -174,6 +174,10 @@ EVICTION = {
     "PyramidKV": Claim("Budgets that fall over the layers lose less than the same budget for all.", UNTESTED),
     "RandomEviction": Claim("A control: keeps random tokens.", "control", lambda: recall("RandomEviction")[:3]),
     "RefreshKV": policy("RefreshKV", "Attention to a part of the cache, refreshed when queries drift, keeps quality."),
+    "SentenceKV": Claim(
+        "Whole sentences, found by their mean keys, are enough for a decoding step: 128 tokens of a long context.",
+        UNTESTED,
+    ),
     "SnapKV": policy("SnapKV", "The prompt's last queries tell which of its tokens to keep."),
     "StreamingLLM": policy("StreamingLLM", "First and latest tokens suffice for stable decoding of unbounded text."),
     "TOVA": Claim("What the latest query attends to is what later queries need.", UNTESTED),

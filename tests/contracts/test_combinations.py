@@ -82,6 +82,7 @@ REFUSED = {
     "FastKV": "FastKV(SnapKV(8, window=4))",
     "LazyLLM": "LazyLLM()",
     "DapQ": "DapQ(SnapKV(8, window=4))",
+    "SentenceKV": "SentenceKV(SnapKV(8, window=4), ends=[3])",
     "KVzip": "KVzip()",
     "Coded": "Coded(SnapKV(200, window=4), KIVI(4))",
     "ExpectedAttention": "ExpectedAttention()",
@@ -333,7 +334,8 @@ def test_heads_combine(method: str):
 def test_methods_that_cannot_be_right_are_refused(kv_cache: str):
     with pytest.raises(
         UserError,
-        match="drops tokens|moves queries|runs the model again|rotates (queries|keys) back|in one pass|of several passes",
+        match="drops tokens|moves queries|runs the model again|rotates (queries|keys) back|in one pass|of several passes|"
+        "finds sentences",
     ):
         build("UniversalTransformer", REFUSED[kv_cache]).new_cache()
 

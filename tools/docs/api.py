@@ -12,10 +12,16 @@ from tools.docs.tables import ROOT
 
 PAGE = ROOT / "docs" / "api.md"
 NOTE = "<!-- Written by `make docs` from docstrings. Do not edit. -->"
-MODELS = "src/pondera/models"
+MODELS, INFERENCE = "src/pondera/models", "src/pondera/inference"
 SHOWN = (
     ("load", "src/pondera/evaluation/open_model.py", "load"),
     ("compress", "src/pondera/evaluation/compress.py", "compress"),
+    ("EditablePrompt", f"{INFERENCE}/editable_prompt.py", "EditablePrompt"),
+    ("EditablePrompt.edit", f"{INFERENCE}/editable_prompt.py", "edit"),
+    ("EditablePrompt.replace", f"{INFERENCE}/editable_prompt.py", "replace"),
+    ("EditablePrompt.generate", f"{INFERENCE}/editable_prompt.py", "generate"),
+    ("PIE", f"{INFERENCE}/pie.py", "PIE"),
+    ("PIE.edit", f"{INFERENCE}/pie.py", "edit"),
     ("AdaptiveConfig", f"{MODELS}/config.py", "AdaptiveConfig"),
     ("AdaptiveLM", f"{MODELS}/adaptive_lm.py", "AdaptiveLM"),
     ("AdaptiveLM.forward", f"{MODELS}/adaptive_lm.py", "forward"),

@@ -17,6 +17,7 @@ from tools.docs import (  # noqa: F401  (these register makers)
     api,
     blocks,
     combined,
+    edits,
     findings,
     front,
     models,
