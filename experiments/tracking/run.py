@@ -43,7 +43,7 @@ GROUPS: dict[str, dict[str, dict[str, Any]]] = {
     "deciding": {
         "plain": {},
         "latentcot-known": {"think": "AdaptiveLatentCoT(steps=3, halting='fixed')", **KNOWN},
-        "adaptivelatentcot": {"think": "AdaptiveLatentCoT(steps=3, penalty=0.03, ramp=(0.0, 0.3))"},
+        "adaptivelatentcot": {"think": "AdaptiveLatentCoT(steps=3, penalty=0.03)"},
         "universaltransformer": {"think": "UniversalTransformer(steps=3)"},
         "ponderlm3": {"think": "PonderLM3(thoughts=1)"},
         "adaponderlm": {"think": "AdaPonderLM(steps=3, rank='pass', bottom=0.5)"},
