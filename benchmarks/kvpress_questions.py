@@ -130,7 +130,7 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
         for kind in kinds:
             own = bench(loaded, settings[kind], (), store, lambda line: print(line, file=sys.stderr, flush=True))
             shown = kind.replace(str(args.squad), args.squad.name)
-            rows += [{"by": "pondera", **asdict(row), "questions": shown} for row in own]
+            rows += [{"by": "pondera", **_without_times(row), "questions": shown} for row in own]
             stored = json.loads(store.read_text())["scores"][kind]
             ends = {end: [ContextScore(**one) for one in stored[end]] for end in (NONE, FULL)}
             for press, by_kind in peer["scores"].items():
@@ -150,6 +150,11 @@ def compare(args: argparse.Namespace) -> dict[str, Any]:
                 )
     settings_of = {"model": loaded.name, "dtype": "float32", "tokens": TOKENS, "pairs": pairs(), "only_ours": OURS}
     return {"peer": peer["peer"], **settings_of, "rows": rows}
+
+
+def _without_times(row: Any) -> dict[str, Any]:
+    """A row of `bench`; its times depend on what else the machine does."""
+    return {key: value for key, value in asdict(row).items() if key not in ("prefill_seconds", "step_seconds")}
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from pondera.evaluation.significance import gap
 from tools.docs.names import with_current_names
 
 ROOT = Path(__file__).parents[1]
+ANSWERS = "results/questions/smollm2.json"
 RECALL = "results/eviction/recall.json"
 CODEBOOKS, QUANTIZERS = "results/collapse.json", "results/quantizers.json"
 SPEED = "results/memory.json"
@@ -148,6 +149,20 @@ def recall(policy: str, share: float = 0.25) -> list[Measure]:
             what = f"recall{label}, budget {share:g}, {task}"
             about = {"setting": setting, "seeds": len(values), "spread": stdev(values), **_source(RECALL)}
             measures.append(Measure(what, mean(values), "%", **about))
+    return measures
+
+
+def answers(*methods: str) -> list[Measure]:
+    """What settings of a KV cache method keep of the worth of long contexts to a real model, at their bytes."""
+    found = read(ANSWERS)
+    measures = []
+    for method in methods:
+        rows = [row for row in found["rows"] if row["method"] == method]
+        kept, size = (100 * mean(row[name] for row in rows) for name in ("kept", "of_full"))
+        kinds = len({row["questions"] for row in rows})
+        about = f"{found['model']}, {sum(row['items'] for row in rows)} questions of {kinds} kinds"
+        what = f"kept of what a context is worth, {method}, {size:.1f} % of the bytes"
+        measures.append(Measure(what, kept, "%", setting=about, **_source(ANSWERS)))
     return measures
 
 

@@ -1,7 +1,7 @@
 """What does a compressed KV cache still answer? A real model, and questions that no method has seen, at equal bytes.
 
-    python -m experiments.questions.run --squad xquad.en.json --calibrate books.txt      about an hour of one core; resumable
-    python -m experiments.questions.run --squad xquad.en.json --calibrate books.txt --model path/to/model --name mine
+    python -m experiments.questions.run --squad xquad.en.json      one to two hours of one core; resumable
+    python -m experiments.questions.run --squad xquad.en.json --model path/to/model --name mine
     python -m experiments.questions.run --smoke      a check that it runs
 
 The model reads contexts of 1,900 tokens in one call, each method compresses its cache, and each question is asked on a copy of
@@ -20,18 +20,14 @@ from typing import Any
 
 from experiments.common.publishing import write_json
 from pondera.evaluation.kv_bench import BenchRow, BenchSettings, bench
-from pondera.evaluation.windows import calibration
 from pondera.inference.load import load
 
 METHODS = (
     *("KVzip(0.25)", "KVzip(0.125)", "KIVI(4)", "KIVI(2)", "KIVI(2, sinks=0)", "TurboQuant(4)"),
-    *("FisherVQ(2.5625)", "FisherVQ(1.5)"),
     *("Coded(KVzip(0.5), KIVI(4, window=32))", "Coded(KVzip(0.25), KIVI(4, window=32))"),
     "Coded(KVzip(0.25), KIVI(2, window=32))",
     *(f"{name}(0.25)" for name in ("ExpectedAttention", "Compactor", "SnapKV", "RandomEviction")),
 )
-CALIBRATION = 65536
-"""Tokens of the calibration text that are read."""
 
 
 def main() -> None:
@@ -39,13 +35,12 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2", help="as `pondera bench` takes it (default: %(default)s)")
     parser.add_argument("--name", help="name of the results (default: that of the model)")
     parser.add_argument("--squad", type=Path, help="a file in the form of SQuAD")
-    parser.add_argument("--calibrate", type=Path, help="text for methods that are fitted")
     parser.add_argument(
         "--smoke", action="store_true", help="two methods and short contexts; writes to runs/smoke only"
     )
     args = parser.parse_args()
-    if not args.smoke and not (args.squad and args.calibrate):
-        parser.error("give --squad FILE and --calibrate FILE")
+    if not args.smoke and args.squad is None:
+        parser.error("give --squad FILE")
     run(args)
 
 
@@ -54,12 +49,11 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or Path(args.model).name
     root = Path("runs/smoke") if args.smoke else Path()
     loaded = load(args.model, dtype="bfloat16")
-    samples = [] if args.calibrate is None else calibration(loaded, str(args.calibrate), CALIBRATION, 1024)
     rows: list[BenchRow] = []
     for label, (settings, kind) in kinds(args).items():
         store = root / "runs" / "questions" / name / f"{label}.json"
         found = bench(
-            loaded, replace(settings, questions=(kind,)), samples, store, lambda line: print(line, flush=True)
+            loaded, replace(settings, questions=(kind,)), (), store, lambda line: print(line, flush=True)
         )
         # The path of a file is that of this machine.
         rows += [replace(row, questions=shown(row.questions, args.squad)) for row in found]
@@ -89,9 +83,8 @@ def shown(questions: str, file: Path | None) -> str:
 def publish(path: Path, args: argparse.Namespace, model: str, settings: BenchSettings, rows: list[BenchRow]) -> None:
     """Writes the table, without times: they depend on what else the machine does."""
     words = ["python", "-m", "experiments.questions.run", *(["--smoke"] if args.smoke else [])]
-    for option in ("squad", "calibrate"):
-        if (file := getattr(args, option)) is not None:
-            words += [f"--{option}", file.name]
+    if args.squad is not None:
+        words += ["--squad", args.squad.name]
     kept = [
         {key: value for key, value in asdict(row).items() if key not in ("prefill_seconds", "step_seconds")}
         for row in rows

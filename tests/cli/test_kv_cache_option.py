@@ -73,7 +73,8 @@ def test_eval_uses_the_method(models, text, said):
     full, few = (json.loads(said(*words, *more)[1]) for more in ([], ["--kv-cache", FEW]))
     model, tokenizer = pondera.load(models["plain"], kv_cache=FEW, device="cpu")
     expected = evaluate(Loaded(model, tokenizer, "plain"), {"text": str(text), "context": 64}, 400)
-    assert few["loss"] == expected["loss"] != full["loss"] and few["tokens"] == full["tokens"] == 400
+    assert few["loss"] == pytest.approx(expected["loss"], rel=1e-6) != pytest.approx(full["loss"], rel=1e-6)
+    assert few["tokens"] == full["tokens"] == 400
     assert few["kv_bytes_per_token"] < 0.6 * full["kv_bytes_per_token"]
 
 
@@ -120,7 +121,7 @@ def test_what_is_fitted_is_fitted_to_the_text_of_the_run(verb: str, run, said, c
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("VQKV: ")]
     total = int(re.findall(r"fitting (\d+) codebooks to \d+ tokens", " ".join(lines))[0])
     counted = [
-        int(found[1]) for line in lines if (found := re.match(r"VQKV: (\d+) of \d+ codebooks fitted, about 0:0", line))
+        int(found[1]) for line in lines if (found := re.match(r"VQKV: (\d+) of \d+ codebooks fitted, about [0-9]", line))
     ]
     assert lines[0] == "VQKV: reading keys and values of the calibration text"
     assert counted == list(range(1, total))

@@ -8,6 +8,7 @@ from typing import Any
 
 from pondera.report.figure import figure
 from pondera.report.svg import WIDTH, Series, line_chart
+from tools.docs.questions import answers_gain
 from tools.docs.tables import ROOT, generated, read, table
 from tools.measured import SPEED, Measure, capacity, decoding, first_token
 
@@ -49,6 +50,12 @@ def gains(_: str) -> str:
     rows = [
         (
             "a long context in less memory",
+            '`pondera compress MODEL --for questions --budget 25%`',
+            answers_gain(),
+            "[questions](docs/results/questions.md), [speed](docs/results/speed.md)",
+        ),
+        (
+            "a very long context, decoded faster",
             '`pondera compress MODEL --kv-cache "VQKV()"`',
             f"{_number(capacity('VQKV()', 'float32'))} × the tokens in float32, {_number(capacity('VQKV()'))} × in bfloat16; "
             f"decoding {_faster('VQKV()')} × at 64k in float32",

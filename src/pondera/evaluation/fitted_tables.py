@@ -28,7 +28,7 @@ def fit(
     """Fits a method to a model, or reads the tables of the same fit from the cache folder.
 
     A fit is the same if model, method with all its settings, and calibration tokens are. The folder can be deleted at any time.
-    If the tables cannot be written, only a warning says so.
+    If the tables cannot be written, a warning is logged.
 
     Args:
         method: bound to the model, not fitted.

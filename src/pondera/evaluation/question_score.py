@@ -96,7 +96,7 @@ def score_known(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, time
 
 @torch.no_grad()
 def score_turns(loaded: Loaded, method: KVCacheMethod, asked: AskedContext, timed: bool = False) -> ContextScore:
-    """Reads the context with the first question but its last token, which compresses both, and goes on as a conversation.
+    """Reads the context with the first question but its last token, which compresses both; a conversation follows.
 
     Each question follows the right answer to the one before, in the same cache. The first question is not scored: all that are
     were unknown when the cache was compressed, as in a chat. Arguments and errors are those of `score_context`.

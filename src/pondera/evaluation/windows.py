@@ -149,7 +149,7 @@ def calibration(loaded: Loaded, text: str | None, tokens: int, context: int) -> 
 
 
 def spread_windows(source: Source, name: str, loaded: Loaded, context: int, most: int) -> list[Tensor]:
-    """Windows ``[T]`` at even distances in a text, of which each is tokenised alone; fewer, if they would overlap.
+    """Windows ``[T]`` at even distances in a text, each tokenised alone; fewer, if they would overlap.
 
     Args:
         source: the documents.

@@ -133,7 +133,7 @@ class CodedLayer(KVStoreLayer):
     Args:
         method: the policy, with the method of the codes.
         index, among: see `KVStoreLayer`.
-        coders: the codecs of keys and of values.
+        codecs: those of keys and of values.
 
     Attributes:
         coded: the codes of each store; empty until slots were coded.
@@ -141,9 +141,9 @@ class CodedLayer(KVStoreLayer):
 
     holds: ClassVar[tuple[str, ...]] = (*KVStoreLayer.holds, "coded")
 
-    def __init__(self, method: Coded, index: int, among: int, coders: tuple[Codec, Codec]) -> None:
+    def __init__(self, method: Coded, index: int, among: int, codecs: tuple[Codec, Codec]) -> None:
         super().__init__(method, index, among)
-        self.coders, self.window, self.sinks = coders, method.code.window, method.code.sinks
+        self.coders, self.window, self.sinks = codecs, method.code.window, method.code.sinks
 
     def clear(self) -> None:
         """See `CacheState.clear`."""
