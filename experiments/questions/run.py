@@ -7,12 +7,14 @@
 The model reads contexts of 1,900 tokens in one call, each method compresses its cache, and each question is asked on a copy of
 it: paragraphs of encyclopedia articles with questions from a file in the form of SQuAD, facts at random places of a manual, and
 invented words with labels. Each kind has more than 200 questions. Weights and cache are bfloat16, so the full cache has 16 bits
-per number. Finished methods are kept in ``runs/questions/``; the table goes to ``results/questions/``.
+per number. Finished methods are kept in ``runs/questions/``; the table and the scores of all contexts go to
+``results/questions/``, and another machine continues from these scores.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,11 +54,12 @@ def run(args: argparse.Namespace) -> None:
     rows: list[BenchRow] = []
     for label, (settings, kind) in kinds(args).items():
         store = root / "runs" / "questions" / name / f"{label}.json"
-        found = bench(
-            loaded, replace(settings, questions=(kind,)), (), store, lambda line: print(line, flush=True)
-        )
-        # The path of a file is that of this machine.
-        rows += [replace(row, questions=shown(row.questions, args.squad)) for row in found]
+        scores, public = root / "results" / "questions" / name / f"{label}.json", shown(kind, args.squad)
+        if scores.is_file() and not store.is_file():
+            rename(scores, store, public, kind)
+        found = bench(loaded, replace(settings, questions=(kind,)), (), store, lambda line: print(line, flush=True))
+        rename(store, scores, kind, public)
+        rows += [replace(row, questions=public) for row in found]
         publish(root / "results" / "questions" / f"{name}.json", args, loaded.name, settings, rows)
     print("done")
 
@@ -73,6 +76,14 @@ def kinds(args: argparse.Namespace) -> dict[str, tuple[BenchSettings, str]]:
         "needles": (settings, "Needles(needles=24)"),
         "few-shot": (settings, "FewShot(asked=24)"),
     }
+
+
+def rename(source: Path, target: Path, old: str, new: str) -> None:
+    """Copies scores under another name of their questions: the path of a file is that of one machine."""
+    tree = json.loads(source.read_text())
+    tree["settings"]["questions"] = [new]
+    tree["scores"] = {new: tree["scores"][old]}
+    write_json(target, tree)
 
 
 def shown(questions: str, file: Path | None) -> str:
