@@ -121,7 +121,9 @@ def test_what_is_fitted_is_fitted_to_the_text_of_the_run(verb: str, run, said, c
     lines = [record.getMessage() for record in caplog.records if record.getMessage().startswith("VQKV: ")]
     total = int(re.findall(r"fitting (\d+) codebooks to \d+ tokens", " ".join(lines))[0])
     counted = [
-        int(found[1]) for line in lines if (found := re.match(r"VQKV: (\d+) of \d+ codebooks fitted, about [0-9]", line))
+        int(found[1])
+        for line in lines
+        if (found := re.match(r"VQKV: (\d+) of \d+ codebooks fitted, about [0-9]", line))
     ]
     assert lines[0] == "VQKV: reading keys and values of the calibration text"
     assert counted == list(range(1, total))

@@ -50,7 +50,7 @@ def gains(_: str) -> str:
     rows = [
         (
             "a long context in less memory",
-            '`pondera compress MODEL --for questions --budget 25%`',
+            "`pondera compress MODEL --for questions --budget 25%`",
             answers_gain(),
             "[questions](docs/results/questions.md), [speed](docs/results/speed.md)",
         ),
