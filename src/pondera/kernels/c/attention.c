@@ -12,7 +12,9 @@ enum {
     BLOCK = 64, /* slots */
     PART = 512, /* slots per work item */
     TILE = 4,   /* queries whose sums stay in registers */
-    PAIR = 2    /* rows, or vectors of a row, per tile */
+    KEYS = 4,   /* keys per tile */
+    VECTORS = WIDTH == 16 ? 4 : 2, /* vectors of a value per tile */
+    LINE = 16   /* numbers per cache line */
 };
 
 typedef struct {
@@ -34,11 +36,18 @@ typedef struct {
     int failed;
 } Work;
 
+/* Asks for a row that is needed soon, while arithmetic on earlier rows goes on. */
+INLINE void fetch(const float *row, long width)
+{
+    for (long d = 0; d < width; d += LINE)
+        __builtin_prefetch(row + d);
+}
+
 /* Products of queries with rows. */
 INLINE void products(const float *query, long query_step, const float *rows, long row_step, long D, int queries, int count,
                      float *scores, long scores_step)
 {
-    Floats sum[TILE][PAIR] = {0};
+    Floats sum[TILE][KEYS] = {0};
     long d = 0;
     for (; d + WIDTH <= D; d += WIDTH)
         for (int s = 0; s < count; s++) {
@@ -46,51 +55,64 @@ INLINE void products(const float *query, long query_step, const float *rows, lon
             for (int n = 0; n < queries; n++)
                 sum[n][s] += load(query + n * query_step + d) * row;
         }
-    for (int n = 0; n < queries; n++)
-        for (int s = 0; s < count; s++) {
-            float score = sum_of(sum[n][s]);
+    for (int n = 0; n < queries; n++) {
+        float *to = scores + n * scores_step;
+        if (count == KEYS)
+            sums_of_four(sum[n], to);
+        else
+            for (int s = 0; s < count; s++)
+                to[s] = sum_of(sum[n][s]);
+        for (int s = 0; s < count; s++)
             for (long rest = d; rest < D; rest++)
-                score += query[n * query_step + rest] * rows[s * row_step + rest];
-            scores[n * scores_step + s] = score;
-        }
+                to[s] += query[n * query_step + rest] * rows[s * row_step + rest];
+    }
 }
 
-INLINE void score_tile(const float *query, long D, const float *rows, long row_step, long slots, int queries, float *scores)
+/* Scores of a block; meanwhile fetches `width` numbers of the rows of `next`, unless it is NULL. */
+INLINE void score_tile(const float *query, long D, const float *rows, long row_step, long slots, int queries, float *scores,
+                       const float *next, long next_step, long width)
 {
     long s = 0;
-    for (; s + PAIR <= slots; s += PAIR)
-        products(query, D, rows + s * row_step, row_step, D, queries, PAIR, scores + s, BLOCK);
+    for (; s + KEYS <= slots; s += KEYS) {
+        for (long row = s; row < s + KEYS && next; row++)
+            fetch(next + row * next_step, width);
+        products(query, D, rows + s * row_step, row_step, D, queries, KEYS, scores + s, BLOCK);
+    }
     for (; s < slots; s++)
         products(query, D, rows + s * row_step, row_step, D, queries, 1, scores + s, BLOCK);
 }
 
 /* A part of the vectors of the weighted sums of queries. */
 INLINE void weigh(const float *weights, const float *rows, long row_step, long slots, const float *shrink, int queries,
-                  int vectors, float *to, long to_step)
+                  int vectors, float *to, long to_step, const float *next, long next_step, long ahead, long width)
 {
-    Floats sum[TILE][PAIR];
+    Floats sum[TILE][VECTORS];
     for (int n = 0; n < queries; n++)
         for (int v = 0; v < vectors; v++)
             sum[n][v] = load(to + n * to_step + v * WIDTH) * shrink[n];
-    for (long s = 0; s < slots; s++)
+    for (long s = 0; s < slots; s++) {
+        if (s < ahead)
+            fetch(next + s * next_step, width);
         for (int v = 0; v < vectors; v++) {
             Floats row = load(rows + s * row_step + v * WIDTH);
             for (int n = 0; n < queries; n++)
                 sum[n][v] += row * weights[n * BLOCK + s];
         }
+    }
     for (int n = 0; n < queries; n++)
         for (int v = 0; v < vectors; v++)
             store(to + n * to_step + v * WIDTH, sum[n][v]);
 }
 
+/* Weighted sums of a block; meanwhile fetches `ahead` rows of `next`. */
 INLINE void weigh_tile(const float *weights, const float *rows, long row_step, long slots, const float *shrink, int queries,
-                       long E, float *to)
+                       long E, float *to, const float *next, long next_step, long ahead, long width)
 {
     long e = 0;
-    for (; e + PAIR * WIDTH <= E; e += PAIR * WIDTH)
-        weigh(weights, rows + e, row_step, slots, shrink, queries, PAIR, to + e, E);
-    for (; e + WIDTH <= E; e += WIDTH)
-        weigh(weights, rows + e, row_step, slots, shrink, queries, 1, to + e, E);
+    for (; e + VECTORS * WIDTH <= E; e += VECTORS * WIDTH, ahead = 0)
+        weigh(weights, rows + e, row_step, slots, shrink, queries, VECTORS, to + e, E, next, next_step, ahead, width);
+    for (; e + WIDTH <= E; e += WIDTH, ahead = 0)
+        weigh(weights, rows + e, row_step, slots, shrink, queries, 1, to + e, E, next, next_step, ahead, width);
     for (; e < E; e++)
         for (int n = 0; n < queries; n++) {
             float sum = to[n * E + e] * shrink[n];
@@ -147,12 +169,15 @@ static void attend_part(void *given, long item)
     memset(out, 0, N * E * sizeof(float));
     for (long first = start; first < end; first += BLOCK) {
         const long slots = end - first < BLOCK ? end - first : BLOCK, padded = (slots + WIDTH - 1) / WIDTH * WIDTH;
+        const long after = a->S - first - BLOCK, later = after < 0 ? 0 : after < BLOCK ? after : BLOCK;
         long seen = 0;
         for (long t = 0; t < a->T; t++)
             seen += look(a, b, t, position + first, slots, bias + t * BLOCK);
         if (seen || a->score_BGNS)
             for (long n = 0; n < N; n += TILE) {
-#define SCORES(count) score_tile(query + n * D, D, keys + first * a->keys_S, a->keys_S, slots, count, scores + n * BLOCK)
+#define SCORES(count)                                                                                                       \
+    score_tile(query + n * D, D, keys + first * a->keys_S, a->keys_S, slots, count, scores + n * BLOCK,                     \
+               n ? NULL : values + first * a->values_S, a->values_S, E)
                 BY_QUERIES(N - n, SCORES)
             }
         for (long n = 0; n < N && (seen || a->score_BGNS); n++) {
@@ -168,7 +193,8 @@ static void attend_part(void *given, long item)
         }
         for (long n = 0; n < N && seen; n += TILE) {
 #define VALUES(count)                                                                                                       \
-    weigh_tile(scores + n * BLOCK, values + first * a->values_S, a->values_S, slots, shrink + n, count, E, out + n * E)
+    weigh_tile(scores + n * BLOCK, values + first * a->values_S, a->values_S, slots, shrink + n, count, E, out + n * E,     \
+               keys + (first + BLOCK) * a->keys_S, a->keys_S, n ? 0 : later, D)
             BY_QUERIES(N - n, VALUES)
         }
     }
