@@ -8,9 +8,9 @@ time (`time.thread_time`): caches take turns in every round, each advances by on
 over rounds. Ratios are medians of the ratios within a round.
 
 Nothing is prefilled 30 times over: a prompt of random tokens runs through the first layer only, with the method itself, and its
-state is copied to all layers (the state of a cache does not influence how long a step takes, only its size does). Tables of coded
-methods are random numbers of the right shape for the same reason. The floor is the time of reading weights and cache once, at the
-rate at which `torch.sum` reads memory in the same rounds.
+state is copied to all layers: the size of a cache decides how long a step takes, its content does not. Tables of coded methods
+are random numbers of the right shape for the same reason. The floor is the time of reading weights and cache once, at the rate at
+which `torch.sum` reads memory in the same rounds.
 """
 
 from __future__ import annotations
@@ -156,7 +156,9 @@ def main() -> None:
     parser.add_argument("--contexts", nargs="+", type=int, default=CONTEXTS)
     parser.add_argument("--batches", nargs="+", type=int, default=BATCHES)
     parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--together", type=int, default=len(METHODS), help="methods in memory at once, with the stock caches")
+    parser.add_argument(
+        "--together", type=int, default=len(METHODS), help="methods in memory at once, with the stock caches"
+    )
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if reason := why_not_used():

@@ -107,7 +107,7 @@ class KVStoreLayer(KVLayer):
         exact = (self.method.exact or T > FEW) and call.in_order
         chosen: list[Tensor | None] = []
         for table in self.tables:
-            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position_BT)
+            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position)
             slot_BGk = None
             if self.method.sparse_attention:
                 slot_BGk = self.method.select_kv(self, table, query_BGRTD[:, table.part], call)
@@ -223,7 +223,7 @@ class KVStoreLayer(KVLayer):
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
         number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
-        real_BT = call.position_BT[:, part] >= 0
+        real_BT = call.real(part)
         if not self.method.observes_scores:
             none_BGRT0 = query_BGRTD[..., :0]
             return AttentionObservation(

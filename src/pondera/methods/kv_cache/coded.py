@@ -159,7 +159,7 @@ class CodedLayer(KVStoreLayer):
         query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
         outputs = []
         for table, coded in zip(self.tables, self.coded, strict=True):  # one store is decoded at a time
-            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position_BT)
+            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position)
             whole = coded.joined(table, self.coders)
             outputs.append(self._by_table(call, query_BGRTD[:, table.part], whole, None, 0))
         return torch.cat(outputs, dim=2)
