@@ -9,8 +9,8 @@ over rounds. Ratios are medians of the ratios within a round.
 
 Nothing is prefilled 30 times over: a prompt of random tokens runs through the first layer only, with the method itself, and its
 state is copied to all layers: the size of a cache decides how long a step takes, its content does not. Tables of coded methods
-are random numbers of the right shape for the same reason. The floor is the time of reading weights and cache once, at the rate at
-which `torch.sum` reads memory in the same rounds.
+are random numbers of the right shape for the same reason. The floor is the time of reading weights and cache once, at the rate
+of `torch.sum` over a large tensor in the same rounds.
 """
 
 from __future__ import annotations
