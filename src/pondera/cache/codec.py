@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from pondera.cache.native_sections import Rows
 from pondera.cache.state import BatchState
 
 Parts = dict[str, Tensor]
@@ -47,6 +48,10 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, parts: Parts, position_BS: Tensor | None) -> Tensor:
         """Decodes codes to keys or values, ``[B, G, S, D]``, in float32 or wider."""
+
+    def kernel_rows(self, parts: Parts) -> Rows | None:
+        """The codes for `attend_natively_to_sections`, which decodes them block by block; default: `None`, it cannot."""
+        return None
 
     def dot(self, query_BGND: Tensor, parts: Parts, position_BS: Tensor | None) -> Tensor:
         """``[B, G, N, S]``: products of queries and decoded rows."""
