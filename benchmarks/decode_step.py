@@ -79,6 +79,7 @@ def first_layer(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """A model of the first layer of another, with the same weights."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers = 1
+    config.max_position_embeddings *= 2  # KVzip reads parts of the prompt again after it
     with torch.device("meta"):
         small = LlamaForCausalLM(config).eval()
     small.model.embed_tokens, small.model.rotary_emb = model.model.embed_tokens, model.model.rotary_emb

@@ -11,6 +11,8 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,8 +20,10 @@ from torch import Tensor
 from pondera.kernels.build import library
 from pondera.kernels.call import fit_rows
 
-DENSE, UNIFORM = range(2)
+DENSE, UNIFORM, RESIDUAL, PAIRS = range(4)
 """Kinds of rows."""
+WIDEST = 1024
+"""The widest head of the kernel."""
 
 
 class Rows(ctypes.Structure):
@@ -30,7 +34,14 @@ class Rows(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("data", "least", "step")),
         *((name, ctypes.c_int64) for name in ("data_B", "data_G", "data_S", "least_B", "least_G", "step_B", "step_G")),
         *((name, ctypes.c_int64) for name in ("bits", "group", "by_channel")),
+        ("table", ctypes.c_void_p * 2),
+        ("order", ctypes.c_void_p),
+        ("K", ctypes.c_int64),
+        *((name, ctypes.c_int64 * 2) for name in ("stages", "width")),
+        *((name, ctypes.c_void_p) for name in ("cosine", "sine", "first")),
+        *((name, ctypes.c_int64) for name in ("P", "interleaved")),
     )
+    alive: Any = None  # what the pointers point to, if nothing else keeps it
 
 
 class _Section(ctypes.Structure):
@@ -107,7 +118,7 @@ def attend_natively_to_sections(
     for each, section in zip(given, sections, strict=True):
         each.keys, each.values, each.tokens = section.keys, section.values, section.tokens
         if section.held is not None:
-            held = (ctypes.c_int64 * (2 * B))(*(number for pair in section.held for number in pair))
+            held = (ctypes.c_int64 * (2 * B))(*chain.from_iterable(section.held))
             alive.append(held)
             each.held = ctypes.addressof(held)
         if section.position_BGS is not None:

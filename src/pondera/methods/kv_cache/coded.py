@@ -175,9 +175,10 @@ class CodedLayer(KVStoreLayer):
         pairs = [(dense_rows(table.keys), dense_rows(table.values), table.used, table.position)]
         if coded.keys:
             rows = [
-                codec.kernel_rows(parts) for codec, parts in zip(self.coders, (coded.keys, coded.values), strict=True)
+                codec.kernel_rows(parts, None)
+                for codec, parts in zip(self.coders, (coded.keys, coded.values), strict=True)
             ]
-            pairs.append((*rows, coded.position_BGS.shape[2], coded.position_BGS))
+            pairs.append((rows[0], rows[1], coded.position_BGS.shape[2], coded.position_BGS))
         sections = [
             NativeSection(keys, values, tokens, position_BGS=position_BGS)
             for keys, values, tokens, position_BGS in pairs

@@ -136,7 +136,7 @@ def _listed(wanted_BS: Tensor) -> Tensor:
     most, fewest = int(count_B.amax()), int(count_B.amin())
     if most == fewest:
         return wanted_BS.nonzero()[:, 1].view(-1, most)
-    wanted_Bk, slot_Bk = wanted_BS.to(torch.uint8).sort(-1, descending=True, stable=True)
+    wanted_Bk, slot_Bk = torch.sort(wanted_BS.to(torch.uint8), dim=-1, descending=True, stable=True)
     return torch.where(wanted_Bk > 0, slot_Bk, -1)[:, :most]
 
 

@@ -6,6 +6,7 @@ Shapes: B batch, G KV heads, S tokens, D head width, N queries, g numbers that s
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ class UniformQuantizer(Codec):
         out_BGND = self._native(MIX, parts, weight_BGNS, (B, G, N, parts["codes"].shape[-1] * 8 // self.bits))
         return super().mix(weight_BGNS, parts, position_BS) if out_BGND is None else out_BGND
 
-    def kernel_rows(self, parts: Parts) -> Rows | None:
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None = None) -> Rows | None:
         """See `Codec.kernel_rows`."""
         codes, least, step = parts["codes"], parts["least"], parts["step"]
         if not _readable(codes, least, step) or codes.shape[-1] * 8 // self.bits > WIDEST:

@@ -200,18 +200,24 @@ class SinkWindowLayer(KVLayer):
         if call.tokens > 1 or call.mask_B1TK is not None or call.key_bias_BK is not None or call.softmax is not PLAIN:
             return None
         end, sinks = call.start + 1, self.method.sinks
+        after = self._exact_after()
         exact = [
-            (first, keys, values, [(max(0, after - first), keys.shape[2]) for after in self._exact_after()])
-            for first, keys, values in pieces
+            (keys, values, [(max(0, one - first), keys.shape[2]) for one in after]) for first, keys, values in pieces
         ]
         if sinks:
             held = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
-            exact.append((0, self.sink_keys, self.sink_values, held))
-        found = [(dense_rows(keys), dense_rows(values), keys.shape[2], held) for _, keys, values, held in exact]
+            exact.append((self.sink_keys, self.sink_values, held))
+        found = [(dense_rows(keys), dense_rows(values), keys.shape[2], held) for keys, values, held in exact]
         if any(self.coded):
+            if max(self.coded) > self.coders[0].kernel_tokens:
+                return None
             codes = [each.view(codec) for each, codec in zip(self.codes, self.coders, strict=True)]
-            rows = [codec.kernel_rows(parts) for codec, parts in zip(self.coders, codes, strict=True)]
-            found.append((*rows, max(self.coded), [(0, coded) for coded in self.coded]))
+            steady = self.positions is None and self.slots_per_token == 1
+            first = [begins + sinks for begins in self.begins] if steady else None
+            rows = [codec.kernel_rows(parts, first) for codec, parts in zip(self.coders, codes, strict=True)]
+            if rows[1] is not None and rows[1].order:
+                return None
+            found.append((rows[0], rows[1], max(self.coded), [(0, coded) for coded in self.coded]))
         sections = [
             NativeSection(keys, values, tokens, held) for keys, values, tokens, held in found if keys and values
         ]
