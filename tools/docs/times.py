@@ -290,11 +290,12 @@ def decode_step(path: str) -> str:
     head = ["cache", *(name.replace(" x ", " × ") for name in settings)]
     rates = [one["bytes_per_second"] / 1e9 for one in settings.values()]
     about = (
-        f"`{found['command']}`: {found['threads']} thread, torch {found['torch']}, processor time, medians of "
+        f"`{found['command']}`: {found['threads']} thread, torch {found['torch']}, processor time, the best of "
         f"{found['rounds']} interleaved rounds, load average {found['load_average']:.1f}; read rate {min(rates):.1f} to "
         f"{max(rates):.1f} GB/s."
     )
-    return (
-        f"Milliseconds per step at tokens × sequences; in brackets the ratio to the faster one of transformers' caches:\n\n"
-        f"{table(head, rows)}\n\nThe floor, milliseconds for reading weights and cache once:\n\n{table(head, floors)}\n\n{about}"
+    times = (
+        "Milliseconds per step at tokens × sequences; in brackets the ratio to the faster one of transformers' caches:"
     )
+    least = "The floor, milliseconds for reading weights and cache once:"
+    return "\n\n".join((times, table(head, rows), least, table(head, floors), about))
