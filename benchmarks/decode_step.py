@@ -1,6 +1,6 @@
 """A decode step with each cache, compared with transformers' own caches, all with the same native products.
 
-    python -m benchmarks.decode_step --together 3 --rounds 7 --out results/decode-step.json      about ten minutes; 16 GB
+    python -m benchmarks.decode_step --batches 1 --rounds 9 --out results/decode-step.json     about ten minutes
     python -m benchmarks.decode_step --contexts 512 --methods "H2O(0.25)" --rounds 21
 
 The model is SmolLM2 (135M parameters, 30 layers, 9 query and 3 KV heads of 64) in float32, on one thread. Times are processor
@@ -10,7 +10,8 @@ counts, because other work on the machine only adds. The file is written after e
 Nothing is prefilled 30 times over: a prompt of random tokens runs through the first layer only, with the method itself, and its
 state is copied to all layers: the size of a cache decides how long a step takes, its content does not. Tables of coded methods
 are random numbers of the right shape for the same reason. The floor is the time of reading weights and cache once, at the rate
-of `torch.sum` over a large tensor in the same rounds.
+of `torch.sum` over a large tensor in the same rounds; tables of coded methods are not counted. With 8 sequences of 8,192 tokens
+the caches of one method take 3 GB, so give ``--together 2``.
 """
 
 from __future__ import annotations
