@@ -270,3 +270,32 @@ def small_products(path: str) -> str:
     )
     rates = table(["matrix", "rows", *(f"{kind}, GB/s" for kind in kinds), "reading, GB/s"], products)
     return f"{table(head, steps)}\n\n{rates}\n\n{about}"
+
+
+@generated
+def decode_step(path: str) -> str:
+    """A decode step with each cache, compared with the faster one of transformers' caches."""
+    found = read(path)
+    settings = found["results"]
+    names = list(next(iter(settings.values()))["caches"])
+
+    def cell(row: dict[str, float]) -> str:
+        return f"{1000 * row['seconds']:.1f} ({row['over_faster']:.2f})"
+
+    def floor(row: dict[str, float]) -> str:
+        return f"{1000 * row['floor_seconds']:.0f}"
+
+    rows = [(f"`{name}`", *(cell(one["caches"][name]) for one in settings.values())) for name in names]
+    floors = [(f"`{name}`", *(floor(one["caches"][name]) for one in settings.values())) for name in names]
+    head = ["cache", *(name.replace(" x ", " × ") for name in settings)]
+    rates = [one["bytes_per_second"] / 1e9 for one in settings.values()]
+    about = (
+        f"`{found['command']}`: {found['threads']} thread, torch {found['torch']}, processor time, the best of "
+        f"{found['rounds']} interleaved rounds, load average {found['load_average']:.1f}; read rate {min(rates):.1f} to "
+        f"{max(rates):.1f} GB/s."
+    )
+    times = (
+        "Milliseconds per step at tokens × sequences; in brackets the ratio to the faster one of transformers' caches:"
+    )
+    least = "The floor, milliseconds for reading weights and cache once:"
+    return "\n\n".join((times, table(head, rows), least, table(head, floors), about))

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from pondera.cache.native_place import place_natively
 from pondera.cache.state import BatchState
 
 EMPTY = torch.iinfo(torch.int32).min
@@ -37,9 +38,6 @@ class KVStore(BatchState):
 
     Attributes:
         heads, part: the indices of its KV heads in the layer, as a list and as a slice.
-        keys, values: ``[B, G, S, D]``, views of the slots in use.
-        position: ``[B, G, S]``, a view of the positions of the slots in use.
-        note: ``[B, G, S]`` each, writable views of the notes of the slots in use, by name.
     """
 
     keys_BGSD: Tensor
@@ -55,10 +53,9 @@ class KVStore(BatchState):
         self.derive()
 
     def derive(self) -> None:
-        """See `BatchState.derive`: its heads, and the views of the slots in use."""
+        """See `BatchState.derive`: its heads."""
         self.part = slice(self.first_head, self.first_head + self.keys_BGSD.shape[1])
         self.heads = list(range(self.part.start, self.part.stop))
-        self.show()
 
     @classmethod
     def like(cls, key_BGTD: Tensor, value_BGTD: Tensor, note_defaults: dict[str, float]) -> KVStore:
@@ -73,13 +70,25 @@ class KVStore(BatchState):
             note_defaults,
         )
 
-    def show(self) -> None:
-        """Sets the views of the slots in use; follows every change of the storage or of `used`."""
-        self.keys, self.values = self.keys_BGSD[:, :, : self.used], self.values_BGSD[:, :, : self.used]
-        self.position = self.position_BGS[:, :, : self.used]
-        self.note: dict[str, Tensor] = {}
-        for name, note in self.notes.items():
-            self.note[name] = note[:, :, : self.used]
+    @property
+    def keys(self) -> Tensor:
+        """``[B, G, S, D]``: the keys of the slots in use, a view."""
+        return self.keys_BGSD[:, :, : self.used]
+
+    @property
+    def values(self) -> Tensor:
+        """``[B, G, S, D]``: the values of the slots in use, a view."""
+        return self.values_BGSD[:, :, : self.used]
+
+    @property
+    def position(self) -> Tensor:
+        """``[B, G, S]``: the positions of the slots in use, a view."""
+        return self.position_BGS[:, :, : self.used]
+
+    @property
+    def note(self) -> dict[str, Tensor]:
+        """``[B, G, S]`` each: writable views of the notes of the slots in use, by name."""
+        return {name: note[:, :, : self.used] for name, note in self.notes.items()}
 
     @property
     def rows(self) -> tuple[Tensor, Tensor]:
@@ -91,15 +100,19 @@ class KVStore(BatchState):
         """``[B, G, S]``: true for slots of tokens that are not padding."""
         return self.position >= 0
 
-    def append(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BT: Tensor) -> None:
+    def append(self, key_BGTD: Tensor, value_BGTD: Tensor, position: Tensor | int) -> None:
         """Stores the keys and values of new tokens: in empty slots if all of them fit there, else after the last slot.
 
         Args:
             key_BGTD, value_BGTD: the keys and values.
-            position_BT: positions in the form of `position_BGS`.
+            position: ``[B, T]``, positions in the form of `position_BGS`; or the position of one token, in all batch rows.
         """
         B, G, T = key_BGTD.shape[:3]
-        position_BGT = position_BT[:, None].expand(B, G, T).to(torch.int32)
+        if not isinstance(position, Tensor):
+            if self._place(key_BGTD, value_BGTD, position):
+                return
+            position = torch.full((1, 1), position, device=key_BGTD.device)
+        position_BGT = position[:, None].expand(B, G, T).to(torch.int32)
         free_BGT = None
         if not self.whole and 0 < T <= self.used:
             lowest_BGT, slot_BGT = self.position.topk(T, largest=False)  # EMPTY is the lowest position
@@ -112,7 +125,23 @@ class KVStore(BatchState):
             self.position_BGS.scatter_(2, free_BGT, position_BGT)
             for name, start in self.note_defaults.items():
                 self.notes[name].scatter_(2, free_BGT, start)
-        self.show()  # also if `used` is the same: a view is valid only in the gradient mode in which it was made
+
+    def _place(self, key_BG1D: Tensor, value_BG1D: Tensor, number: int) -> bool:
+        """`append` of one token with a kernel; false if no kernel supports it."""
+        storage = (self.keys_BGSD, self.values_BGSD, self.position_BGS)
+        slot_BG1 = self.position_BGS.new_empty(*key_BG1D.shape[:3], dtype=torch.int64) if self.notes else None
+        used = place_natively(storage, key_BG1D, value_BG1D, number, self.used, not self.whole, slot_BG1)
+        if used == -1:
+            self._reserve(self.used + 1)
+            storage = (self.keys_BGSD, self.values_BGSD, self.position_BGS)
+            used = place_natively(storage, key_BG1D, value_BG1D, number, self.used, not self.whole, slot_BG1)
+        if used is None:
+            return False
+        self.used = used
+        if slot_BG1 is not None:
+            for name, start in self.note_defaults.items():
+                self.notes[name].scatter_(2, slot_BG1, start)
+        return True
 
     def _extend(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BGT: Tensor) -> None:
         """Stores new tokens after the last slot in use."""
@@ -130,7 +159,6 @@ class KVStore(BatchState):
         room = slots + max(16, slots // 8)
         for name in ("keys_BGSD", "values_BGSD", "position_BGS"):
             setattr(self, name, _resized(getattr(self, name), self.used, room))
-            self.show()  # releases the earlier storage before the next allocation
         self.notes = {name: _resized(note, self.used, room) for name, note in self.notes.items()}
 
     def evict(self, slot_BGk: Tensor) -> None:
@@ -150,7 +178,6 @@ class KVStore(BatchState):
         self.position_BGS = torch.where(kept_BGk, self.position.gather(2, slot_BGk), EMPTY)
         self.notes = {name: note.gather(2, slot_BGk) for name, note in self.note.items()}
         self.used, self.whole = slot_BGk.shape[2], False
-        self.show()
 
     def truncate(self, tokens: int) -> None:
         """Rolls back to the first `tokens` tokens: empties the slots of later ones."""
@@ -162,7 +189,6 @@ class KVStore(BatchState):
         used = int(last[-1]) + 1 if len(last) else 0
         self.whole = self.whole and used == tokens
         self.used = used
-        self.show()
 
     def renumber(self, keep_C: Tensor, number_C: Tensor) -> None:
         """Empties the slots of removed tokens, and sets the new positions of the others.

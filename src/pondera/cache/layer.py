@@ -29,9 +29,9 @@ CAP, SINK, BIAS = "softcap", "s_aux", "position_bias"
 """The names in transformers of further arguments of attention functions: score capping, sink logits, position bias."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class AttentionCall:
-    """The arguments of one attention call of one layer.
+    """The arguments of one attention call of one layer; not frozen, because one is made for every token and layer.
 
     Args:
         module: the attention module.
@@ -92,6 +92,19 @@ class AttentionCall:
         # A token that does not attend to itself is padding.
         real_BT = self.mask_B1TK[:, 0].diagonal(self.start, -2, -1)
         return torch.where(real_BT, number_BT, -1 - number_BT)
+
+    @property
+    def position(self) -> Tensor | int:
+        """`position_BT`; for one token without a mask its index, the same in all batch rows."""
+        return self.start if self.mask_B1TK is None and self.tokens == 1 else self.position_BT
+
+    def real(self, part: slice) -> Tensor:
+        """``[B, t]``: which of these new tokens are not padding."""
+        if self.mask_B1TK is None:
+            return torch.ones(
+                len(self.query_BHTD), part.stop - part.start, dtype=torch.bool, device=self.query_BHTD.device
+            )
+        return self.position_BT[:, part] >= 0
 
     @property
     def padding_B(self) -> Tensor | int:

@@ -28,11 +28,11 @@ class Attended(NamedTuple):
     score_BGRTS: Tensor | None
 
 
-_TENSORS = ("query", "keys", "values", "position", "mask")
+_TENSORS = ("query", "keys", "values", "index", "position", "mask")
 _NUMBERS = (
     *("B", "G", "R", "T", "S", "D", "E"),
     *("query_B", "query_G", "query_R", "query_T", "keys_B", "keys_G", "keys_S", "values_B", "values_G", "values_S"),
-    *("position_B", "position_G", "mask_B", "mask_T", "mask_K", "start", "threads"),
+    *("position_B", "position_G", "index_B", "index_G", "mask_B", "mask_T", "mask_K", "start", "threads"),
 )
 
 
@@ -57,6 +57,7 @@ def attend_natively(
     start: int,
     scaling: float,
     with_scores: bool = False,
+    slot_BGk: Tensor | None = None,
 ) -> Attended | None:
     """Softmax attention over KV slots; returns `None` if no kernel supports the arguments.
 
@@ -70,6 +71,7 @@ def attend_natively(
         start: the index of the first query's token.
         scaling: the factor of the dot products.
         with_scores: whether to return the scores as well, ``-inf`` where a query may not attend.
+        slot_BGk: int64, the slots to attend to, negative for none; default: `None`, all slots.
     """
     B, G, R, T, D = query_BGRTD.shape
     fits = position_BGS.dtype == torch.int32 and position_BGS.device.type == "cpu" and position_BGS.stride(-1) == 1
@@ -78,6 +80,11 @@ def attend_natively(
     if kernel is None:
         return None
     S, E = values_BGSD.shape[2:]
+    index, index_steps = None, (0, 0)
+    if slot_BGk is not None:
+        if slot_BGk.stride(-1) != 1:
+            slot_BGk = slot_BGk.contiguous()
+        S, index, index_steps = slot_BGk.shape[2], slot_BGk.data_ptr(), slot_BGk.stride()[:2]
     out_BTHE = query_BGRTD.new_empty(B, T, G * R, E)
     score_BGRTS = query_BGRTD.new_empty(B, G, R, T, S) if with_scores else None
     mask_steps = (0, 0, 0) if mask_B1TK is None else (mask_B1TK.stride(0), mask_B1TK.stride(2), mask_B1TK.stride(3))
@@ -85,6 +92,7 @@ def attend_natively(
         query_BGRTD.data_ptr(),
         keys_BGSD.data_ptr(),
         values_BGSD.data_ptr(),
+        index,
         position_BGS.data_ptr(),
         None if mask_B1TK is None else mask_B1TK.data_ptr(),
         *(B, G, R, T, S, D, E),
@@ -92,6 +100,7 @@ def attend_natively(
         *keys_BGSD.stride()[:3],
         *values_BGSD.stride()[:3],
         *position_BGS.stride()[:2],
+        *index_steps,
         *mask_steps,
         *(start, torch.get_num_threads()),
         scaling,
@@ -101,3 +110,36 @@ def attend_natively(
     if kernel.attention(ctypes.byref(arguments)):
         raise MemoryError(f"attention to {S} slots")
     return Attended(out_BTHE, score_BGRTS)
+
+
+def scores_natively(
+    query_BGRD: Tensor, keys_BGSD: Tensor, position_BGS: Tensor, start: int, scaling: float
+) -> Tensor | None:
+    """``[B, G, R, 1, S]``: scores of one query per head, ``-inf`` for masked slots; `None` if no kernel supports the arguments.
+
+    Args:
+        query_BGRD, keys_BGSD, scaling: see `attend_natively`.
+        position_BGS: as in `attend_natively`, contiguous; negative for masked slots.
+        start: slots with later positions are masked.
+    """
+    B, G, R, D = query_BGRD.shape
+    fits = position_BGS.dtype == torch.int32 and position_BGS.device.type == "cpu" and position_BGS.is_contiguous()
+    kernel = library("attention") if fits and fit_rows(query_BGRD, keys_BGSD) else None
+    if kernel is None:
+        return None
+    S = keys_BGSD.shape[2]
+    score_BGR1S = query_BGRD.new_empty(B, G, R, 1, S)
+    arguments = _Attention(
+        *(query_BGRD.data_ptr(), keys_BGSD.data_ptr(), None, None, position_BGS.data_ptr(), None),
+        *(B, G, R, 1, S, D, 0),
+        *(*query_BGRD.stride()[:3], 0),
+        *(*keys_BGSD.stride()[:3], 0, 0, 0),
+        *(*position_BGS.stride()[:2], 0, 0, 0, 0, 0),
+        *(start, torch.get_num_threads()),
+        scaling,
+        None,
+        score_BGR1S.data_ptr(),
+    )
+    if kernel.attention(ctypes.byref(arguments)):
+        raise MemoryError(f"scores of {S} slots")
+    return score_BGR1S

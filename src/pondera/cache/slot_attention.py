@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pondera.cache.native_evict import received_natively
+
 BLOCK = 2**22
 """The largest number of scores per observation of a policy."""
 
@@ -86,6 +88,14 @@ class AttentionObservation:
         weight = self.softmax.weights(self.score_BGRTS)
         # The softmax of a query that may attend to no slot is NaN.
         return torch.where(self.real_BT[:, None, None, :, None], weight, 0)
+
+    @property
+    def received_BGS(self) -> Tensor:
+        """``[B, G, S]``: the attention weights of each slot, summed over query heads and queries."""
+        received_BGS = None
+        if self.softmax is PLAIN and bool(self.real_BT.all()):
+            received_BGS = received_natively(self.score_BGRTS)
+        return self.weight_BGRTS.sum((2, 3)) if received_BGS is None else received_BGS
 
     def some(self, queries: slice | Tensor, slots: int) -> AttentionObservation:
         """The observation of some of the queries, over `slots` slots; scores of later slots are ``-inf``.

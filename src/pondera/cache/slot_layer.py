@@ -107,7 +107,7 @@ class KVStoreLayer(KVLayer):
         exact = (self.method.exact or T > FEW) and call.in_order
         chosen: list[Tensor | None] = []
         for table in self.tables:
-            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position_BT)
+            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position)
             slot_BGk = None
             if self.method.sparse_attention:
                 slot_BGk = self.method.select_kv(self, table, query_BGRTD[:, table.part], call)
@@ -160,18 +160,19 @@ class KVStoreLayer(KVLayer):
             outputs = self._observe(call, query_BGRTD, table, observed, attends=True)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
         keys, values, position = table.keys, table.values, table.position
-        if slot_BGk is not None:
-            there_BGk = slot_BGk.clamp(min=0)
-            keys, values = (_chosen(rows, there_BGk) for rows in (keys, values))
-            position = torch.where(slot_BGk < 0, EMPTY, position.gather(2, there_BGk))
         every, softmax = slice(0, T), call.softmax
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
         attended = None
-        bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, position)
-        if softmax is PLAIN and bias is None:
-            attended = attend_natively(query_BGRTD, keys, values, position, call.mask(every), call.start, call.scaling)
+        if softmax is PLAIN and call.key_bias_BK is None:
+            rows = (query_BGRTD, keys, values, position)
+            attended = attend_natively(*rows, call.mask(every), call.start, call.scaling, slot_BGk=slot_BGk)
         if attended is None:
+            if slot_BGk is not None:
+                there_BGk = slot_BGk.clamp(min=0)
+                keys, values = (_chosen(rows, there_BGk) for rows in (keys, values))
+                position = torch.where(slot_BGk < 0, EMPTY, position.gather(2, there_BGk))
+            bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, position)
             allowed = slots_allowed(call.written_mask(every), position)
             out_BTHD = attend(query_BGRTD, keys, values, allowed, call.scaling, softmax, bias)
         else:
@@ -223,7 +224,7 @@ class KVStoreLayer(KVLayer):
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
         number_T = torch.arange(number, call.start + part.stop, device=query_BGRTD.device)
-        real_BT = call.position_BT[:, part] >= 0
+        real_BT = call.real(part)
         if not self.method.observes_scores:
             none_BGRT0 = query_BGRTD[..., :0]
             return AttentionObservation(

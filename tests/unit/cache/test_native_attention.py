@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pondera.cache.kv_store import EMPTY
-from pondera.cache.native_attention import attend_natively
+from pondera.cache.native_attention import attend_natively, scores_natively
 from pondera.cache.slot_attention import attend, scores, slots_allowed
 from pondera.kernels.build import why_not
 
@@ -104,3 +104,30 @@ def test_where_there_is_no_kernel():
         assert attend_natively(query, keys.mT.contiguous().mT, values, *rest) is None
         assert attend_natively(query.expand(-1, -1, -1, 9, -1), keys, values, *rest) is None
         assert attend_natively(query, keys, values, *rest) is not None
+
+
+@pytest.mark.parametrize("slots", [1, 63, 130, 700])
+@pytest.mark.parametrize("width", [5, 16, 40])
+def test_attention_to_listed_slots_is_attention_to_their_copies(slots: int, width: int):
+    draw = torch.Generator().manual_seed(slots)
+    query = torch.randn(2, 2, 3, 1, width, generator=draw)
+    keys, values = torch.randn(2, 2, 2, 900, width, generator=draw).unbind(0)
+    position = torch.arange(900, dtype=torch.int32).expand(2, 2, -1).contiguous()
+    slot_BGk = torch.rand(2, 2, 900, generator=draw).argsort(-1)[..., :slots].contiguous()
+    slot_BGk[:, :, 1::5] = -1
+    listed = attend_natively(query, keys, values, position, None, 899, 0.3, slot_BGk=slot_BGk)
+    there_BGk = slot_BGk.clamp(min=0)
+    copies = [rows.gather(2, there_BGk[..., None].expand(-1, -1, -1, width)) for rows in (keys, values)]
+    allowed = (slot_BGk >= 0)[:, :, None]
+    assert listed is not None
+    torch.testing.assert_close(listed.out_BTHD, attend(query, *copies, allowed, 0.3), rtol=1e-5, atol=1e-6)
+
+
+def test_scores_alone_are_those_that_come_with_the_output():
+    draw = torch.Generator().manual_seed(0)
+    query, keys = torch.randn(2, 3, 3, 20, generator=draw), torch.randn(2, 3, 150, 20, generator=draw)
+    position = torch.arange(150, dtype=torch.int32).expand(2, 3, -1).clone()
+    position[torch.rand(2, 3, 150, generator=draw) < 0.3] = -1
+    both = attend_natively(query[:, :, :, None], keys, keys, position, None, 120, 0.3, with_scores=True)
+    alone = scores_natively(query, keys, position, 120, 0.3)
+    assert both is not None and alone is not None and torch.equal(both.score_BGRTS, alone)

@@ -12,18 +12,22 @@ from pondera.core import spec
 from pondera.kernels.build import library
 
 CALLS: Any = scripts.load("python_calls", "benchmarks")
-MOST = {  # two layers, one sequence without padding; every step of an eviction policy evicts
-    "H2O(24)": 75,
-    "A2SF(24)": 75,
-    "StreamingLLM(24)": 63,
-    "SnapKV(24, window=4)": 53,
-    "PreallocatedCache()": 51,
-    "KIVI(2, group=4, window=4, sinks=1)": 195,
-    "VQKV(2, window=5, sinks=1, flush_size=2, codes=4, vectors=64, fitting='kmeans', branches=1)": 280,
+# Two layers, one sequence without padding; every step of an eviction policy evicts. Calls of kernels, which replace a dozen
+# operations of torch each, need some Python functions of their own.
+MOST = {
+    "H2O(24)": 111,
+    "A2SF(24)": 103,
+    "StreamingLLM(24)": 83,
+    "SnapKV(24, window=4)": 67,
+    "PreallocatedCache()": 61,
+    "KIVI(2, group=4, window=4, sinks=1)": 175,
+    "VQKV(2, window=5, sinks=1, flush_size=2, codes=4, vectors=64, fitting='kmeans', branches=1)": 225,
 }
 
 
-@pytest.mark.skipif(library("attention") is None, reason="counted with native kernels")
+pytestmark = pytest.mark.skipif(library("attention") is None, reason="counted with native kernels")
+
+
 @pytest.mark.parametrize("method", MOST)
 def test_a_decode_step_calls_few_python_functions(method: str):
     calls = CALLS.calls_of_step(spec.build(method, "kv_cache"))
@@ -32,8 +36,7 @@ def test_a_decode_step_calls_few_python_functions(method: str):
 
 def test_every_counted_step_of_h2o_evicts_in_both_layers():
     calls = CALLS.calls_of_step(spec.build("H2O(24)", "kv_cache"))
-    assert calls["methods/kv_cache/common/policy.py: evict_lowest"] == 2
-    assert calls["cache/kv_store.py: KVStore.evict"] == 2
+    assert calls["cache/native_evict.py: evict_natively"] == 2
 
 
 def test_the_counter_counts_calls_of_the_package_only():

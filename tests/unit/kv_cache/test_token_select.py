@@ -28,7 +28,7 @@ def choices(memory: TokenSelect, x: torch.Tensor, pieces: list[int]) -> list[lis
 def test_a_vote_is_one_per_head_and_the_choice_is_that_of_plain_loops():
     draw = torch.Generator().manual_seed(0)
     query, keys = torch.randn(1, 2, 3, 4, generator=draw), torch.randn(1, 2, 20, 4, generator=draw)
-    free = torch.ones(1, 2, 20, dtype=torch.bool)
+    free = torch.ones(1, 20, dtype=torch.bool)
     free[..., :3] = False
     found = vote(query, keys, free, scaling=0.5)[0]
     expected = [0.0] * 20

@@ -7,21 +7,18 @@
 
 #include "parallel.h"
 #include "softmax.h"
+#include "tiles.h"
 
-enum {
-    BLOCK = 64, /* slots */
-    PART = 512, /* slots per work item */
-    TILE = 4,   /* queries whose sums stay in registers */
-    PAIR = 2    /* rows, or vectors of a row, per tile */
-};
+enum { PART = 512 }; /* slots per work item */
 
 typedef struct {
-    const float *query, *keys, *values; /* [B, G, N, D], [B, G, S, D], [B, G, S, E]; rows are contiguous */
+    const float *query, *keys, *values; /* [B, G, N, D], [B, G, S, D], [B, G, S, E]; values: NULL for scores alone */
+    const int64_t *index; /* [B, G, S]: the row of each slot, negative: masked; NULL: slot s is row s */
     const int32_t *position;            /* [B, G, S]: token of the slot; negative: masked */
     const uint8_t *mask;                /* [B, T, K]: allowed tokens per query; NULL: causal */
     int64_t B, G, R, T, S, D, E;        /* N = R * T */
     int64_t query_B, query_G, query_R, query_T, keys_B, keys_G, keys_S, values_B, values_G, values_S; /* strides, in numbers */
-    int64_t position_B, position_G, mask_B, mask_T, mask_K, start, threads; /* start: token of the first query */
+    int64_t position_B, position_G, index_B, index_G, mask_B, mask_T, mask_K, start, threads; /* start: of the first query */
     float scaling;
     float *out_BTGRE, *score_BGNS; /* scores are optional (NULL) */
 } Attention;
@@ -34,88 +31,33 @@ typedef struct {
     int failed;
 } Work;
 
-/* Products of queries with rows. */
-INLINE void products(const float *query, long query_step, const float *rows, long row_step, long D, int queries, int count,
-                     float *scores, long scores_step)
+/* Copies the rows of a block into the cache of the core, and asks for those of the next; a masked slot gets zeros. */
+static void gather(const float *from, long step, const int64_t *index, long slots, long ahead, long width, float *to)
 {
-    Floats sum[TILE][PAIR] = {0};
-    long d = 0;
-    for (; d + WIDTH <= D; d += WIDTH)
-        for (int s = 0; s < count; s++) {
-            Floats row = load(rows + s * row_step + d);
-            for (int n = 0; n < queries; n++)
-                sum[n][s] += load(query + n * query_step + d) * row;
+    for (long s = 0; s < slots; s++) {
+        const float *row = from + index[s] * step;
+        long d = 0;
+        if (s + BLOCK < ahead && index[s + BLOCK] >= 0)
+            fetch(from + index[s + BLOCK] * step, width);
+        if (index[s] < 0) {
+            memset(to + s * width, 0, width * sizeof(float));
+            continue;
         }
-    for (int n = 0; n < queries; n++)
-        for (int s = 0; s < count; s++) {
-            float score = sum_of(sum[n][s]);
-            for (long rest = d; rest < D; rest++)
-                score += query[n * query_step + rest] * rows[s * row_step + rest];
-            scores[n * scores_step + s] = score;
-        }
-}
-
-INLINE void score_tile(const float *query, long D, const float *rows, long row_step, long slots, int queries, float *scores)
-{
-    long s = 0;
-    for (; s + PAIR <= slots; s += PAIR)
-        products(query, D, rows + s * row_step, row_step, D, queries, PAIR, scores + s, BLOCK);
-    for (; s < slots; s++)
-        products(query, D, rows + s * row_step, row_step, D, queries, 1, scores + s, BLOCK);
-}
-
-/* A part of the vectors of the weighted sums of queries. */
-INLINE void weigh(const float *weights, const float *rows, long row_step, long slots, const float *shrink, int queries,
-                  int vectors, float *to, long to_step)
-{
-    Floats sum[TILE][PAIR];
-    for (int n = 0; n < queries; n++)
-        for (int v = 0; v < vectors; v++)
-            sum[n][v] = load(to + n * to_step + v * WIDTH) * shrink[n];
-    for (long s = 0; s < slots; s++)
-        for (int v = 0; v < vectors; v++) {
-            Floats row = load(rows + s * row_step + v * WIDTH);
-            for (int n = 0; n < queries; n++)
-                sum[n][v] += row * weights[n * BLOCK + s];
-        }
-    for (int n = 0; n < queries; n++)
-        for (int v = 0; v < vectors; v++)
-            store(to + n * to_step + v * WIDTH, sum[n][v]);
-}
-
-INLINE void weigh_tile(const float *weights, const float *rows, long row_step, long slots, const float *shrink, int queries,
-                       long E, float *to)
-{
-    long e = 0;
-    for (; e + PAIR * WIDTH <= E; e += PAIR * WIDTH)
-        weigh(weights, rows + e, row_step, slots, shrink, queries, PAIR, to + e, E);
-    for (; e + WIDTH <= E; e += WIDTH)
-        weigh(weights, rows + e, row_step, slots, shrink, queries, 1, to + e, E);
-    for (; e < E; e++)
-        for (int n = 0; n < queries; n++) {
-            float sum = to[n * E + e] * shrink[n];
-            for (long s = 0; s < slots; s++)
-                sum += weights[n * BLOCK + s] * rows[s * row_step + e];
-            to[n * E + e] = sum;
-        }
-}
-
-/* With a compile-time number of queries, sums stay in registers. */
-#define BY_QUERIES(count, call_of)                                                                                          \
-    switch (count) {                                                                                                        \
-    case 1: call_of(1); break;                                                                                              \
-    case 2: call_of(2); break;                                                                                              \
-    case 3: call_of(3); break;                                                                                              \
-    default: call_of(TILE);                                                                                                 \
+        for (; d + WIDTH <= width; d += WIDTH)
+            store(to + s * width + d, load(row + d));
+        for (; d < width; d++)
+            to[s * width + d] = row[d];
     }
+}
 
 /* The additive mask of a query: 0 for allowed slots, else -inf. Returns the number of allowed slots. */
-static long look(const Attention *a, long b, long t, const int32_t *position, long slots, float *bias)
+static long look(const Attention *a, long b, long t, const int32_t *position, const int64_t *index, long slots, float *bias)
 {
     const uint8_t *mask = a->mask ? a->mask + b * a->mask_B + t * a->mask_T : NULL;
     long seen = 0;
     for (long s = 0; s < slots; s++) {
-        int may = position[s] >= 0 && (mask ? mask[position[s] * a->mask_K] : position[s] <= a->start + t);
+        const int32_t at = !index ? position[s] : index[s] < 0 ? -1 : position[index[s]];
+        int may = at >= 0 && (mask ? mask[at * a->mask_K] : at <= a->start + t);
         bias[s] = may ? 0 : -INFINITY;
         seen += may;
     }
@@ -130,14 +72,15 @@ static void attend_part(void *given, long item)
     const long b = bg / a->G, g = bg % a->G, start = part * PART, end = start + PART < a->S ? start + PART : a->S;
     const float *keys = a->keys + b * a->keys_B + g * a->keys_G, *values = a->values + b * a->values_B + g * a->values_G;
     const int32_t *position = a->position + b * a->position_B + g * a->position_G;
+    const int64_t *index = a->index ? a->index + b * a->index_B + g * a->index_G : NULL;
     Found *found = work->found_BGPN + item * N;
     float *out = work->out_BGPNE + item * N * E;
-    float *scores = malloc((N * (BLOCK + D + 1) + a->T * BLOCK) * sizeof(float));
+    float *scores = malloc((N * (BLOCK + D + 1) + a->T * BLOCK + (index ? BLOCK * (D + E) : 0)) * sizeof(float));
     if (!scores) {
         work->failed = 1;
         return;
     }
-    float *query = scores + N * BLOCK, *shrink = query + N * D, *bias = shrink + N;
+    float *query = scores + N * BLOCK, *shrink = query + N * D, *bias = shrink + N, *rows = bias + a->T * BLOCK;
     for (long n = 0; n < N; n++) {
         const float *from = a->query + b * a->query_B + g * a->query_G + n / a->T * a->query_R + n % a->T * a->query_T;
         for (long d = 0; d < D; d++)
@@ -147,12 +90,23 @@ static void attend_part(void *given, long item)
     memset(out, 0, N * E * sizeof(float));
     for (long first = start; first < end; first += BLOCK) {
         const long slots = end - first < BLOCK ? end - first : BLOCK, padded = (slots + WIDTH - 1) / WIDTH * WIDTH;
+        const float *block_keys = keys + first * a->keys_S, *block_values = values + first * a->values_S;
+        long keys_S = a->keys_S, values_S = a->values_S;
+        const long after = index ? 0 : a->S - first - BLOCK, later = after < 0 ? 0 : after < BLOCK ? after : BLOCK;
         long seen = 0;
         for (long t = 0; t < a->T; t++)
-            seen += look(a, b, t, position + first, slots, bias + t * BLOCK);
+            seen += look(a, b, t, index ? position : position + first, index ? index + first : NULL, slots, bias + t * BLOCK);
+        if (index && (seen || a->score_BGNS)) {
+            gather(keys, a->keys_S, index + first, slots, a->S - first, D, rows);
+            if (a->values)
+                gather(values, a->values_S, index + first, slots, a->S - first, E, rows + BLOCK * D);
+            block_keys = rows, block_values = rows + BLOCK * D, keys_S = D, values_S = E;
+        }
         if (seen || a->score_BGNS)
             for (long n = 0; n < N; n += TILE) {
-#define SCORES(count) score_tile(query + n * D, D, keys + first * a->keys_S, a->keys_S, slots, count, scores + n * BLOCK)
+#define SCORES(count)                                                                                                       \
+    score_tile(query + n * D, D, block_keys, keys_S, slots, count, scores + n * BLOCK,                                      \
+               n || index || !a->values ? NULL : block_values, values_S, E)
                 BY_QUERIES(N - n, SCORES)
             }
         for (long n = 0; n < N && (seen || a->score_BGNS); n++) {
@@ -166,9 +120,10 @@ static void attend_part(void *given, long item)
                 row[s] = -INFINITY;
             shrink[n] = take_in(&found[n], row, padded);
         }
-        for (long n = 0; n < N && seen; n += TILE) {
+        for (long n = 0; n < N && seen && a->values; n += TILE) {
 #define VALUES(count)                                                                                                       \
-    weigh_tile(scores + n * BLOCK, values + first * a->values_S, a->values_S, slots, shrink + n, count, E, out + n * E)
+    weigh_tile(scores + n * BLOCK, block_values, values_S, slots, shrink + n, count, E, out + n * E,                        \
+               block_keys + BLOCK * keys_S, keys_S, n ? 0 : later, D)
             BY_QUERIES(N - n, VALUES)
         }
     }
@@ -182,7 +137,7 @@ int attention(const Attention *a)
     Work work = {a, parts, malloc(items * N * sizeof(Found)), malloc(items * N * a->E * sizeof(float)), 0};
     if (work.found_BGPN && work.out_BGPNE) {
         parallel(items, a->threads, attend_part, &work);
-        for (long bg = 0; bg < a->B * a->G && !work.failed; bg++)
+        for (long bg = 0; bg < a->B * a->G && !work.failed && a->values; bg++)
             for (long n = 0; n < N; n++) {
                 long b = bg / a->G, g = bg % a->G, r = n / a->T, t = n % a->T;
                 merge(work.found_BGPN + bg * parts * N + n, N, work.out_BGPNE + (bg * parts * N + n) * a->E, N * a->E, parts,

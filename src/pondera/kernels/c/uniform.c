@@ -8,6 +8,8 @@
 #include <string.h>
 
 #include "floats.h"
+#include "halves.h"
+#include "unpack.h"
 #include "parallel.h"
 
 enum { MOST = 1024, BLOCK = 128 }; /* width of a head; tokens per work item, a multiple of every group */
@@ -23,44 +25,6 @@ typedef struct {
     float *sums; /* of MIX, per work item: [N, D] */
     long blocks; /* of the tokens of a head */
 } Uniform;
-
-INLINE float from_half(uint16_t half)
-{
-    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7fff;
-    uint32_t bits;
-    float number;
-    if (rest >= 0x7c00) { /* infinity and NaN */
-        bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
-    } else if (rest >= 0x400) {
-        bits = sign | ((rest << 13) + 0x38000000);
-    } else { /* 0 and subnormal numbers: a multiple of 2^-24 */
-        number = (float)rest * 5.9604644775390625e-8f;
-        return sign ? -number : number;
-    }
-    memcpy(&number, &bits, sizeof number);
-    return number;
-}
-
-INLINE void unpack(const uint8_t *restrict codes, uint8_t *restrict levels, long D, int bits)
-{
-    const long bytes = D * bits / 8;
-    const int each = 8 / bits, most = (1 << bits) - 1;
-    for (long byte = 0; byte < bytes; byte++)
-        for (int place = 0; place < each; place++)
-            levels[byte * each + place] = codes[byte] >> (place * bits) & most;
-}
-
-static void unpack_any(const uint8_t *codes, uint8_t *levels, long D, int bits)
-{
-    if (bits == 4)
-        unpack(codes, levels, D, 4);
-    else if (bits == 2)
-        unpack(codes, levels, D, 2);
-    else if (bits == 1)
-        unpack(codes, levels, D, 1);
-    else
-        memcpy(levels, codes, D);
-}
 
 INLINE void scale(const uint8_t *restrict levels, const float *restrict least, const float *restrict step,
                   float *restrict row, long D)

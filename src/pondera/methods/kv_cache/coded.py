@@ -14,7 +14,8 @@ from pondera.cache.codec import Codec
 from pondera.cache.coded_slots import CodedSlots
 from pondera.cache.kv_store import KVStore
 from pondera.cache.layer import AttentionCall
-from pondera.cache.slot_attention import grouped
+from pondera.cache.native_sections import NativeSection, attend_natively_to_sections, dense_rows
+from pondera.cache.slot_attention import PLAIN, grouped
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedConfig, PreTrainedModel
@@ -159,10 +160,35 @@ class CodedLayer(KVStoreLayer):
         query_BGRTD = grouped(call.query_BHTD, call.key_BGTD.shape[1])
         outputs = []
         for table, coded in zip(self.tables, self.coded, strict=True):  # one store is decoded at a time
-            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position_BT)
-            whole = coded.joined(table, self.coders)
-            outputs.append(self._by_table(call, query_BGRTD[:, table.part], whole, None, 0))
+            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position)
+            out_BTHD = self._natively(call, table, coded)
+            if out_BTHD is None:
+                whole = coded.joined(table, self.coders)
+                out_BTHD = self._by_table(call, query_BGRTD[:, table.part], whole, None, 0)
+            outputs.append(out_BTHD)
         return torch.cat(outputs, dim=2)
+
+    def _natively(self, call: AttentionCall, table: KVStore, coded: CodedSlots) -> Tensor | None:
+        """Attention of one token to the slots of one store without decoding them first; `None` if no kernel supports it."""
+        if call.tokens > 1 or call.mask_B1TK is not None or call.key_bias_BK is not None or call.softmax is not PLAIN:
+            return None
+        pairs = [(dense_rows(table.keys), dense_rows(table.values), table.used, table.position)]
+        if coded.keys:
+            rows = [
+                codec.kernel_rows(parts, None)
+                for codec, parts in zip(self.coders, (coded.keys, coded.values), strict=True)
+            ]
+            pairs.append((rows[0], rows[1], coded.position_BGS.shape[2], coded.position_BGS))
+        sections = [
+            NativeSection(keys, values, tokens, position_BGS=position_BGS)
+            for keys, values, tokens, position_BGS in pairs
+            if keys and values
+        ]
+        if len(sections) < len(pairs):
+            return None
+        heads, R = len(table.heads), call.query_BHTD.shape[1] // call.key_BGTD.shape[1]
+        query = call.query_BHTD[:, table.part.start * R : table.part.stop * R]
+        return attend_natively_to_sections(query, sections, heads, call.value_BGTD.shape[3], call.scaling)
 
     @property
     def stored(self) -> list[KVStore]:

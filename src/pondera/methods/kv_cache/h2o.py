@@ -51,7 +51,7 @@ class H2O(EvictionPolicy):
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
-        table.note["received"].add_(seen.weight_BGRTS.sum((2, 3)))
+        table.note["received"].add_(seen.received_BGS)
 
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """See `EvictionPolicy.score`."""

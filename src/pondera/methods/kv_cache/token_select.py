@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 from pondera.cache.kv_store import KVStore
 from pondera.cache.layer import AttentionCall
+from pondera.cache.native_attention import scores_natively
+from pondera.cache.native_evict import received_natively
 from pondera.cache.slot_attention import scores
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core.errors import UserError
@@ -28,8 +30,8 @@ class TokenSelect(Policy):
 
     Source: Wu et al., TokenSelect, arXiv 2411.02886.
     Cost: all KV slots stay. A selection computes the product of one query per head with all keys; attention then reads
-    ``sinks + chosen + recent`` slots. The method copies the selected keys and values, so on CPUs a step is cheaper only
-    for long contexts.
+    ``sinks + chosen + recent`` slots. Except in float32 on a CPU, the method copies the selected keys and values, so a
+    step is cheaper only for long contexts.
     When not to use it: to save memory.
     Resolved: a call of several tokens votes with the mean of its queries and always attends to its own tokens, so
     prefill in one call is dense; use chunked prefill for long prompts. The method scales scores as the model does (the
@@ -73,27 +75,29 @@ class TokenSelect(Policy):
 
     def select_kv(self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall) -> Tensor | None:
         """See `Policy.select_kv`."""
-        number_BGS = layer.number(table)
-        always_BGS = (number_BGS < self.sinks) | (table.position >= call.start - self.recent)
-        free_BGS = table.real & ~always_BGS
-        many_B = free_BGS[:, 0].sum(-1) > self.chosen
+        if table.used - self.sinks - self.recent <= self.chosen:  # also with padding, which only makes fewer selectable
+            return None
+        # The method evicts nothing, so the slots of all heads are those of the same tokens.
+        position_BS = table.position[:, 0]
+        real_BS = position_BS >= 0
+        always_BS = position_BS - layer.state["padding"][:, None] < self.sinks
+        always_BS |= position_BS >= call.start - self.recent
+        free_BS = real_BS & ~always_BS
+        many_B = free_BS.sum(-1) > self.chosen
         if not bool(many_B.any()):
             return None
         query_BGRD = _mean_query(query_BGRTD, call)
         again_B = self._alike(layer, query_BGRD) & many_B
-        vote_BS = vote(query_BGRD, table.keys, free_BGS, call.scaling) if not bool(again_B.all()) else None
+        vote_BS = vote(query_BGRD, table.keys, free_BS, call.scaling) if not bool(again_B.all()) else None
         if vote_BS is None:
             choice_BS = table.note["chosen"][:, 0] > 0
         else:
-            best_Bc = vote_BS.masked_fill(~free_BGS[:, 0], -torch.inf).topk(self.chosen, dim=-1).indices
-            choice_BS = torch.zeros_like(free_BGS[:, 0]).scatter(1, best_Bc, True)
+            best_Bc = vote_BS.masked_fill(~free_BS, -torch.inf).topk(self.chosen, dim=-1, sorted=False).indices
+            choice_BS = torch.zeros_like(free_BS).scatter(1, best_Bc, True)
             choice_BS = torch.where(again_B[:, None], table.note["chosen"][:, 0] > 0, choice_BS)
             if not layer.record_past:
                 self._remember(layer, table, query_BGRD, choice_BS, many_B & ~again_B)
-        wanted_BGS = table.real & (always_BGS | choice_BS[:, None])
-        most = int(wanted_BGS.sum(-1).amax())
-        wanted_BGk, slot_BGk = wanted_BGS.to(torch.uint8).topk(most, dim=-1)
-        return torch.where(wanted_BGk > 0, slot_BGk, -1)
+        return _listed(real_BS & (always_BS | choice_BS))[:, None].expand(-1, len(table.heads), -1)
 
     def _alike(self, layer: KVStoreLayer, query_BGRD: Tensor) -> Tensor:
         """``[B]``: whether the query is similar to that of the last selection."""
@@ -112,15 +116,34 @@ class TokenSelect(Policy):
         note_BGS.copy_(torch.where(rows_B[:, None, None], choice_BS[:, None].to(note_BGS.dtype), note_BGS))
 
 
-def vote(query_BGRD: Tensor, keys_BGSD: Tensor, free_BGS: Tensor, scaling: float) -> Tensor:
+def vote(query_BGRD: Tensor, keys_BGSD: Tensor, free_BS: Tensor, scaling: float) -> Tensor:
     """``[B, S]``: the sum of the votes of all query heads over the selectable slots; each head has one vote."""
-    score_BGR1S = scores(query_BGRD[:, :, :, None], keys_BGSD, free_BGS[:, :, None], scaling)
-    # In a batch row without selectable slots the softmax is NaN, and the caller selects nothing.
-    return score_BGR1S.softmax(-1, dtype=torch.promote_types(score_BGR1S.dtype, torch.float32)).sum((1, 2, 3))
+    B, G, S = keys_BGSD.shape[:3]
+    position_BGS = torch.where(free_BS, 0, -1).to(torch.int32)[:, None].expand(B, G, S).contiguous()
+    score_BGR1S = scores_natively(query_BGRD, keys_BGSD, position_BGS, 0, scaling)
+    votes_BGS = None if score_BGR1S is None else received_natively(score_BGR1S)
+    if votes_BGS is None:
+        score_BGR1S = scores(query_BGRD[:, :, :, None], keys_BGSD, free_BS[:, None, None], scaling)
+        # In a batch row without selectable slots the softmax is NaN, and the caller selects nothing.
+        weight_BGR1S = score_BGR1S.softmax(-1, dtype=torch.promote_types(score_BGR1S.dtype, torch.float32))
+        votes_BGS = weight_BGR1S.sum((2, 3))
+    return votes_BGS.sum(1)
+
+
+def _listed(wanted_BS: Tensor) -> Tensor:
+    """``[B, k]``: the slots where `wanted_BS` is true, in order; a row with fewer of them ends with -1."""
+    count_B = wanted_BS.sum(-1)
+    most, fewest = int(count_B.amax()), int(count_B.amin())
+    if most == fewest:
+        return wanted_BS.nonzero()[:, 1].view(-1, most)
+    wanted_Bk, slot_Bk = torch.sort(wanted_BS.to(torch.uint8), dim=-1, descending=True, stable=True)
+    return torch.where(wanted_Bk > 0, slot_Bk, -1)[:, :most]
 
 
 def _mean_query(query_BGRTD: Tensor, call: AttentionCall) -> Tensor:
     """``[B, G, R, D]``: the mean of all queries except padding."""
+    if call.tokens == 1 and call.mask_B1TK is None:
+        return query_BGRTD[:, :, :, 0]
     real_BT = (call.position_BT >= 0).to(query_BGRTD.dtype)
     share_BT = real_BT / real_BT.sum(-1, keepdim=True).clamp(min=1)
     return (query_BGRTD * share_BT[:, None, None, :, None]).sum(3)

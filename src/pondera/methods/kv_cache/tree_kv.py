@@ -65,7 +65,7 @@ class TreeKV(BudgetedPolicy):
 
     def observe(self, layer: KVStoreLayer, table: KVStore, seen: AttentionObservation) -> None:
         """See `Policy.observe`."""
-        table.note["received"].add_(seen.weight_BGRTS.sum((2, 3)))
+        table.note["received"].add_(seen.received_BGS)
 
     def evict_over_budget(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor, over_BG: Tensor) -> None:
         """See `BudgetedPolicy.evict_over_budget`."""

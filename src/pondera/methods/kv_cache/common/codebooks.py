@@ -6,11 +6,15 @@ D head width, N queries of a KV head, L stages, K codes of a stage, C dimensions
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from pondera.cache.codec import Codec, Parts
+from pondera.cache.native_sections import RESIDUAL, WIDEST, Rows
 from pondera.methods.kv_cache.common.lut_attention import look_up, sum_by_code
 from pondera.models.rotary import rotate_by_position
 
@@ -40,6 +44,7 @@ class Codebooks(Codec):
         ([[[[1, 1]]]], [[[[4.0, 1.0]]]])
     """
 
+    kernel_tokens = 4096  # measured: for more tokens, look-up tables are faster
     queries = 16  # measured: for more queries, a matrix product with decoded vectors is faster
 
     def __init__(self, tables: list[Tensor], dims: list[Tensor], heads: int, joined: int = 1) -> None:
@@ -48,6 +53,10 @@ class Codebooks(Codec):
         self.halves = [table.square().sum(-1) / 2 for table in self.tables]
         self.codes = self.tables[0].shape[1]
         self.dtype = torch.uint8 if self.codes <= ONE_BYTE else torch.int16
+        self.given = tables
+        order_D = torch.cat(dims)
+        in_order = bool((order_D == torch.arange(len(order_D), device=order_D.device)).all())
+        self.order_D = None if in_order else order_D.contiguous()
 
     @property
     def stages(self) -> int:
@@ -111,6 +120,27 @@ class Codebooks(Codec):
             out_BGND[..., dims_C] = torch.einsum("bhkjn,kjc->bhjnc", received, rows_KJC).flatten(1, 2)
         return out_BGND
 
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None = None) -> Rows | None:
+        """See `Codec.kernel_rows`; with float16 tables of at most two branches, and a vector per head."""
+        codes_BHSL = parts["codes"]
+        if self.joined > 1 or self.dtype != torch.uint8 or len(self.given) > 2 or codes_BHSL.stride(3) != 1:
+            return None
+        for rows in (codes_BHSL, *self.given):
+            if (
+                type(rows) is not Tensor
+                or rows.device.type != "cpu"
+                or not (rows is codes_BHSL or rows.is_contiguous())
+            ):
+                return None
+        if any(table.dtype != torch.float16 for table in self.given):
+            return None
+        found = Rows(RESIDUAL, codes_BHSL.data_ptr(), None, None, *codes_BHSL.stride()[:3])
+        for branch, (table, dims_C) in enumerate(zip(self.given, self.dims, strict=True)):
+            found.table[branch] = table.data_ptr()
+            found.stages[branch], found.width[branch] = len(table), len(dims_C)
+        found.K, found.order = self.codes, None if self.order_D is None else self.order_D.data_ptr()
+        return found
+
     def _branches(self, codes_BHSL: Tensor) -> zip:
         return zip(self.tables, self.dims, codes_BHSL.split([len(t) for t in self.tables], -1), strict=True)
 
@@ -130,12 +160,14 @@ class RotaryCodebooks(Codec):
         of: the other codec.
         frequency_P: radians per position.
         interleaved: see `rotate`.
+        angles: those of the frequencies, which layers can share; default: `None`, its own.
     """
 
     needs_position = True
 
-    def __init__(self, of: Codec, frequency_P: Tensor, interleaved: bool = False) -> None:
+    def __init__(self, of: Codec, frequency_P: Tensor, interleaved: bool = False, angles: Angles | None = None) -> None:
         self.of, self.frequency_P, self.interleaved = of, frequency_P, interleaved
+        self.angles = Angles(frequency_P) if angles is None else angles
         self.unit = of.unit
 
     def entry(self, name: str) -> int:
@@ -153,6 +185,43 @@ class RotaryCodebooks(Codec):
         assert position_BS is not None
         rows_BGSD = self.of.decode(parts, position_BS)
         return rotate_by_position(rows_BGSD, position_BS[:, None], self.frequency_P, self.interleaved)
+
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None) -> Rows | None:
+        """See `Codec.kernel_rows`."""
+        rows = None if first is None or min(first) < 0 else self.of.kernel_rows(parts, first)
+        if (
+            rows is None
+            or first is None
+            or (rows.kind == RESIDUAL and rows.order)
+            or 2 * len(self.frequency_P) > WIDEST
+        ):
+            return None
+        cosine, sine = self.angles.until(max(first) + parts["codes"].shape[2])
+        starts = (ctypes.c_int64 * len(first))(*first)
+        rows.cosine, rows.sine, rows.first = cosine.data_ptr(), sine.data_ptr(), ctypes.addressof(starts)
+        rows.P, rows.interleaved = len(self.frequency_P), self.interleaved
+        rows.alive = (starts, cosine, sine)
+        return rows
+
+
+class Angles:
+    """Cosines and sines of rotary positions, computed once for all layers and steps.
+
+    Args:
+        frequency_P: radians per position.
+    """
+
+    def __init__(self, frequency_P: Tensor) -> None:
+        self.frequency_P = frequency_P
+        self.known: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+
+    def until(self, positions: int) -> tuple[Tensor, Tensor]:
+        """``[n, P]`` each, for at least this many positions from 0 on."""
+        if len(self.known[0]) < positions:
+            position_n = torch.arange(positions + max(64, positions // 2), device=self.frequency_P.device)
+            angle_nP = position_n[:, None] * self.frequency_P.float()
+            self.known = (angle_nP.cos(), angle_nP.sin())
+        return self.known
 
 
 def _index(codes_ML: Tensor, size: int) -> Tensor:

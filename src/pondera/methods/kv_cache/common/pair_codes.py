@@ -9,10 +9,13 @@ token in a layer, W coordinates of the widest group, N vectors (B * S).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pondera.cache.codec import Codec, Parts
+from pondera.cache.native_sections import PAIRS, WIDEST, Rows
 
 
 class PairCodes(Codec):
@@ -37,6 +40,7 @@ class PairCodes(Codec):
         flat = byte_GD.flatten()  # coordinates of all heads one after another
         self.byte_c = flat
         self.rows = table_GKD.transpose(1, 2).reshape(G * D, K).float()
+        self.halves = table_GKD.transpose(1, 2).contiguous() if table_GKD.dtype == torch.float16 else None
         self.bytes = int(flat.max()) + 1
         W = int(torch.bincount(flat).max())
         # For each byte the coordinates that it codes; the number G * D stands for an additional coordinate that is zero.
@@ -63,6 +67,18 @@ class PairCodes(Codec):
         for number, (of_W, rows_WK, half_K) in enumerate(zip(self.of_nW, self.scaled_nWK, self.half_nK, strict=True)):
             codes_nN[number] = torch.addmm(half_K, x_cN[of_W].T, rows_WK, beta=-1).argmax(-1).to(torch.uint8)
         return {"codes": codes_nN.view(self.bytes, B, 1, S).permute(1, 2, 3, 0).contiguous()}
+
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None) -> Rows | None:
+        """See `Codec.kernel_rows`; with float16 tables."""
+        codes_B1Sn = parts["codes"]
+        if self.halves is None or type(codes_B1Sn) is not Tensor or codes_B1Sn.device.type != "cpu":
+            return None
+        if self.halves.device.type != "cpu" or codes_B1Sn.stride(3) != 1 or self.width > WIDEST:
+            return None
+        step_B, _, step_S, _ = codes_B1Sn.stride()
+        found = Rows(PAIRS, codes_B1Sn.data_ptr(), None, None, step_B, 0, step_S)
+        found.table[0], found.order, found.K = self.halves.data_ptr(), self.byte_c.data_ptr(), self.codes
+        return found
 
     def decode(self, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
         """See `Codec.decode`; returns keys before rotary embedding."""

@@ -5,6 +5,7 @@ Shapes: B batch, G KV heads, R query heads per KV head, T queries, S slots, k ch
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from pondera.arch.dimensions import kv_heads
 from pondera.cache.kv_store import KVStore
 from pondera.cache.layer import AttentionCall
+from pondera.cache.native_evict import evict_natively
 from pondera.cache.slot_attention import AttentionObservation
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core.errors import UserError
@@ -184,6 +186,18 @@ class EvictionPolicy(BudgetedPolicy):
     def score(self, layer: KVStoreLayer, table: KVStore) -> Tensor:
         """``[B, G, S]``: the score of each slot; the policy evicts the lowest."""
 
+    def evict(self, layer: KVStoreLayer, table: KVStore) -> bool:
+        """See `Policy.evict`: a few slots with a native kernel."""
+        if table.whole or self.prefill_only or self.slack > 1 or not _plain(type(self)):
+            return super().evict(layer, table)
+        limits = limits_of(self.budget, layer, table, table.heads, self.budget_from_prompt)
+        if table.used <= min(map(min, limits)):
+            return False
+        first = [pads + self.sinks for pads in layer.state["padding"].tolist()] if self.sinks else [0] * len(limits)
+        score_BGS = self.score(layer, table)
+        over = evict_natively(table.position, score_BGS, limits, first, layer.seen, self.recent, FEW)
+        return super().evict(layer, table) if over is None or over > FEW else over > 0
+
     def evict_over_budget(self, layer: KVStoreLayer, table: KVStore, limit_BG: Tensor, over_BG: Tensor) -> None:
         """See `BudgetedPolicy.evict_over_budget`."""
         evict_lowest(table, self.protected_score(layer, table, limit_BG), over_BG)
@@ -194,10 +208,21 @@ class EvictionPolicy(BudgetedPolicy):
         return score_BGS.masked_fill(table.position < 0, -torch.inf)
 
 
-def budgeted(
+@functools.cache
+def _plain(kind: type[EvictionPolicy]) -> bool:
+    """Whether a class evicts by `score` alone, without an eviction, protection or budget of its own."""
+    names = (("evict_over_budget", "protected_score"), ("protected", "slots"))
+    return all(
+        getattr(kind, name) is getattr(base, name)
+        for base, each in zip((EvictionPolicy, BudgetedPolicy), names, strict=True)
+        for name in each
+    )
+
+
+def limits_of(
     budget: SlotBudget, layer: KVStoreLayer, table: KVStore, heads: list[int], from_prompt: bool = False
-) -> Tensor:
-    """``[B, g]``: a budget in slots.
+) -> list[list[int]]:
+    """For each batch row, a budget in slots for each of some KV heads.
 
     Args:
         budget: the budget.
@@ -209,10 +234,16 @@ def budgeted(
     row_bytes = table.keys_BGSD.element_size() * (table.keys_BGSD.shape[-1] + table.values_BGSD.shape[-1])
     if budget.relative:
         tokens = layer.real_tokens(from_prompt)
-        limits = [budget.slots(layer.index, heads, seen, row_bytes, layer.among) for seen in tokens]
-    else:  # the same for every sequence
-        limits = [budget.slots(layer.index, heads, 0, row_bytes, layer.among)] * len(table.keys_BGSD)
-    return torch.tensor(limits, device=table.keys_BGSD.device)
+        return [budget.slots(layer.index, heads, seen, row_bytes, layer.among) for seen in tokens]
+    # The same for every sequence.
+    return [budget.slots(layer.index, heads, 0, row_bytes, layer.among)] * len(table.keys_BGSD)
+
+
+def budgeted(
+    budget: SlotBudget, layer: KVStoreLayer, table: KVStore, heads: list[int], from_prompt: bool = False
+) -> Tensor:
+    """``[B, g]``: a budget in slots; see `limits_of`."""
+    return torch.tensor(limits_of(budget, layer, table, heads, from_prompt), device=table.keys_BGSD.device)
 
 
 def evict_lowest(table: KVStore, score_BGS: Tensor, over_BG: Tensor) -> None:

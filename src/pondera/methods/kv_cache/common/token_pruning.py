@@ -94,7 +94,7 @@ class Selector:
         return place_Bk.view(shape).expand(wide).to(like.device)
 
 
-@dataclass(frozen=True)
+@dataclass
 class PrunedCall(AttentionCall):
     """A call with only the tokens that continue. `start` is such that the last query has its own token number.
 
@@ -123,6 +123,11 @@ class PrunedCall(AttentionCall):
             call.base,
             choice=choice,
         )
+
+    @property
+    def position(self) -> Tensor:
+        """See `AttentionCall`: the tokens that continue need not be the latest."""
+        return self.position_BT
 
     @property
     def in_order(self) -> bool:

@@ -6,11 +6,13 @@ Shapes: B batch, G KV heads, S tokens, D head width, N queries, g numbers that s
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from pondera.cache.codec import Codec, Parts
+from pondera.cache.native_sections import UNIFORM, Rows
 from pondera.core.errors import UserError
 from pondera.kernels.build import library
 from pondera.methods.kv_cache.common.bit_packing import pack_bits, unpack_bits
@@ -96,6 +98,18 @@ class UniformQuantizer(Codec):
         B, G, N, _ = weight_BGNS.shape
         out_BGND = self._native(MIX, parts, weight_BGNS, (B, G, N, parts["codes"].shape[-1] * 8 // self.bits))
         return super().mix(weight_BGNS, parts, position_BS) if out_BGND is None else out_BGND
+
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None = None) -> Rows | None:
+        """See `Codec.kernel_rows`."""
+        codes, least, step = parts["codes"], parts["least"], parts["step"]
+        if not _readable(codes, least, step) or codes.shape[-1] * 8 // self.bits > WIDEST:
+            return None
+        return Rows(
+            UNIFORM,
+            *(codes.data_ptr(), least.data_ptr(), step.data_ptr()),
+            *(*codes.stride()[:3], *least.stride()[:2], *step.stride()[:2]),
+            *(self.bits, self.group, self.by_channel),
+        )
 
     def _native(self, mode: int, parts: Parts, given: Tensor | None, shape: tuple[int, ...]) -> Tensor | None:
         """The result of the kernel; `None` if it does not support the arguments."""

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from pondera.cache.codec import Codec, Codes
 from pondera.cache.layer import AttentionCall, KVLayer
+from pondera.cache.native_sections import NativeSection, attend_natively_to_sections, dense_rows
 from pondera.cache.ring_buffer import RingBuffer
+from pondera.cache.slot_attention import PLAIN
 from pondera.core.errors import UserError
 from pondera.methods.kv_cache.common.cache_sections import (
     CacheSection,
@@ -187,8 +189,42 @@ class SinkWindowLayer(KVLayer):
 
     def _by_segments(self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]]) -> Tensor:
         """Attention over all sections together."""
+        out_BTHD = self._natively(call, pieces)
+        if out_BTHD is not None:
+            return out_BTHD
         R = call.query_BHTD.shape[1] // call.key_BGTD.shape[1]
         return attend_to_sections(call, self._segments(call, pieces, R * call.tokens))
+
+    def _natively(self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]]) -> Tensor | None:
+        """`_by_segments` for one token in one native call; `None` if it does not support the call or the codes."""
+        if call.tokens > 1 or call.mask_B1TK is not None or call.key_bias_BK is not None or call.softmax is not PLAIN:
+            return None
+        end, sinks = call.start + 1, self.method.sinks
+        after = self._exact_after()
+        exact = [
+            (keys, values, [(max(0, one - first), keys.shape[2]) for one in after]) for first, keys, values in pieces
+        ]
+        if sinks:
+            held = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
+            exact.append((self.sink_keys, self.sink_values, held))
+        found = [(dense_rows(keys), dense_rows(values), keys.shape[2], held) for keys, values, held in exact]
+        if any(self.coded):
+            if max(self.coded) > self.coders[0].kernel_tokens:
+                return None
+            codes = [each.view(codec) for each, codec in zip(self.codes, self.coders, strict=True)]
+            steady = self.positions is None and self.slots_per_token == 1
+            first = [begins + sinks for begins in self.begins] if steady else None
+            rows = [codec.kernel_rows(parts, first) for codec, parts in zip(self.coders, codes, strict=True)]
+            if rows[1] is not None and rows[1].order:
+                return None
+            found.append((rows[0], rows[1], max(self.coded), [(0, coded) for coded in self.coded]))
+        sections = [
+            NativeSection(keys, values, tokens, held) for keys, values, tokens, held in found if keys and values
+        ]
+        if len(sections) < len(found):
+            return None
+        width = call.value_BGTD.shape[3]
+        return attend_natively_to_sections(call.query_BHTD, sections, call.key_BGTD.shape[1], width, call.scaling)
 
     def _segments(
         self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]], queries: int
