@@ -32,8 +32,7 @@ def questions(path: str) -> str:
         cells = [
             cell
             for kind in kinds
-            if kind in by_kind
-            for cell in (_kept(by_kind[kind]), f"{by_kind[kind]['right']:.0%}")
+            for cell in ((_kept(by_kind[kind]), f"{by_kind[kind]['right']:.0%}") if kind in by_kind else ("", ""))
         ]
         rows.append((f"`{method}`", f"{100 * _size(by_kind):.1f} %", *cells))
     said = ", ".join(f"{_items(found, kind)} of `{kind}`" for kind in kinds)
@@ -44,13 +43,15 @@ def questions(path: str) -> str:
 def answers_kept(path: str) -> str:
     """One sentence for the first screen: the smallest cache that keeps nearly all, beside the most known eviction method."""
     found = read(path)
-    means = _means(found)
-    (size, kept), (other_size, other) = means[_best(means)], means["SnapKV(0.25)"]
+    means, articles = _means(found), found["rows"][0]["questions"]
+    size, kept = means[_best(means)]
+    other = _by_method(found)["SnapKV(0.25)"][articles]
     items = sum(_items(found, kind) for kind in {row["questions"] for row in found["rows"]})
     return (
         f"A chat model of 135 M parameters answers questions that come after its KV cache was compressed: "
         f"**{size:.0%} of the bytes keep {kept:.0%} of what its contexts are worth** with `{_best(means)}`, which needs no "
-        f"training; `SnapKV(0.25)` keeps {other:.0%} with {other_size:.0%}. (SmolLM2-135M-Instruct, {items} questions.)"
+        f"training. (SmolLM2-135M-Instruct, {items} questions; about encyclopedia articles, `SnapKV(0.25)` keeps "
+        f"{other['kept']:.0%} with {other['of_full']:.0%} of the bytes.)"
     )
 
 
@@ -62,8 +63,13 @@ def answers_gain() -> str:
 
 
 def _means(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Bytes and what is kept of each method but the full cache, as means over the kinds of questions."""
-    return {name: (_size(rows), _mean(rows)) for name, rows in _by_method(found).items() if name != FULL}
+    """Bytes and what is kept, as means over the kinds of questions, of each method that was measured on all of them."""
+    methods, kinds = _by_method(found), {row["questions"] for row in found["rows"]}
+    return {
+        name: (_size(rows), fmean(row["kept"] for row in rows.values()))
+        for name, rows in methods.items()
+        if name != FULL and rows.keys() == kinds
+    }
 
 
 def _best(means: dict[str, tuple[float, float]]) -> str:
@@ -72,15 +78,17 @@ def _best(means: dict[str, tuple[float, float]]) -> str:
 
 
 def figures() -> dict[Path, str]:
-    """What is kept against bytes, a point for each method, as means over the kinds of questions."""
+    """What is kept of the first kind of questions against bytes, a point for each method."""
     if not (ROOT / RESULTS).is_file():
         return {}
     lines: dict[str, list[tuple[float, float]]] = {name: [] for name in DRAWN}
-    for method, rows in _by_method(read(RESULTS)).items():
-        if (name := _family(method)) in lines:
-            lines[name].append((100 * _size(rows), 100 * _mean(rows)))
+    found = read(RESULTS)
+    first = found["rows"][0]["questions"]
+    for row in found["rows"]:
+        if row["questions"] == first and (name := _family(row["method"])) in lines:
+            lines[name].append((100 * row["of_full"], 100 * row["kept"]))
     series = [Series(name, number, [], sorted(points)) for number, (name, points) in enumerate(lines.items()) if points]
-    title = "What a compressed cache keeps of what its context is worth"
+    title = f"What a compressed cache keeps of what its context is worth ({_short(first)})"
     chart = scatter_chart(title, "% of the bytes of the full cache", "% kept", series)
     return {PICTURE: figure(chart, [one.name for one in series])}
 
@@ -95,10 +103,6 @@ def _by_method(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def _size(by_kind: dict[str, Any]) -> float:
     return fmean(row["of_full"] for row in by_kind.values())
-
-
-def _mean(by_kind: dict[str, Any]) -> float:
-    return fmean(row["kept"] for row in by_kind.values())
 
 
 def _items(found: dict[str, Any], kind: str) -> int:
