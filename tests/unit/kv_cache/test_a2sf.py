@@ -17,9 +17,9 @@ def test_with_alpha_1_it_is_h2o():
     a, b = (run(policy, x, [24, *[1] * 16]) for policy in (A2SF(10, alpha=1.0), H2O(10)))
     for ours, theirs in zip(a.kept, b.kept, strict=True):
         for one, other in zip(ours.tables, theirs.tables, strict=True):
-            assert torch.equal(one.position, other.position) and torch.equal(
-                one.note["received"], other.note["received"]
-            )
+            assert torch.equal(one.position, other.position)
+            # A kernel sums the weights of H2O, which rounds differently.
+            torch.testing.assert_close(one.note["received"], other.note["received"], rtol=1e-5, atol=1e-6)
 
 
 def test_with_alpha_0_the_latest_row_decides():

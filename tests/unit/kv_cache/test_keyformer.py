@@ -16,9 +16,9 @@ def test_without_noise_and_at_temperature_1_it_is_h2o():
     b = run(H2O(10), x, [24, *[1] * 16])
     for ours, theirs in zip(a.kept, b.kept, strict=True):
         for one, other in zip(ours.tables, theirs.tables, strict=True):
-            assert torch.equal(one.position, other.position) and torch.equal(
-                one.note["received"], other.note["received"]
-            )
+            assert torch.equal(one.position, other.position)
+            # A kernel sums the weights of H2O, which rounds differently.
+            torch.testing.assert_close(one.note["received"], other.note["received"], rtol=1e-5, atol=1e-6)
 
 
 def test_scores_are_those_of_noisy_logits_and_conserve_attention():
