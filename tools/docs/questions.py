@@ -43,37 +43,37 @@ def questions(path: str) -> str:
 def answers_kept(path: str) -> str:
     """One sentence for the first screen: the smallest cache that keeps nearly all, beside the most known eviction method."""
     found = read(path)
-    means, articles = _means(found), found["rows"][0]["questions"]
-    size, kept = means[_best(means)]
+    best, articles = _best(found), found["rows"][0]["questions"]
     other = _by_method(found)["SnapKV(0.25)"][articles]
     items = sum(_items(found, kind) for kind in {row["questions"] for row in found["rows"]})
     return (
-        f"A chat model of 135 M parameters answers questions that come after its KV cache was compressed: "
-        f"**{size:.0%} of the bytes keep {kept:.0%} of what its contexts are worth** with `{_best(means)}`, which needs no "
-        f"training. (SmolLM2-135M-Instruct, {items} questions; about encyclopedia articles, `SnapKV(0.25)` keeps "
-        f"{other['kept']:.0%} with {other['of_full']:.0%} of the bytes.)"
+        f"A chat model of 135 M parameters answers questions that come after its KV cache was compressed: {_shares(found)} of "
+        f"what its contexts are worth, by the kind of question, with `{best}`, which needs no training. "
+        f"(SmolLM2-135M-Instruct, {items} questions; about encyclopedia articles, `SnapKV(0.25)` keeps "
+        f"{100 * other['kept']:.0f} % with {100 * other['of_full']:.0f} % of the bytes.)"
     )
 
 
 def answers_gain() -> str:
     """The same in the fewest words."""
-    means = _means(read(RESULTS))
-    size, kept = means[_best(means)]
-    return f"{size:.0%} of the bytes keep {kept:.0%} of what a context is worth, on a real chat model"
+    return f"{_shares(read(RESULTS)).replace('*', '')} of what a context is worth, on a real chat model"
 
 
-def _means(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """Bytes and what is kept, as means over the kinds of questions, of each method that was measured on all of them."""
+def _shares(found: dict[str, Any]) -> str:
+    """The bytes of the best method, and the least and most that it keeps of any kind of questions."""
+    rows = _by_method(found)[_best(found)]
+    kept = sorted(row["kept"] for row in rows.values())
+    return f"**{100 * _size(rows):.0f} % of the bytes keep {100 * kept[0]:.0f} to {100 * kept[-1]:.0f} %**"
+
+
+def _best(found: dict[str, Any]) -> str:
+    """The smallest cache that keeps nearly all, on average, of those that were measured on all kinds of questions."""
     methods, kinds = _by_method(found), {row["questions"] for row in found["rows"]}
-    return {
+    means = {
         name: (_size(rows), fmean(row["kept"] for row in rows.values()))
         for name, rows in methods.items()
         if name != FULL and rows.keys() == kinds
     }
-
-
-def _best(means: dict[str, tuple[float, float]]) -> str:
-    """The smallest cache that keeps nearly all."""
     return min((name for name, (_, kept) in means.items() if kept >= NEARLY), key=lambda name: means[name][0])
 
 
