@@ -49,8 +49,8 @@ class Coded(PolicyWrapper):
             here, too.
 
     Example:
-        >>> Coded(KVzip(0.25), KIVI(4, window=32))
-        Coded(KVzip(0.25), KIVI(4, window=32))
+        >>> Coded(KVzip(0.25), KIVI(8, window=32)).code
+        KIVI(8, window=32)
     """
 
     paper: ClassVar[str] = "our own combination of an eviction method and codes"
