@@ -299,3 +299,29 @@ def decode_step(path: str) -> str:
     )
     least = "The floor, milliseconds for reading weights and cache once:"
     return "\n\n".join((times, table(head, rows), least, table(head, floors), about))
+
+
+@generated
+def prompts(path: str) -> str:
+    """Tokens per second of reading prompts in each precision, with the loss of quality."""
+    found = read(path)
+    base = found["nats_per_token"]["float32"]
+
+    def rate(tokens: str, name: str) -> str:
+        times = found["seconds"][tokens]
+        return f"{int(tokens) / times[name]:.0f} ({times['float32'] / times[name]:.2f} ×)"
+
+    def loss(name: str) -> str:
+        nats = found["nats_per_token"].get(name)
+        return "" if nats is None else f"{nats:.4f} ({100 * (nats / base - 1):+.2f} %)"
+
+    names = next(iter(found["seconds"].values()))
+    rows = [(name, *(rate(tokens, name) for tokens in found["seconds"]), loss(name)) for name in names]
+    head = ["weights", *(f"{tokens} tokens, tokens/s" for tokens in found["seconds"]), "nats per token"]
+    has = "with" if found["bfloat16_instructions"] else "without"
+    about = (
+        f"`{found['command']}`: {found['instructions']}, {has} instructions for bfloat16, 1 thread, torch {found['torch']}, "
+        f"processor time, medians of {found['rounds']} interleaved rounds, load average {found['load_average']:.1f}; the loss "
+        f"is that of {found['scored_tokens']:,} tokens of Python's own library. In brackets: compared with float32."
+    )
+    return f"{table(head, rows)}\n\n{about}"

@@ -357,10 +357,15 @@ def _put_kernels(model: AdaptiveLM, kernels: str, weights: str | None) -> None:
 
     if weights is not None:
         from pondera.kernels.int8 import use_int8
+        from pondera.kernels.int8_rows import fast
 
         if kernels == "native" and (reason := why_not_used()):
             log.warning(
                 "weights='int8': decoding is slower than without, because it needs the native kernel: %s", reason
+            )
+        if weights == "int8-prompts" and not fast():
+            log.warning(
+                "weights='int8-prompts': reads prompts slowly, because this CPU has no AVX-512 VNNI; use 'int8'"
             )
         use_int8(model.backbone.lm, native=kernels == "native", prompts=weights == "int8-prompts")
     use_kernels(model, kernels)

@@ -20,7 +20,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from pondera.core.paths import cache_folder
 
@@ -35,11 +34,6 @@ DIGITS = 16
 OFF = "disabled by PONDERA_NATIVE=0"
 PATIENCE = 300
 """Time limit of the compiler in seconds."""
-
-_VARIABLES: Any = getattr(os.environ, "_data", os.environ)
-_SWITCH: Any = getattr(os.environ, "encodekey", str)("PONDERA_NATIVE")
-"""The dict behind `os.environ` and a key in its form: a lookup in `os.environ` itself calls four Python functions, and decoding
-looks some 300 times per token."""
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +56,7 @@ def library(name: str) -> ctypes.CDLL | None:
         >>> kernels is None or hasattr(kernels, "nearest")
         True
     """
-    found = OFF if _VARIABLES.get(_SWITCH) in ("0", b"0") else _found(name)
+    found = OFF if os.environ.get("PONDERA_NATIVE") == "0" else _found(name)
     return None if isinstance(found, str) else found
 
 

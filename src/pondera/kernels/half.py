@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from pondera.kernels.products import FEW
+from pondera.kernels.products import FEW, observed
 
 INSTRUCTIONS = {torch.bfloat16: {"avx512_bf16", "amx_bf16", "bf16"}, torch.float16: {"avx512_fp16", "amx_fp16", "fphp"}}
 """The names that Linux gives to instructions for products of each dtype, on x86 and on ARM."""
@@ -46,9 +45,7 @@ def in_float32(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Te
         return None
     if x.device.type != "cpu" or weight_OI.device.type != "cpu" or not _slow(x.dtype):
         return None
-    if torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling() or _len_torch_dispatch_stack():
-        return None
-    return _Product.apply(x, weight_OI, bias_O)
+    return None if observed() else _Product.apply(x, weight_OI, bias_O)
 
 
 class _Product(torch.autograd.Function):

@@ -9,10 +9,11 @@ Shapes: N rows, I inputs, O outputs.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pondera.kernels.build import library
 from pondera.kernels.call import run
+from pondera.kernels.products import fit
 
 GROUP, MOST = 32, 127
 """Inputs that share a step, and the largest code."""
@@ -59,7 +60,9 @@ def many_rows(
         >>> y is None or y[0].tolist() == [3.0]
         True
     """
-    if torch.is_grad_enabled() and x.requires_grad or not _fit(x, codes_OI, scale_O, bias_O):
+    if torch.is_grad_enabled() and x.requires_grad:
+        return None
+    if not codes_OI.is_contiguous() or not fit(x, codes_OI, bias_O, scale_O):
         return None
     rows = x.float().contiguous()
     y = rows.new_empty(*x.shape[:-1], len(codes_OI))
@@ -73,17 +76,3 @@ def fast() -> bool:
     """Whether this CPU has instructions for it, and the kernel is available."""
     kernel = library("int8_rows")
     return kernel is not None and bool(kernel.int8_rows_are_fast())
-
-
-def _fit(x: Tensor, codes_OI: Tensor, scale_O: Tensor, bias_O: Tensor | None) -> bool:
-    """Whether the kernel can read these tensors, and nothing observes the operations of torch."""
-    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return False
-    if x.dtype not in (torch.float32, torch.bfloat16) or codes_OI.dtype != torch.int8 or scale_O.dtype != torch.float32:
-        return False
-    if not x.numel() or not codes_OI.numel() or x.shape[-1] != codes_OI.shape[-1]:
-        return False
-    if not (codes_OI.is_contiguous() and scale_O.is_contiguous()) or (bias_O is not None and bias_O.dtype != x.dtype):
-        return False
-    tensors = (x, codes_OI, scale_O, bias_O)
-    return all(t is None or (type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu") for t in tensors)

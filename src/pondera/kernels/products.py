@@ -55,7 +55,7 @@ def few_rows(
         True
     """
     inputs = weight_OI.shape[-1]
-    if torch.is_grad_enabled() or x.numel() > FEW * inputs or not _fit(x, weight_OI, bias_O, scale_O):
+    if torch.is_grad_enabled() or x.numel() > FEW * inputs or not fit(x, weight_OI, bias_O, scale_O):
         return None
     kernel = library("products")
     if kernel is None:
@@ -78,9 +78,14 @@ def few_rows(
     return y
 
 
-def _fit(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None) -> bool:
-    """Whether the kernel can read these tensors, and nothing observes the operations of torch."""
-    if torch.compiler.is_compiling() or _len_torch_dispatch_stack() or torch.is_autocast_enabled("cpu"):
+def observed() -> bool:
+    """Whether torch traces, counts or casts its operations now, so that a product must be one of them."""
+    return torch.compiler.is_compiling() or bool(_len_torch_dispatch_stack()) or torch.is_autocast_enabled("cpu")
+
+
+def fit(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None, scale_O: Tensor | None) -> bool:
+    """Whether a kernel for products can read the arguments of `few_rows`, and nothing observes the operations of torch."""
+    if observed():
         return False
     dtype, kind = x.dtype, weight_OI.dtype
     if dtype not in (torch.float32, torch.bfloat16) or kind not in (dtype, torch.int8):

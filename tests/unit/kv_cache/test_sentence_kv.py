@@ -200,8 +200,8 @@ def test_ends_of_a_tokenizer():
         ({"attended": 5}, "attended=5, sinks=2, recent=3"),
         ({"longest": 0}, "longest=0"),
         ({"dense": -1}, "dense=-1"),
-        ({"policy": TokenSelect(8)}, r"SentenceKV\(TokenSelect"),
-        ({"policy": KVzip(0.5)}, r"SentenceKV\(KVzip"),
+        ({"policy": TokenSelect(8)}, r"policy=TokenSelect\("),
+        ({"policy": KVzip(0.5)}, r"policy=KVzip\("),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, Any], reason: str):

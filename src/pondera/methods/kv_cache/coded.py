@@ -67,13 +67,13 @@ class Coded(PolicyWrapper):
         policy = KVzip(0.25) if policy is None else policy
         if not isinstance(policy, Policy) or not policy.prefill_only or policy.prunes_hidden_states:
             raise UserError(
-                f"Coded({policy!r}, ...): give an eviction method that acts at the end of the prompt, such as KVzip(0.25), "
+                f"policy={policy!r}: give an eviction method that acts at the end of the prompt, such as KVzip(0.25), "
                 "SnapKV(1024) or ExpectedAttention(0.25)"
             )
         super().__init__(policy)
         code = KIVI(4) if code is None else code
         if not isinstance(code, SinkWindowCache):
-            raise UserError(f"Coded(..., {code!r}): give a method that stores codes, such as KIVI(4)")
+            raise UserError(f"code={code!r}: give a method that stores codes, such as KIVI(4)")
         self.code = code
 
     @property

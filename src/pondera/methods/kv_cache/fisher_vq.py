@@ -20,7 +20,7 @@ from pondera.core.errors import UserError
 from pondera.core.hf import PreTrainedConfig, PreTrainedModel
 from pondera.methods.kv_cache.base import compressible
 from pondera.methods.kv_cache.common.calibration import FitProgress, clustered, collect, residual_tables
-from pondera.methods.kv_cache.common.codebooks import Angles, Codebooks, RotaryCodebooks
+from pondera.methods.kv_cache.common.codebooks import Codebooks, RotaryCodebooks, SharedAngles
 from pondera.methods.kv_cache.common.fingerprint import check_fingerprint, fingerprint
 from pondera.methods.kv_cache.common.pair_codes import PairCodes, deal_bytes, grouped_units
 from pondera.methods.kv_cache.common.rotary_pairs import rotation_pairs
@@ -109,7 +109,7 @@ class FisherVQ(SinkWindowCache):
         self.register_buffer("is_fitted", torch.tensor(False))
         self.fingerprint: dict[str, Any] | None = None
         self._codecs: dict[int, tuple[Any, tuple[Codec, Codec]]] = {}
-        self._angles: tuple[Any, Angles] | None = None
+        self._angles = SharedAngles()
 
     # Sizes
 
@@ -188,22 +188,13 @@ class FisherVQ(SinkWindowCache):
                 keys[index], self.get_buffer("key_bytes")[index].long(), self.get_buffer("key_weights")[index]
             )
             dims = torch.arange(head_dim(config), device=values.device)
+            frequency_P = self.get_buffer("frequency_P")
             codecs = (
-                RotaryCodebooks(
-                    of_keys, self.get_buffer("frequency_P"), family(config).interleaved, self._shared_angles()
-                ),
+                RotaryCodebooks(of_keys, frequency_P, family(config).interleaved, self._angles.of(frequency_P)),
                 Codebooks([values[index]], [dims], kv_heads(config)),
             )
             self._codecs[index] = (state, codecs)
         return codecs
-
-    def _shared_angles(self) -> Angles:
-        """The angles of all layers, as long as the frequencies are the same."""
-        frequency_P = self.get_buffer("frequency_P")
-        state = (frequency_P.data_ptr(), frequency_P._version)
-        if self._angles is None or self._angles[0] != state:
-            self._angles = (state, Angles(frequency_P))
-        return self._angles[1]
 
     def fit(self, model: PreTrainedModel, samples: Iterable[Tensor]) -> Self:
         """Measures how much the loss depends on each key, deals the bytes and fits the tables.

@@ -89,7 +89,7 @@ class SentenceKV(PolicyWrapper):
         policy = SnapKV(640) if policy is None else policy
         if not isinstance(policy, Policy) or policy.sparse_attention or policy.second_run is not None:
             raise UserError(
-                f"SentenceKV({type(policy).__name__}(...)): give an eviction policy that does not read the prompt twice, "
+                f"policy={type(policy).__name__}(...): give an eviction policy that does not read the prompt twice, "
                 "e.g. SentenceKV(SnapKV(640), ends=...), or PreallocatedCache()"
             )
         if not ends or not all(type(token) is int and token >= 0 for token in ends):

@@ -24,7 +24,7 @@ from pondera.core.hf import PreTrainedConfig, PreTrainedModel
 from pondera.core.run_folder import write_atomic
 from pondera.methods.kv_cache.base import compressible
 from pondera.methods.kv_cache.common.calibration import FitProgress, clustered, collect, learned, residual_tables
-from pondera.methods.kv_cache.common.codebooks import ONE_BYTE, TWO_BYTES, Angles, Codebooks, RotaryCodebooks
+from pondera.methods.kv_cache.common.codebooks import ONE_BYTE, TWO_BYTES, Codebooks, RotaryCodebooks, SharedAngles
 from pondera.methods.kv_cache.common.fingerprint import check_fingerprint, fingerprint
 from pondera.methods.kv_cache.common.rotary_pairs import branches as by_speed
 from pondera.methods.kv_cache.common.rotary_pairs import rotation_pairs
@@ -151,7 +151,7 @@ class VQKV(SinkWindowCache):
         self.register_buffer("is_fitted", torch.tensor(False))
         self.fingerprint: dict[str, Any] | None = None
         self._codecs: dict[int, tuple[Any, tuple[Codec, Codec]]] = {}
-        self._angles: tuple[Any, Angles] | None = None
+        self._angles = SharedAngles()
 
     # Sizes
 
@@ -261,18 +261,9 @@ class VQKV(SinkWindowCache):
         G, J, device = kv_heads(config), self._joined(config), values.device
         of_keys: Codec = Codebooks(keys, [torch.tensor(each, device=device) for each in dims], G, J)
         if self.key_stage == "pre_rope":
-            of_keys = RotaryCodebooks(
-                of_keys, self.get_buffer("frequency_P"), family(config).interleaved, self._shared_angles()
-            )
+            frequency_P = self.get_buffer("frequency_P")
+            of_keys = RotaryCodebooks(of_keys, frequency_P, family(config).interleaved, self._angles.of(frequency_P))
         return of_keys, Codebooks([values], [torch.arange(head_dim(config), device=device)], G, J)
-
-    def _shared_angles(self) -> Angles:
-        """The angles of all layers, as long as the frequencies are the same."""
-        frequency_P = self.get_buffer("frequency_P")
-        state = (frequency_P.data_ptr(), frequency_P._version)
-        if self._angles is None or self._angles[0] != state:
-            self._angles = (state, Angles(frequency_P))
-        return self._angles[1]
 
     def fit(self, model: PreTrainedModel, samples: Iterable[Tensor]) -> Self:
         """Calibrates the codebooks on keys and values of a model.

@@ -224,6 +224,20 @@ class Angles:
         return self.known
 
 
+class SharedAngles:
+    """The `Angles` of a buffer of frequencies, the same object as long as the buffer does not change."""
+
+    def __init__(self) -> None:
+        self._made: tuple[tuple[int, int], Angles] | None = None
+
+    def of(self, frequency_P: Tensor) -> Angles:
+        """The angles of these frequencies."""
+        state = (frequency_P.data_ptr(), frequency_P._version)
+        if self._made is None or self._made[0] != state:
+            self._made = (state, Angles(frequency_P))
+        return self._made[1]
+
+
 def _index(codes_ML: Tensor, size: int) -> Tensor:
     """Row indices into the concatenated codebooks of all stages."""
     stage_L = torch.arange(codes_ML.shape[-1], dtype=torch.int32, device=codes_ML.device)
