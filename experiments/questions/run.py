@@ -1,6 +1,7 @@
 """What does a compressed KV cache still answer? A real model, and questions that no method has seen, at equal bytes.
 
     python -m experiments.questions.run --squad xquad.en.json      one to two hours of one core; resumable
+    python -m experiments.questions.run --squad xquad.en.json --calibrate text.txt      codebooks, too
     python -m experiments.questions.run --squad xquad.en.json --model path/to/model --name mine
     python -m experiments.questions.run --smoke      a check that it runs
 
@@ -22,6 +23,7 @@ from typing import Any
 
 from experiments.common.publishing import write_json
 from pondera.evaluation.kv_bench import BenchRow, BenchSettings, bench
+from pondera.evaluation.windows import calibration
 from pondera.inference.load import load
 
 METHODS = (
@@ -31,12 +33,18 @@ METHODS = (
     *(f"{name}(0.25)" for name in ("ExpectedAttention", "Compactor", "SnapKV", "RandomEviction")),
 )
 
+FITTED = ("FisherVQ(2.5625)", "FisherVQ(1.5)", "VQKV(2.75)", "Coded(KVzip(0.25), FisherVQ(2.5625, window=32))")
+"""Methods that are fitted to a text first."""
+CALIBRATION = 65536
+"""Tokens of that text that are read."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="as `pondera bench` takes it (default: %(default)s)")
     parser.add_argument("--name", help="name of the results (default: that of the model)")
     parser.add_argument("--squad", type=Path, help="a file in the form of SQuAD")
+    parser.add_argument("--calibrate", type=Path, metavar="TEXT", help="measure codebooks as well, fitted to this text")
     parser.add_argument(
         "--smoke", action="store_true", help="two methods and short contexts; writes to runs/smoke only"
     )
@@ -51,13 +59,14 @@ def run(args: argparse.Namespace) -> None:
     name = args.name or Path(args.model).name
     root = Path("runs/smoke") if args.smoke else Path()
     loaded = load(args.model, dtype="bfloat16")
+    samples = [] if args.calibrate is None else calibration(loaded, str(args.calibrate), CALIBRATION, 1024)
     rows: list[BenchRow] = []
     for label, (settings, kind) in kinds(args).items():
         store = root / "runs" / "questions" / name / f"{label}.json"
         scores, public = root / "results" / "questions" / name / f"{label}.json", shown(kind, args.squad)
         if scores.is_file() and not store.is_file():
             rename(scores, store, public, kind)
-        found = bench(loaded, replace(settings, questions=(kind,)), (), store, lambda line: print(line, flush=True))
+        found = bench(loaded, replace(settings, questions=(kind,)), samples, store, lambda line: print(line, flush=True))
         rename(store, scores, kind, public)
         rows += [replace(row, questions=public) for row in found]
         publish(root / "results" / "questions" / f"{name}.json", args, loaded.name, settings, rows)
@@ -70,7 +79,8 @@ def kinds(args: argparse.Namespace) -> dict[str, tuple[BenchSettings, str]]:
         return {
             "stdlib": (BenchSettings(methods=("StreamingLLM(0.25)",), tokens=200, contexts=2), "Needles(needles=2)")
         }
-    settings = BenchSettings(methods=METHODS, tokens=1900, contexts=9)
+    methods = METHODS if args.calibrate is None else (*METHODS, *FITTED)
+    settings = BenchSettings(methods=methods, tokens=1900, contexts=9)
     return {
         "squad": (replace(settings, contexts=7), f"Squad({str(args.squad)!r}, each=3)"),
         "needles": (settings, "Needles(needles=24)"),
@@ -94,8 +104,9 @@ def shown(questions: str, file: Path | None) -> str:
 def publish(path: Path, args: argparse.Namespace, model: str, settings: BenchSettings, rows: list[BenchRow]) -> None:
     """Writes the table, without times: they depend on what else the machine does."""
     words = ["python", "-m", "experiments.questions.run", *(["--smoke"] if args.smoke else [])]
-    if args.squad is not None:
-        words += ["--squad", args.squad.name]
+    for option in ("squad", "calibrate"):
+        if (file := getattr(args, option)) is not None:
+            words += [f"--{option}", file.name]
     kept = [
         {key: value for key, value in asdict(row).items() if key not in ("prefill_seconds", "step_seconds")}
         for row in rows
