@@ -66,7 +66,9 @@ def run(args: argparse.Namespace) -> None:
         scores, public = root / "results" / "questions" / name / f"{label}.json", shown(kind, args.squad)
         if scores.is_file() and not store.is_file():
             rename(scores, store, public, kind)
-        found = bench(loaded, replace(settings, questions=(kind,)), samples, store, lambda line: print(line, flush=True))
+        found = bench(
+            loaded, replace(settings, questions=(kind,)), samples, store, lambda line: print(line, flush=True)
+        )
         rename(store, scores, kind, public)
         rows += [replace(row, questions=public) for row in found]
         publish(root / "results" / "questions" / f"{name}.json", args, loaded.name, settings, rows)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from pondera.cli.output import print_answers, print_table
+from pondera.cli.output import only_json, print_answers, print_json, print_table
 from pondera.cli.parser import Parser, add_budget, add_kernels, add_kv_cache, add_weights, bounded_float, positive_int
 from pondera.core.errors import UserError
 from pondera.core.escape import escape_lines
@@ -21,6 +22,7 @@ pondera generate runs/ponderlm2-seed0 --prompt "The" --greedy --max-new-tokens 4
 pondera generate runs/ponderlm2-seed0 --prompt "The" --effort low
 pondera generate runs/ponderlm2-seed0 --prompt "R 102 021 210"      (a run on StateTracking)
 pondera generate runs/ponderlm2-seed0 --prompt "The" --kv-cache "SnapKV(256)"
+pondera generate smollm2 --spans my.index --quote --prompt "When was it built?"      (see pondera index)
 cat story.txt | pondera generate runs/ponderlm2-seed0 --prompt -
 """
 
@@ -61,6 +63,19 @@ def parser() -> Parser:
     add_kernels(arguments)
     add_weights(arguments, "; decodes faster, `pondera eval --weights int8` says what it costs")
     arguments.add_argument(
+        "--spans", metavar="INDEX", help="an index of text files, made by pondera index; with --quote"
+    )
+    arguments.add_argument(
+        "--quote",
+        action="store_true",
+        help="answer with the sentence of the files in --spans that fits the prompt best, byte for byte; nothing is "
+        "generated, and the model is not run",
+    )
+    arguments.add_argument("--quotes", type=positive_int(1), metavar="N", help="the same with the N best sentences")
+    arguments.add_argument(
+        "--json", action="store_true", help="with --quote: print JSON, with files and ranges of bytes"
+    )
+    arguments.add_argument(
         "--show-concepts", action="store_true", help="list the chunks of the text with their concepts"
     )
     arguments.add_argument(
@@ -74,6 +89,8 @@ def run(args: argparse.Namespace) -> int:
     if args.greedy and (args.temperature or args.top_p is not None):
         raise UserError("--greedy does not sample; leave out --greedy, or --temperature and --top-p")
     prompt = _prompt(args.prompt)
+    if args.spans is not None or args.quote or args.quotes is not None or args.json:
+        return _quote(args, prompt)
 
     from pondera.evaluation.open_model import open_model
     from pondera.inference.answers import answers, task_of
@@ -112,6 +129,29 @@ def run(args: argparse.Namespace) -> int:
     print(shade_terminal(found.tokens, found.passes, color=terminal) if args.show_compute else "")
     if args.show_concepts:
         _show_concepts(loaded, found.ids)
+    return 0
+
+
+def _quote(args: argparse.Namespace, question: str) -> int:
+    """Prints sentences of indexed files."""
+    if args.spans is None or not (args.quote or args.quotes):
+        given = next(f"--{name}" for name in ("spans", "quotes", "quote", "json") if getattr(args, name))
+        raise UserError(
+            f"{given}: quotes need an index and --quote; type: pondera index docs/ --out my.index, then "
+            f'pondera generate {args.path} --spans my.index --quote --prompt "..."'
+        )
+
+    from pondera.inference.quotes.index import SpanIndex
+
+    with only_json(args.json):
+        found = SpanIndex.load(args.spans).quotes(question, args.quotes or 1)
+    if args.json:
+        print_json([asdict(quote) | {"also": [place._asdict() for place in quote.also]} for quote in found])
+        return 0
+    for quote in found:
+        print(escape_lines(quote.text) if sys.stdout.isatty() else quote.text)
+        for place in ((quote.file, quote.start, quote.end), *quote.also):
+            print("    {}, bytes {} to {}".format(*place))
     return 0
 
 

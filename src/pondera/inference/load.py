@@ -6,13 +6,14 @@ import difflib
 import inspect
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from pondera.core.errors import UserError, unknown
+from pondera.core.quiet_loading import no_progress_bar
 from pondera.core.run_folder import Run, is_run
 from pondera.data.text import HUB_NAME, first_line, hub
 from pondera.inference.default_model import model_folder
@@ -250,7 +251,7 @@ def _weights(source: Path, given: str, options: dict[str, Any]) -> Any:
 
     local = source.is_dir()
     try:
-        with _no_bar() if local else hub():
+        with no_progress_bar() if local else hub():
             loading: Any = AutoModelForCausalLM.from_pretrained(
                 str(source), use_safetensors=True, output_loading_info=True, local_files_only=local, **options
             )
@@ -276,24 +277,10 @@ def _with_think(source: Path, think: str, dtype: str | None) -> AdaptiveLM:
     from pondera.models.adaptive_lm import AdaptiveLM
     from pondera.models.config import AdaptiveConfig
 
-    with _no_bar() if source.is_dir() else hub():
+    with no_progress_bar() if source.is_dir() else hub():
         model = AdaptiveLM(AdaptiveConfig(backbone=str(source), think=think, dtype=None if dtype == "auto" else dtype))
     log.warning("think: %s is new on this checkpoint, and what it adds is untrained", think)
     return model
-
-
-@contextmanager
-def _no_bar() -> Iterator[None]:
-    """Disables the progress bar of transformers while local weights load."""
-    from transformers.utils import logging as theirs
-
-    shown = theirs.is_progress_bar_enabled()
-    theirs.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            theirs.enable_progress_bar()
 
 
 def _wrapped(lm: PreTrainedModel) -> AdaptiveLM:

