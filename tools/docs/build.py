@@ -24,6 +24,7 @@ from tools.docs import (  # noqa: F401  (these register makers)
     pages,
     past,
     questions,
+    quotes,
     rounds,
     study,
     tasks,
