@@ -26,13 +26,13 @@ def quotes(path: str) -> str:
     head = ["answer", "questions", "verbatim", "right document", "holds the answer", "words", "seconds"]
     changed = found["changed"]
     about = (
-        f"`{found['command']}`: {found['documents']} documents, {found['questions']:,} questions; 95 % intervals (Wilson). Seconds "
-        f"per question on one thread of a busy machine."
+        f"`{found['command']}`: {found['documents']} documents, {found['questions']:,} questions; 95 % intervals (Wilson). "
+        "Seconds per question on one thread of a busy machine."
     )
     after = (
         f"After a number in {changed['documents']} documents was changed and their files were added again "
-        f"({changed['seconds_per_document']:.2f} s each), {changed['new_answer_held']} of {changed['documents']} quotes hold the new "
-        f"number; before, {changed['held_before']} held the old one."
+        f"({changed['seconds_per_document']:.2f} s each), {changed['new_answer_held']} of {changed['documents']} quotes hold the "
+        f"new number; before, {changed['held_before']} held the old one."
     )
     return f"{table(head, rows)}\n\n{about}\n\n{after}"
 
