@@ -23,7 +23,7 @@ SCALES: dict[str, dict[str, Any]] = {"cpu": {"train.steps": 250, "train.eval_eve
 TASKS: dict[str, dict[str, Any]] = {
     "a5": {"data.task": "StateTracking('A5', reset=0.25, generators=True)", "train.steps": 400},
     "parity": {"data.task": "StateTracking('parity', reset=0.1)"},
-    "pointers": {"data.task": "PointerChasing(nodes=4, hops=2)", "train.steps": 1500},
+    "pointers": {"data.task": "PointerChasing(nodes=4, hops=2)", "train.steps": 6000},
     "expressions": {"data.task": "ModularExpression(modulus=5, depth=3, branch=0.0)", "train.steps": 1500},
     "copying": {"data.task": "Copying(letters=64)"},
     "recall": {"data.task": "AssociativeRecall(pairs=4, values=8)"},

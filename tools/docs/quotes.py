@@ -31,8 +31,8 @@ def quotes(path: str) -> str:
     )
     after = (
         f"After a number in {changed['documents']} documents was changed and their files were added again "
-        f"({changed['seconds_per_document']:.2f} s each), {changed['new_answer_held']} of {changed['documents']} quotes hold the "
-        f"new number; before, {changed['held_before']} held the old one."
+        f"({changed['seconds_per_document']:.2f} s each), {changed['new_answer_held']} of {changed['documents']} quotes hold "
+        f"the new number; before, {changed['held_before']} held the old one."
     )
     return f"{table(head, rows)}\n\n{about}\n\n{after}"
 

@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from pondera.inference.load import Loaded
     from pondera.methods.probe.base import Probe
 
-SUMMARY = "analyses the passes or the codebooks of a trained model"
+SUMMARY = "analyses the passes, the codebooks or the embeddings of a model"
 EXAMPLES = """
 pondera probe
 pondera probe think_trace runs/ponderlm2-seed0 --text "Once upon a time there was"
 pondera probe think_trace runs/ponderlm2-seed0 --data.text story.txt --max-tokens 100 --top 3 --json
 pondera probe collapse runs/conceptlm-seed0 --plot collapse.html
 pondera probe collapse tokenizer.safetensors
+pondera probe recovery smollm2 --data.text book.txt --plot recovery.html
 """
 HELD_OUT = 65536
 """Tokens of held-out text that a probe reads by default."""
