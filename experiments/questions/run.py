@@ -33,7 +33,7 @@ METHODS = (
     *(f"{name}(0.25)" for name in ("ExpectedAttention", "Compactor", "SnapKV", "RandomEviction")),
 )
 
-FITTED = ("FisherVQ(2.5625)", "FisherVQ(1.5)", "VQKV(2.75)", "Coded(KVzip(0.25), FisherVQ(2.5625, window=32))")
+FITTED = ("FisherVQ(2.5625)", "FisherVQ(1.5)", "VQKV(2.75)")
 """Methods that are fitted to a text first."""
 CALIBRATION = 65536
 """Tokens of that text that are read."""

@@ -112,5 +112,5 @@ def test_codes_with_tables_are_refused():
     lm = model()
     with pytest.raises(UserError, match="KIVI"):
         Coded(KVzip(0.5), code.fit(lm, [ids(4, 20)])).cache(lm)
-    with pytest.raises(UserError, match="fit"):
-        Coded(KVzip(0.5), VQKV(2)).cache(lm)
+    with pytest.raises(UserError, match=r"code=VQKV.*tables are fitted.*give KIVI\(4\) or TurboQuant\(4\)"):
+        Coded(KVzip(0.5), VQKV(2))

@@ -74,6 +74,11 @@ class Coded(PolicyWrapper):
         code = KIVI(4) if code is None else code
         if not isinstance(code, SinkWindowCache):
             raise UserError(f"code={code!r}: give a method that stores codes, such as KIVI(4)")
+        if not code.fitted:
+            raise UserError(
+                f"code={code!r}: its tables are fitted to heads and positions, and after eviction heads keep different tokens; "
+                "give KIVI(4) or TurboQuant(4)"
+            )
         self.code = code
 
     @property
