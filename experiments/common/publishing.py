@@ -165,7 +165,10 @@ def _copy(run: Run, target: Path, command: str) -> None:
     for name in filter(lambda name: (run.path / name).is_file(), COPIED):
         shutil.copy(run.path / name, target / Path(name).name)
     config = run.config.to_dict()
-    config["data"]["text"] = portable(config["data"]["text"])
+    for name in ("text", "tokenizer"):
+        config["data"][name] = portable(config["data"][name])
+    if isinstance(config["backbone"], str):
+        config["backbone"] = portable(config["backbone"])
     write_atomic(target / "config.yaml", yaml.safe_dump(config, sort_keys=False))
     # A run that was trained in a process of its own recorded its own command.
     typed = run.env["command"] if run.env["command"].startswith("pondera ") else command

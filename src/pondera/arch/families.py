@@ -18,6 +18,14 @@ Support = Literal["tested", "whole passes", "expected"]
 check of a few tokens decides when a model is built."""
 
 
+GATED = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+"""The linear layers of a decoder layer in the Llama family and in those that follow it."""
+GPT_NEOX = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+
+
 @dataclass(frozen=True)
 class Modules:
     """Where a decoder keeps its parts, and how its layers are called.
@@ -29,6 +37,7 @@ class Modules:
         rotary_by_kind: the rotary embedding is called with the kind of layer.
         positions: of the learned position vectors; `None`: there are none.
         cache_argument: what a layer calls its cache; `None`: what transformers calls it elsewhere.
+        linears: the linear layers of a decoder layer, attention first; empty: they are no `nn.Linear`.
         layers_skip_tokens: a call may leave tokens out of whole layers. Layers have to get their cache by name and rotary
             positions with each call.
     """
@@ -39,6 +48,7 @@ class Modules:
     rotary_by_kind: bool = False
     positions: str | None = None
     cache_argument: str | None = None
+    linears: tuple[str, ...] = GATED
     layers_skip_tokens: bool = True
 
 
@@ -71,9 +81,13 @@ FAMILIES = {
     "mistral": Family(Modules(), gated),
     "qwen3": Family(Modules(), gated_normed),
     "gemma3_text": Family(Modules(rotary_by_kind=True), gated_sandwiched),
-    "gpt_neox": Family(Modules(norm="final_layer_norm", cache_argument="layer_past"), gpt, norm_vectors=2),
+    "gpt_neox": Family(
+        Modules(norm="final_layer_norm", cache_argument="layer_past", linears=GPT_NEOX), gpt, norm_vectors=2
+    ),
     "gpt2": Family(
-        Modules(layers="h", norm="ln_f", rotary=None, positions="wpe", layers_skip_tokens=False), gpt, norm_vectors=2
+        Modules(layers="h", norm="ln_f", rotary=None, positions="wpe", linears=(), layers_skip_tokens=False),
+        gpt,
+        norm_vectors=2,
     ),
     "qwen3_next": Family(layer=qwen3_next),
     "codegen": Family(interleaved=True),

@@ -132,11 +132,13 @@ class Layer:
         weights: matrix entries that each row is multiplied with.
         mixer: how a row sees earlier rows.
         extra: parameters that multiply no row: norms, biases, convolution filters, experts not chosen.
+        borders: rows plus columns of all attention and MLP matrices, which is what LoRA adds per rank; 0: not known.
     """
 
     weights: int
     mixer: Attention | DeltaRule
     extra: int
+    borders: int = 0
 
 
 @dataclass(frozen=True)
@@ -175,7 +177,9 @@ def gated(config: Any, index: int, norms: int = 2, head_norms: bool = False) -> 
     if getattr(config, "mlp_bias", False):
         biases += 2 * inner + width
     extra = biases + norms * width + (2 * attention.head_dim if head_norms else 0)
-    return Layer(weights + 3 * width * inner, attention, extra)
+    queries, values = attention.heads * attention.head_dim, attention.kv_heads * attention.head_dim
+    borders = 2 * (width + queries) + 2 * (width + values) + 3 * (width + inner)
+    return Layer(weights + 3 * width * inner, attention, extra, borders)
 
 
 def gated_normed(config: Any, index: int) -> Layer:
@@ -193,7 +197,8 @@ def gpt(config: Any, index: int) -> Layer:
     width = config.hidden_size
     inner = getattr(config, "n_inner", None) or getattr(config, "intermediate_size", None) or 4 * width
     biases = inner + width + (4 * width if getattr(config, "attention_bias", True) else 0)
-    return Layer(4 * width**2 + 2 * width * inner, _attention(config, index), biases + 4 * width)
+    borders = (width + 3 * width) + 2 * width + 2 * (width + inner)
+    return Layer(4 * width**2 + 2 * width * inner, _attention(config, index), biases + 4 * width, borders)
 
 
 def qwen3_next(config: Any, index: int) -> Layer:

@@ -25,6 +25,7 @@ pondera train plain --think "PonderLM2(thoughts=2)" --backbone.hidden_size 256 -
 pondera train mine.yaml --train.seed 1
 pondera train runs/books --resume
 pondera train adaptivelatentcot --backbone runs/plain-seed0 --out runs/thinking
+pondera train ponderlm2 --backbone smollm2 --train.lora 8 --data.context 128 --out runs/smollm2-thinking
 """
 
 
@@ -70,6 +71,7 @@ def _summary(done: Run) -> str:
     path = shlex.quote(str(done.path))
     rows = [
         ("scores and costs", f"{done.result_file}{score}"),
+        *_trained(result, done.config),
         *(("warning", warning) for warning in run_warnings(result, done.config)),
         ("model", str(done.model_dir)),
         ("training curve", str(done.metrics_file)),
@@ -78,6 +80,14 @@ def _summary(done: Run) -> str:
         ("report", f"pondera report {path}"),
     ]
     return "\n".join(f"  {name + ':':19}{text}" for name, text in rows)
+
+
+def _trained(result: dict[str, Any], config: run_config.RunConfig) -> list[tuple[str, str]]:
+    """How many parameters LoRA and the methods trained."""
+    if "trained_parameters" not in result:
+        return []
+    counts = f"{result['trained_parameters']:,} of {result['parameters']:,} parameters"
+    return [("trained", f"{counts}: LoRA of rank {config.train.lora}, merged into the model, and what methods add")]
 
 
 def _prompt(run: Run) -> str:

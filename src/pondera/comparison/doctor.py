@@ -29,6 +29,7 @@ KNOWN_GOOD = {"torch": ">=2.8", "transformers": ">=5.20,<5.25"}  # as in pyproje
 EFFICIENCY = 0.6  # approximate speed of training as a share of a large matrix product's speed
 LIBRARIES = 0.7e9  # bytes used by torch and transformers alone
 STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments, in float32
+NUMBER_BYTES = 4  # of a frozen weight
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,16 @@ def skeleton(config: RunConfig) -> AdaptiveLM:
     from pondera.models.adaptive_lm import AdaptiveLM
     from pondera.models.config import AdaptiveConfig
     from pondera.training.build import adaptive_config
+    from pondera.training.lora import put_lora
 
     adaptive = adaptive_config(config, _vocabulary(config))
     chosen = {seam: getattr(adaptive, seam) for seam in spec.SEAMS}
     with torch.device("meta"):
         # Builds the backbone from its config, so that the weights of a checkpoint are not read.
-        return AdaptiveLM(AdaptiveConfig(backbone=adaptive.backbone, init=adaptive.init, **chosen))
+        model = AdaptiveLM(AdaptiveConfig(backbone=adaptive.backbone, init=adaptive.init, **chosen))
+    if config.train.lora:
+        put_lora(model, config.train)
+    return model
 
 
 def training_calls(model: AdaptiveLM, context: int) -> list[DecoderPass]:
@@ -110,6 +115,8 @@ def training_calls(model: AdaptiveLM, context: int) -> list[DecoderPass]:
 
 def training_bytes(config: RunConfig, model: AdaptiveLM) -> dict[str, float]:
     """Approximate bytes per process: ``state`` (weights and optimizer), ``activations`` and ``logits``."""
+    from pondera.training.lora import trained_parameters
+
     shape, train, context = model.backbone.config, config.train, config.data.context
     share = max(1, train.batch_size // _processes())
     windows = min(train.micro_batch_size or share, share)
@@ -121,8 +128,9 @@ def training_bytes(config: RunConfig, model: AdaptiveLM) -> dict[str, float]:
     calls = training_calls(model, context)
     rows = windows * sum(call.queries * call.repeats * (call.layers or layers) for call in calls) / layers
     layerwise = rows * layers * (4.0 * width if train.gradient_checkpointing else row)
+    total, trained = sum(parameter.numel() for parameter in model.parameters()), trained_parameters(model)
     return {
-        "state": float(STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())),
+        "state": float(STATE_BYTES * trained + NUMBER_BYTES * (total - trained)),
         "activations": layerwise + (rows * row if train.gradient_checkpointing else 0),
         "logits": 3 * 4.0 * windows * context * shape.vocab_size,  # logits, log-probabilities, gradient
     }
@@ -254,13 +262,18 @@ def _training(train: TrainConfig) -> Iterator[Finding]:
 def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     """Describes the model and reports settings that it does not support."""
     from pondera.training.build import check_freeze_backbone, check_lr_scale
+    from pondera.training.lora import own_parameters, trained_parameters
     from pondera.training.train import check_gradient_checkpointing
 
     shape, method = model.backbone.config, model.method
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count, trained = own_parameters(model), trained_parameters(model)
     chosen = f", {model.chosen} with {model.passes():g} passes per token" if method is not None else ""
     text = f"{shape.model_type}, {_count(count)} parameters, {shape.vocab_size} tokens in the vocabulary{chosen}"
     yield Finding("ok", "model", text)
+    if config.train.lora:
+        yield Finding(
+            "ok", "lora", f"rank {config.train.lora}; {_count(trained)} parameters train, the backbone is frozen"
+        )
     for check in (check_gradient_checkpointing, check_freeze_backbone, check_lr_scale):
         try:
             check(model, config.train)
@@ -273,6 +286,8 @@ def _fit(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
 
 
 def _memory(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
+    from pondera.training.lora import trained_parameters
+
     needed, free = training_bytes(config, model), _free_memory()
     total = sum(needed.values()) + LIBRARIES
     parts = ", ".join(f"{name} {_bytes(value)}" for name, value in needed.items())
@@ -284,7 +299,8 @@ def _memory(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
         yield Finding("warning", "memory", f"{text}; a smaller --train.micro_batch_size needs less")
     else:
         yield Finding("ok", "memory", text)
-    checkpoints = needed["state"] * 0.75 * (config.train.keep + 1)  # without gradients; one more while it is written
+    one = needed["state"] - NUMBER_BYTES * trained_parameters(model)  # without gradients
+    checkpoints = one * (config.train.keep + 1)  # one more while it is written
     room = shutil.disk_usage(Path.cwd()).free
     text = f"{config.train.keep} checkpoints need about {_bytes(checkpoints)}, {_bytes(room)} free"
     yield Finding("ok" if checkpoints < room else "problem", "disk", text)
@@ -296,7 +312,8 @@ def _time(config: RunConfig, model: AdaptiveLM) -> Iterator[Finding]:
     train, context = config.train, config.data.context
     tokens = train.steps * train.batch_size * context
     try:
-        flops = tokens * cost_report(model, context, train.gradient_checkpointing)["training_flops_per_token"]
+        report = cost_report(model, context, train.gradient_checkpointing, lora=train.lora)
+        flops = tokens * report["training_flops_per_token"]
     except UserError as error:
         yield Finding("warning", "time", f"cannot be estimated: {error}")
         return

@@ -28,5 +28,6 @@ def flops_per_step(config: RunConfig) -> float:
     from pondera.data.corpus import prepare
 
     model = new_model(config, prepare(config.data).vocab_size)
-    per_token = cost_report(model, config.data.context, config.train.gradient_checkpointing)["training_flops_per_token"]
-    return per_token * config.data.context * config.train.batch_size
+    train, context = config.train, config.data.context
+    report = cost_report(model, context, train.gradient_checkpointing, lora=train.lora)
+    return report["training_flops_per_token"] * context * train.batch_size

@@ -65,6 +65,12 @@ class TrainConfig:
     freeze_backbone_steps: int = option(
         0, "freeze a pretrained backbone for this many steps; only the parameters of the methods train"
     )
+    lora: int = option(
+        0,
+        "rank of LoRA: the pretrained backbone is frozen, and each of its attention and MLP matrices learns an update of "
+        "this rank; methods train fully; 0: off",
+    )
+    lora_alpha: float = option(16.0, "LoRA's updates are multiplied by lora_alpha / lora")
     batch_size: int = option(8, "windows per optimizer step, over all processes")
     micro_batch_size: int | None = option(
         None, "windows per forward pass and process; without it, the whole step in one pass"

@@ -26,6 +26,8 @@ class CostModel:
     Args:
         config: text config of the backbone.
         head: multiplications per row of the output head; default: `None`, those of the output matrix.
+        lora: rank of LoRA in `training`; the backbone is then frozen, its output matrix included (an own `head` is not).
+            Default: 0, all parameters train.
 
     Raises:
         UserError: a model type without a cost model; the message lists the known ones.
@@ -40,8 +42,9 @@ class CostModel:
         8192
     """
 
-    def __init__(self, config: PretrainedConfig, head: int | None = None) -> None:
-        self._stack = describe(config)
+    def __init__(self, config: PretrainedConfig, head: int | None = None, lora: int = 0) -> None:
+        self._stack, self._lora = describe(config), lora
+        self._frozen_head = lora > 0 and head is None
         self._head = self._stack.head if head is None else head
         self._layers = Counter(self._stack.layers)  # few are distinct, and each is computed once
 
@@ -61,17 +64,38 @@ class CostModel:
         """Forward FLOPs of a schedule."""
         return self.head(schedule.head_rows) + sum(self.step(call) for call in schedule.calls)
 
-    def training(self, schedule: CostSchedule) -> float:
-        """Forward and backward FLOPs of a schedule, with all parameters trainable and without recomputation."""
-        return self.forward(schedule) + 2 * self.head(schedule.head_rows) + sum(map(self._backward, schedule.calls))
+    def training(self, schedule: CostSchedule, recompute: bool = False) -> float:
+        """Forward and backward FLOPs of a schedule.
+
+        With LoRA a matrix of the backbone costs two thirds: its own gradient is not computed. The gradient of the inputs is
+        counted in every layer, although the first attention needs none where the inputs are frozen embeddings.
+
+        Args:
+            schedule: the operations.
+            recompute: the backward pass runs each decoder pass forward a second time (gradient checkpointing).
+        """
+        passes = [call for call in schedule.calls if isinstance(call, DecoderPass)]
+        added = sum(map(self._low_rank, passes))
+        head = (1 if self._frozen_head else 2) * self.head(schedule.head_rows)
+        total = self.forward(schedule) + head + sum(map(self._backward, schedule.calls)) + 3 * added
+        return total + (sum(map(self.step, passes)) + added if recompute else 0)
 
     def _backward(self, call: DecoderPass | MatMul) -> float:
         if isinstance(call, MatMul):
-            return 2 * self.step(call) if call.trained else 0.0
+            frozen = self._frozen_head and call.weights == "head"
+            return (1 if frozen else 2) * self.step(call) if call.trained else 0.0
         # Twice the forward pass: gradients of the weights and, because the embedding is trained, of the input.
-        rows = 4 * call.queries
+        rows = (2 if self._has_lora(call) else 4) * call.queries
         once = sum(n * (rows * layer.weights + layer.mixer.backward(call)) for layer, n in self._layers.items())
         return float(self._times(call) * once)
+
+    def _low_rank(self, call: DecoderPass) -> float:
+        """Forward FLOPs of the products that LoRA adds to a pass."""
+        rows = 2 * call.queries * self._lora if self._has_lora(call) else 0
+        return float(self._times(call) * rows * sum(n * layer.borders for layer, n in self._layers.items()))
+
+    def _has_lora(self, call: DecoderPass) -> bool:
+        return self._lora > 0 and call.layers is None  # the layers that a method adds train fully
 
     def _times(self, call: DecoderPass) -> float:
         """Number of passes through the whole stack; a part of the layers counts as a fraction."""

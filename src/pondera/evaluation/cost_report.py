@@ -20,6 +20,7 @@ def cost_report(
     recompute: bool = False,
     shares: Sequence[float] | None = None,
     budget: Effort = FULL,
+    lora: int = 0,
 ) -> dict[str, float]:
     """The analytic cost of one token.
 
@@ -29,6 +30,7 @@ def cost_report(
         recompute: the backward pass runs each layer forward a second time (gradient checkpointing).
         shares: the measured share of the tokens that takes each pass (default: `None`, every token takes all passes).
         budget: the effort at which `shares` were measured; the method uses it to exclude work that is not a pass.
+        lora: rank of LoRA in training; the backbone is then frozen. Inference does not depend on it.
 
     Returns:
         ``inference_flops_per_token`` of decoding with half a context cached, ``training_flops_per_token`` (forward and
@@ -38,7 +40,7 @@ def cost_report(
     Raises:
         UserError: the cost of this architecture is not known.
     """
-    prices = CostModel(model.backbone.config, None if model.head is None else model.head.weights)
+    prices = CostModel(model.backbone.config, None if model.head is None else model.head.weights, lora)
     method = None if model.method is None else model.method.at_budget(budget)
     shares = shares and [share for share in shares if share]  # measured shares end with the passes that no token took
     cached, newest, slots = context // 2, 1.0, float(context)
@@ -52,9 +54,7 @@ def cost_report(
         )
         slots = method.slots(context, shares)
     drops_window_rows = method is None or method.drops_window_rows
-    trained = prices.training(CostSchedule(tuple(training), context, context))
-    if recompute:
-        trained += sum(prices.step(call) for call in training if isinstance(call, DecoderPass))
+    trained = prices.training(CostSchedule(tuple(training), context, context), recompute)
     number_bytes = next(model.parameters()).element_size()
     cache_bytes = prices.cache_bytes(round(slots), number_bytes, drops_window_rows, newest=round(newest))
     if model.kv_cache is not None and model.kv_cache.fitted and model.device.type != "meta":

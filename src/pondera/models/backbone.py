@@ -285,7 +285,11 @@ class Backbone(nn.Module):
         else:
             config.sliding_window = None
         config.vocab_size, config.pad_token_id = 1, None  # of the unused embedding table
-        decoder: PreTrainedModel = cast(Any, type(self.decoder))(config).to(self.lm.dtype)
+        decoder: PreTrainedModel = cast(Any, type(self.decoder))(config)
+        for (
+            parameter
+        ) in decoder.parameters():  # not the rotary frequencies, which are not saved and stay exact when loaded
+            parameter.data = parameter.data.to(self.lm.dtype)
         if self.unit_rms:
             scaled_init(decoder)
         decoder.set_input_embeddings(_NoTokens())

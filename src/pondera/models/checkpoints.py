@@ -2,6 +2,7 @@
 
     RUN/checkpoints/step-000100/
       config.json, model.safetensors, tokenizer...   loads with AutoModelForCausalLM
+      lora.safetensors                               the factors of LoRA, which the weights above contain, if the run has it
       optimizer.pt                                   AdamW moments by parameter name, for any number of processes
       state.json                                     the step, and the running averages of the next metrics line
       manifest.json                                  sizes and hashes of all files
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from pondera.models.adaptive_lm import AdaptiveLM
 
-MANIFEST, STATE, OPTIMIZER = "manifest.json", "state.json", "optimizer.pt"
+MANIFEST, STATE, OPTIMIZER, LORA = "manifest.json", "state.json", "optimizer.pt", "lora.safetensors"
 
 
 def save(
@@ -40,6 +41,7 @@ def save(
     state: dict[str, Any],
     tokenizer: Path,
     keep: int,
+    lora: dict[str, Tensor] | None = None,
 ) -> None:
     """Writes a checkpoint, then deletes all but the newest `keep`.
 
@@ -52,15 +54,19 @@ def save(
         state: other state of the training, as JSON.
         tokenizer: a tokenizer folder.
         keep: number of checkpoints to keep, including this one.
+        lora: the factors of LoRA, by name; default: `None`, the run has no LoRA.
 
     Raises:
         Failure: writing failed, or weights are not finite. Earlier checkpoints are unchanged.
     """
     import torch
+    from safetensors.torch import save_file
 
     try:
         with run.saving(step) as folder:
             write_model(folder, model, weights, tokenizer)
+            if lora:
+                save_file({name: tensor.contiguous() for name, tensor in lora.items()}, folder / LORA)
             torch.save(optimizer, folder / OPTIMIZER)
             (folder / STATE).write_text(json.dumps(state))
             _seal(folder)

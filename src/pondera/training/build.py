@@ -30,9 +30,14 @@ def resolve(config: RunConfig) -> RunConfig:
     A tokenizer other than the default is kept, unless it would be trained again for a checkpoint of Pondera.
 
     Raises:
-        UserError: the backbone is a folder that does not exist, or a run that is not finished.
+        UserError: the backbone is a folder that does not exist, or a run that is not finished; or LoRA without a checkpoint.
     """
     if not isinstance(config.backbone, str):
+        if config.train.lora:
+            raise UserError(
+                f"train.lora: {config.train.lora}: LoRA freezes the backbone, and this one has new weights; give a trained "
+                "one, e.g. --backbone smollm2 or --backbone RUN, or leave train.lora out"
+            )
         return config
     path = _model_folder(str(model_folder(config.backbone)))
     config, folder, chosen = dataclasses.replace(config, backbone=path), Path(path), config.data.tokenizer
@@ -77,8 +82,8 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
 
     Raises:
         UserError: there is no backbone, its vocabulary differs from the tokenizer's, the context exceeds its positions,
-            the checkpoint is damaged, or ``train.freeze_backbone_steps`` or ``train.lr_scale`` names parameters that the
-            model does not have.
+            the checkpoint is damaged, ``train.freeze_backbone_steps`` or ``train.lr_scale`` names parameters that the
+            model does not have, or ``train.lora`` does not fit its layers.
 
     Example:
         >>> from pondera.core.run_config import from_dict
@@ -99,6 +104,10 @@ def new_model(config: RunConfig, vocab_size: int) -> AdaptiveLM:
     model = AdaptiveLM(adaptive).float()
     check_freeze_backbone(model, config.train)
     check_lr_scale(model, config.train)
+    if config.train.lora:
+        from pondera.training.lora import put_lora
+
+        put_lora(model, config.train)
     return model
 
 

@@ -24,6 +24,7 @@ from pondera.evaluation.task_score import TaskScores
 from pondera.evaluation.trace import TRACED, trace, trace_halting
 from pondera.models import checkpoints
 from pondera.models.adaptive_lm import AdaptiveLM
+from pondera.training.lora import merged, own_parameters, trained_parameters
 from pondera.training.progress import ProgressMeter
 from pondera.training.trainer import PonderaTrainer, learning_rate_share
 
@@ -69,7 +70,7 @@ class RunCallback(TrainerCallback):
         self.seconds: float = state["seconds"]
         self.since: dict[str, Any] = state["since"]
         self.took: list[float] = state["took"]  # by pass: the share of the tokens that took it, summed over steps
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.parameters, self.trained_parameters = own_parameters(model), trained_parameters(model)
         self.validation: dict[str, Any] | None = None
         self.stopped = False
         self.watch = ProgressMeter(config.train.steps, self.first_step, show)
@@ -162,6 +163,7 @@ class RunCallback(TrainerCallback):
             "train_tokens_per_second": tokens / self.seconds,
             "kv_bytes_per_token": prices["kv_bytes_per_token"],
             "parameters": self.parameters,
+            **({"trained_parameters": self.trained_parameters} if self.config.train.lora else {}),
             "halting_rule": halting_rule(self.model),
             "vocabulary": self.corpus.vocab_size,
             "corpus": self.corpus.digest,
@@ -199,10 +201,13 @@ class RunCallback(TrainerCallback):
 
     def _save(self, step: int) -> None:
         weights, optimizer = self.trainer.snapshot()
+        weights, lora = merged(weights, self.config.train)
         state = {"step": step, "seconds": self.seconds, "since": self.since, "took": self.took}
         state["corpus"] = self.corpus.digest
         tokenizer, keep = self.corpus.tokenizer_path, self.config.train.keep
-        self.on_main(lambda: checkpoints.save(self.run, step, self.model, weights, optimizer, state, tokenizer, keep))
+        self.on_main(
+            lambda: checkpoints.save(self.run, step, self.model, weights, optimizer, state, tokenizer, keep, lora)
+        )
 
     def _line(self, step: int) -> dict[str, Any]:
         """The means since the last line of metrics, and the gradient norm of the last step."""
@@ -225,7 +230,9 @@ class RunCallback(TrainerCallback):
 
     def _prices(self, shares: list[float]) -> dict[str, Any]:
         try:
-            return cost_report(self.model, self.config.data.context, self.config.train.gradient_checkpointing, shares)
+            train = self.config.train
+            context, recompute = self.config.data.context, train.gradient_checkpointing
+            return cost_report(self.model, context, recompute, shares, lora=train.lora)
         except UserError:
             return dict.fromkeys(PRICES)  # training does not need the cost of the architecture
 

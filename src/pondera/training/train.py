@@ -115,12 +115,14 @@ def check_tokens(model: AdaptiveLM, corpus: AnyCorpus) -> None:
 def _finish(recorder: RunCallback, trainer: PonderaTrainer) -> None:
     """Writes the final model, the traces and the result."""
     from pondera.models import checkpoints
+    from pondera.training.lora import merge, merged
 
     run = recorder.run
     result = recorder.result()
-    weights, _ = trainer.snapshot()
+    weights, _ = merged(trainer.snapshot()[0], run.config.train)
     recorder.on_main(lambda: checkpoints.export(run, recorder.model, weights, recorder.corpus.tokenizer_path))
     if trainer.args.world_size == 1:  # a forward pass of a sharded model needs all processes
+        merge(recorder.model)  # the traces are those of the saved model, also of methods that read its weights
         recorder.on_main(recorder.write_sample)
     recorder.on_main(lambda: run.write_result(result))
 
@@ -145,6 +147,7 @@ def check_settings(settings: TrainConfig) -> None:
     for name in ("warmup", "min_lr"):
         if not 0 <= getattr(settings, name) <= 1:
             raise UserError(f"train.{name}: a share from 0 to 1, got {getattr(settings, name)}")
+    _check_lora(settings)
     if not 0 <= settings.seed < 2**32:
         raise UserError(f"train.seed: an integer from 0 to 2**32 - 1, got {settings.seed}")
     if settings.dtype not in ("float32", "bfloat16"):
@@ -153,6 +156,23 @@ def check_settings(settings: TrainConfig) -> None:
         raise UserError(
             f"train.batch_size: {settings.batch_size} windows cannot be split over {_num_processes()} processes; "
             f"use a multiple of {_num_processes()}"
+        )
+
+
+def _check_lora(settings: TrainConfig) -> None:
+    """Refuses settings of LoRA that are out of range, or do nothing."""
+    if settings.lora < 0:
+        raise UserError(f"train.lora: a rank of at least 0 (0: off), got {settings.lora}")
+    if not 0 < settings.lora_alpha < math.inf:
+        raise UserError(f"train.lora_alpha: a number above 0, got {settings.lora_alpha}")
+    if not settings.lora and settings.lora_alpha != TrainConfig.lora_alpha:
+        raise UserError(
+            f"train.lora_alpha: {settings.lora_alpha:g} scales nothing without LoRA; add --train.lora 8, or leave it out"
+        )
+    if settings.lora and settings.freeze_backbone_steps > 0:
+        raise UserError(
+            f"train.lora: {settings.lora} and train.freeze_backbone_steps: {settings.freeze_backbone_steps}: with LoRA the "
+            "backbone is frozen in all steps; leave one of them out"
         )
 
 
@@ -215,7 +235,14 @@ def _restored(run: Run, corpus: AnyCorpus, main: bool) -> tuple[AdaptiveLM | Non
         checkpoints.quarantine(run, folder)
         log.info("resuming from %s", folder.name if folder else "the start: there is no checkpoint yet")
         run.truncate_after(checkpoints.read_state(folder)["step"] if folder else 0)
-    return (load(folder, device="cpu", kernels="torch").model.float(), folder) if folder else (None, None)
+    if folder is None:
+        return None, None
+    model = load(folder, device="cpu", kernels="torch").model.float()
+    if run.config.train.lora:
+        from pondera.training.lora import restore
+
+        restore(model, new_model(run.config, corpus.vocab_size), folder)
+    return model, folder
 
 
 def _explained(error: NotFinite, run: Run, split: AnySplit, config: RunConfig) -> Failure:
