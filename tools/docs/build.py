@@ -25,6 +25,7 @@ from tools.docs import (  # noqa: F401  (these register makers)
     past,
     questions,
     quotes,
+    recovery,
     rounds,
     study,
     tasks,
@@ -65,7 +66,8 @@ def built(text: str) -> str:
 
 def wanted() -> dict[Path, str]:
     """Every file that is generated, or holds generated parts, and its text."""
-    whole = pages.files() | api.files() | study.figures() | front.figures() | tracking.figures() | questions.figures()
+    makers = (study, front, tracking, questions, recovery)
+    whole = pages.files() | api.files() | {path: text for maker in makers for path, text in maker.figures().items()}
     written = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
     in_parts = {page: built(page.read_text()) for page in written if page.parent != pages.FOLDER}
     return in_parts | whole

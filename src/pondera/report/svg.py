@@ -210,14 +210,14 @@ def _x_scale(values: list[float], log: bool, end: float, joined: bool) -> Scale:
         margin = (high / low) ** (0.0 if joined else 0.12) if high > low else 1.5
         return Scale(low / margin, high * margin, LEFT, end, log=True)
     if joined:
-        return Scale(0.0, high or 1.0, LEFT, end)
+        return Scale(min(0.0, low), high or 1.0, LEFT, end)
     margin = 0.15 * (high - low) or 0.5 * abs(high) or 1.0
     return Scale(max(0.0, low - margin), high + margin, LEFT, end)
 
 
 def _y_scale(series: Sequence[Series], cut: float, log: bool, in_view: Sequence[float]) -> Scale:
     lines = [line for one in series for line in (*one.runs, one.mean) if line]
-    values = [*in_view, *(at for line in lines for x, at in line if x >= cut * line[-1][0])]
+    values = [*in_view, *(at for line in lines for x, at in line if x >= _after(cut, line))]
     for one in series:
         for (_, at), spread in zip(one.mean, one.spread, strict=False):
             values += [at - (spread or 0), at + (spread or 0)]
@@ -227,6 +227,12 @@ def _y_scale(series: Sequence[Series], cut: float, log: bool, in_view: Sequence[
         return Scale(low / margin, high * margin, HEIGHT - BOTTOM, TOP, log=True)
     margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     return Scale(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
+
+
+def _after(cut: float, line: list[Point]) -> float:
+    """Where the first part of a curve ends; it starts at 0, or below if the curve does."""
+    first, last = min(0.0, line[0][0]), line[-1][0]
+    return first + cut * (last - first)
 
 
 def _axes(x: Scale, y: Scale, x_label: str, y_label: str) -> str:

@@ -30,3 +30,10 @@ def test_curves_are_drawn_too():
     chart = line_chart("Loss", "steps", "nats", [Series("plain", 0, [], [(1.0, 3.0), (2.0, 2.0)])])
     root = ElementTree.fromstring(figure(chart, ["plain"]))
     assert any(element.tag.endswith("clipPath") for element in root.iter())
+
+
+def test_curves_may_lie_below_zero():
+    points = [(-6.0, 0.0), (-4.0, 0.5), (-2.0, 1.0)]
+    chart = line_chart("Read", "logSNR", "share", [Series("nearest", 0, [points], points)])
+    places = [float(x) for x in re.findall(r"[ML](-?[\d.]+),[\d.]+(?=[ML\"])", chart)]
+    assert len(places) >= 3 and all(0 <= x <= 400 for x in places)
