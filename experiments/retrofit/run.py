@@ -7,10 +7,11 @@
 
 SmolLM2-135M is trained with LoRA of rank 8 on the sources of Python's standard library, with held-out files. All arms but one
 spend the same training FLOPs: LoRA alone, one latent thought (PonderLM-2), and one latent step with a router (adaptive latent
-CoT). The last arm is LoRA alone on as much text as the thought gets, which takes a seventh of the compute. The learning rate of
-each method is chosen at a quarter of the budget, with a seed that is not compared. ``setup.json`` has the scores of the rates,
-and that of the model without training. An arm that is still far above the untrained model has not converged, and its score says
-nothing about the method.
+CoT; its steps are counted as if every token took it, so it spends less once the router halts tokens). The last arm is LoRA
+alone on as much text as the thought gets, which takes a seventh of the compute. The learning rate of each method is chosen at a
+quarter of the budget, with a seed that is not compared. ``setup.json`` has the scores of the rates, and that of the model
+without training. An arm that is still far above the untrained model has not converged, and its score says nothing about the
+method.
 """
 
 from __future__ import annotations

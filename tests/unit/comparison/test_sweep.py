@@ -29,7 +29,7 @@ VALUES = (1e-5, 1e-3, 1e-2)
         ("train.lrr=1,2", r"unknown setting to sweep 'train.lrr'; did you mean 'train.lr'"),
         (
             "train.steps=100,200",
-            r"--sweep train.steps: only settings that leave cost and data equal can be tuned: train.lr",
+            r"--sweep train.steps: only settings that leave cost and data equal can be tuned: train.lora_alpha, train.lr",
         ),
         ("data.text=a,b", r"--sweep data.text: only settings that leave cost and data equal"),
         ("train.lr=2e-3", r"--sweep train.lr=0.002: one value leaves nothing to choose; .* with --train.lr 0.002"),

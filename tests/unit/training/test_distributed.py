@@ -21,7 +21,12 @@ FSDP2 = str(Path(__file__).parents[3] / "launch" / "fsdp2.yaml")
 
 
 # The second thinks as long as a router says: at first no token takes its last step, later some do, not the same everywhere.
-THINKS = {"fixed": "PonderLM2(thoughts=1)", "adaptive": "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.89)"}
+# The third has LoRA on the first.
+CASES = {
+    "fixed": {"think": "PonderLM2(thoughts=1)"},
+    "adaptive": {"think": "AdaptiveLatentCoT(steps=2, halting='router', threshold=0.89)"},
+    "lora": {"think": "PonderLM2(thoughts=1)", "train.lora": 4},
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,9 +42,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     """The same trainings in one process."""
     folder, runs = tmp_path_factory.mktemp("alone"), {}
     text = training_worker.write_text(folder / "text")
-    for name, think in THINKS.items():
+    for name, settings in CASES.items():
         (folder / name).mkdir()
-        config = training_worker.tiny(text, {"think": think})
+        start = {"backbone": str(runs["fixed"].path)} if name == "lora" else {}
+        config = training_worker.tiny(text, {**settings, **start})
         training_worker.write_config(folder / name / "config.yaml", config)
         runs[name] = train(config, folder / name / "run", progress=False)
     return runs
@@ -79,7 +85,7 @@ def two_processes(alone: dict[str, Run], tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-@pytest.mark.parametrize("name", THINKS)
+@pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_like_one(name: str, two_processes: Path, alone: dict[str, Run]):
     same_losses(Run.open(two_processes / name / "run"), alone[name])
 
@@ -107,14 +113,16 @@ def sharded(alone: dict[str, Run], tmp_path_factory: pytest.TempPathFactory) -> 
     return folder
 
 
-@pytest.mark.parametrize("name", THINKS)
+@pytest.mark.parametrize("name", CASES)
 def test_shards_train_like_one(name: str, sharded: Path, alone: dict[str, Run]):
     from transformers import AutoModelForCausalLM
 
     run, straight = Run.open(sharded / name / "run"), alone[name]
     same_losses(run, straight)
     held, *kinds = (sharded / name / "shards.txt").read_text().split()
-    assert int(held) == pytest.approx(straight.result()["parameters"] / 2, abs=32)  # odd rows go to the first process
+    result = straight.result()
+    count = result["parameters"] + result.get("trained_parameters", 0)  # the factors of LoRA are not in the saved model
+    assert int(held) == pytest.approx(count / 2, abs=32)  # odd rows go to the first process
     assert {"FSDPAdaptiveLM", "FSDPLlamaDecoderLayer"} <= set(kinds)
     wanted = AutoModelForCausalLM.from_pretrained(straight.model_dir).state_dict()
     for folder in (run.model_dir, run.checkpoints()[-1]):

@@ -211,7 +211,7 @@ def test_only_updates_and_methods_learn(method, text, folders, tmp_path):
     assert grouped == {id(each) for name, each in model.named_parameters() if name in names and each.requires_grad}
     moved = {name for name, each in model.named_parameters() if not torch.equal(each, before[name])}
     assert moved <= names and {name for name in names if "lora_" in name} <= moved
-    assert method == "none" or any("lora_" not in name for name in moved) or not added
+    assert not added or any("lora_" not in name for name in moved)
     assert norms[-1] == pytest.approx(trainer.latest.grad_norm, rel=1e-5), "clipping sees what trains, and no more"
     assert trained_parameters(model) == sum(
         each.numel() for n, each in model.named_parameters() if n in names and each.requires_grad
@@ -300,11 +300,11 @@ def test_validation_is_that_of_the_saved_model(whole):
     assert loss == pytest.approx(whole.result()["loss"], abs=1e-5)
 
 
-@pytest.mark.parametrize("backbone", ["gqa-tied", "bf16", "gpt_neox"])
-@pytest.mark.parametrize("method", ["none", "pauses", "concepts", "head"])
+@pytest.mark.parametrize(
+    ("backbone", "method"),
+    [("gqa-tied", "none"), ("gqa-tied", "router"), ("bf16", "pauses"), ("bf16", "concepts"), ("gpt_neox", "head")],
+)
 def test_resumed_is_byte_identical(backbone, method, text, folders, tmp_path):
-    if method == "head" and backbone != "gpt_neox":
-        pytest.skip("a head is refused on tied embeddings")
     config = onto(text, folders[backbone], METHODS[method])
     straight = train(config, tmp_path / "straight", progress=False)
     assert (straight.checkpoints()[0] / "lora.safetensors").is_file()
