@@ -24,6 +24,7 @@ from pondera.core.run_folder import Run
 from pondera.cost.measure import measured_flops
 from pondera.cost.model import CostModel
 from pondera.cost.schedule import CostSchedule, DecoderPass
+from pondera.evaluation.cost_report import cost_report
 from pondera.inference.load import load
 from pondera.models.adaptive_lm import AdaptiveLM
 from pondera.models.config import AdaptiveConfig
@@ -372,6 +373,25 @@ def test_training_flops_are_those_that_torch_counts(name, attention, text, folde
     schedule = CostSchedule((DecoderPass(rows, rows),), head_rows=rows, tokens=rows)
     assert CostModel(config, lora=4).training(schedule) == spent + unneeded
     assert CostModel(config, lora=4).forward(schedule) == CostModel(config).forward(schedule), "it is merged"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"think": "PonderLM2(thoughts=1, train_rounds=(2, 2))"},
+        {"think": "AdaptiveLatentCoT(steps=2, halting='fixed')"},
+        METHODS["pauses"],
+        METHODS["concepts"],
+        METHODS["memory"],
+    ],
+)
+def test_methods_are_charged_for_what_they_compute(settings, text, folders):
+    """Never for less than torch counts, and for little more: where inputs are frozen, see `CostModel.training`."""
+    model, ids = built(text, folders["llama"], settings).train(), torch.arange(32)[None]
+    for _ in range(2):  # the first batch initialises codebooks
+        model.begin_step(0, 0, 1.0)
+        spent = measured_flops(lambda: model(ids, labels=ids).loss.backward())
+    assert 0.94 < spent / (32 * cost_report(model, 32, lora=4)["training_flops_per_token"]) <= 1
 
 
 def test_frozen_weights_cost_two_thirds(text, folders):
