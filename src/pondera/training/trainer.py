@@ -187,6 +187,10 @@ class PonderaTrainer(Trainer):
         self._weights: dict[str, float] = {}
 
     @property
+    def ask_to_stop(self) -> None:
+        """Stops after the current step."""
+        self.stop_asked = True
+
     def lm(self) -> AdaptiveLM:
         """The model without wrappers; if it is sharded, all processes must call it together."""
         return cast(AdaptiveLM, self.model)
