@@ -36,14 +36,13 @@ def remaining_share(step: int, steps: int, form: str, hold: float) -> float:
         0.0183
     """
     check_schedule(form, hold)
-    start = hold * steps
+    start, last = hold * steps, max(1.0, TAIL * (1 - hold) * steps)
+    if form == "exact" and step >= steps - last:
+        return 0.0
     if form == "constant" or step < start:
         return 1.0
     if form == "exp":
         return math.exp(-DECAY * (step - start) / (steps - start))
-    last = max(1.0, TAIL * (steps - start))
-    if step >= steps - last:
-        return 0.0
     u = (step - start) / (steps - last - start)
     return (math.exp(-DECAY * u) - math.exp(-DECAY)) / (1 - math.exp(-DECAY))
 
