@@ -6,11 +6,12 @@
     python -m experiments.flows.run --publish    writes the results of the runs so far
     python -m experiments.flows.run --smoke      a check that it runs
 
-Small environments, in which the law of the trained policy is computed exactly: Set(16, 8) and Bit(16, 4), where all trajectories
-have one length, and HyperGrid(4, 8) and spans, where they do not. Objectives: TB, DB, SubTB, FL-DB. Variants: α = ½; α held at 0.3,
-0.7 and 0.9; 0.9 annealed to exactly ½ in the last tenth; log Z and log flows started as high as α = 0.9 would put them (`flow_offset`,
-which keeps the target); and the rewards to the power of 2, annealed to 1 in the last tenth. In the first two environments the offset
-is α = 0.9 held, step for step, so it is not run there. Runs are resumable: a finished one is a line of runs/flows/rows.jsonl.
+Small environments, in which the law of the trained policy is computed exactly: Set(16, 8) and Bit(16, 4), where all
+trajectories have one length, and HyperGrid(4, 8) and spans, where they do not. Objectives: TB, DB, SubTB, FL-DB. Variants: α
+= ½; α held at 0.3, 0.7 and 0.9; 0.9 annealed to exactly ½ in the last tenth; log Z and log flows started as high as α = 0.9
+would put them (`flow_offset`, which keeps the target); and the rewards to the power of 2, annealed to 1 in the last tenth. In
+the first two environments the offset is α = 0.9 held, step for step, so it is not run there. Runs are resumable: a finished
+one is a line of runs/flows/rows.jsonl.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SMALL = {"Set(16, choose=8)": 800, "Spans()": 800, "HyperGrid(4, side=8)": 800, 
 """The environments with their steps."""
 GRADED = ("Set(16, choose=8)", "Bit(16, word=4)")
 OBJECTIVES = ("TB", "DB", "SubTB", "FLDB")
-VARIANTS: dict[str, tuple[str, dict[str, float]]] = {
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "α = ½": ("", {}),
     "α = 0.3": ("alpha=0.3", {}),
     "α = 0.7": ("alpha=0.7", {}),
@@ -92,7 +93,11 @@ def main() -> None:
     rows_file = root / ("runs/flows/paper.jsonl" if args.paper else "runs/flows/rows.jsonl")
     wanted = list(paper_jobs() if args.paper else jobs(1 if args.smoke else args.seeds))
     if args.smoke:
-        wanted = [one | {"steps": 8} for one in wanted if one["objective"] in ("TB", "FLDB") and "Bit" not in one["environment"]]
+        wanted = [
+            one | {"steps": 8}
+            for one in wanted
+            if one["objective"] in ("TB", "FLDB") and "Bit" not in one["environment"]
+        ]
     if not args.publish:
         train_all(wanted, rows_file)
     rows = read(rows_file)

@@ -37,12 +37,15 @@ class FlowTrainConfig:
     )
     reward_hold: float = option(0.9, "share of the steps before the reward exponent moves")
     flow_offset: float = option(
-        0.0, "nats per remaining step by which log Z and log flows start too high (a rival of alpha that keeps the target)"
+        0.0,
+        "nats per remaining step by which log Z and log flows start too high (a rival of alpha that keeps the target)",
     )
     min_log_reward: float = option(-30.0, "lowest log reward in the loss; objects without reward have it")
     seed: int = option(0, "random seed of weights and samples")
     log_every: int = option(10, "steps between two lines of metrics.jsonl")
-    eval_every: int = option(10, "steps between two draws of fresh samples, as many as were trained on, which count modes")
+    eval_every: int = option(
+        10, "steps between two draws of fresh samples, as many as were trained on, which count modes"
+    )
     save_every: int = option(200, "steps between two checkpoints")
     keep: int = option(2, "checkpoints kept")
 

@@ -294,7 +294,8 @@ def from_dict(tree: dict[str, Any], kind: type[Kind] = RunConfig) -> Kind:
     """
     if kind is RunConfig and is_flow(tree):
         raise UserError(
-            "these are the settings of a GFlowNet (they have an environment), not of a language model; `pondera train` trains it"
+            "these are the settings of a GFlowNet (they have an environment), not of a language model; "
+            "`pondera train` trains it"
         )
     return _build(kind, tree, "", kind)
 

@@ -35,6 +35,6 @@ PARTS = ("quantize",)
 PROBES = ("probe",)
 """Folders of probes, which observe a model and change nothing."""
 FLOWS = ("objective", "environment")
-"""Folders of GFlowNets: losses in ``pondera/methods/objective/``, and what they are trained on in ``pondera/flows/environments/``."""
+"""Parts of GFlowNets: losses in ``pondera/methods/objective/``, environments in ``pondera/flows/environments/``."""
 TASKS = ("task", "questions")
 """Data: synthetic tasks in ``pondera/data/tasks/``, and questions about a long context in ``pondera/data/questions/``."""

@@ -81,8 +81,8 @@ def check_backward(graph: Graph, log_pb_E: Tensor) -> None:
     if wrong_N.any():
         at = int(wrong_N.nonzero()[0])
         raise UserError(
-            f"backward policy: the probabilities of the parents of state {graph.state_NC[at].tolist()} sum to {total_N[at]:.4g}, "
-            "not to 1; with it, objects would be drawn in proportion to something other than their reward"
+            f"backward policy: the probabilities of the parents of state {graph.state_NC[at].tolist()} sum to "
+            f"{total_N[at]:.4g}, not to 1; with it, objects would be drawn in proportion to something other than their reward"
         )
 
 
@@ -120,7 +120,8 @@ def optimum(
 def tilt(graph: Graph, log_pb_E: Tensor, alpha: float) -> Tensor:
     """log E[c^(−edges)] over the backward walks from each state, ``[N]``.
 
-    The optimum with α draws x in proportion to R(x) times this factor. Samples of it, weighted by its inverse, are those of R/Z.
+    The optimum with α draws x in proportion to R(x) times this factor. Samples of it, weighted by its inverse, are those of
+    R/Z.
     """
     return _spread(graph, log_pb_E.double() - log_odds(alpha))
 

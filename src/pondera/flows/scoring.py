@@ -51,11 +51,11 @@ def score(
     """
     states, mask_BT = batch.state_BSC, batch.mask_BT
     log_R_B = log_rewards(env, batch.last_BC, exponent, least).float()
+    if needs == "edges":
+        return _edges(env, policy, batch, log_R_B)
     inside_BS = torch.nn.functional.pad(mask_BT, (1, 0), value=True)  # the states up to the finished object
     rows_NC = states[inside_BS]
     found = policy.outputs(env, rows_NC)
-    if needs == "edges":
-        return _edges(env, policy, batch, inside_BS, log_R_B)
     zero_BS = torch.zeros(inside_BS.shape)
 
     def spread(value_N: Tensor) -> Tensor:
@@ -77,9 +77,7 @@ def score(
     return FlowBatch(mask_BT, log_R_B, log_pf_BT, log_pb_BT, spread(log_F_N), partial_BS)
 
 
-def _edges(
-    env: Environment, policy: FlowPolicy, batch: Trajectories, inside_BS: Tensor, log_R_B: Tensor
-) -> FlowBatch:
+def _edges(env: Environment, policy: FlowPolicy, batch: Trajectories, log_R_B: Tensor) -> FlowBatch:
     """Log flows of the edges into and out of the states after each transition."""
     mask_BT = batch.mask_BT
     state_NC = batch.state_BSC[:, 1:][mask_BT]
@@ -95,5 +93,8 @@ def _edges(
     none_BTA = torch.full((*mask_BT.shape, env.actions), -torch.inf)
     wide = mask_BT[..., None].expand(none_BTA.shape)
     return FlowBatch(
-        mask_BT, log_R_B, log_in_BTP=none_BTA.masked_scatter(wide, in_NA), log_out_BTC=none_BTA.masked_scatter(wide, out_NA)
+        mask_BT,
+        log_R_B,
+        log_in_BTP=none_BTA.masked_scatter(wide, in_NA),
+        log_out_BTC=none_BTA.masked_scatter(wide, out_NA),
     )

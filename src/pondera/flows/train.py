@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -149,7 +150,11 @@ class FlowTrainer:
     def state(self) -> dict[str, Any]:
         """Everything that the next step depends on."""
         columns = len(self.env.radices)
-        modes = torch.frombuffer(bytearray(b"".join(sorted(self.modes))), dtype=torch.long) if self.modes else torch.zeros(0)
+        modes = (
+            torch.frombuffer(bytearray(b"".join(sorted(self.modes))), dtype=torch.long)
+            if self.modes
+            else torch.zeros(0)
+        )
         return {
             "policy": self.policy.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -182,19 +187,21 @@ def check_pair(objective: Objective, env: Environment, config: FlowConfig) -> No
             f"{env!r} {env.why_graded}; leave compensate out"
         )
     if objective.needs == "edges" and (objective.compensate or config.train.flow_offset):
-        raise UserError(f"{objective!r} learns flows of edges and has no log Z to move; leave compensate and flow_offset out")
+        raise UserError(
+            f"{objective!r} learns flows of edges and has no log Z to move; leave compensate and flow_offset out"
+        )
     if env.graded and objective.anneal != "constant" and objective.alpha != 0.5 and not objective.compensate:
         log.warning(
-            "note: in %r all trajectories have %d steps, so every alpha has the same target. Moving alpha only puts log Z wrong, "
-            "by up to %.1f nats, late in the run. Hold alpha (leave anneal out), or add compensate=True.",
+            "note: in %r all trajectories have %d steps, so every alpha has the same target. Moving alpha only puts "
+            "log Z wrong, by up to %.1f nats, late in the run. Hold alpha (leave anneal out), or add compensate=True.",
             env,
             env.longest,
             abs(env.longest * log_odds(objective.alpha)),
         )
     if not env.graded and objective.anneal == "constant" and objective.alpha != 0.5:
         log.warning(
-            "note: in %r trajectories have different lengths, so alpha=%g draws in proportion to R · E[c^(-steps)] with c = %.3g, "
-            "not to R. Add anneal='exact' to end at the reward itself.",
+            "note: in %r trajectories have different lengths, so alpha=%g draws in proportion to R · E[c^(-steps)] with "
+            "c = %.3g, not to R. Add anneal='exact' to end at the reward itself.",
             env,
             objective.alpha,
             objective.alpha / (1 - objective.alpha),
@@ -204,8 +211,8 @@ def check_pair(objective: Objective, env: Environment, config: FlowConfig) -> No
 def train_flow(config: FlowConfig, out: Path, resume: bool = False, progress: bool = True) -> Run:
     """Trains one GFlowNet into a run folder.
 
-    With ``resume=True`` an interrupted run continues from its newest checkpoint and ends with the same weights and samples as an
-    uninterrupted run. A finished run is returned unchanged.
+    With ``resume=True`` an interrupted run continues from its newest checkpoint and ends with the same weights and samples as
+    an uninterrupted run. A finished run is returned unchanged.
 
     Args:
         config: the settings.
@@ -291,7 +298,9 @@ def _restore(run: Run, trainer: FlowTrainer) -> None:
     if folders:
         try:
             trainer.restore(torch.load(folders[-1] / STATE, weights_only=True))
-        except (OSError, RuntimeError, KeyError, EOFError, ValueError) as error:
-            raise Failure(f"{folders[-1]} is damaged ({type(error).__name__}); delete it to continue from the one before") from None
+        except (OSError, RuntimeError, KeyError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise Failure(
+                f"{folders[-1]} is damaged ({type(error).__name__}); delete it to continue from the one before"
+            ) from None
     log.info("resuming from %s", folders[-1].name if folders else "the start: there is no checkpoint yet")
     run.truncate_after(trainer.done)

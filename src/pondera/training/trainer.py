@@ -186,11 +186,11 @@ class PonderaTrainer(Trainer):
         self._took: list[tuple[int, ...]] = []
         self._weights: dict[str, float] = {}
 
-    @property
     def ask_to_stop(self) -> None:
         """Stops after the current step."""
         self.stop_asked = True
 
+    @property
     def lm(self) -> AdaptiveLM:
         """The model without wrappers; if it is sharded, all processes must call it together."""
         return cast(AdaptiveLM, self.model)

@@ -20,7 +20,12 @@ from pondera.flows.graph import listed
 
 FORMS = [form for method in spec.index(("environment",)).values() for form in method.examples.values()]
 FORMS += ["Set(1, choose=1)", "Set(4, choose=4)", "Bit(3, word=3, modes=1)", "Bit(4, word=1, modes=2, within=1)"]
-FORMS += ["HyperGrid(1, side=2)", "HyperGrid(3, side=3)", "Spans(('a',), longest=1)", "Spans(('a', 'b', 'abab'), longest=3)"]
+FORMS += [
+    "HyperGrid(1, side=2)",
+    "HyperGrid(3, side=3)",
+    "Spans(('a',), longest=1)",
+    "Spans(('a', 'b', 'abab'), longest=3)",
+]
 
 
 def built(form: str) -> Environment:
@@ -70,7 +75,9 @@ def test_counts_lengths_and_features_are_those_of_the_listed_states(form: str):
 def test_the_reward_of_a_set_is_the_product_over_its_items():
     env = Set(6, choose=3, seed=4)
     graph = listed(env)
-    sets = {tuple(row.nonzero()[:, 0].tolist()): value for row, value in zip(graph.state_NC, graph.log_R_N, strict=True)}
+    sets = {
+        tuple(row.nonzero()[:, 0].tolist()): value for row, value in zip(graph.state_NC, graph.log_R_N, strict=True)
+    }
     for items in combinations(range(6), 3):
         assert sets[items].item() == pytest.approx(-sum(float(env.energy_N[item]) for item in items))
 

@@ -198,7 +198,10 @@ def test_the_tilt_of_the_span_toy_is_what_was_measured():
     found = {}
     for alpha in (0.3, 0.5, 0.7, 0.9):
         _, log_pf = exact.optimum(graph, log_pb, alpha)
-        found[alpha] = (exact.total_variation(exact.drawn_by(graph, log_pf), exact.target(graph)), exact.mean_length(graph, log_pf))
+        found[alpha] = (
+            exact.total_variation(exact.drawn_by(graph, log_pf), exact.target(graph)),
+            exact.mean_length(graph, log_pf),
+        )
     assert [round(tv, 3) for tv, _ in found.values()] == [0.199, 0.0, 0.310, 0.829]
     lengths = [length for _, length in found.values()]
     assert lengths == sorted(lengths, reverse=True)

@@ -82,7 +82,9 @@ def test_alpha_one_half_is_the_plain_loss_bit_for_bit_with_its_gradients(name: s
     loss.backward()
     expected.backward()
     for key in ("log_pf", "log_pb", "log_F"):
-        assert ours[key].grad is None and reference[key].grad is None or torch.equal(ours[key].grad, reference[key].grad)
+        assert (
+            ours[key].grad is None and reference[key].grad is None or torch.equal(ours[key].grad, reference[key].grad)
+        )
         assert ours[key].grad is None or torch.isfinite(ours[key].grad).all()
 
 
@@ -180,10 +182,11 @@ def grid_numbers() -> tuple[dict[str, Tensor], list[Tensor]]:
     return {"log_pf": log_pf, "log_pb": log_pb, "log_F": log_F, "log_R": log_R, "mask": mask}, tables
 
 
-# From torchgfn 2.4.1 in float64: HyperGrid(ndim=2, height=3, validate_modes=False), DiscretePolicyEstimator and ScalarEstimator on
-# modules that look up `tables` by 3x + y, 8 trajectories of Sampler(pf) after torch.manual_seed(5), and
+# From torchgfn 2.4.1 in float64: HyperGrid(ndim=2, height=3, validate_modes=False), DiscretePolicyEstimator and
+# ScalarEstimator on modules that look up `tables` by 3x + y, 8 trajectories of Sampler(pf) after torch.manual_seed(5), and
 # `flow.loss(env, flow.to_training_samples(trajectories))` of TBGFlowNet(pf, pb, init_logZ=0.4), DBGFlowNet(pf, pb, logF) and
-# SubTBGFlowNet(pf, pb, logF, weighting="geometric_within", lamda=0.8). Gradients: the sum of those of each table, times cos(0, 1, ...).
+# SubTBGFlowNet(pf, pb, logF, weighting="geometric_within", lamda=0.8). Gradients: the sum of those of each table, times
+# cos(0, 1, ...).
 TORCHGFN = {
     "TB": (1.325630858812887, [1.4941811617008587, 0.19027515451076218, 0.0]),
     "DB": (1.8308209096740176, [0.831245600603935, 0.05553880491420866, 0.1173362226408865]),
@@ -240,10 +243,14 @@ def test_schedules_hold_decay_and_land():
         assert shares[0] == shares[int(1000 * hold)] == 1.0
         assert all(after <= before for before, after in zip(shares, shares[1:], strict=False))
         assert shares[-1] == (0.0 if form == "exact" else pytest.approx(math.exp(-4)))
-    assert TB(alpha=0.7, anneal="exp").alpha_at(1000, 1000) == pytest.approx(0.5037, abs=5e-5)  # a stored value of the authors
+    assert TB(alpha=0.7, anneal="exp").alpha_at(1000, 1000) == pytest.approx(
+        0.5037, abs=5e-5
+    )  # a stored value of the authors
     exact = TB(alpha=0.9, anneal="exact", hold=0.5)
     assert exact.alpha_at(0, 100) == exact.alpha_at(50, 100) == 0.9
-    assert all(exact.alpha_at(step, 100) == 0.5 and log_odds(exact.alpha_at(step, 100)) == 0.0 for step in range(90, 100))
+    assert all(
+        exact.alpha_at(step, 100) == 0.5 and log_odds(exact.alpha_at(step, 100)) == 0.0 for step in range(90, 100)
+    )
     assert all(TB(alpha=0.9, anneal="exact").alpha_at(steps - 1, steps) == 0.5 for steps in (1, 2, 7, 800))
     assert {DB(alpha=0.3).alpha_at(step, 10) for step in range(10)} == {0.3}
 

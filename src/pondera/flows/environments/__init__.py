@@ -1,4 +1,4 @@
-"""Environments: what a GFlowNet builds step by step, and its reward. One file per environment; `base.py` defines the interface."""
+"""Environments: what a GFlowNet builds step by step, and its reward. One file each; `base.py` defines the interface."""
 
 from pondera.core.lazy_names import lazy_names
 

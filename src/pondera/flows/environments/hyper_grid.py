@@ -12,10 +12,10 @@ from pondera.flows.environments.base import Environment, whole
 
 
 class HyperGrid(Environment):
-    """Walks from a corner of a grid, one step up in one dimension at a time, and stops anywhere; the reward has a mode near each corner.
+    """Walks from a corner of a grid, one step at a time, and stops anywhere; the reward has a mode near each corner.
 
-    R = base + 0.5 · [all |x − ½| > ¼] + 2 · [all 0.3 < |x − ½| < 0.4], with coordinates x from 0 to 1. Trajectories have different
-    lengths, so the environment is not graded. Stopping is an action.
+    R = base + 0.5 · [all |x − ½| > ¼] + 2 · [all 0.3 < |x − ½| < 0.4], with coordinates x from 0 to 1. Trajectories have
+    different lengths, so the environment is not graded. Stopping is an action.
 
     Source: Bengio et al., arXiv 2106.04399, section 4.1.
     Resolved: modes are the points with the highest of the three terms.

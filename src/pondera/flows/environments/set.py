@@ -24,7 +24,7 @@ PUBLISHED: dict[str, tuple[int, int, float, tuple[float, ...]]] = {
         0.9244538380742333, -0.5938789622812419, 0.7326989860019331, 0.3925029176153736, 0.7231982581431591,
         -0.5596177369051512)),
 }  # fmt: skip
-"""Items, chosen items, reward of a mode, and the ten energies, of which each belongs to a tenth of the items."""
+"""Items, chosen items, reward of a mode, and the ten energies; each belongs to a tenth of the items."""
 TOP = 0.005
 """Share of the sets that are modes if energies are drawn."""
 MOST_VALUES = 2**21
@@ -39,8 +39,8 @@ class Set(Environment):
     All trajectories have one length, so the environment is graded. Rewards are counted without listing the sets: items of equal
     energy are interchangeable.
 
-    Source: the set generation task of Pan et al., arXiv 2302.01687, with the energies of arXiv 2602.01749 (``small``, ``medium``,
-        ``large``: energies published with the code of that paper; items of equal energy are adjacent here).
+    Source: the set generation task of Pan et al., arXiv 2302.01687, with the energies of arXiv 2602.01749 (``small``,
+        ``medium``, ``large``: energies published with the code of that paper; items of equal energy are adjacent here).
     Resolved: other sets have energies uniform in (−1, 1), drawn from `seed`, and their modes are the best 0.5 % of the sets.
 
     Args:
@@ -144,7 +144,9 @@ class Set(Environment):
         if self._counted is None:
             return None
         log_R, ways = self._counted
-        return RewardTable(torch.from_numpy(log_R), torch.from_numpy(ways), torch.from_numpy(log_R > self.log_threshold))
+        return RewardTable(
+            torch.from_numpy(log_R), torch.from_numpy(ways), torch.from_numpy(log_R > self.log_threshold)
+        )
 
     @cached_property
     def _counted(self) -> tuple[np.ndarray, np.ndarray] | None:
@@ -154,7 +156,9 @@ class Set(Environment):
         """A log reward between the best 0.5 % of the sets and the others."""
         counted = self._counted
         if counted is None:
-            raise UserError(f"Set({self.size}, choose={self.choose}): too many sets to find the best; give threshold=REWARD")
+            raise UserError(
+                f"Set({self.size}, choose={self.choose}): too many sets to find the best; give threshold=REWARD"
+            )
         order = np.argsort(-counted[0], kind="stable")
         log_R, ways = counted[0][order], counted[1][order].cumsum()
         last = int(np.searchsorted(ways, math.ceil(TOP * ways[-1]) - 0.5))
@@ -168,7 +172,9 @@ def _energies(size: int, choose: int, given: str | list | tuple | None, seed: in
             raise UserError(f"energies={given!r}: give small, medium, large, or a list of {size} numbers")
         items, chosen, threshold, values = PUBLISHED[given]
         if (size, choose) != (items, chosen):
-            raise UserError(f"energies={given!r} belong to Set({items}, choose={chosen}), not to Set({size}, choose={choose})")
+            raise UserError(
+                f"energies={given!r} belong to Set({items}, choose={chosen}), not to Set({size}, choose={choose})"
+            )
         return torch.tensor(values, dtype=torch.float64).repeat_interleave(items // len(values)), threshold
     if given is None:
         drawn = torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

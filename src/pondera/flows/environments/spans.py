@@ -16,8 +16,8 @@ SPANS = ("a", "b", "ab", "ba", "aab")
 class Spans(Environment):
     """Appends spans to a string until it stops; a string can have been made in several ways, of different lengths.
 
-    R(x) = exp(weight · places where the letter changes). The environment is not graded: it is the smallest one in which α changes
-    what is drawn, and in which a wrong backward policy is found out. Stopping is an action.
+    R(x) = exp(weight · places where the letter changes). The environment is not graded: it is the smallest one in which α
+    changes what is drawn, and in which a wrong backward policy is found out. Stopping is an action.
 
     Source: made here, as a toy of text that is generated in spans (FoSS).
     Resolved: the modes are the strings with at most one change less than the most.
@@ -104,7 +104,8 @@ class Spans(Environment):
         """Strings with the most changes, or one less."""
         many, most = len(self.letters), self.length - 1
         full = many * (many - 1) ** most
-        one_less = many * (many - 1) ** (most - 1) * (most + 1) if most >= 1 else 1  # with a repeat, or a letter shorter
+        # One change less: one of the letters repeats the one before, or the string is a letter shorter.
+        one_less = many * (many - 1) ** (most - 1) * (most + 1) if most >= 1 else 1
         return full + one_less
 
     def uniform(self, count: int, generator: torch.Generator) -> Tensor:
@@ -126,7 +127,7 @@ class Spans(Environment):
         return ((left != right) & (right > 0)).sum(1)
 
     def _written(self, state_BC: Tensor, action_B: Tensor, at_B: Tensor, sign: int) -> Tensor:
-        """The letters of a span written (`sign` 1) or emptied (0) from a place on; the stop action changes the last column only."""
+        """Writes (`sign` 1) or empties (0) the letters of a span from a place on; stopping changes the last column only."""
         stop_B = action_B == len(self.spans)
         span_B = action_B.clamp_max(len(self.spans) - 1)
         place_BP = at_B[:, None] + torch.arange(self._most)

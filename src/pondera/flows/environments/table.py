@@ -21,12 +21,12 @@ Node = Hashable
 class Table(Environment):
     """A directed acyclic graph given by its edges and the rewards of its last nodes.
 
-    There is one action per edge. Nodes without children are the finished objects, and each needs a reward. An object that can also
-    be continued needs a node of its own behind it, which stands for stopping there.
+    There is one action per edge. Nodes without children are the finished objects, and each needs a reward. An object that can
+    also be continued needs a node of its own behind it, which stands for stopping there.
 
     Source: made here.
-    Resolved: the root is the only node without parents. Unfinished nodes have the partial reward 1. The modes are the objects with
-        the highest reward.
+    Resolved: the root is the only node without parents. Unfinished nodes have the partial reward 1. The modes are the objects
+        with the highest reward.
 
     Args:
         edges: pairs of parent and child; nodes are numbers or texts.
@@ -44,9 +44,7 @@ class Table(Environment):
     }
     why_graded: ClassVar[str] = "counted from the edges"
 
-    def __init__(
-        self, edges: list | tuple | None = None, rewards: dict | None = None, file: str | None = None
-    ) -> None:
+    def __init__(self, edges: list | tuple | None = None, rewards: dict | None = None, file: str | None = None) -> None:
         if file is not None:
             if edges is not None or rewards is not None:
                 raise UserError("Table: give edges and rewards, or a file with both, not all three")
@@ -165,11 +163,14 @@ def _sorted(pairs: list[tuple[Node, Node]]) -> list[Node]:
             if parents[child] == 0:
                 waiting.append(child)
     if len(order) < len(parents):
-        raise UserError(f"edges: there is a cycle, {' -> '.join(map(str, _cycle(after, set(order))))}; remove one of its edges")
+        raise UserError(
+            f"edges: there is a cycle, {' -> '.join(map(str, _cycle(after, set(order))))}; remove one of its edges"
+        )
     if len(roots) > 1:
         listing = ", ".join(map(repr, roots))
         raise UserError(
-            f"edges: {listing} have no parents, so all but one of them cannot be reached; give edges from one root to the others"
+            f"edges: {listing} have no parents, so all but one of them cannot be reached; give edges from one root to "
+            "the others"
         )
     return order
 
@@ -199,8 +200,8 @@ def _log_rewards(rewards: Any, pairs: list[tuple[Node, Node]], number: dict[Node
             raise UserError(f"rewards: {node!r} is in no edge, so it cannot be reached; add an edge to it")
         if node in going_on:
             raise UserError(
-                f"rewards: {node!r} has children, so it is no finished object; add an edge from it to a node of its own, such as "
-                f"{f'{node} stop'!r}, and give that one the reward"
+                f"rewards: {node!r} has children, so it is no finished object; add an edge from it to a node of its own, "
+                f"such as {f'{node} stop'!r}, and give that one the reward"
             )
         if isinstance(reward, bool) or not isinstance(reward, (int, float)) or not 0 <= reward < math.inf:
             raise UserError(f"rewards: {node!r} has the reward {reward!r}; give a finite number of at least 0")

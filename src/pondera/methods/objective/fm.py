@@ -33,7 +33,8 @@ class FM(Objective):
 
     With α, α times the inflow equals 1 − α times the outflow.
 
-    Source: Bengio et al., Flow network based generative models, arXiv 2106.04399; the form with α is derived from arXiv 2602.01749.
+    Source: Bengio et al., Flow network based generative models, arXiv 2106.04399; the form with α is derived from arXiv
+        2602.01749.
     Cost: the flows of all parents of all visited states, P times the network.
     When not to use it: where states have many parents; the other objectives need one.
     Resolved: there is no P_B; the law at α ≠ ½ is that of the P_B which the learned flows imply.

@@ -45,8 +45,9 @@ def trajectory_balance(
 class TB(Objective):
     """Trajectory balance: one residual per trajectory, and one learned number, log Z.
 
-    With α, log c is added for each edge. If all trajectories have n edges, this is TB whose log Z starts n · log c too high, step
-    for step: what is sampled at the optimum does not change, and annealing α to ½ moves log Z away from its value at once.
+    With α, log c is added for each edge. If all trajectories have n edges, this is TB whose log Z starts n · log c too high,
+    step for step: what is sampled at the optimum does not change, and annealing α to ½ moves log Z away from its value at
+    once.
 
     Source: Malkin et al., Trajectory balance, arXiv 2201.13259; with α: Chen et al., arXiv 2602.01749.
     Cost: the forward and backward log-probabilities of each trajectory.

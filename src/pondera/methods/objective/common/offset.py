@@ -2,8 +2,8 @@
 
 The convention, in one place: a trajectory has as many edges as valid transitions in its mask. Where stopping is an action, its
 transition is one of them. With `exit_edge`, one further edge joins every finished object to the end of the chain, so that
-α F(x) = (1−α) R(x) and log F(x) = log R(x) − log c; without it, log F(x) = log R(x). Both keep the same law of finished objects,
-because the exit edge multiplies every flow by the same constant.
+α F(x) = (1−α) R(x) and log F(x) = log R(x) − log c; without it, log F(x) = log R(x). Both keep the same law of finished
+objects, because the exit edge multiplies every flow by the same constant.
 
 Shapes: B trajectories, T transitions, S = T + 1 states.
 """
@@ -29,7 +29,9 @@ def log_odds(alpha: float) -> float:
         (0.0, 2.1972)
     """
     if not 0 < alpha < 1:  # NaN is refused, too
-        raise UserError(f"alpha={alpha}: give a number between 0 and 1 (0.5 is the ordinary objective, e.g. TB(alpha=0.7))")
+        raise UserError(
+            f"alpha={alpha}: give a number between 0 and 1 (0.5 is the ordinary objective, e.g. TB(alpha=0.7))"
+        )
     return math.log(alpha / (1 - alpha))
 
 

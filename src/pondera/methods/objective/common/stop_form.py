@@ -13,9 +13,9 @@ from pondera.methods.objective.common.offset import check_log_rewards, log_odds
 def stop_flows(log_R_BS: Tensor, log_stop_BS: Tensor, alpha: float = 0.5) -> Tensor:
     """Log flows that satisfy the condition of the stop edge, α F(s) P_F(stop | s) = (1−α) R(s), by construction.
 
-    In place of learned flows, they make `DB` and `SubTB` objectives of rewards and probabilities alone. The stop transition then
-    has no residual, so it is left out of the mask; a trajectory ends at its last state s, whose `log_R` in those objectives is
-    the log flow of this function there.
+    In place of learned flows, they make `DB` and `SubTB` objectives of rewards and probabilities alone. The stop transition
+    then has no residual, so it is left out of the mask; a trajectory ends at its last state s, whose `log_R` in those
+    objectives is the log flow of this function there.
 
     Source: modified detailed balance of Deleu et al., arXiv 2202.13903; SubTB between finished states as in FoSS and in
     GFlowNet tuning of language models (arXiv 2310.04363). The offset is derived from the edge condition of arXiv 2602.01749.
