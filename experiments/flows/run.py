@@ -3,6 +3,7 @@
     python -m experiments.flows.run              560 runs without duplicates, about 55 minutes of one core
     python -m experiments.flows.run --seeds 1    a fifth of it; more seeds can be added later
     python -m experiments.flows.run --paper      the published Set tasks: small at full budget, one medium, one large
+    python -m experiments.flows.run --exact      exact laws, no training: a minute
     python -m experiments.flows.run --publish    writes the results of the runs so far
     python -m experiments.flows.run --smoke      a check that it runs
 
@@ -30,8 +31,9 @@ import torch
 from experiments.common.publishing import write_json
 from pondera.core import spec
 from pondera.core.flow_config import FlowConfig, FlowTrainConfig, PolicyConfig
+from pondera.flows import exact
 from pondera.flows.graph import Graph, countable, listed
-from pondera.flows.perfect import expected_modes, reward_table
+from pondera.flows.perfect import expected_log_reward, expected_modes, reward_table
 from pondera.flows.train import FlowTrainer
 
 SMALL = {"Set(16, choose=8)": 800, "Spans()": 800, "HyperGrid(4, side=8)": 800, "Bit(16, word=4)": 3000}
@@ -52,6 +54,8 @@ PAPER = {"small": ("Set(30, choose=20, energies='small')", 3), "medium": ("Set(8
          "large": ("Set(100, choose=80, energies='large')", 1)}  # fmt: skip
 """The published sets, with the number of seeds."""
 PAPER_STEPS = 10_000
+SAMPLES = 163_200
+"""Samples behind the published numbers of modes."""
 PAPER_VARIANTS = ("α = ½", "α = 0.9, annealed", "exponent 2")
 
 Job = dict[str, Any]
@@ -85,11 +89,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds per variant (default: %(default)s)")
     parser.add_argument("--paper", action="store_true", help="the published sets, hours of one core")
+    parser.add_argument("--exact", action="store_true", help="exact laws, no training")
     parser.add_argument("--publish", action="store_true", help="run nothing")
     parser.add_argument("--smoke", action="store_true", help="a few steps; writes to runs/smoke only")
     args = parser.parse_args()
     torch.set_num_threads(1)
     root = Path("runs/smoke") if args.smoke else Path()
+    if args.exact:
+        write_json(
+            root / "results/flows/exact.json", {"command": "python -m experiments.flows.run --exact", **exact_laws()}
+        )
+        return
     rows_file = root / ("runs/flows/paper.jsonl" if args.paper else "runs/flows/rows.jsonl")
     wanted = list(paper_jobs() if args.paper else jobs(1 if args.smoke else args.seeds))
     if args.smoke:
@@ -104,6 +114,40 @@ def main() -> None:
     command = ["python", "-m", "experiments.flows.run", *(["--paper"] if args.paper else [])]
     name = "paper" if args.paper else "study"
     write_json(root / f"results/flows/{name}.json", {"command": shlex.join(command), "rows": rows})
+
+
+def exact_laws() -> dict[str, Any]:
+    """What the optimum with α draws, and what a perfect sampler finds of the modes of the published sets."""
+    laws, perfect = [], []
+    for environment in SMALL:
+        graph = listed(spec.build(environment, "environment"))
+        log_pb, target = exact.uniform_backward(graph), exact.target(graph)
+        for alpha in (0.3, 0.5, 0.7, 0.9):
+            _, log_pf = exact.optimum(graph, log_pb, alpha)
+            drawn, tilt = exact.drawn_by(graph, log_pf), exact.tilt(graph, log_pb, alpha)
+            repaired = drawn - tilt
+            weight = (target - drawn).masked_fill(~graph.last_N, -math.inf)  # up to a constant, R/Z over what is drawn
+            size = math.exp(-float((drawn + 2 * weight)[graph.last_N].logsumexp(0)))
+            laws.append(
+                {
+                    "environment": environment,
+                    "graded": graph.env.graded,
+                    "alpha": alpha,
+                    "tv": exact.total_variation(drawn, target),
+                    "tv_reweighted": exact.total_variation(repaired - repaired.logsumexp(0), target),
+                    "effective_samples": size,
+                    "steps": exact.mean_length(graph, log_pf),
+                }
+            )
+    for name, (environment, _) in PAPER.items():
+        env = spec.build(environment, "environment")
+        table = env.reward_table()
+        found = expected_modes(table, SAMPLES)
+        mean = math.exp(expected_log_reward(table))
+        perfect.append(
+            {"set": name, "modes": env.count_modes(), "samples": SAMPLES, "found": found, "mean_reward": mean}
+        )
+    return {"laws": laws, "perfect": perfect}
 
 
 def train_all(wanted: list[Job], file: Path) -> None:

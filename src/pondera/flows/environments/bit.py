@@ -34,6 +34,7 @@ class Bit(Environment):
         (25, 2)
     """
 
+    paper: ClassVar[str] = "bit sequences, arXiv 2201.13259"
     examples: ClassVar[dict[str, str]] = {"small": "Bit(6, word=2, modes=3)"}
     why_graded: ClassVar[str] = "every string takes one step per word"
 

@@ -31,6 +31,7 @@ class HyperGrid(Environment):
         (4, 15)
     """
 
+    paper: ClassVar[str] = "hyper-grid, arXiv 2106.04399"
     examples: ClassVar[dict[str, str]] = {"small": "HyperGrid(2, side=4)"}
     why_graded: ClassVar[str] = "a walk can stop anywhere"
 

@@ -57,6 +57,7 @@ class Set(Environment):
         [[True, True, True, False]]
     """
 
+    paper: ClassVar[str] = "set generation, arXiv 2302.01687; energies: arXiv 2602.01749"
     examples: ClassVar[dict[str, str]] = {"small": "Set(5, choose=3)"}
     why_graded: ClassVar[str] = "every set takes one step per chosen item"
 

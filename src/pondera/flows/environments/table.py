@@ -39,6 +39,7 @@ class Table(Environment):
         (True, 1)
     """
 
+    paper: ClassVar[str] = "none: any graph"
     examples: ClassVar[dict[str, str]] = {
         "small": "Table([('s', 'a'), ('s', 'x'), ('a', 'x'), ('a', 'y')], {'x': 1.0, 'y': 2.0})"
     }
