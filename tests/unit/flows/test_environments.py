@@ -13,10 +13,11 @@ from pondera.core.errors import UserError
 from pondera.flows.environments.base import Environment
 from pondera.flows.environments.bit import Bit
 from pondera.flows.environments.hyper_grid import HyperGrid
-from pondera.flows.environments.set import PUBLISHED, Set
+from pondera.flows.environments.set import PUBLISHED, Set, _binned, _exact
 from pondera.flows.environments.spans import Spans
 from pondera.flows.environments.table import Table
 from pondera.flows.graph import listed
+from pondera.flows.perfect import expected_log_reward
 
 FORMS = [form for method in spec.index(("environment",)).values() for form in method.examples.values()]
 FORMS += ["Set(1, choose=1)", "Set(4, choose=4)", "Bit(3, word=3, modes=1)", "Bit(4, word=1, modes=2, within=1)"]
@@ -86,10 +87,37 @@ def test_the_table_of_rewards_of_sets_is_that_of_the_listed_sets():
     for energies in (None, [0.5, 0.5, -0.25, -0.25, -0.25, 1.0, 0.0]):
         env = Set(7, choose=3, energies=energies, threshold=1.0)
         table, graph = env.reward_table(), listed(env)
-        assert table is not None
         every = torch.repeat_interleave(table.log_R_K, table.count_K.long()).sort().values
         torch.testing.assert_close(every, graph.log_R_N[graph.last_N].sort().values, rtol=0, atol=1e-9)
     assert Set(16, choose=8).count_modes() == math.ceil(0.005 * math.comb(16, 8)) == 65
+
+
+@pytest.mark.parametrize("name", ["small", "large"])
+def test_the_mean_reward_of_published_sets_is_a_ratio_of_symmetric_polynomials(name: str):
+    """Σ R is the elementary symmetric polynomial of the rewards of the items, Σ R² that of their squares."""
+    items, choose, _, _ = PUBLISHED[name]
+    env = Set(items, choose=choose, energies=name)
+    sums = [[1.0] + [0.0] * choose for _ in range(2)]
+    for energy in env.energy_N.tolist():
+        for power, terms in enumerate(sums, start=1):
+            for count in range(choose, 0, -1):
+                terms[count] += terms[count - 1] * math.exp(-power * energy)
+    table = env.reward_table()
+    exact = sums[1][choose] / sums[0][choose]
+    assert math.exp(expected_log_reward(table)) == pytest.approx(exact, rel=1e-9 if name == "small" else 1e-3)
+    assert table.count_K.sum().item() == pytest.approx(math.comb(items, choose), rel=1e-9)
+
+
+def test_a_large_set_of_different_energies_is_counted_in_bins():
+    env = Set(60, choose=30)
+    table = env.reward_table()
+    share = env.count_modes() / math.comb(60, 30)
+    assert table.count_K.sum().item() == pytest.approx(math.comb(60, 30)) and share == pytest.approx(0.005, rel=0.01)
+    small = Set(8, choose=4, seed=1)
+    groups = [(energy, [1, 1]) for energy in small.energy_N.tolist()]
+    (rough, ways), (sharp, _) = _binned(groups, 4), _exact(groups, 4)
+    every = torch.from_numpy(rough).repeat_interleave(torch.from_numpy(ways).long()).sort().values
+    torch.testing.assert_close(every, torch.from_numpy(sharp).sort().values, rtol=0, atol=8 * 2.5e-4 / 2)
 
 
 def test_published_sets_have_their_sizes_and_modes():
@@ -159,7 +187,6 @@ EDGES = "[('s', 'a'), ('a', 'x')]"
         ("Set(5, choose=2, energies=[1.0])", "energies: give 5 finite numbers"),
         ("Set(5, choose=2, energies='small')", "belong to Set(30, choose=20)"),
         ("Set(5, choose=2, threshold=0.0)", "threshold=0.0: give a reward above 0"),
-        ("Set(60, choose=30)", "too many sets to find the best; give threshold=REWARD"),
         ("Bit(7, word=2)", "give a multiple of 2 bits"),
         ("Bit(2, word=2, modes=5)", "modes=5: give a whole number from 1 to 4"),
         ("HyperGrid(2, base=0.0)", "base=0.0: give a reward above 0"),

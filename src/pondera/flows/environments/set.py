@@ -28,8 +28,9 @@ PUBLISHED: dict[str, tuple[int, int, float, tuple[float, ...]]] = {
 TOP = 0.005
 """Share of the sets that are modes if energies are drawn."""
 MOST_VALUES = 2**21
-"""Distinct sums of energies that are kept apart; more are binned."""
-BIN = 1e-3
+"""Sums of energies that are kept apart; more are binned."""
+BIN, MOST_CELLS = 2.5e-4, 2**26
+"""Width of a bin, and cells of the table of counts by size and bin; bins are wider where it would have more."""
 MOST_COUNTED = 200_000
 
 
@@ -117,10 +118,10 @@ class Set(Environment):
         """Sets of at most `choose` items."""
         return sum(math.comb(self.size, chosen) for chosen in range(self.choose + 1))
 
-    def count_modes(self) -> int | None:
+    def count_modes(self) -> int:
         """Modes, from the table of rewards."""
         table = self.reward_table()
-        return None if table is None else round(float(table.count_K[table.mode_K].sum()))
+        return round(float(table.count_K[table.mode_K].sum()))
 
     def uniform(self, count: int, generator: torch.Generator) -> Tensor:
         """Random sets."""
@@ -136,32 +137,24 @@ class Set(Environment):
         """Width of `features`."""
         return self.size
 
-    def reward_table(self) -> RewardTable | None:
+    def reward_table(self) -> RewardTable:
         """Rewards and their numbers of sets, by convolution over groups of equal energy.
 
-        Sums of energies are kept apart up to 2 million of them, and then rounded to thousandths. `None`: too many distinct
-        energies.
+        Up to 2 million sums of energies are kept apart; more are counted in narrow bins.
         """
-        if self._counted is None:
-            return None
         log_R, ways = self._counted
         return RewardTable(
             torch.from_numpy(log_R), torch.from_numpy(ways), torch.from_numpy(log_R > self.log_threshold)
         )
 
     @cached_property
-    def _counted(self) -> tuple[np.ndarray, np.ndarray] | None:
+    def _counted(self) -> tuple[np.ndarray, np.ndarray]:
         return _counted(self.energy_N.numpy(), self.choose)
 
     def _best(self) -> float:
         """A log reward between the best 0.5 % of the sets and the others."""
-        counted = self._counted
-        if counted is None:
-            raise UserError(
-                f"Set({self.size}, choose={self.choose}): too many sets to find the best; give threshold=REWARD"
-            )
-        order = np.argsort(-counted[0], kind="stable")
-        log_R, ways = counted[0][order], counted[1][order].cumsum()
+        order = np.argsort(-self._counted[0], kind="stable")
+        log_R, ways = self._counted[0][order], self._counted[1][order].cumsum()
         last = int(np.searchsorted(ways, math.ceil(TOP * ways[-1]) - 0.5))
         return float(log_R[last] + log_R[last + 1]) / 2 if last + 1 < len(log_R) else float(log_R[last]) - 1.0
 
@@ -186,32 +179,55 @@ def _energies(size: int, choose: int, given: str | list | tuple | None, seed: in
     return energy_N, None
 
 
-def _counted(energy_N: np.ndarray, choose: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _counted(energy_N: np.ndarray, choose: int) -> tuple[np.ndarray, np.ndarray]:
     """Log rewards of full sets and their numbers of sets."""
     values, sizes = np.unique(energy_N, return_counts=True)
-    if len(values) > 16 and math.comb(len(energy_N), choose) > MOST_COUNTED:
-        return None
+    few = math.prod(int(size) + 1 for size in sizes) <= MOST_VALUES or math.comb(len(energy_N), choose) <= MOST_COUNTED
+    groups = [
+        (float(value), [math.comb(size, take) for take in range(size + 1)])
+        for value, size in zip(values, sizes.tolist(), strict=True)
+    ]
+    return _exact(groups, choose) if few else _binned(groups, choose)
+
+
+Groups = list[tuple[float, list[int]]]
+"""The energy of a group of items, and in how many ways 0, 1, ... of them can be chosen."""
+
+
+def _exact(groups: Groups, choose: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every distinct sum of energies."""
     chosen, total, ways = np.zeros(1, np.int64), np.zeros(1), np.ones(1)
-    binned = False
-    for value, size in zip(values, sizes, strict=True):
-        take = np.arange(size + 1)
+    for value, counts in groups:
+        take = np.arange(len(counts))
         chosen = (chosen[:, None] + take).ravel()
-        total = (total[:, None] + take * value).ravel()
-        ways = (ways[:, None] * [math.comb(size, int(number)) for number in take]).ravel()
         fits = chosen <= choose
-        chosen, total, ways = chosen[fits], total[fits], ways[fits]
-        binned = binned or len(total) > MOST_VALUES
-        chosen, total, ways = _merged(chosen, total, ways, BIN if binned else 1e-9)
+        total = (total[:, None] + take * value).ravel()[fits]
+        ways = (ways[:, None] * counts).ravel()[fits]
+        chosen = chosen[fits]
+        key = np.stack([chosen, np.rint(total * 1e9).astype(np.int64)])
+        _, first, inverse = np.unique(key, axis=1, return_index=True, return_inverse=True)
+        chosen, total, ways = chosen[first], total[first], np.bincount(inverse.ravel(), ways)
     full = chosen == choose
     return -total[full], ways[full]
 
 
-def _merged(
-    chosen: np.ndarray, total: np.ndarray, ways: np.ndarray, width: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Entries of the same number of items and the same sum (up to `width`) as one entry with their mean sum."""
-    bins = np.rint(total / width).astype(np.int64)
-    key = chosen * (np.int64(2) ** 40) + (bins - bins.min())
-    _, first, inverse = np.unique(key, return_index=True, return_inverse=True)
-    count = np.bincount(inverse, ways)
-    return chosen[first], np.bincount(inverse, ways * total) / count, count
+def _binned(groups: Groups, choose: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of energies in bins, by convolution of groups; a sum is off by half a bin per group at most."""
+    low = sum(min(0.0, value) * (len(counts) - 1) for value, counts in groups)
+    high = sum(max(0.0, value) * (len(counts) - 1) for value, counts in groups)
+    width = max(BIN, (high - low) * (choose + 1) / MOST_CELLS)
+    origin, edge = math.floor(low / width) - len(groups), math.ceil(high / width) + len(groups)
+    ways = np.zeros((choose + 1, edge - origin + 1))
+    ways[0, -origin] = 1.0
+    for value, counts in groups:
+        after = np.zeros_like(ways)
+        for take, count in enumerate(counts[: choose + 1]):
+            shift = round(take * value / width)
+            source, place = (
+                slice(max(0, -shift), ways.shape[1] - max(0, shift)),
+                slice(max(0, shift), ways.shape[1] + min(0, shift)),
+            )
+            after[take:, place] += count * ways[: choose + 1 - take, source]
+        ways = after
+    there = ways[choose].nonzero()[0]
+    return -(there + origin) * width, ways[choose][there]
