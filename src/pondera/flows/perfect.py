@@ -26,12 +26,13 @@ def expected_modes(table: RewardTable, samples: int) -> float:
         samples: number of samples.
 
     Example:
-        >>> table = RewardTable(torch.zeros(1), torch.tensor([4.0]), torch.tensor([True]))
-        >>> expected_modes(table, 1), round(expected_modes(table, 100), 6)
-        (1.0, 4.0)
+        >>> table = RewardTable(torch.zeros(1).double(), torch.tensor([4.0]).double(), torch.tensor([True]))
+        >>> [round(expected_modes(table, samples), 6) for samples in (1, 100)]
+        [1.0, 4.0]
     """
-    log_p_K = table.log_R_K - (table.log_R_K + table.count_K.log()).logsumexp(0)
-    found_K = -torch.expm1(samples * torch.log1p(-log_p_K.double().exp().clamp_max(1.0)))
+    log_R_K = table.log_R_K.double()
+    log_p_K = log_R_K - (log_R_K + table.count_K.log()).logsumexp(0)
+    found_K = -torch.expm1(samples * torch.log1p(-log_p_K.exp().clamp_max(1.0)))
     return float((found_K * table.count_K)[table.mode_K].sum())
 
 
