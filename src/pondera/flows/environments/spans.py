@@ -33,7 +33,7 @@ class Spans(Environment):
         (254, 14)
     """
 
-    paper: ClassVar[str] = "none: a toy"
+    paper: ClassVar[str] = "a toy, made here"
     examples: ClassVar[dict[str, str]] = {"small": "Spans(('a', 'b', 'ab'), longest=3)"}
     why_graded: ClassVar[str] = "a string can be made of few long or many short spans"
 

@@ -39,7 +39,7 @@ class Table(Environment):
         (True, 1)
     """
 
-    paper: ClassVar[str] = "none: any graph"
+    paper: ClassVar[str] = "any graph, of the user"
     examples: ClassVar[dict[str, str]] = {
         "small": "Table([('s', 'a'), ('s', 'x'), ('a', 'x'), ('a', 'y')], {'x': 1.0, 'y': 2.0})"
     }
