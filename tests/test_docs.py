@@ -202,20 +202,20 @@ def test_a_page_has_the_parts_of_the_docstring(tmp_path: Path, monkeypatch: pyte
 
 
 def test_every_argument_of_a_method_is_explained_on_its_page():
-    for method in (spec.index() | spec.index(spec.PROBES)).values():
+    for method in (spec.index() | spec.index(pages.UNMEASURED)).values():
         wanted = {name for name, _, _ in docstrings.parameters(method.signature)}
         assert wanted == set(docstrings.of_method(method).arguments), method.name
 
 
 def test_an_argument_refers_only_to_what_has_a_page():
-    methods = spec.index() | spec.index(spec.PROBES)
+    methods = spec.index() | spec.index(pages.UNMEASURED)
     for method in methods.values():
         for argument, meaning in docstrings.of_method(method).arguments.items():
             assert set(re.findall(r"see `(\w+)", meaning)) <= set(methods), f"{method.name}: {argument}"
 
 
 def test_a_package_of_methods_has_a_heading_and_a_guide():
-    for seam in (*spec.SEAMS, *spec.PARTS, *spec.PROBES):
+    for seam in (*spec.SEAMS, *spec.PARTS, *pages.UNMEASURED):
         assert seam in pages.SEAMS and (scripts.ROOT / "docs/guides" / f"{pages.GUIDES[seam]}.md").is_file()
 
 

@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parent.parent / "src"
 ORDER = (
-    *("core", "data", "arch", "cost", "kernels", "cache", "models", "methods"),
+    *("core", "data", "arch", "cost", "kernels", "cache", "models", "methods", "flows"),
     *("inference", "evaluation", "training", "report", "comparison", "cli"),
 )
 SHARED_SEAM = "quantize"

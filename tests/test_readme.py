@@ -88,6 +88,7 @@ def folder(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         shutil.copytree(start / name, tmp_path / name)
     shutil.copytree(start / CHECKPOINT, tmp_path / "smollm2")
     shutil.copy(start / "model.gguf", tmp_path)
+    (tmp_path / "graph.yaml").write_text("edges: [[start, a], [start, x], [a, x]]\nrewards: {x: 1.0}\n")
     write_tasks(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -140,6 +141,8 @@ def smaller(words: list[str]) -> list[str]:
         return ["--tokens", "700", "--contexts", "2"]
     if words[0] not in ("train", "compare", "doctor") or "--resume" in words:
         return []
+    if words[1].startswith("flow-"):
+        return ["--train.steps", "14"]
     return SHORT if "--backbone" in words else WIDTH + SHORT
 
 

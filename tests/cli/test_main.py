@@ -219,8 +219,10 @@ def test_methods_as_json(said):
     code, out, err = said("methods", "--json")
     listed = json.loads(out)
     assert code == 0 and err == ""
-    assert [entry["name"] for entry in listed] == list(spec.index(spec.SEAMS + spec.PARTS + spec.TASKS))
-    assert all(entry["seam"] in spec.SEAMS + spec.PARTS + spec.TASKS and entry["summary"] for entry in listed)
+    assert [entry["name"] for entry in listed] == list(spec.index(spec.SEAMS + spec.PARTS + spec.TASKS + spec.FLOWS))
+    assert all(
+        entry["seam"] in spec.SEAMS + spec.PARTS + spec.TASKS + spec.FLOWS and entry["summary"] for entry in listed
+    )
     one = json.loads(said("methods", "PonderLM2", "--json")[1])
     assert one["paper"] == "PonderLM-2, arXiv 2509.23184"
     assert one["documentation"].startswith(one["summary"]) and "Args:" in one["documentation"]
@@ -230,8 +232,8 @@ def test_methods_are_listed_under_their_seam(said):
     """Each seam has one heading, with as many methods below it as it says."""
     code, out, _ = said("methods")
     headings = re.findall(r"^== (\w+) \((\d+)\): .+ ==$", out, re.MULTILINE)
-    every = spec.index(spec.SEAMS + spec.PARTS + spec.TASKS).values()
-    counts = {seam: sum(method.seam == seam for method in every) for seam in spec.SEAMS + spec.PARTS + spec.TASKS}
+    seams = spec.SEAMS + spec.PARTS + spec.TASKS + spec.FLOWS
+    counts = {seam: sum(method.seam == seam for method in spec.index(seams).values()) for seam in seams}
     assert code == 0 and {seam: int(count) for seam, count in headings} == counts
     assert out.index("== think") < out.index("PonderLM2: ") < out.index("== kv_cache") < out.index("SnapKV: ")
 

@@ -19,6 +19,7 @@ from tools.docs import (  # noqa: F401  (these register makers)
     combined,
     edits,
     findings,
+    flows,
     front,
     models,
     pages,

@@ -23,8 +23,12 @@ SEAMS = {
     "head": "Output head",
     "quantize": "Quantizers",
     "probe": "Probes",
+    "objective": "Objectives of GFlowNets",
+    "environment": "Environments of GFlowNets",
 }
 """Heading of each folder of methods; a folder that is not here is headed by its name."""
+UNMEASURED = spec.PROBES + spec.FLOWS
+"""Folders whose methods have pages but no cards: docs/results/flows.md compares objectives."""
 GUIDES = {
     "think": "think",
     "kv_cache": "compress",
@@ -33,6 +37,8 @@ GUIDES = {
     "head": "concepts",
     "quantize": "concepts",
     "probe": "think",
+    "objective": "flows",
+    "environment": "flows",
 }
 """The guide that shows a method of each folder in use."""
 
@@ -41,8 +47,8 @@ def files() -> dict[Path, str]:
     """Every page and its text."""
     methods = [
         method
-        for method in (spec.index() | spec.index(spec.PROBES)).values()
-        if method.file.is_relative_to(spec.PACKAGE)
+        for method in (spec.index() | spec.index(UNMEASURED)).values()
+        if method.file.is_relative_to(spec.PACKAGE.parent)
     ]
     return {FOLDER / f"{method.name}.md": page(method) for method in methods} | {FOLDER / "index.md": index(methods)}
 
@@ -61,9 +67,11 @@ def index(methods: list[MethodInfo]) -> str:
             if one.seam == seam
         ]
         head = ["method", "what it does", "source", "verdict"]
-        if seam in spec.PROBES:
-            head, rows = head[:2], [row[:2] for row in rows]
-        parts.append(f"## {SEAMS.get(seam, seam)}\n\n`pondera/methods/{seam}/`\n\n{_left(head, rows)}")
+        if seam in UNMEASURED:
+            shown = 2 if seam in spec.PROBES else 3
+            head, rows = head[:shown], [row[:shown] for row in rows]
+        folder = spec.ELSEWHERE.get(seam, spec.PACKAGE / seam).relative_to(spec.PACKAGE.parent)
+        parts.append(f"## {SEAMS.get(seam, seam)}\n\n`pondera/{folder}/`\n\n{_left(head, rows)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -93,6 +101,8 @@ def use(method: MethodInfo) -> str:
     seam = method.seam
     if seam in spec.PROBES:
         where = f"On the command line: `pondera probe {method.file.stem} MODEL`."
+    elif seam in spec.FLOWS:
+        where = f"In a config: `{seam}: {method.name}(...)`. On the command line: `pondera train flow-set --{seam}`."
     elif seam in spec.PARTS:
         where = f"An argument of other methods. Alone: `from pondera import {method.name}`, then `.build(width)`."
     else:
@@ -126,7 +136,7 @@ def measured(method: MethodInfo) -> str:
     """The card of a method."""
     card = _card(method)
     if card is None:
-        return "" if method.seam in spec.PROBES else "*not run yet*"
+        return "" if method.seam in UNMEASURED else "*not run yet*"
     claim = f"Claim: {card['claim']}\n\nVerdict: **{card['verdict']}**."
     rows = []
     for found in card["measured"]:

@@ -26,6 +26,8 @@ PONDERA_METHODS=my_methods pondera methods --json
 PURPOSES = {
     "quantize": "discrete codes for vectors, as arguments of other methods, e.g. ConceptLM(quantizer=VQ(64))",
     "task": "a synthetic task in place of text, e.g. StateTracking('S3'), as data.task",
+    "objective": "losses of GFlowNets, e.g. SubTB(alpha=0.7), as the objective of `pondera train flow-set`",
+    "environment": "what a GFlowNet builds, e.g. HyperGrid(4, side=8), as the environment of `pondera train flow-set`",
     "questions": "questions about a long context, for `pondera bench kv`, e.g. Needles(8)",
 }
 """What the folders are for that are no seams; seams have the help of their setting."""
@@ -43,7 +45,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the list of methods, or the documentation of one method."""
-    methods = spec.index(spec.SEAMS + spec.PARTS + spec.TASKS)
+    methods = spec.index(spec.SEAMS + spec.PARTS + spec.TASKS + spec.FLOWS)
     one = methods.get(args.name) or next(
         (m for m in methods.values() if m.name.lower() == (args.name or "").lower()), None
     )

@@ -20,6 +20,7 @@ class Parser(argparse.ArgumentParser):
         about: description of the verb.
         examples: example commands, one per line.
         settings: prefix of the settings that can be given as ``--dotted.name VALUE``; default: `None`, no settings.
+        kinds: the dataclasses whose settings these are.
         notes: returns the text at the end of ``--help``.
 
     Example:
@@ -35,6 +36,7 @@ class Parser(argparse.ArgumentParser):
         about: str,
         examples: str,
         settings: str | None = None,
+        kinds: Sequence[type] = (run_config.RunConfig,),
         notes: Callable[[], str] | None = None,
     ) -> None:
         lines = "\n".join(f"  {line}" for line in examples.strip().splitlines())
@@ -45,7 +47,7 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
-        self._settings = settings
+        self._settings, self._kinds = settings, kinds
         self._notes = notes
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
@@ -101,9 +103,10 @@ class Parser(argparse.ArgumentParser):
         return name in known or ("." in name and name.split(".")[0] in {other.split(".")[0] for other in known})
 
     def _setting_names(self) -> list[str]:
-        return (
-            [] if self._settings is None else [name for name in run_config.fields() if name.startswith(self._settings)]
-        )
+        if self._settings is None:
+            return []
+        names = dict.fromkeys(name for kind in self._kinds for name in run_config.fields(kind))
+        return [name for name in names if name.startswith(self._settings)]
 
     def _unknown_option(self, option: str) -> UserError:
         own = [name for name in self._option_string_actions if name.startswith("--")]

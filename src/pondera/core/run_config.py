@@ -17,7 +17,7 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -25,6 +25,7 @@ from pondera.core.errors import UserError, unknown
 from pondera.core.seams import SeamSettings, option
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+FLOWS = "flows"
 GROUPS: dict[str, Callable[[dict[str, Any]], bool]] = {
     "on_task": lambda tree: bool((tree.get("data") or {}).get("task")),
     "on_checkpoint": lambda tree: isinstance(tree.get("backbone"), str),
@@ -125,9 +126,17 @@ class RunConfig(SeamSettings, StartSettings):
         return dataclasses.asdict(self)
 
 
+Kind = TypeVar("Kind")
+
+
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes."""
+    """Names of the shipped recipes of language models."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def flow_recipe_names() -> list[str]:
+    """Names of the shipped recipes of GFlowNets, in a folder of their own."""
+    return sorted(path.stem for path in (RECIPES / FLOWS).glob("*.yaml"))
 
 
 def read(source: str | Path, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -193,7 +202,9 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _locate(source: str | Path, folder: Path = Path()) -> Path:
     recipes = recipe_names()
-    path = RECIPES / f"{source}.yaml" if str(source) in recipes else folder / Path(source).expanduser()
+    named = RECIPES / FLOWS if str(source) in flow_recipe_names() else RECIPES if str(source) in recipes else None
+    path = named / f"{source}.yaml" if named else folder / Path(source).expanduser()
+    recipes = [*recipes, *flow_recipe_names()]
     if path.is_file():
         return path
     if path.suffix in (".yaml", ".yml") or len(Path(source).parts) > 1:
@@ -218,12 +229,13 @@ def _mapping(path: Path) -> dict[str, Any]:
     return tree
 
 
-def load(source: str | Path, overrides: dict[str, Any] | None = None) -> RunConfig:
+def load(source: str | Path, overrides: dict[str, Any] | None = None, kind: type[Kind] = RunConfig) -> Kind:
     """Reads a recipe or YAML file and applies dotted overrides.
 
     Args:
         source: a recipe name or the path of a YAML file.
         overrides: dotted field -> value. A string is kept if the setting is text, else parsed by `scalar`.
+        kind: the dataclass of the settings.
 
     Raises:
         UserError: an unknown field (with the nearest name) or a value of the wrong type.
@@ -235,8 +247,8 @@ def load(source: str | Path, overrides: dict[str, Any] | None = None) -> RunConf
     tree = read(source, overrides)
     tree.setdefault("name", Path(source).stem)
     for dotted, value in (overrides or {}).items():
-        assign(tree, dotted, _override(dotted, value) if isinstance(value, str) else value)
-    return from_dict(tree)
+        assign(tree, dotted, _override(dotted, value, kind) if isinstance(value, str) else value)
+    return from_dict(tree, kind)
 
 
 def scalar(text: str) -> Any:
@@ -272,17 +284,31 @@ def assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
     node[last] = value
 
 
-def from_dict(tree: dict[str, Any]) -> RunConfig:
-    """Builds a checked `RunConfig` from nested mappings.
+def from_dict(tree: dict[str, Any], kind: type[Kind] = RunConfig) -> Kind:
+    """Builds a checked config from nested mappings.
+
+    Args:
+        tree: the settings.
+        kind: the dataclass of the settings.
 
     Raises:
-        UserError: an unknown field (with the nearest name) or a value of the wrong type.
+        UserError: an unknown field (with the nearest name) or a value of the wrong type, or a run of another kind.
 
     Example:
         >>> from_dict({"think": "PonderLM2(thoughts=1)", "train": {"lr": 1}}).train.lr
         1.0
     """
-    return _build(RunConfig, tree, "")
+    if kind is RunConfig and is_flow(tree):
+        raise UserError(
+            "these are the settings of a GFlowNet (they have an environment), not of a language model; "
+            "`pondera train` trains it"
+        )
+    return _build(kind, tree, "", kind)
+
+
+def is_flow(tree: Any) -> bool:
+    """Whether settings are those of a GFlowNet (`pondera.core.flow_config`): they have an environment."""
+    return isinstance(tree, dict) and "environment" in tree
 
 
 def fields(cls: type = RunConfig, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
@@ -327,32 +353,32 @@ def typed(hint: Any, value: Any, name: str) -> Any:
     raise UserError(f"{name}: expected {names}, got {value!r}{quotes}")
 
 
-def _build(cls: type, tree: Any, prefix: str) -> Any:
+def _build(cls: type, tree: Any, prefix: str, kind: type) -> Any:
     if not isinstance(tree, dict):
         raise UserError(f"{prefix.rstrip('.')}: expected a group of settings, got {tree!r}")
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
     for key, value in tree.items():
         if key not in hints:
-            raise _unknown_setting(f"{prefix}{key}", [f"{prefix}{name}" for name in hints])
+            raise _unknown_setting(f"{prefix}{key}", [f"{prefix}{name}" for name in hints], kind)
         if dataclasses.is_dataclass(hints[key]):
-            values[key] = _build(hints[key], {} if value is None else value, f"{prefix}{key}.")
+            values[key] = _build(hints[key], {} if value is None else value, f"{prefix}{key}.", kind)
         else:
             values[key] = typed(hints[key], value, f"{prefix}{key}")
     return cls(**values)
 
 
-def _unknown_setting(given: str, siblings: list[str]) -> UserError:
+def _unknown_setting(given: str, siblings: list[str], kind: type) -> UserError:
     leaf = given.rpartition(".")[2]
-    elsewhere = [name for name in fields() if name.rpartition(".")[2] == leaf]
+    elsewhere = [name for name in fields(kind) if name.rpartition(".")[2] == leaf]
     if elsewhere:
         return UserError(f"unknown setting {given!r}; did you mean {' or '.join(map(repr, elsewhere))}?")
     return unknown("setting", given, siblings)
 
 
-def _override(dotted: str, text: str) -> Any:
+def _override(dotted: str, text: str, kind: type) -> Any:
     """Parses the value of an override; for a setting of type text, ``7`` and ``true`` stay text."""
-    item = fields().get(dotted)
+    item = fields(kind).get(dotted)
     kinds = str(item.type).split(" | ") if item else []
     value = scalar(text)
     return text if "str" in kinds and not ("None" in kinds and value is None) else value

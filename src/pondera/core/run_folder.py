@@ -23,13 +23,26 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from pondera.core import run_config
 from pondera.core.errors import UserError
 from pondera.core.run_config import RunConfig
 
 MARKS = ("config.yaml", "env.json")  # a folder with both is a run folder
+
+
+class Config(Protocol):
+    """The settings of a run of any kind."""
+
+    @property
+    def train(self) -> Any: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+Kind = TypeVar("Kind", bound=Config)
+
 CHECKPOINT = re.compile(r"step-(\d+)")
 PACKAGES = ("pondera", "torch", "transformers", "tokenizers", "datasets", "numpy")
 
@@ -56,7 +69,7 @@ class Run:
         self.traces_dir = self.path / "traces"
 
     @classmethod
-    def create(cls, path: str | Path, config: RunConfig, exist_ok: bool = False) -> Run:
+    def create(cls, path: str | Path, config: Config, exist_ok: bool = False) -> Run:
         """Creates the folder and writes `config.yaml` and `env.json`.
 
         Args:
@@ -98,8 +111,16 @@ class Run:
     @property
     def config(self) -> RunConfig:
         """The settings in `config.yaml`."""
+        return self.config_of(RunConfig)
+
+    def config_of(self, kind: type[Kind]) -> Kind:
+        """The settings in `config.yaml`, of a run of this kind.
+
+        Raises:
+            UserError: the run is of another kind, or the file is damaged.
+        """
         try:
-            return run_config.from_dict(run_config.read(self.config_file))
+            return run_config.from_dict(run_config.read(self.config_file), kind)
         except UserError as error:
             raise UserError(f"{self.config_file}: {error}") from None
 

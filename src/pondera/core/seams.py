@@ -34,5 +34,7 @@ PARTS = ("quantize",)
 """Folders of methods that are arguments of others."""
 PROBES = ("probe",)
 """Folders of probes, which observe a model and change nothing."""
+FLOWS = ("objective", "environment")
+"""Parts of GFlowNets: losses in ``pondera/methods/objective/``, environments in ``pondera/flows/environments/``."""
 TASKS = ("task", "questions")
 """Data: synthetic tasks in ``pondera/data/tasks/``, and questions about a long context in ``pondera/data/questions/``."""

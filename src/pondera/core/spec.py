@@ -7,7 +7,7 @@ The folder is the registry. A seam is a folder of ``pondera/methods/`` (``think/
 ``head/``), and a method is one file in it. The file name without underscores is the class name in lower case:
 ``think/ponder_lm2.py`` defines ``PonderLM2``. ``base.py`` and files that start with ``_`` define no method. Files are parsed,
 and imported only when a method is built. ``quantize/`` has methods that are arguments of other methods, ``probe/`` has
-analyses of trained models; both are found and built in the same way.
+analyses of trained models, ``objective/`` losses of GFlowNets; all are found and built in the same way.
 
 To try a method without changing the package, put its file into a folder with the same subfolders and name that folder::
 
@@ -37,10 +37,14 @@ from typing import Any, NoReturn
 
 from pondera.core.errors import UserError, unknown
 from pondera.core.run_config import typed
-from pondera.core.seams import PARTS, PROBES, SEAMS, TASKS
+from pondera.core.seams import FLOWS, PARTS, PROBES, SEAMS, TASKS
 
 PACKAGE = Path(__file__).parent.parent / "methods"
-ELSEWHERE = {"task": PACKAGE.parent / "data/tasks", "questions": PACKAGE.parent / "data/questions"}
+ELSEWHERE = {
+    "task": PACKAGE.parent / "data/tasks",
+    "questions": PACKAGE.parent / "data/questions",
+    "environment": PACKAGE.parent / "flows/environments",
+}
 """Folders of the package outside of ``methods/``."""
 
 _SCALARS = (bool, int, float, str, type(None))
@@ -163,7 +167,7 @@ def find(name: str, seam: str | None = None) -> MethodInfo:
     Raises:
         UserError: no such method (the message has the nearest name), or it belongs to another seam.
     """
-    methods = index((seam,)) if seam in (*PROBES, *TASKS) else index()
+    methods = index((seam,)) if seam in (*PROBES, *TASKS, *FLOWS) else index()
     method = methods.get(name)
     if method is None:
         allowed = [known.name for known in methods.values() if seam in (None, known.seam)]
@@ -256,8 +260,8 @@ def _user_folders() -> list[Path]:
         Path(part).expanduser().resolve() for part in os.environ.get("PONDERA_METHODS", "").split(os.pathsep) if part
     ]
     for folder in folders:
-        if not any((folder / seam).is_dir() for seam in SEAMS + PARTS + PROBES + TASKS):
-            listing = ", ".join(f"{seam}/" for seam in SEAMS + PARTS + PROBES + TASKS)
+        if not any((folder / seam).is_dir() for seam in SEAMS + PARTS + PROBES + TASKS + FLOWS):
+            listing = ", ".join(f"{seam}/" for seam in SEAMS + PARTS + PROBES + TASKS + FLOWS)
             raise UserError(f"PONDERA_METHODS: {str(folder)!r} contains none of the folders {listing}")
     return folders
 
@@ -279,7 +283,8 @@ def _read_method(file: Path, seam: str, source: bytes) -> MethodInfo:
             f"{file}: a file in {seam}/ must define the method of its name, but there is no class whose name in lower "
             f"case is {wanted!r}; rename the class or the file (start the file name with an underscore if it is no method)"
         )
-    package = f"data.{ELSEWHERE[seam].name}" if seam in ELSEWHERE else f"methods.{seam}"
+    folder = ELSEWHERE.get(seam, PACKAGE / seam)
+    package = ".".join(folder.relative_to(PACKAGE.parent).parts)
     module = f"pondera.{package}.{file.stem}"
     if not any(
         file.is_relative_to(folder) for folder in (PACKAGE, *ELSEWHERE.values())

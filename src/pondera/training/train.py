@@ -8,15 +8,16 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pondera.core.errors import Failure, Interrupted, UserError, unknown
+from pondera.core.resume import again, check_free, reopened
 from pondera.core.run_config import RunConfig, TrainConfig
-from pondera.core.run_folder import Run, is_run
+from pondera.core.run_folder import Run
+from pondera.core.stop_signals import stop_signals
 from pondera.data.tokenizer import check_ids
 from pondera.training.build import add_end_token, new_model, reads_as_before, resolve, set_special_tokens
 
@@ -58,11 +59,11 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
     """
     check_settings(config.train)
     config, main = resolve(config), int(os.environ.get("RANK", 0)) == 0
-    run = _open(config, out) if resume else Run(out)
+    run = reopened(out, config, {f"train.{name}" for name in FREE}) if resume else Run(out)
     if resume and run.result() is not None:
         return run
     if main and not resume:
-        _check_free(out)
+        check_free(out)
 
     from pondera.data.corpus import prepare
 
@@ -85,13 +86,13 @@ def train(config: RunConfig, out: Path, resume: bool = False, progress: bool = T
         if main and not resume:
             Run.create(out, config)
         try:
-            with _signals(trainer), recorder.watch:
+            with stop_signals(trainer.ask_to_stop, trainer.is_world_process_zero()), recorder.watch:
                 recorder.trainer = trainer
                 trainer.train()
         except NotFinite as error:
             raise _explained(error, run, corpus.train, config) from None
         if recorder.stopped:
-            raise Interrupted(f"stopped after step {trainer.state.global_step}; continue with: {_again(run)}")
+            raise Interrupted(f"stopped after step {trainer.state.global_step}; continue with: {again(run.path)}")
         _finish(recorder, trainer)
     return run
 
@@ -176,16 +177,6 @@ def _check_lora(settings: TrainConfig) -> None:
         )
 
 
-def _check_free(out: Path) -> None:
-    if out.is_file():
-        raise UserError(f"{out} is a file; give the name of a folder for the run with --out")
-    if out.is_dir() and any(out.iterdir()):
-        what, advice = (
-            ("already contains a run", "continue it with --resume, or ") if is_run(out) else ("is not empty", "")
-        )
-        raise UserError(f"{out} {what}; {advice}give another folder with --out")
-
-
 def check_gradient_checkpointing(model: AdaptiveLM, settings: TrainConfig) -> None:
     """Refuses gradient checkpointing for a method that cannot recompute its passes."""
     if settings.gradient_checkpointing and model.method is not None and not model.method.supports_recompute:
@@ -193,27 +184,6 @@ def check_gradient_checkpointing(model: AdaptiveLM, settings: TrainConfig) -> No
             f"train.gradient_checkpointing: {model.chosen} reads a cache in training, so its passes cannot be recomputed; "
             "leave gradient_checkpointing out and use a smaller train.micro_batch_size"
         )
-
-
-def _open(config: RunConfig, out: Path) -> Run:
-    """Opens the run to resume; refuses if its settings differ."""
-    run = Run.open(out)
-    old, new = _flat(run.config.to_dict()), _flat(config.to_dict())
-    free = {f"train.{name}" for name in FREE}
-    changed = [name for name in old | new if name not in free and old.get(name) != new.get(name)]
-    if changed:
-        listing = ", ".join(f"{name} ({old.get(name)} before, {new.get(name)} now)" for name in changed)
-        raise UserError(
-            f"{out} was started with other settings: {listing}; resume with {_again(run)}, or use another --out"
-        )
-    return run
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def _restored(run: Run, corpus: AnyCorpus, main: bool) -> tuple[AdaptiveLM | None, Path | None]:
@@ -263,38 +233,8 @@ def _explained(error: NotFinite, run: Run, split: AnySplit, config: RunConfig) -
     )
 
 
-def _again(run: Run) -> str:
-    return f"pondera train {shlex.quote(str(run.path))} --resume"
-
-
 def _num_processes() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextmanager
-def _signals(trainer: PonderaTrainer) -> Iterator[None]:
-    """The first SIGINT or SIGTERM stops training after the current step, the second one immediately."""
-    import signal
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number: int, _: Any) -> None:
-        trainer.stop_asked = True
-        for which, before in previous.items():
-            signal.signal(which, before)
-        if trainer.is_world_process_zero():
-            # os.write, because the signal may interrupt print itself.
-            os.write(2, b"\nfinishing this step and saving; send the signal again to stop immediately\n")
-
-    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
 
 
 @contextmanager

@@ -186,6 +186,10 @@ class PonderaTrainer(Trainer):
         self._took: list[tuple[int, ...]] = []
         self._weights: dict[str, float] = {}
 
+    def ask_to_stop(self) -> None:
+        """Stops after the current step."""
+        self.stop_asked = True
+
     @property
     def lm(self) -> AdaptiveLM:
         """The model without wrappers; if it is sharded, all processes must call it together."""

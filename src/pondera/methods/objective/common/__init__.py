@@ -1,0 +1,1 @@
+"""What several objectives share: the α offset, schedules, flows from stop probabilities."""
