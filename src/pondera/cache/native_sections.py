@@ -24,10 +24,14 @@ DENSE, UNIFORM, RESIDUAL, PAIRS = range(4)
 """Kinds of rows."""
 WIDEST = 1024
 """The widest head of the kernel."""
+COLUMNS = 32
+"""The number of columns of a table for products is a multiple of this."""
+BLOCK = 64
+"""The tokens of a block of the kernel."""
 
 
 class Rows(ctypes.Structure):
-    """Keys or values of a section; the same struct is defined in ``sections.c``."""
+    """Keys or values of a section; the same struct is defined in ``rows.h``."""
 
     _fields_ = (
         ("kind", ctypes.c_int64),
@@ -40,12 +44,16 @@ class Rows(ctypes.Structure):
         *((name, ctypes.c_int64 * 2) for name in ("stages", "width")),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine", "first")),
         *((name, ctypes.c_int64) for name in ("P", "interleaved")),
+        ("columns", ctypes.c_void_p * 2),
+        ("column_count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("pair_table", "pair_units", "near", "frequency")),
+        *((name, ctypes.c_int64) for name in ("pair_count", "token_bytes")),
     )
     alive: Any = None  # what the pointers point to, if nothing else keeps it
 
 
 class _Section(ctypes.Structure):
-    """One section; the same struct is defined in ``sections.c``."""
+    """One section; the same struct is defined in ``sections.h``."""
 
     _fields_ = (
         ("keys", Rows),
@@ -56,7 +64,7 @@ class _Section(ctypes.Structure):
 
 
 class _Sections(ctypes.Structure):
-    """The arguments of the kernel; the same struct is defined in ``sections.c``."""
+    """The arguments of the kernel; the same struct is defined in ``sections.h``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("sections", "query")),

@@ -209,12 +209,13 @@ class SinkWindowLayer(KVLayer):
             exact.append((self.sink_keys, self.sink_values, held))
         found = [(dense_rows(keys), dense_rows(values), keys.shape[2], held) for keys, values, held in exact]
         if any(self.coded):
-            if max(self.coded) > self.coders[0].kernel_tokens:
-                return None
             codes = [each.view(codec) for each, codec in zip(self.codes, self.coders, strict=True)]
             steady = self.positions is None and self.slots_per_token == 1
             first = [begins + sinks for begins in self.begins] if steady else None
-            rows = [codec.kernel_rows(parts, first) for codec, parts in zip(self.coders, codes, strict=True)]
+            rows = [
+                codec.kernel_rows(parts, first, keys)
+                for codec, parts, keys in zip(self.coders, codes, (True, False), strict=True)
+            ]
             if rows[1] is not None and rows[1].order:
                 return None
             found.append((rows[0], rows[1], max(self.coded), [(0, coded) for coded in self.coded]))
