@@ -13,7 +13,7 @@
 enum {
     LANES = 4, /* queries at once */
     GROUP = 4, /* codes of a token at once */
-    RUN = 512  /* tokens whose sums stay in the L1 cache */
+    RUN = 1024 /* tokens whose sums stay in the L1 cache */
 };
 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));

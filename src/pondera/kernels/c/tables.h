@@ -9,6 +9,8 @@
 #include "parallel.h"
 #include "sections.h"
 
+enum { CACHE_LINE = 64 };
+
 typedef struct {
     Work *work;
     long number; /* of the section */
@@ -31,6 +33,14 @@ static void plan(const Sections *a, long number, Plan *plan, long first)
     *plan = (Plan){(section->tokens + part - 1) / part, first, part == LONG, NULL, NULL};
 }
 
+/* Asks for some bytes that are needed soon, and returns where the next ones begin. */
+INLINE const char *fetch_some(const char *from, const char *end, long bytes)
+{
+    for (long i = 0; i < bytes && from < end; i += CACHE_LINE, from += CACHE_LINE)
+        __builtin_prefetch(from, 0, 2);
+    return from;
+}
+
 /* The products of all queries with the rows of one stage of keys. */
 static void multiply_stage(void *given, long stage)
 {
@@ -49,6 +59,10 @@ static void multiply_stage(void *given, long stage)
     }
     float *query_CL = table + C * K, *query = query_CL + C * LANES;
     from_halves(rows->columns[branch] + stage * C * K, table, C * K);
+    /* Meanwhile the next table of the branch comes from memory, a share of it with each product. */
+    const long calls = a->B * a->G * M * (K / (2 * WIDTH)), share = (C * K * 2 / calls + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
+    const char *next = (const char *)(rows->columns[branch] + (stage + 1) * C * K), *end = next + C * K * 2;
+    end = stage + 1 < rows->stages[branch] ? end : next;
     for (long bgm = 0; bgm < a->B * a->G * M; bgm++) {
         const long m = bgm % M, bg = bgm / M, lanes = a->N - m * LANES < LANES ? a->N - m * LANES : LANES;
         if (!m)
@@ -57,6 +71,7 @@ static void multiply_stage(void *given, long stage)
             for (long lane = 0; lane < lanes; lane++)
                 query_CL[c * LANES + lane] = query[(m * LANES + lane) * D + before + c];
         for (long k = 0; k < K; k += 2 * WIDTH) {
+            next = fetch_some(next, end, share);
 #define PRODUCTS(lanes) products_of_columns(query_CL, table + k, C, K, lanes, products + bgm * all * K + k)
             BY_LANES(lanes, PRODUCTS)
         }
@@ -243,12 +258,17 @@ static void sum_stage(void *given, long stage)
     const long wide = rows->width[branch];
     const uint16_t *table = rows->table[branch] + stage * K * wide;
     float block[BLOCK * wide];
+    const char *next = (const char *)(table + BLOCK * wide), *end = (const char *)(table + K * wide);
+    if (stage + 1 < rows->stages[branch])
+        end += K * wide * 2;
+    const long share = (BLOCK * wide * 2 / groups + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
     memset(sums, 0, groups * LANES * a->E * sizeof(float));
     for (long k = 0; k < K; k += BLOCK) {
         const long count = K - k < BLOCK ? K - k : BLOCK;
         from_halves(table + k * wide, block, count * wide);
         for (long bgm = 0; bgm < groups; bgm++) {
             const long m = bgm % M;
+            next = fetch_some(next, end, share);
             const Lanes *weights = tallies + (bgm / M * plan->parts * M + m) * size + k;
 #define SUMS(lanes) sums_of_rows(weights, block, count, wide, lanes, sums + bgm * LANES * a->E)
             BY_LANES(N - m * LANES, SUMS)
