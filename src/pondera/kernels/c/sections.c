@@ -53,6 +53,7 @@ static void attend_part(void *given, long item)
 #define SCORES(count) score_tile(query + n * D, D, rows, step, tokens, count, scores + n * BLOCK, NULL, 0, 0)
             BY_QUERIES(N - n, SCORES)
         }
+        mask_scores(a, section, b, first, tokens, BLOCK, scores);
         for (long n = 0; n < N; n++) {
             float *row = scores + n * BLOCK;
             for (long s = 0; s < tokens && seen < tokens; s++) /* the score of a masked key can be NaN */
@@ -75,6 +76,8 @@ int sections(const Sections *a)
 {
     Plan plans[a->count + 1];
     Work work = {a, plans, 0, NULL, NULL, 0};
+    place_new(a, &a->key, a->D);
+    place_new(a, &a->value, a->E);
     for (long i = 0; i < a->count; i++) {
         plan(a, i, &plans[i], work.parts);
         work.parts += plans[i].parts;

@@ -188,6 +188,7 @@ static void attend_tables(Work *work, long number, long bg, long part)
         return;
     }
     const long tokens = end - start, padded = (tokens + WIDTH - 1) / WIDTH * WIDTH;
+    mask_scores(a, section, b, start, tokens, LONG, scores);
     for (long n = 0; n < N; n++) {
         for (long s = tokens; s < padded; s++)
             scores[n * LONG + s] = -INFINITY;
