@@ -43,6 +43,7 @@ typedef struct {
 typedef struct {
     long parts, first; /* work items of a head; those of the sections before */
     int by_table;      /* whether values are not decoded */
+    int shared;        /* whether tallies take the place of products */
     Lanes *products;   /* [B, G, M, stages, columns]: products of queries with the tables of keys; NULL: keys are decoded */
     Lanes *tallies;    /* [B, G, parts, M, stages, K] */
 } Plan;

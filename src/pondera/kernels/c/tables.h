@@ -30,7 +30,7 @@ static void plan(const Sections *a, long number, Plan *plan, long first)
     const Section *section = a->sections + number;
     const int by_table = section->values.kind == RESIDUAL && !section->values.first_B && !section->position;
     const long part = by_table && section->tokens >= LEAST ? LONG : PART;
-    *plan = (Plan){(section->tokens + part - 1) / part, first, part == LONG, NULL, NULL};
+    *plan = (Plan){(section->tokens + part - 1) / part, first, part == LONG, 0, NULL, NULL};
 }
 
 /* Asks for some bytes that are needed soon, and returns where the next ones begin. */
@@ -71,7 +71,10 @@ static void multiply_stage(void *given, long stage)
             for (long lane = 0; lane < lanes; lane++)
                 query_CL[c * LANES + lane] = query[(m * LANES + lane) * D + before + c];
         for (long k = 0; k < K; k += 2 * WIDTH) {
+            Lanes *later = products + bgm * all * K + K + k;
             next = fetch_some(next, end, share);
+            for (long i = 0; i < 2 * WIDTH * (long)sizeof(Lanes) && next < end; i += CACHE_LINE)
+                __builtin_prefetch((char *)later + i, 1, 2);
 #define PRODUCTS(lanes) products_of_columns(query_CL, table + k, C, K, lanes, products + bgm * all * K + k)
             BY_LANES(lanes, PRODUCTS)
         }
@@ -88,15 +91,20 @@ static void begin_tables(Work *work, long number)
     if (!plan->by_table)
         return;
     const long groups = a->B * a->G * ((a->N + LANES - 1) / LANES);
-    plan->tallies = malloc(groups * plan->parts * stages_of(values) * values->K * sizeof(Lanes));
-    work->failed = !plan->tallies;
-    if (keys->kind != RESIDUAL || !keys->columns[0] || keys->first_B || work->failed)
-        return;
-    plan->products = malloc(groups * stages_of(keys) * keys->column_count * sizeof(Lanes));
-    work->failed = !plan->products;
-    if (!work->failed)
+    const long tallies = stages_of(values) * values->K, products = stages_of(keys) * keys->column_count;
+    const int looks_up = keys->kind == RESIDUAL && keys->columns[0] && !keys->first_B;
+    if (looks_up)
+        plan->products = malloc(groups * products * sizeof(Lanes));
+    /* The tallies of a head may take the place of its products, which are in the cache of the core then. */
+    plan->shared = looks_up && plan->parts == 1 && tallies == products;
+    if (!plan->shared)
+        plan->tallies = malloc(groups * plan->parts * tallies * sizeof(Lanes));
+    work->failed = plan->shared ? !plan->products : !plan->tallies || (looks_up && !plan->products);
+    if (looks_up && !work->failed)
         parallel(stages_of(keys), a->threads, multiply_stage, &(Stages){work, number, NULL});
 }
+
+static Lanes *tallies_of(const Plan *plan) { return plan->shared ? plan->products : plan->tallies; }
 
 /* Scores of up to RUN tokens by the products with the tables. */
 static void look_up_scores(const Sections *a, const Rows *keys, const Lanes *products, long b, long g, long first, long tokens,
@@ -195,7 +203,7 @@ static void attend_tables(Work *work, long number, long bg, long part)
         take_in(&found[n], scores + n * LONG, padded);
     }
     const uint8_t *codes = (const uint8_t *)values->data + b * values->data_B + g * values->data_G + start * values->data_S;
-    Lanes weights[RUN], *tallies = plan->tallies + (bg * plan->parts + part) * M * size;
+    Lanes weights[RUN], *tallies = tallies_of(plan) + (bg * plan->parts + part) * M * size;
     memset(tallies, 0, M * size * sizeof(Lanes));
     for (long m = 0; m < M; m++)
         for (long s = 0; s < tokens; s += RUN) {
@@ -212,7 +220,7 @@ static void join_parts(const Work *work, const Plan *plan, long bg, long size)
 {
     const long N = work->a->N, M = (N + LANES - 1) / LANES;
     Found *found = work->found_BGPN + (bg * work->parts + plan->first) * N;
-    Lanes *tallies = plan->tallies + bg * plan->parts * M * size;
+    Lanes *tallies = tallies_of(plan) + bg * plan->parts * M * size;
     for (long m = 0; m < M; m++) {
         float highest[LANES];
         for (long lane = 0; lane < LANES && m * LANES + lane < N; lane++) {
@@ -254,7 +262,7 @@ static void sum_stage(void *given, long stage)
     const Plan *plan = &t->work->plans[t->number];
     const long K = rows->K, N = a->N, M = (N + LANES - 1) / LANES, groups = a->B * a->G * M, size = stages_of(rows) * K;
     float *sums = t->sums + stage * groups * LANES * a->E;
-    const Lanes *tallies = plan->tallies + stage * K;
+    const Lanes *tallies = tallies_of(plan) + stage * K;
     const int branch = branch_of(rows, &stage);
     const long wide = rows->width[branch];
     const uint16_t *table = rows->table[branch] + stage * K * wide;
