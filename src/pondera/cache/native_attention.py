@@ -36,8 +36,8 @@ _NUMBERS = (
 )
 
 
-class _Attention(ctypes.Structure):
-    """The arguments of the kernel; the same struct is defined in ``attention.c``."""
+class Arguments(ctypes.Structure):
+    """The arguments of the kernel; the same struct is defined in ``attention.h``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _TENSORS),
@@ -88,7 +88,7 @@ def attend_natively(
     out_BTHE = query_BGRTD.new_empty(B, T, G * R, E)
     score_BGRTS = query_BGRTD.new_empty(B, G, R, T, S) if with_scores else None
     mask_steps = (0, 0, 0) if mask_B1TK is None else (mask_B1TK.stride(0), mask_B1TK.stride(2), mask_B1TK.stride(3))
-    arguments = _Attention(
+    arguments = Arguments(
         query_BGRTD.data_ptr(),
         keys_BGSD.data_ptr(),
         values_BGSD.data_ptr(),
@@ -125,7 +125,7 @@ class Attending:
         self.supported = self.supported and fit_rows(keys, values)
         B, G, _, D = keys.shape
         self.shape = B, G, values.shape[3]
-        arguments = self.arguments = _Attention(None, keys.data_ptr(), values.data_ptr(), None, position.data_ptr())
+        arguments = self.arguments = Arguments(None, keys.data_ptr(), values.data_ptr(), None, position.data_ptr())
         arguments.B, arguments.G, arguments.T, arguments.D, arguments.E = B, G, 1, D, values.shape[3]
         arguments.keys_B, arguments.keys_G, arguments.keys_S, _ = keys.stride()
         arguments.values_B, arguments.values_G, arguments.values_S, _ = values.stride()
@@ -183,7 +183,7 @@ def scores_natively(
         return None
     S = keys_BGSD.shape[2]
     score_BGR1S = query_BGRD.new_empty(B, G, R, 1, S)
-    arguments = _Attention(
+    arguments = Arguments(
         *(query_BGRD.data_ptr(), keys_BGSD.data_ptr(), None, None, position_BGS.data_ptr(), None),
         *(B, G, R, 1, S, D, 0),
         *(*query_BGRD.stride()[:3], 0),
