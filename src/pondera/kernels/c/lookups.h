@@ -1,7 +1,7 @@
 /* Codes as sums of table rows, without decoding them: scores are sums of products of the query with the table rows, and weighted
  * sums of rows are the table rows, each times the weight of all tokens with its code.
  *
- * Four queries (the lanes) share each read of a code. Codes of a token are read in groups whose tables fit into the L1 cache.
+ * Four queries (the lanes) share each read of a code. Codes of a token are read in groups, so that tables stay near the core.
  */
 #ifndef PONDERA_LOOKUPS_H
 #define PONDERA_LOOKUPS_H
@@ -11,12 +11,28 @@
 #include "halves.h"
 
 enum {
-    LANES = 4, /* queries at once */
-    GROUP = 4, /* codes of a token at once */
-    RUN = 1024 /* tokens whose sums stay in the L1 cache */
+    LANES = 4,  /* queries at once */
+    GROUP = 11, /* the most codes of a token at once; measured */
+    RUN = 1024  /* tokens whose sums stay in the L1 cache */
 };
 
 typedef float Lanes __attribute__((vector_size(4 * LANES)));
+
+/* With a compile-time number of codes, loops over them are unrolled. */
+#define BY_GROUP(size, call_of)                                                                                             \
+    switch (size) {                                                                                                         \
+    case 1: call_of(1); break;                                                                                              \
+    case 2: call_of(2); break;                                                                                              \
+    case 3: call_of(3); break;                                                                                              \
+    case 4: call_of(4); break;                                                                                              \
+    case 5: call_of(5); break;                                                                                              \
+    case 6: call_of(6); break;                                                                                              \
+    case 7: call_of(7); break;                                                                                              \
+    case 8: call_of(8); break;                                                                                              \
+    case 9: call_of(9); break;                                                                                              \
+    case 10: call_of(10); break;                                                                                            \
+    default: call_of(GROUP);                                                                                                \
+    }
 
 INLINE void look(Lanes *restrict sums, const uint8_t *codes, long step, long tokens, const Lanes *restrict table, long K, int group)
 {
@@ -31,11 +47,12 @@ INLINE void look(Lanes *restrict sums, const uint8_t *codes, long step, long tok
 /* The sums of the table entries of the codes of up to RUN tokens; entries of a table are K apart. */
 INLINE void look_up(const uint8_t *codes, long step, long tokens, const Lanes *table, long K, long C, Lanes *sums)
 {
-    long c = 0;
-    for (; c + GROUP <= C; c += GROUP)
-        look(sums, codes + c, step, tokens, table + c * K, K, GROUP);
-    for (; c < C; c++)
-        look(sums, codes + c, step, tokens, table + c * K, K, 1);
+    const long groups = (C + GROUP - 1) / GROUP;
+    for (long group = 0; group < groups; group++) {
+        const long c = C * group / groups, size = C * (group + 1) / groups - c;
+#define LOOK(size) look(sums, codes + c, step, tokens, table + c * K, K, size)
+        BY_GROUP(size, LOOK)
+    }
 }
 
 INLINE void count(const Lanes *restrict weights, const uint8_t *codes, long step, long tokens, Lanes *restrict table, long K,
@@ -49,11 +66,12 @@ INLINE void count(const Lanes *restrict weights, const uint8_t *codes, long step
 /* Adds the weights of up to RUN tokens to the entries of their codes. */
 INLINE void tally_up(const uint8_t *codes, long step, long tokens, const Lanes *weights, long K, long C, Lanes *table)
 {
-    long c = 0;
-    for (; c + GROUP <= C; c += GROUP)
-        count(weights, codes + c, step, tokens, table + c * K, K, GROUP);
-    for (; c < C; c++)
-        count(weights, codes + c, step, tokens, table + c * K, K, 1);
+    const long groups = (C + GROUP - 1) / GROUP;
+    for (long group = 0; group < groups; group++) {
+        const long c = C * group / groups, size = C * (group + 1) / groups - c;
+#define COUNT(size) count(weights, codes + c, step, tokens, table + c * K, K, size)
+        BY_GROUP(size, COUNT)
+    }
 }
 
 /* Numbers of the lanes of many tokens, [lanes, tokens], as one vector per token. */
