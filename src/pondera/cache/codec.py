@@ -25,14 +25,12 @@ class Codec(ABC):
         unit: the number of consecutive tokens that are coded together; `encode` takes multiples of it.
         needs_position: whether codes depend on the position of a token.
         alike: whether it codes all heads and positions alike, so that it can code any selection of slots.
-        kernel_tokens: the number of tokens up to which `attend_natively_to_sections` is faster than `dot` and `mix`.
         queries: the number of queries up to which `dot` and `mix` are faster than products with decoded rows; 0: never.
     """
 
     unit: int = 1
     needs_position: bool = False
     alike: bool = False
-    kernel_tokens: int = 2**62
     queries: int = 0
 
     @abstractmethod
@@ -52,12 +50,13 @@ class Codec(ABC):
     def decode(self, parts: Parts, position_BS: Tensor | None) -> Tensor:
         """Decodes codes to keys or values, ``[B, G, S, D]``, in float32 or wider."""
 
-    def kernel_rows(self, parts: Parts, first: Sequence[int] | None) -> Rows | None:
-        """The codes for `attend_natively_to_sections`, which decodes them block by block; default: `None`, it cannot.
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None, keys: bool = False) -> Rows | None:
+        """The codes for `attend_natively_to_sections`; default: `None`, it cannot read them.
 
         Args:
             parts: the codes.
             first: the position id of the first token of each batch row, if those of the others follow one by one; else `None`.
+            keys: whether they are keys, which are multiplied with queries, and not values.
         """
         return None
 

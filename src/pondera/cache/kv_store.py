@@ -7,12 +7,14 @@ Shapes: B batch, G KV heads, S slots, T new tokens, k chosen slots, D head width
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from pondera.cache.native_place import place_natively
+from pondera.cache.native_attention import Attended, Attending
+from pondera.cache.native_place import Placing
 from pondera.cache.state import BatchState
 
 EMPTY = torch.iinfo(torch.int32).min
@@ -56,6 +58,8 @@ class KVStore(BatchState):
         """See `BatchState.derive`: its heads."""
         self.part = slice(self.first_head, self.first_head + self.keys_BGSD.shape[1])
         self.heads = list(range(self.part.start, self.part.stop))
+        self._placing: Placing | None = None
+        self._attending: Attending | None = None
 
     @classmethod
     def like(cls, key_BGTD: Tensor, value_BGTD: Tensor, note_defaults: dict[str, float]) -> KVStore:
@@ -128,20 +132,39 @@ class KVStore(BatchState):
 
     def _place(self, key_BG1D: Tensor, value_BG1D: Tensor, number: int) -> bool:
         """`append` of one token with a kernel; false if no kernel supports it."""
-        storage = (self.keys_BGSD, self.values_BGSD, self.position_BGS)
-        slot_BG1 = self.position_BGS.new_empty(*key_BG1D.shape[:3], dtype=torch.int64) if self.notes else None
-        used = place_natively(storage, key_BG1D, value_BG1D, number, self.used, not self.whole, slot_BG1)
+        used = self._placed(key_BG1D, value_BG1D, number)
         if used == -1:
             self._reserve(self.used + 1)
-            storage = (self.keys_BGSD, self.values_BGSD, self.position_BGS)
-            used = place_natively(storage, key_BG1D, value_BG1D, number, self.used, not self.whole, slot_BG1)
+            used = self._placed(key_BG1D, value_BG1D, number)
         if used is None:
             return False
         self.used = used
-        if slot_BG1 is not None:
-            for name, start in self.note_defaults.items():
-                self.notes[name].scatter_(2, slot_BG1, start)
         return True
+
+    def _placed(self, key_BG1D: Tensor, value_BG1D: Tensor, number: int) -> int | None:
+        placing = self._placing
+        if placing is None or not self._stored_in(placing.storage, placing.notes):
+            notes = [(self.notes[name], start) for name, start in self.note_defaults.items()]
+            placing = self._placing = Placing((self.keys_BGSD, self.values_BGSD, self.position_BGS), notes)
+        return placing(key_BG1D, value_BG1D, number, self.used, not self.whole)
+
+    def _stored_in(self, storage: tuple[Tensor, Tensor, Tensor], notes: Sequence[Tensor]) -> bool:
+        """Whether a call was prepared for this storage."""
+        return (
+            self.keys_BGSD is storage[0]
+            and self.values_BGSD is storage[1]
+            and self.position_BGS is storage[2]
+            and all(self.notes[name] is note for name, note in zip(self.note_defaults, notes, strict=False))
+        )
+
+    def attend(
+        self, query_BGR1D: Tensor, start: int, scaling: float, with_scores: bool = False, slot_BGk: Tensor | None = None
+    ) -> Attended | None:
+        """`attend_natively` of one token without a mask to the slots in use."""
+        attending = self._attending
+        if attending is None or not self._stored_in(attending.storage, ()):
+            attending = self._attending = Attending((self.keys_BGSD, self.values_BGSD, self.position_BGS))
+        return attending(query_BGR1D, self.used, start, scaling, with_scores, slot_BGk)
 
     def _extend(self, key_BGTD: Tensor, value_BGTD: Tensor, position_BGT: Tensor) -> None:
         """Stores new tokens after the last slot in use."""

@@ -9,7 +9,7 @@ Shapes: B batch, G KV heads, R query heads per KV head, H = G R, T queries, S sl
 from __future__ import annotations
 
 import ctypes
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ _NUMBERS = (
 )
 
 
-class _Attention(ctypes.Structure):
-    """The arguments of the kernel; the same struct is defined in ``attention.c``."""
+class Arguments(ctypes.Structure):
+    """The arguments of the kernel; the same struct is defined in ``attention.h``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in _TENSORS),
@@ -88,7 +88,7 @@ def attend_natively(
     out_BTHE = query_BGRTD.new_empty(B, T, G * R, E)
     score_BGRTS = query_BGRTD.new_empty(B, G, R, T, S) if with_scores else None
     mask_steps = (0, 0, 0) if mask_B1TK is None else (mask_B1TK.stride(0), mask_B1TK.stride(2), mask_B1TK.stride(3))
-    arguments = _Attention(
+    arguments = Arguments(
         query_BGRTD.data_ptr(),
         keys_BGSD.data_ptr(),
         values_BGSD.data_ptr(),
@@ -112,6 +112,60 @@ def attend_natively(
     return Attended(out_BTHE, score_BGRTS)
 
 
+class Attending:
+    """`attend_natively` of one token without a mask for one storage of KV slots, prepared: a step changes only what is new.
+
+    Args:
+        storage: keys and values ``[B, G, room, D]`` and positions ``[B, G, room]``.
+    """
+
+    def __init__(self, storage: tuple[Tensor, Tensor, Tensor]) -> None:
+        keys, values, position = self.storage = storage
+        self.supported = position.dtype == torch.int32 and position.device.type == "cpu" and position.stride(-1) == 1
+        self.supported = self.supported and fit_rows(keys, values)
+        B, G, _, D = keys.shape
+        self.shape = B, G, values.shape[3]
+        arguments = self.arguments = Arguments(None, keys.data_ptr(), values.data_ptr(), None, position.data_ptr())
+        arguments.B, arguments.G, arguments.T, arguments.D, arguments.E = B, G, 1, D, values.shape[3]
+        arguments.keys_B, arguments.keys_G, arguments.keys_S, _ = keys.stride()
+        arguments.values_B, arguments.values_G, arguments.values_S, _ = values.stride()
+        arguments.position_B, arguments.position_G, _ = position.stride()
+
+    def __call__(
+        self,
+        query_BGR1D: Tensor,
+        used: int,
+        start: int,
+        scaling: float,
+        with_scores: bool = False,
+        slot_BGk: Tensor | None = None,
+    ) -> Attended | None:
+        """See `attend_natively`; `used` is the number of slots in use."""
+        kernel = library("attention") if self.supported and fit_rows(query_BGR1D, self.storage[0]) else None
+        if kernel is None:
+            return None
+        arguments, (B, G, E) = self.arguments, self.shape
+        R, S = query_BGR1D.shape[2], used
+        arguments.index = None
+        if slot_BGk is not None:
+            if slot_BGk.stride(-1) != 1:
+                slot_BGk = slot_BGk.contiguous()
+            S, arguments.index = slot_BGk.shape[2], slot_BGk.data_ptr()
+            arguments.index_B, arguments.index_G, _ = slot_BGk.stride()
+        out_B1HE = query_BGR1D.new_empty((B, 1, G * R, E))
+        score_BGR1S = query_BGR1D.new_empty((B, G, R, 1, S)) if with_scores else None
+        arguments.query_B, arguments.query_G, arguments.query_R, arguments.query_T, _ = query_BGR1D.stride()
+        arguments.query, arguments.R, arguments.S, arguments.start = query_BGR1D.data_ptr(), R, S, start
+        arguments.threads, arguments.scaling, arguments.out = torch.get_num_threads(), scaling, out_B1HE.data_ptr()
+        arguments.scores = None if score_BGR1S is None else score_BGR1S.data_ptr()
+        if kernel.attention(ctypes.byref(arguments)):
+            raise MemoryError(f"attention to {S} slots")
+        return Attended(out_B1HE, score_BGR1S)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of a store prepares its own."""
+
+
 def scores_natively(
     query_BGRD: Tensor, keys_BGSD: Tensor, position_BGS: Tensor, start: int, scaling: float
 ) -> Tensor | None:
@@ -129,7 +183,7 @@ def scores_natively(
         return None
     S = keys_BGSD.shape[2]
     score_BGR1S = query_BGRD.new_empty(B, G, R, 1, S)
-    arguments = _Attention(
+    arguments = Arguments(
         *(query_BGRD.data_ptr(), keys_BGSD.data_ptr(), None, None, position_BGS.data_ptr(), None),
         *(B, G, R, 1, S, D, 0),
         *(*query_BGRD.stride()[:3], 0),

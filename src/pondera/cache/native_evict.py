@@ -76,11 +76,13 @@ def evict_natively(
     if kernel is None:
         return None
     share = isinstance(recent, float)
+    limit_BG = (ctypes.c_int64 * (B * G))(*(number for row in limits for number in row))
+    first_B = (ctypes.c_int64 * B)(*first)
     arguments = _Evict(
         position_BGS.data_ptr(),
         score_BGS.data_ptr(),
-        ctypes.cast((ctypes.c_int64 * (B * G))(*(number for row in limits for number in row)), ctypes.c_void_p),
-        ctypes.cast((ctypes.c_int64 * B)(*first), ctypes.c_void_p),
+        ctypes.addressof(limit_BG),
+        ctypes.addressof(first_B),
         *(B, G, S),
         *position_BGS.stride()[:2],
         *score_BGS.stride()[:2],

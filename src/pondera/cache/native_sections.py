@@ -24,10 +24,14 @@ DENSE, UNIFORM, RESIDUAL, PAIRS = range(4)
 """Kinds of rows."""
 WIDEST = 1024
 """The widest head of the kernel."""
+COLUMNS = 32
+"""The number of columns of a table for products is a multiple of this."""
+BLOCK = 64
+"""The tokens of a block of the kernel."""
 
 
 class Rows(ctypes.Structure):
-    """Keys or values of a section; the same struct is defined in ``sections.c``."""
+    """Keys or values of a section; the same struct is defined in ``rows.h``."""
 
     _fields_ = (
         ("kind", ctypes.c_int64),
@@ -40,23 +44,36 @@ class Rows(ctypes.Structure):
         *((name, ctypes.c_int64 * 2) for name in ("stages", "width")),
         *((name, ctypes.c_void_p) for name in ("cosine", "sine", "first")),
         *((name, ctypes.c_int64) for name in ("P", "interleaved")),
+        ("columns", ctypes.c_void_p * 2),
+        ("column_count", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("pair_table", "pair_units", "near", "frequency")),
+        *((name, ctypes.c_int64) for name in ("pair_count", "token_bytes")),
     )
     alive: Any = None  # what the pointers point to, if nothing else keeps it
 
 
 class _Section(ctypes.Structure):
-    """One section; the same struct is defined in ``sections.c``."""
+    """One section; the same struct is defined in ``sections.h``."""
 
     _fields_ = (
         ("keys", Rows),
         ("values", Rows),
-        *((name, ctypes.c_void_p) for name in ("held", "position")),
+        *((name, ctypes.c_void_p) for name in ("held", "position", "number")),
         *((name, ctypes.c_int64) for name in ("tokens", "position_B", "position_G")),
     )
 
 
+class _New(ctypes.Structure):
+    """A new key or value, and where it is stored; the same struct is defined in ``sections.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("source", "target")),
+        *((name, ctypes.c_int64) for name in ("from_B", "from_G", "to_B", "to_G")),
+    )
+
+
 class _Sections(ctypes.Structure):
-    """The arguments of the kernel; the same struct is defined in ``sections.c``."""
+    """The arguments of the kernel; the same struct is defined in ``sections.h``."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("sections", "query")),
@@ -66,6 +83,9 @@ class _Sections(ctypes.Structure):
         ),
         ("scaling", ctypes.c_float),
         ("out", ctypes.c_void_p),
+        *((name, _New) for name in ("key", "value")),
+        ("mask", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("mask_B", "mask_K")),
     )
 
 
@@ -94,6 +114,62 @@ def dense_rows(rows_BGSD: Tensor) -> Rows | None:
     return Rows(DENSE, rows_BGSD.data_ptr(), None, None, *rows_BGSD.stride()[:3])
 
 
+class SectionsCall:
+    """A call of the kernel that may be repeated with other queries, and after changes to `given`.
+
+    Args:
+        sections: the sections.
+        shape: B, G, N and D.
+        width: of a value.
+        scaling: the factor of the dot products.
+
+    Attributes:
+        given: the sections as the kernel reads them.
+        held: for each section, the first valid token of each batch row and the one after the last; `None`: all are valid.
+        arguments: those of the kernel.
+    """
+
+    def __init__(
+        self, sections: Sequence[NativeSection], shape: tuple[int, int, int, int], width: int, scaling: float
+    ) -> None:
+        B, G, N, D = shape
+        self.B, self.heads, self.width = B, G * N, width
+        self.given = (_Section * len(sections))()
+        self.held: list[Any] = []
+        self._alive = sections
+        for each, section in zip(self.given, sections, strict=True):
+            each.keys, each.values, each.tokens = section.keys, section.values, section.tokens
+            held = None
+            if section.held is not None:
+                held = (ctypes.c_int64 * (2 * B))(*chain.from_iterable(section.held))
+                each.held = ctypes.addressof(held)
+            self.held.append(held)
+            if section.position_BGS is not None:
+                each.position = section.position_BGS.data_ptr()
+                each.position_B, each.position_G = section.position_BGS.stride()[:2]
+        self.arguments = _Sections(ctypes.addressof(self.given), None, len(sections), B, G, N, D, width)
+        self.arguments.scaling = scaling
+
+    def __call__(self, query_BH1D: Tensor) -> Tensor | None:
+        """Softmax attention, ``[B, 1, H, width]``; `None` if there is no kernel. The query must be one that `fit_rows`.
+
+        Raises:
+            MemoryError: the kernel could not allocate memory.
+        """
+        kernel = library("sections")
+        if kernel is None:
+            return None
+        arguments = self.arguments
+        out_B1HE = query_BH1D.new_empty((self.B, 1, self.heads, self.width))
+        step_B, step_H, _, _ = query_BH1D.stride()
+        arguments.query, arguments.out = query_BH1D.data_ptr(), out_B1HE.data_ptr()
+        arguments.query_B, arguments.query_G, arguments.query_N = step_B, arguments.N * step_H, step_H
+        arguments.threads = torch.get_num_threads()
+        if kernel.sections(ctypes.byref(arguments)):
+            raise MemoryError("attention to the sections of a cache")
+        return out_B1HE
+
+
 def attend_natively_to_sections(
     query_BH1D: Tensor, sections: Sequence[NativeSection], heads: int, width: int, scaling: float
 ) -> Tensor | None:
@@ -108,29 +184,7 @@ def attend_natively_to_sections(
         width: of a value.
         scaling: the factor of the dot products.
     """
-    kernel = library("sections") if fit_rows(query_BH1D) else None
-    if kernel is None:
+    if not fit_rows(query_BH1D):
         return None
     B, H, _, D = query_BH1D.shape
-    out_B1HE = query_BH1D.new_empty(B, 1, H, width)
-    given = (_Section * len(sections))()
-    alive = []
-    for each, section in zip(given, sections, strict=True):
-        each.keys, each.values, each.tokens = section.keys, section.values, section.tokens
-        if section.held is not None:
-            held = (ctypes.c_int64 * (2 * B))(*chain.from_iterable(section.held))
-            alive.append(held)
-            each.held = ctypes.addressof(held)
-        if section.position_BGS is not None:
-            each.position = section.position_BGS.data_ptr()
-            each.position_B, each.position_G = section.position_BGS.stride()[:2]
-    step_B, step_H = query_BH1D.stride()[:2]
-    N = H // heads
-    arguments = _Sections(
-        *(ctypes.addressof(given), query_BH1D.data_ptr()),
-        *(len(sections), B, heads, N, D, width, step_B, N * step_H, step_H, torch.get_num_threads()),
-        *(scaling, out_B1HE.data_ptr()),
-    )
-    if kernel.sections(ctypes.byref(arguments)):
-        raise MemoryError("attention to the sections of a cache")
-    return out_B1HE
+    return SectionsCall(sections, (B, heads, H // heads, D), width, scaling)(query_BH1D)

@@ -71,6 +71,7 @@ class AttentionObservation:
         begins: whether this is the first observation of a call.
         out_BTHD: the output of attention; default: `None`, not computed.
         softmax: the softmax that turns scores into weights.
+        all_real: whether it is known that no query is padding.
     """
 
     query_BGRTD: Tensor
@@ -81,6 +82,7 @@ class AttentionObservation:
     begins: bool
     out_BTHD: Tensor | None = None
     softmax: Softmax = PLAIN
+    all_real: bool = False
 
     @cached_property
     def weight_BGRTS(self) -> Tensor:
@@ -93,7 +95,7 @@ class AttentionObservation:
     def received_BGS(self) -> Tensor:
         """``[B, G, S]``: the attention weights of each slot, summed over query heads and queries."""
         received_BGS = None
-        if self.softmax is PLAIN and bool(self.real_BT.all()):
+        if self.softmax is PLAIN and (self.all_real or bool(self.real_BT.all())):
             received_BGS = received_natively(self.score_BGRTS)
         return self.weight_BGRTS.sum((2, 3)) if received_BGS is None else received_BGS
 

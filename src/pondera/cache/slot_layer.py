@@ -107,21 +107,21 @@ class KVStoreLayer(KVLayer):
         exact = (self.method.exact or T > FEW) and call.in_order
         chosen: list[Tensor | None] = []
         for table in self.tables:
-            table.append(call.key_BGTD[:, table.part], call.value_BGTD[:, table.part], call.position)
+            table.append(self._of(table, call.key_BGTD), self._of(table, call.value_BGTD), call.position)
             slot_BGk = None
             if self.method.sparse_attention:
-                slot_BGk = self.method.select_kv(self, table, query_BGRTD[:, table.part], call)
+                slot_BGk = self.method.select_kv(self, table, self._of(table, query_BGRTD), call)
             chosen.append(slot_BGk)
             exact = exact and table.whole and slot_BGk is None
         observed = self.method.observed_queries(self, call)
         if exact:
             out_BTHD = call.stock(*self.joined())
             for table in self.tables if observed else ():
-                self._observe(call, query_BGRTD[:, table.part], table, observed)
+                self._observe(call, self._of(table, query_BGRTD), table, observed)
         else:
             outputs = []
             for table, slot_BGk in zip(self.tables, chosen, strict=True):
-                outputs.append(self._by_table(call, query_BGRTD[:, table.part], table, slot_BGk, observed))
+                outputs.append(self._by_table(call, self._of(table, query_BGRTD), table, slot_BGk, observed))
             out_BTHD = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
         if not (self.record_past or self.hold):
             self.method.evict_layer(self)
@@ -133,6 +133,10 @@ class KVStoreLayer(KVLayer):
         if self.method.by_head:
             self.tables = self.tables[0].split_heads()
         self.state["padding"] = torch.zeros(len(call.key_BGTD), dtype=torch.int64, device=call.key_BGTD.device)
+
+    def _of(self, table: KVStore, rows_BG: Tensor) -> Tensor:
+        """The rows of the heads of a store; a slice takes some microseconds, in every layer of every token."""
+        return rows_BG if len(self.tables) == 1 else rows_BG[:, table.part]
 
     @property
     def at_prompt(self) -> bool:
@@ -159,15 +163,18 @@ class KVStoreLayer(KVLayer):
         if slot_BGk is None and observed >= T and self.method.observes_scores:
             outputs = self._observe(call, query_BGRTD, table, observed, attends=True)
             return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
-        keys, values, position = table.keys, table.values, table.position
         every, softmax = slice(0, T), call.softmax
         if softmax is not PLAIN:
             softmax = self._softmax(call, table)
         attended = None
         if softmax is PLAIN and call.key_bias_BK is None:
-            rows = (query_BGRTD, keys, values, position)
-            attended = attend_natively(*rows, call.mask(every), call.start, call.scaling, slot_BGk=slot_BGk)
+            if T == 1 and call.mask_B1TK is None:
+                attended = table.attend(query_BGRTD, call.start, call.scaling, slot_BGk=slot_BGk)
+            else:
+                rows = (query_BGRTD, table.keys, table.values, table.position)
+                attended = attend_natively(*rows, call.mask(every), call.start, call.scaling, slot_BGk=slot_BGk)
         if attended is None:
+            keys, values, position = table.keys, table.values, table.position
             if slot_BGk is not None:
                 there_BGk = slot_BGk.clamp(min=0)
                 keys, values = (_chosen(rows, there_BGk) for rows in (keys, values))
@@ -233,14 +240,25 @@ class KVStoreLayer(KVLayer):
         attended = None
         bias = None if call.key_bias_BK is None else slots_bias(call.key_bias_BK, table.position)
         if softmax is PLAIN and bias is None:
-            rows = (query_BGRTD, table.keys, table.values, table.position)
-            attended = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
+            if call.tokens == 1 and call.mask_B1TK is None:
+                attended = table.attend(query_BGRTD, number, call.scaling, with_scores=True)
+            else:
+                rows = (query_BGRTD, table.keys, table.values, table.position)
+                attended = attend_natively(*rows, call.mask(part), number, call.scaling, with_scores=True)
         out_BTHD, score_BGRTS = (None, None) if attended is None else attended
         if score_BGRTS is None:
             allowed = slots_allowed(call.written_mask(part), table.position)
             score_BGRTS = scores(query_BGRTD, table.keys, allowed, call.scaling, softmax, bias)
         return AttentionObservation(
-            query_BGRTD, score_BGRTS, number_T, real_BT, call.scaling, begins, out_BTHD, softmax
+            query_BGRTD,
+            score_BGRTS,
+            number_T,
+            real_BT,
+            call.scaling,
+            begins,
+            out_BTHD,
+            softmax,
+            all_real=call.mask_B1TK is None,
         )
 
     def release(self, prompt: bool) -> None:

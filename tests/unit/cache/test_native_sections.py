@@ -90,10 +90,13 @@ def residual(width: int, branches: int) -> Codebooks:
     return Codebooks([tables(n, 7, len(each), seed=n) for n, each in zip(stages, dims, strict=True)], dims, 2)
 
 
-def rotary(width: int, interleaved: bool) -> RotaryCodebooks:
+def rotary(width: int, interleaved: bool, whole: bool = False) -> RotaryCodebooks:
     """Codes of pairs, before rotary embedding; two coordinates are not rotated."""
     P = width // 2 - 1
     byte_GD = torch.arange(2)[:, None] * 2 + torch.arange(width) % 2
+    if whole:  # both coordinates of a pair in one byte
+        pair_D = torch.arange(width) // 2 if interleaved else torch.arange(width) % P
+        byte_GD = torch.arange(2)[:, None] * 5 + pair_D % 5
     codec = PairCodes(tables(2, 9, width, seed=4), byte_GD, torch.ones(2, width))
     return RotaryCodebooks(codec, 1 / (1 + torch.arange(P).float()), interleaved)
 
@@ -102,6 +105,8 @@ CODECS: dict[str, Callable[[int], Codec]] = {
     "two branches": lambda width: residual(width, 2),
     "one branch": lambda width: residual(width, 1),
     "pairs": lambda width: rotary(width, False),
+    "whole pairs": lambda width: rotary(width, False, whole=True),
+    "whole interleaved pairs": lambda width: rotary(width, True, whole=True),
     "interleaved pairs": lambda width: rotary(width, True),
     "rotated sums": lambda width: RotaryCodebooks(residual(width, 1), torch.ones(width // 2) / 3),
 }
@@ -109,13 +114,15 @@ CODECS: dict[str, Callable[[int], Codec]] = {
 
 @pytest.mark.parametrize("width", [8, 20, 32, 64, 128])
 @pytest.mark.parametrize("keys", CODECS)
-@pytest.mark.parametrize("tokens", [1, 63, 600])
+@pytest.mark.parametrize("tokens", [1, 63, 600, 4500])
 def test_codes_with_tables(width: int, keys: str, tokens: int):
     codecs = CODECS[keys](width), residual(width, 1)
     first, position = [3, 40], torch.stack([torch.arange(3, 3 + tokens), torch.arange(40, 40 + tokens)])
     given = random(2, 2, 2, tokens, width, seed=2).unbind(0)
     parts = [codec.encode(rows, position) for codec, rows in zip(codecs, given, strict=True)]
-    rows = [codec.kernel_rows(part, first) for codec, part in zip(codecs, parts, strict=True)]
+    rows = [
+        codec.kernel_rows(part, first, keys) for codec, part, keys in zip(codecs, parts, (True, False), strict=True)
+    ]
     assert rows[0] and rows[1]
     query = random(2, 6, 1, width, seed=5)
     held = [(0, tokens), (0, max(1, tokens - 7))]

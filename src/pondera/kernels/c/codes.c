@@ -9,16 +9,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "lookups.h"
 #include "parallel.h"
 
-enum {
-    LANES = 4,   /* queries at once */
-    GROUP = 4,   /* codes of a token at once */
-    BLOCK = 512, /* tokens */
-    PART = 8192  /* tokens per work item */
-};
-
-typedef float Lanes __attribute__((vector_size(4 * LANES)));
+enum { PART = 8192 }; /* tokens per work item */
 
 typedef struct {
     const uint8_t *codes_BGSC; /* codes of a token are contiguous, all below K; other strides, in bytes: */
@@ -29,8 +23,6 @@ typedef struct {
     Lanes *tallies;      /* per work item */
     long parts;
 } Codes;
-
-#define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
     const uint8_t *codes;   /* codes of the first token */
@@ -53,62 +45,33 @@ static Item item_of(const Codes *t, long number)
     };
 }
 
-INLINE void look(Lanes *restrict sums, const uint8_t *codes, long step, long tokens, const Lanes *restrict table, long K, int group)
-{
-    for (long s = 0; s < tokens; s++) {
-        Lanes sum = sums[s];
-        for (int c = 0; c < group; c++)
-            sum += table[c * K + codes[s * step + c]];
-        sums[s] = sum;
-    }
-}
-
 static void lookup_item(void *given, long number)
 {
     const Codes *t = given;
     const Item item = item_of(t, number);
-    Lanes sums[BLOCK];
-    for (long first = item.start; first < item.end; first += BLOCK) {
-        const long tokens = item.end - first < BLOCK ? item.end - first : BLOCK;
+    Lanes sums[RUN];
+    for (long first = item.start; first < item.end; first += RUN) {
+        const long tokens = item.end - first < RUN ? item.end - first : RUN;
         const uint8_t *codes = item.codes + first * t->codes_S;
         memset(sums, 0, tokens * sizeof(Lanes));
-        long c = 0;
-        for (; c + GROUP <= t->C; c += GROUP)
-            look(sums, codes + c, t->codes_S, tokens, item.table + c * t->K, t->K, GROUP);
-        for (; c < t->C; c++)
-            look(sums, codes + c, t->codes_S, tokens, item.table + c * t->K, t->K, 1);
+        look_up(codes, t->codes_S, tokens, item.table, t->K, t->C, sums);
         for (long lane = 0; lane < item.lanes; lane++)
             for (long s = 0; s < tokens; s++)
                 item.numbers[lane * t->S + first + s] = sums[s][lane];
     }
 }
 
-INLINE void count(const Lanes *restrict weights, const uint8_t *codes, long step, long tokens, Lanes *restrict table, long K,
-                  int group)
-{
-    for (long s = 0; s < tokens; s++)
-        for (int c = 0; c < group; c++)
-            table[c * K + codes[s * step + c]] += weights[s];
-}
-
 static void tally_item(void *given, long number)
 {
     const Codes *t = given;
     const Item item = item_of(t, number);
-    Lanes weights[BLOCK], *table = t->tallies + number * t->C * t->K;
+    Lanes weights[RUN], *table = t->tallies + number * t->C * t->K;
     memset(table, 0, t->C * t->K * sizeof(Lanes));
-    memset(weights, 0, sizeof weights);
-    for (long first = item.start; first < item.end; first += BLOCK) {
-        const long tokens = item.end - first < BLOCK ? item.end - first : BLOCK;
+    for (long first = item.start; first < item.end; first += RUN) {
+        const long tokens = item.end - first < RUN ? item.end - first : RUN;
         const uint8_t *codes = item.codes + first * t->codes_S;
-        for (long lane = 0; lane < item.lanes; lane++)
-            for (long s = 0; s < tokens; s++)
-                weights[s][lane] = item.numbers[lane * t->S + first + s];
-        long c = 0;
-        for (; c + GROUP <= t->C; c += GROUP)
-            count(weights, codes + c, t->codes_S, tokens, table + c * t->K, t->K, GROUP);
-        for (; c < t->C; c++)
-            count(weights, codes + c, t->codes_S, tokens, table + c * t->K, t->K, 1);
+        into_lanes(item.numbers + first, t->S, item.lanes, tokens, weights);
+        tally_up(codes, t->codes_S, tokens, weights, t->K, t->C, table);
     }
 }
 

@@ -3,14 +3,24 @@
 #include <stdint.h>
 #include <string.h>
 
+enum { NOTES = 4 }; /* the most notes */
+
+/* A number of each slot. */
+typedef struct {
+    float *numbers; /* [B, G, room]; slots of a head are contiguous */
+    int64_t B, G;   /* strides */
+    float start;    /* of a new slot */
+} Note;
+
 typedef struct {
     char *keys, *values;     /* [B, G, room, D] and [B, G, room, E] of any dtype; rows are contiguous */
     int32_t *position;       /* [B, G, room]; slots of a head are contiguous */
     const char *key, *value; /* [B, G, D], [B, G, E] */
-    int64_t *slot_BG;        /* output; optional (NULL) */
     int64_t B, G, used, room, number, holes; /* number: position of the new tokens; holes: whether slots may be empty */
     int64_t key_bytes, value_bytes; /* of a row; strides: those of keys and values in bytes, of positions in numbers */
     int64_t keys_B, keys_G, keys_S, values_B, values_G, values_S, position_B, position_G, key_B, key_G, value_B, value_G;
+    int64_t notes;
+    Note note[NOTES];
 } Place;
 
 /* The first empty slot of a head, or -1. */
@@ -48,8 +58,8 @@ int64_t place(const Place *p)
         memcpy(p->values + b * p->values_B + g * p->values_G + s * p->values_S, p->value + b * p->value_B + g * p->value_G,
                p->value_bytes);
         p->position[b * p->position_B + g * p->position_G + s] = (int32_t)p->number;
-        if (p->slot_BG)
-            p->slot_BG[bg] = s;
+        for (long n = 0; n < p->notes; n++)
+            p->note[n].numbers[b * p->note[n].B + g * p->note[n].G + s] = p->note[n].start;
     }
     return p->used + !holes;
 }

@@ -15,6 +15,7 @@ from pondera.cache.kv_store import KVStore
 from pondera.cache.layer import AttentionCall
 from pondera.cache.native_attention import scores_natively
 from pondera.cache.native_evict import received_natively
+from pondera.cache.native_select import select_natively
 from pondera.cache.slot_attention import scores
 from pondera.cache.slot_layer import KVStoreLayer
 from pondera.core.errors import UserError
@@ -77,6 +78,9 @@ class TokenSelect(Policy):
         """See `Policy.select_kv`."""
         if table.used - self.sinks - self.recent <= self.chosen:  # also with padding, which only makes fewer selectable
             return None
+        found = self._natively(layer, table, query_BGRTD, call)
+        if found is not None:
+            return None if found[0] is None else found[0][:, None].expand(-1, len(table.heads), -1)
         # The method evicts nothing, so the slots of all heads are those of the same tokens.
         position_BS = table.position[:, 0]
         real_BS = position_BS >= 0
@@ -98,6 +102,25 @@ class TokenSelect(Policy):
             if not layer.record_past:
                 self._remember(layer, table, query_BGRD, choice_BS, many_B & ~again_B)
         return _listed(real_BS & (always_BS | choice_BS))[:, None].expand(-1, len(table.heads), -1)
+
+    def _natively(
+        self, layer: KVStoreLayer, table: KVStore, query_BGRTD: Tensor, call: AttentionCall
+    ) -> tuple[Tensor | None] | None:
+        """The selection of one token with a native kernel, see `select_natively`."""
+        if call.tokens > 1 or call.mask_B1TK is not None:
+            return None
+        if "query" not in layer.state:
+            layer.state["query"] = torch.zeros_like(query_BGRTD[:, :, :, 0], memory_format=torch.contiguous_format)
+        return select_natively(
+            *(query_BGRTD, table.keys, table.position, layer.state["query"], table.note["chosen"]),
+            [padding + self.sinks for padding in layer.state["padding"].tolist()],
+            call.start - self.recent,
+            self.chosen,
+            self.reuse,
+            call.start,
+            call.scaling,
+            not layer.record_past,
+        )
 
     def _alike(self, layer: KVStoreLayer, query_BGRD: Tensor) -> Tensor:
         """``[B]``: whether the query is similar to that of the last selection."""

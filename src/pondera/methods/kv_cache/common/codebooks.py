@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pondera.cache.codec import Codec, Parts
-from pondera.cache.native_sections import RESIDUAL, WIDEST, Rows
+from pondera.cache.native_sections import BLOCK, COLUMNS, RESIDUAL, WIDEST, Rows
 from pondera.methods.kv_cache.common.lut_attention import look_up, sum_by_code
+from pondera.methods.kv_cache.common.pair_codes import PairCodes
 from pondera.models.rotary import rotate_by_position
 
 ONE_BYTE, TWO_BYTES = 2**8, 2**15
@@ -44,7 +45,6 @@ class Codebooks(Codec):
         ([[[[1, 1]]]], [[[[4.0, 1.0]]]])
     """
 
-    kernel_tokens = 4096  # measured: for more tokens, look-up tables are faster
     queries = 16  # measured: for more queries, a matrix product with decoded vectors is faster
 
     def __init__(self, tables: list[Tensor], dims: list[Tensor], heads: int, joined: int = 1) -> None:
@@ -57,6 +57,7 @@ class Codebooks(Codec):
         order_D = torch.cat(dims)
         in_order = bool((order_D == torch.arange(len(order_D), device=order_D.device)).all())
         self.order_D = None if in_order else order_D.contiguous()
+        self.columns: list[Tensor] = []
 
     @property
     def stages(self) -> int:
@@ -120,7 +121,7 @@ class Codebooks(Codec):
             out_BGND[..., dims_C] = torch.einsum("bhkjn,kjc->bhjnc", received, rows_KJC).flatten(1, 2)
         return out_BGND
 
-    def kernel_rows(self, parts: Parts, first: Sequence[int] | None = None) -> Rows | None:
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None = None, keys: bool = False) -> Rows | None:
         """See `Codec.kernel_rows`; with float16 tables of at most two branches, and a vector per head."""
         codes_BHSL = parts["codes"]
         if self.joined > 1 or self.dtype != torch.uint8 or len(self.given) > 2 or codes_BHSL.stride(3) != 1:
@@ -139,7 +140,17 @@ class Codebooks(Codec):
             found.table[branch] = table.data_ptr()
             found.stages[branch], found.width[branch] = len(table), len(dims_C)
         found.K, found.order = self.codes, None if self.order_D is None else self.order_D.data_ptr()
+        if keys:
+            for branch, columns_LCK in enumerate(self._columns()):
+                found.columns[branch], found.column_count = columns_LCK.data_ptr(), columns_LCK.shape[2]
         return found
+
+    def _columns(self) -> list[Tensor]:
+        """The tables as columns ``[stages, C, K or more]``, by which the kernel multiplies queries; made at first use."""
+        if not self.columns:
+            rest = -self.codes % COLUMNS
+            self.columns = [functional.pad(table.mT, (0, rest)).contiguous() for table in self.given]
+        return self.columns
 
     def _branches(self, codes_BHSL: Tensor) -> zip:
         return zip(self.tables, self.dims, codes_BHSL.split([len(t) for t in self.tables], -1), strict=True)
@@ -186,7 +197,7 @@ class RotaryCodebooks(Codec):
         rows_BGSD = self.of.decode(parts, position_BS)
         return rotate_by_position(rows_BGSD, position_BS[:, None], self.frequency_P, self.interleaved)
 
-    def kernel_rows(self, parts: Parts, first: Sequence[int] | None) -> Rows | None:
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None, keys: bool = False) -> Rows | None:
         """See `Codec.kernel_rows`."""
         rows = None if first is None or min(first) < 0 else self.of.kernel_rows(parts, first)
         if (
@@ -201,6 +212,10 @@ class RotaryCodebooks(Codec):
         rows.cosine, rows.sine, rows.first = cosine.data_ptr(), sine.data_ptr(), ctypes.addressof(starts)
         rows.P, rows.interleaved = len(self.frequency_P), self.interleaved
         rows.alive = (starts, cosine, sine)
+        if isinstance(self.of, PairCodes) and self.of.add_pairs(rows, self.interleaved):
+            near = self.angles.near()
+            rows.near, rows.frequency = near.data_ptr(), self.angles.frequency_P.data_ptr()
+            rows.alive = (*rows.alive, near)
         return rows
 
 
@@ -212,16 +227,24 @@ class Angles:
     """
 
     def __init__(self, frequency_P: Tensor) -> None:
-        self.frequency_P = frequency_P
+        self.frequency_P = frequency_P.float().contiguous()
         self.known: tuple[Tensor, Tensor] = (torch.empty(0), torch.empty(0))
+        self.first_P2n = torch.empty(0)
 
     def until(self, positions: int) -> tuple[Tensor, Tensor]:
         """``[n, P]`` each, for at least this many positions from 0 on."""
         if len(self.known[0]) < positions:
             position_n = torch.arange(positions + max(64, positions // 2), device=self.frequency_P.device)
-            angle_nP = position_n[:, None] * self.frequency_P.float()
+            angle_nP = position_n[:, None] * self.frequency_P
             self.known = (angle_nP.cos(), angle_nP.sin())
         return self.known
+
+    def near(self) -> Tensor:
+        """``[P, 2, BLOCK]``: cosines and sines of the first positions."""
+        if not len(self.first_P2n):
+            angle_Pn = self.frequency_P[:, None] * torch.arange(BLOCK, device=self.frequency_P.device)
+            self.first_P2n = torch.stack([angle_Pn.cos(), angle_Pn.sin()], 1)
+        return self.first_P2n
 
 
 class SharedAngles:

@@ -18,6 +18,10 @@ from pondera.cache.codec import Codec, Parts
 from pondera.cache.native_sections import PAIRS, WIDEST, Rows
 
 
+WORD = 4
+"""The bytes that the kernel reads at once."""
+
+
 class PairCodes(Codec):
     """Product codes of one layer's keys before rotary embedding.
 
@@ -42,6 +46,7 @@ class PairCodes(Codec):
         self.rows = table_GKD.transpose(1, 2).reshape(G * D, K).float()
         self.halves = table_GKD.transpose(1, 2).contiguous() if table_GKD.dtype == torch.float16 else None
         self.bytes = int(flat.max()) + 1
+        self.pairs: tuple[Tensor, Tensor] | None = None
         W = int(torch.bincount(flat).max())
         # For each byte the coordinates that it codes; the number G * D stands for an additional coordinate that is zero.
         self.of_nW = torch.full((self.bytes, W), G * D, device=flat.device)
@@ -68,7 +73,7 @@ class PairCodes(Codec):
             codes_nN[number] = torch.addmm(half_K, x_cN[of_W].T, rows_WK, beta=-1).argmax(-1).to(torch.uint8)
         return {"codes": codes_nN.view(self.bytes, B, 1, S).permute(1, 2, 3, 0).contiguous()}
 
-    def kernel_rows(self, parts: Parts, first: Sequence[int] | None) -> Rows | None:
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None, keys: bool = False) -> Rows | None:
         """See `Codec.kernel_rows`; with float16 tables."""
         codes_B1Sn = parts["codes"]
         if self.halves is None or type(codes_B1Sn) is not Tensor or codes_B1Sn.device.type != "cpu":
@@ -79,6 +84,42 @@ class PairCodes(Codec):
         found = Rows(PAIRS, codes_B1Sn.data_ptr(), None, None, step_B, 0, step_S)
         found.table[0], found.order, found.K = self.halves.data_ptr(), self.byte_c.data_ptr(), self.codes
         return found
+
+    def add_pairs(self, rows: Rows, interleaved: bool) -> bool:
+        """Adds tables of whole rotation pairs, from which the kernel computes scores without rows; false if bytes split pairs.
+
+        Args:
+            rows: those of `kernel_rows`, with the number of pairs.
+            interleaved: whether a pair is two neighbours, not one coordinate of each half.
+        """
+        if self.halves is None or self.bytes < WORD:
+            return False
+        if self.pairs is None:
+            self.pairs = self._paired(rows.P, interleaved)
+        table, units = self.pairs
+        if not len(table):
+            return False
+        rows.pair_table, rows.pair_units = table.data_ptr(), units.data_ptr()
+        rows.pair_count, rows.token_bytes = units.shape[1], self.bytes
+        return True
+
+    def _paired(self, pairs: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+        """Tables ``[G, U, K, 2]`` and, of each unit, both coordinates and the byte; empty if bytes split pairs."""
+        assert self.halves is not None
+        step = 1 if interleaved else pairs
+        one_U = [p * (2 if interleaved else 1) for p in range(pairs)]
+        rest = range(2 * pairs, self.width)
+        unit_U2 = torch.tensor([[one, one + step] for one in one_U] + [[one, -1] for one in rest])
+        byte_GD = self.byte_c.view(self.heads, self.width)
+        one_U, other_U = unit_U2.unbind(1)
+        single_U = other_U < 0
+        other_U = torch.where(single_U, one_U, other_U)
+        if not torch.equal(byte_GD[:, one_U], byte_GD[:, other_U]):
+            return torch.empty(0), torch.empty(0)
+        table_GDK = self.halves.view(self.heads, self.width, self.codes)
+        table_GUK2 = torch.stack([table_GDK[:, one_U], table_GDK[:, other_U].masked_fill(single_U[:, None], 0)], -1)
+        units_GU3 = torch.cat([unit_U2.expand(self.heads, -1, -1), byte_GD[:, one_U, None]], -1)
+        return table_GUK2.contiguous(), units_GU3.contiguous()
 
     def decode(self, parts: Parts, position_BS: Tensor | None = None) -> Tensor:
         """See `Codec.decode`; returns keys before rotary embedding."""

@@ -99,7 +99,7 @@ class UniformQuantizer(Codec):
         out_BGND = self._native(MIX, parts, weight_BGNS, (B, G, N, parts["codes"].shape[-1] * 8 // self.bits))
         return super().mix(weight_BGNS, parts, position_BS) if out_BGND is None else out_BGND
 
-    def kernel_rows(self, parts: Parts, first: Sequence[int] | None = None) -> Rows | None:
+    def kernel_rows(self, parts: Parts, first: Sequence[int] | None = None, keys: bool = False) -> Rows | None:
         """See `Codec.kernel_rows`."""
         codes, least, step = parts["codes"], parts["least"], parts["step"]
         if not _readable(codes, least, step) or codes.shape[-1] * 8 // self.bits > WIDEST:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from pondera.cache.codec import Codec, Codes
 from pondera.cache.layer import AttentionCall, KVLayer
-from pondera.cache.native_sections import NativeSection, attend_natively_to_sections, dense_rows
+from pondera.cache.native_sections import NativeSection
 from pondera.cache.ring_buffer import RingBuffer
-from pondera.cache.slot_attention import PLAIN
 from pondera.core.errors import UserError
 from pondera.methods.kv_cache.common.cache_sections import (
     CacheSection,
@@ -23,6 +22,7 @@ from pondera.methods.kv_cache.common.cache_sections import (
     DenseSection,
     attend_to_sections,
 )
+from pondera.methods.kv_cache.common.window_step import WindowStep, supports
 
 if TYPE_CHECKING:
     from pondera.methods.kv_cache.common.windowed_codec import SinkWindowCache
@@ -63,11 +63,15 @@ class SinkWindowLayer(KVLayer):
         self.codes = (Codes(), Codes())
         self.sink_keys = self.sink_values = torch.empty(0)
         self.ring = RingBuffer(self.sink_keys, self.sink_values)
+        self._step: WindowStep | None = None
 
     # Attention and encoding
 
     def attend(self, call: AttentionCall) -> Tensor:
         """See `KVLayer.attend`. Attends to all sections, new tokens exactly; then encodes."""
+        out_BTHD = self._natively(call)
+        if out_BTHD is not None:
+            return out_BTHD
         if not self.batch():
             self._begin(call)
         self._start_texts(call)
@@ -132,18 +136,18 @@ class SinkWindowLayer(KVLayer):
                 self.sink_keys[row, :, place] = key_BGTD[row, :, new]
                 self.sink_values[row, :, place] = value_BGTD[row, :, new]
 
-    def _exact_after(self) -> list[int]:
+    def exact_after(self) -> list[int]:
         """For each row, the number of the first token that is neither a sink nor encoded."""
         return [pads + self.method.sinks + coded for pads, coded in zip(self.pads, self.coded, strict=True)]
 
     def _exact_from(self) -> int:
-        """The minimum of `_exact_after` over all rows."""
-        return min(self.ring.end, *self._exact_after())
+        """The minimum of `exact_after` over all rows."""
+        return min(self.ring.end, *self.exact_after())
 
     def _settle(self) -> None:
         """Encodes the tokens that left the recent window, and frees their keys and values."""
         every, window, room = self.method.flush_size, self.method.window, self._room
-        due = [max(0, self.ring.end - exact - window) // every * every for exact in self._exact_after()]
+        due = [max(0, self.ring.end - exact - window) // every * every for exact in self.exact_after()]
         if any(due):
             for row, start, tokens in self._alike(due):
                 self._code(row, start, tokens)
@@ -160,7 +164,7 @@ class SinkWindowLayer(KVLayer):
 
     def _alike(self, due: list[int]) -> Iterator[tuple[slice, int, int]]:
         """Batch slices to encode, all rows at once if they agree, with first token number and token count."""
-        plans = list(zip(self._exact_after(), due, strict=True))
+        plans = list(zip(self.exact_after(), due, strict=True))
         if len({(*plan, coded) for plan, coded in zip(plans, self.coded, strict=True)}) == 1:
             yield slice(None), *plans[0]
             return
@@ -189,42 +193,40 @@ class SinkWindowLayer(KVLayer):
 
     def _by_segments(self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]]) -> Tensor:
         """Attention over all sections together."""
-        out_BTHD = self._natively(call, pieces)
-        if out_BTHD is not None:
-            return out_BTHD
         R = call.query_BHTD.shape[1] // call.key_BGTD.shape[1]
         return attend_to_sections(call, self._segments(call, pieces, R * call.tokens))
 
-    def _natively(self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]]) -> Tensor | None:
-        """`_by_segments` for one token in one native call; `None` if it does not support the call or the codes."""
-        if call.tokens > 1 or call.mask_B1TK is not None or call.key_bias_BK is not None or call.softmax is not PLAIN:
+    def _natively(self, call: AttentionCall) -> Tensor | None:
+        """`attend` for one token in one native call, once tokens are encoded; `None` if it does not support call or state."""
+        ring = self.ring
+        if not any(self.coded) or ring.borrowed or len(ring) >= ring.room or not supports(call):
             return None
-        end, sinks = call.start + 1, self.method.sinks
-        after = self._exact_after()
-        exact = [
-            (keys, values, [(max(0, one - first), keys.shape[2]) for one in after]) for first, keys, values in pieces
-        ]
-        if sinks:
-            held = [(0, min(sinks, max(0, end - pads))) for pads in self.pads]
-            exact.append((self.sink_keys, self.sink_values, held))
-        found = [(dense_rows(keys), dense_rows(values), keys.shape[2], held) for keys, values, held in exact]
-        if any(self.coded):
-            if max(self.coded) > self.coders[0].kernel_tokens:
-                return None
-            codes = [each.view(codec) for each, codec in zip(self.codes, self.coders, strict=True)]
-            steady = self.positions is None and self.slots_per_token == 1
-            first = [begins + sinks for begins in self.begins] if steady else None
-            rows = [codec.kernel_rows(parts, first) for codec, parts in zip(self.coders, codes, strict=True)]
-            if rows[1] is not None and rows[1].order:
-                return None
-            found.append((rows[0], rows[1], max(self.coded), [(0, coded) for coded in self.coded]))
-        sections = [
-            NativeSection(keys, values, tokens, held) for keys, values, tokens, held in found if keys and values
-        ]
-        if len(sections) < len(found):
+        if call.start < max(self.pads) + self.method.sinks:  # a row still begins
             return None
-        width = call.value_BGTD.shape[3]
-        return attend_natively_to_sections(call.query_BHTD, sections, call.key_BGTD.shape[1], width, call.scaling)
+        step = self._step
+        if step is None or not step.fits(self, call):
+            step = self._step = WindowStep.of(self, call)
+        out_B1HD = None if step is None else step(self, call)
+        if out_B1HD is None:
+            return None
+        if not (self.record_past or self.hold) and (
+            ring.end - min(self.exact_after()) - self.method.window >= self.method.flush_size or ring.room > self._room
+        ):
+            self._settle()
+        return out_B1HD
+
+    def native_codes(self) -> NativeSection | None:
+        """The encoded tokens for the kernel; `None` if it does not support them."""
+        codes = [each.view(codec) for each, codec in zip(self.codes, self.coders, strict=True)]
+        steady = self.positions is None and self.slots_per_token == 1
+        first = [begins + self.method.sinks for begins in self.begins] if steady else None
+        keys, values = (
+            codec.kernel_rows(parts, first, of_keys)
+            for codec, parts, of_keys in zip(self.coders, codes, (True, False), strict=True)
+        )
+        if keys is None or values is None or values.order:
+            return None
+        return NativeSection(keys, values, max(self.coded), [(0, coded) for coded in self.coded])
 
     def _segments(
         self, call: AttentionCall, pieces: list[tuple[int, Tensor, Tensor]], queries: int
@@ -241,7 +243,7 @@ class SinkWindowLayer(KVLayer):
             few = queries <= min(self.coders[0].queries, self.coders[1].queries)
             sections.append(coded if few else coded.dense())
         for first, keys, values in pieces:
-            valid = [(max(0, exact - first), keys.shape[2]) for exact in self._exact_after()]
+            valid = [(max(0, exact - first), keys.shape[2]) for exact in self.exact_after()]
             sections.append(DenseSection([first] * len(valid), valid, keys, values))
         return sections
 
