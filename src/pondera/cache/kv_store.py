@@ -150,12 +150,11 @@ class KVStore(BatchState):
 
     def _stored_in(self, storage: tuple[Tensor, Tensor, Tensor], notes: Sequence[Tensor]) -> bool:
         """Whether a call was prepared for this storage."""
-        return (
-            self.keys_BGSD is storage[0]
-            and self.values_BGSD is storage[1]
-            and self.position_BGS is storage[2]
-            and all(self.notes[name] is note for name, note in zip(self.note_defaults, notes, strict=False))
-        )
+        own = (self.keys_BGSD, self.values_BGSD, self.position_BGS, *(self.notes.values() if notes else ()))
+        for one, other in zip(own, (*storage, *notes), strict=True):
+            if one is not other:
+                return False
+        return True
 
     def attend(
         self, query_BGR1D: Tensor, start: int, scaling: float, with_scores: bool = False, slot_BGk: Tensor | None = None

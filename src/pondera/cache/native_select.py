@@ -1,7 +1,7 @@
 """The selection of slots by votes of all heads of a layer, in one native call.
 
-The reference implementation is the rest of `pondera.methods.kv_cache.token_select.TokenSelect.select_kv`: two dozen operations of
-torch over all slots, in every layer of every token.
+The reference implementation is the rest of `pondera.methods.kv_cache.token_select.TokenSelect.select_kv`: two dozen operations
+of torch over all slots, in every layer of every token.
 
 Shapes: B batch, G KV heads, R query heads per KV head, S slots, k chosen slots, D head width.
 """
@@ -79,7 +79,11 @@ def select_natively(
     scores.start, scores.threads, scores.scaling = start, torch.get_num_threads(), scaling
     scores.scores = score_BGRS.data_ptr()
     first_B = (ctypes.c_int64 * B)(*first)
-    arguments.first, arguments.last, arguments.note = ctypes.addressof(first_B), last_BGRD.data_ptr(), note_BGS.data_ptr()
+    arguments.first, arguments.last, arguments.note = (
+        ctypes.addressof(first_B),
+        last_BGRD.data_ptr(),
+        note_BGS.data_ptr(),
+    )
     arguments.note_B, arguments.note_G, _ = note_BGS.stride()
     arguments.recent, arguments.chosen, arguments.remember = recent, chosen, remember
     arguments.reuse, arguments.index = reuse, index_BS.data_ptr()

@@ -17,7 +17,6 @@ from torch import Tensor
 from pondera.cache.codec import Codec, Parts
 from pondera.cache.native_sections import PAIRS, WIDEST, Rows
 
-
 WORD = 4
 """The bytes that the kernel reads at once."""
 

@@ -1,7 +1,7 @@
 """One token of a cache layer with sinks, codes and an exact window, in one native call.
 
-The reference implementation is the rest of `SinkWindowLayer.attend`. Between two encodings only the window changes, by one token
-per step, so the arguments of the call are prepared once, and a step changes a few numbers.
+The reference implementation is the rest of `SinkWindowLayer.attend`. Between two encodings only the window changes, by one
+token per step, so the arguments of the call are prepared once, and a step changes a few numbers.
 
 Shapes: B batch, G KV heads, T new tokens, K tokens seen and new, D head width.
 """
@@ -69,7 +69,10 @@ class WindowStep:
     def of(cls, layer: SinkWindowLayer, call: AttentionCall) -> Self | None:
         """The call of a layer; `None` if no kernel supports its state."""
         ring, rows = layer.ring, (call.query_BHTD, call.key_BGTD, call.value_BGTD)
-        if not fit_rows(*rows, ring.keys, ring.values, layer.sink_keys, layer.sink_values) or library("sections") is None:
+        if (
+            not fit_rows(*rows, ring.keys, ring.values, layer.sink_keys, layer.sink_values)
+            or library("sections") is None
+        ):
             return None
         codes = layer.native_codes()
         return None if codes is None else cls(layer, call, codes)
