@@ -13,9 +13,9 @@ from helpers import scripts
 
 from pondera.core import spec
 
-build, docstrings, findings, front, models, names, pages, study, tasks = (
+build, docstrings, findings, flows, front, models, names, pages, study, tasks = (
     scripts.load(f"tools.docs.{name}")
-    for name in ("build", "docstrings", "findings", "front", "models", "names", "pages", "study", "tasks")
+    for name in ("build", "docstrings", "findings", "flows", "front", "models", "names", "pages", "study", "tasks")
 )
 
 FOLDERS = ("src", "tests", "tools", "experiments", "benchmarks")
@@ -79,6 +79,18 @@ def test_quantizers_are_held_together_at_equal_bits(tmp_path: Path):
     said = study.quantizers(written(tmp_path, rows))
     assert cells(said, "`VQ, 8 bits`") == ["8", "0.500", "0.250"]
     assert cells(said, "`Identity`") == ["none", "0.100", ""]
+
+
+def test_runs_of_flows_stand_next_to_a_perfect_sampler(tmp_path: Path):
+    numbers = {"modes": 90, "perfect_at_quarter": 5.0, "perfect_modes": 23.04, "target_mean_reward": 2.0, "steps": 1000}
+    names = {"environment": "Set(3)", "objective": "TB", "variant": "α = ½"}
+    measured = {"modes_at_quarter": 4, "modes_found": 20, "mean_reward": 1.0, "tv": None, "spearman": 0.9, "slope": 0.5}
+    rows = [{**names, **numbers, **measured, "seed": seed} for seed in (0, 1)]
+    rows += [{**rows[0], "variant": "α = 0.9", "tv": 0.25, "mean_reward": 3.0}]
+    said = flows.flow_study(written(tmp_path, rows))
+    assert "**`Set(3)`**, 1,000 steps (a perfect sampler finds 5 at ¼ and 23 at the end of 90 modes)" in said
+    assert cells(said, "TB, α = ½") == ["2", "4.0 ± 0.0", "20.0 ± 0.0", "0.50 ± 0.00", "", "0.90 ± 0.00", "0.50"]
+    assert cells(said, "TB, α = 0.9") == ["1", "4.0", "20.0", "1.50", "0.250", "0.90", "0.50"]
 
 
 def test_one_arm_against_every_other_is_paired_by_seed(tmp_path: Path):

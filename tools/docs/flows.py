@@ -58,9 +58,9 @@ def flow_study(path: str) -> str:
             runs = [row for row in own if (row["objective"], row["variant"]) == name]
             lines.append((f"{name[0]}, {name[1]}", str(len(runs)), *_cells(runs)))
         first = own[0]
-        expected = f"{first['perfect_at_quarter']:.1f} at ¼ and {first['perfect_modes']:.1f} at the end"
-        perfect = f"a perfect sampler finds {expected} of {first['modes']} modes"
-        head = ["run", "seeds", "modes at ¼", "modes", "E[R] / target", "TV", "slope"]
+        expected = f"{first['perfect_at_quarter']:.3g} at ¼ and {first['perfect_modes']:.3g} at the end"
+        perfect = f"a perfect sampler finds {expected} of {first['modes']:,} modes"
+        head = ["run", "seeds", "modes at ¼", "modes", "E[R] / target", "TV", "Spearman", "slope"]
         parts.append(f"**`{environment}`**, {first['steps']:,} steps ({perfect})\n\n{table(head, lines)}")
     return "\n\n".join(parts) + f"\n\n`{found['command']}`: {len(found['rows'])} runs; mean ± standard deviation."
 
@@ -72,5 +72,6 @@ def _cells(runs: list[Row]) -> tuple[str, ...]:
         over_seeds([row["modes_found"] for row in runs], "{:.1f}".format),
         over_seeds(ratios, "{:.2f}".format),
         over_seeds([row["tv"] for row in runs]),
+        over_seeds([row["spearman"] for row in runs], "{:.2f}".format),
         f"{mean(row['slope'] for row in runs):.2f}",
     )

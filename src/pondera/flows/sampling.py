@@ -56,22 +56,26 @@ def sample(
         epsilon: share of uniformly random actions.
         temperature: of the policy; above 1 it is flatter.
     """
-    state_BC = env.start(count)
-    states, rows = [state_BC], torch.arange(count)
+    states, rows = [env.start(count)], torch.arange(count)
     actions, masks = [], []
     while len(rows):
-        here_NC = states[-1][rows]
+        whole = len(rows) == count  # no row has ended: nothing to gather or scatter
+        here_NC = states[-1] if whole else states[-1][rows]
         allowed_NA = env.forward_mask(here_NC)
-        p_NA = (logits(here_NC) / temperature).masked_fill(~allowed_NA, -torch.inf).softmax(1)
+        logits_NA = logits(here_NC) if temperature == 1 else logits(here_NC) / temperature
+        p_NA = logits_NA.masked_fill(~allowed_NA, -torch.inf).softmax(1)
         if epsilon:
             p_NA = (1 - epsilon) * p_NA + epsilon * allowed_NA / allowed_NA.sum(1, keepdim=True)
         action_N = torch.multinomial(p_NA, 1, generator=generator)[:, 0]
         after_NC = env.step(here_NC, action_N)
-        action_B, mask_B = torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.bool)
-        action_B[rows], mask_B[rows] = action_N, True
-        states.append(states[-1].index_put((rows,), after_NC))
-        actions.append(action_B)
-        masks.append(mask_B)
+        if whole:
+            states.append(after_NC)
+            actions.append(action_N)
+            masks.append(torch.ones_like(action_N, dtype=torch.bool))
+        else:
+            states.append(states[-1].index_put((rows,), after_NC))
+            actions.append(torch.zeros(count, dtype=torch.long).index_put((rows,), action_N))
+            masks.append(torch.zeros(count, dtype=torch.bool).index_fill(0, rows, True))
         rows = rows[~env.finished(after_NC)]
     return Trajectories(torch.stack(states, 1), torch.stack(actions, 1), torch.stack(masks, 1))
 
