@@ -45,9 +45,9 @@ class WindowStep:
             pieces.append((layer.sink_keys, layer.sink_values, layer.method.sinks, [(0, layer.method.sinks)] * B))
         sections = [codes]
         for keys, values, tokens, held in pieces:
-            rows = dense_rows(keys), dense_rows(values)
-            assert rows[0] and rows[1]
-            sections.append(NativeSection(*rows, tokens, held))
+            key_rows, value_rows = dense_rows(keys), dense_rows(values)
+            assert key_rows is not None and value_rows is not None
+            sections.append(NativeSection(key_rows, value_rows, tokens, held))
         self.call = SectionsCall(sections, (B, G, H // G, D), call.value_BGTD.shape[3], call.scaling)
         self.scaling = call.scaling
         self.numbers = [(ctypes.c_int64 * B)() for _ in sections]  # the column of the first token in a mask
