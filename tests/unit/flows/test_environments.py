@@ -10,6 +10,7 @@ import torch
 
 from pondera.core import spec
 from pondera.core.errors import UserError
+from pondera.core.flow_config import FlowConfig, FlowTrainConfig
 from pondera.flows.environments.base import Environment
 from pondera.flows.environments.bit import Bit
 from pondera.flows.environments.hyper_grid import HyperGrid
@@ -18,6 +19,7 @@ from pondera.flows.environments.spans import Spans
 from pondera.flows.environments.table import Table
 from pondera.flows.graph import listed
 from pondera.flows.perfect import expected_log_reward
+from pondera.flows.train import FlowTrainer
 
 FORMS = [form for method in spec.index(("environment",)).values() for form in method.examples.values()]
 FORMS += ["Set(1, choose=1)", "Set(4, choose=4)", "Bit(3, word=3, modes=1)", "Bit(4, word=1, modes=2, within=1)"]
@@ -211,3 +213,63 @@ def test_too_many_states_are_not_listed():
         listed(Set(30, choose=20, energies="small"))
     with pytest.raises(UserError, match="too many states to number them"):
         HyperGrid(100, side=8).key(HyperGrid(100, side=8).start(1))
+
+
+OWN = '''
+"""Coin: one throw."""
+
+import torch
+
+from pondera.flows.environments.base import Environment
+
+
+class Coin(Environment):
+    """Heads or tails."""
+
+    def __init__(self, heads: float = 0.5) -> None:
+        self.heads, self.radices, self.actions, self.graded, self.longest = heads, (3,), 2, True, 1
+
+    def forward_mask(self, state_BC):
+        return (state_BC == 0).expand(-1, 2)
+
+    def backward_mask(self, state_BC):
+        return state_BC == torch.tensor([1, 2])
+
+    def step(self, state_BC, action_B):
+        return state_BC + 1 + action_B[:, None]
+
+    def undo(self, state_BC, action_B):
+        return torch.zeros_like(state_BC)
+
+    def finished(self, state_BC):
+        return state_BC[:, 0] > 0
+
+    def log_partial(self, state_BC):
+        return torch.tensor([1.0, self.heads, 1 - self.heads], dtype=torch.float64).log()[state_BC[:, 0]]
+
+    def is_mode(self, state_BC):
+        return state_BC[:, 0] == 1
+
+    def remaining(self, state_BC):
+        return (state_BC[:, 0] == 0).long()
+
+    def count_states(self):
+        return 3
+
+    def count_modes(self):
+        return 1
+
+    def uniform(self, count, generator):
+        return 1 + torch.randint(2, (count, 1), generator=generator)
+'''
+
+
+def test_an_environment_of_the_user_is_one_file(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "environment").mkdir()
+    (tmp_path / "environment" / "coin.py").write_text(OWN)
+    monkeypatch.setenv("PONDERA_METHODS", str(tmp_path))
+    trainer = FlowTrainer(FlowConfig(environment="Coin(0.75)", train=FlowTrainConfig(steps=300, lr=1e-2)))
+    while trainer.done < 300:
+        trainer.step()
+    found = trainer.report()
+    assert found.tv is not None and found.tv < 0.02 and found.modes == 1
