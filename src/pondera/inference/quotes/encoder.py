@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from pondera.core.errors import UserError, described
 from pondera.core.package_index import Wheel, take
 from pondera.core.paths import cache_folder
 from pondera.core.quiet_loading import no_progress_bar
+from pondera.data.text import hub
 
 MINILM = "minilm"
 WORDS = "words"
@@ -60,7 +60,7 @@ class Encoder:
         source = str(_minilm()) if name == MINILM and not Path(name).exists() else name
         self.name = name
         try:
-            with no_progress_bar() if Path(source).is_dir() else nullcontext():
+            with no_progress_bar() if Path(source).exists() else hub():
                 self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
                 self._model: Any = AutoModel.from_pretrained(source, use_safetensors=True).eval()
         except (OSError, ValueError, KeyError) as error:

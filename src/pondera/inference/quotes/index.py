@@ -6,6 +6,7 @@ Shapes: S sentences, D dimensions of the encoder.
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from pondera.inference.quotes.search_table import WORDS_WEIGHT, Place, SearchTab
 
 FORMAT = 1
 LIST, VECTORS = "index.json", "vectors.safetensors"
+CHANGED = "it has changed"
 
 
 @dataclass(frozen=True)
@@ -250,9 +252,11 @@ class SpanIndex:
     def _check(self, folder: str) -> None:
         """Refuses files that are not as they were indexed."""
         for path, reason in self._changed.items():
+            index, file = shlex.quote(folder), shlex.quote(path)
+            what = f"{reason} since {folder} was made" if reason == CHANGED else f"cannot be read now ({reason})"
             raise UserError(
-                f"{path}: {reason} since {folder} was made, so nothing can be quoted from it; update the index: "
-                f"pondera index --out {folder} --add {path}, or --drop {path}"
+                f"{path}: {what}, so nothing can be quoted from it; update the index: "
+                f"pondera index --out {index} --add {file}, or --drop {file}"
             )
 
     def _encoded(self, files: list[TextFile], done: Callable[[int, int], Any]) -> list[_Entry]:
@@ -288,7 +292,7 @@ def _unchanged(path: str, sha256: str) -> TextFile | str:
         file = read(Path(path))
     except Unsuitable as error:
         return str(error)
-    return file if file.sha256 == sha256 else "it has changed"
+    return file if file.sha256 == sha256 else CHANGED
 
 
 def _checked(entry: _Entry, encoder: str) -> _Entry:
