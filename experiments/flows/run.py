@@ -111,7 +111,8 @@ def main() -> None:
     if not args.publish:
         train_all(wanted, rows_file)
     rows = read(rows_file)
-    command = ["python", "-m", "experiments.flows.run", *(["--paper"] if args.paper else [])]
+    seeds = str(1 + max((row["seed"] for row in rows), default=0))
+    command = ["python", "-m", "experiments.flows.run", *(["--paper"] if args.paper else ["--seeds", seeds])]
     name = "paper" if args.paper else "study"
     write_json(root / f"results/flows/{name}.json", {"command": shlex.join(command), "rows": rows})
 
