@@ -141,7 +141,7 @@ def smaller(words: list[str]) -> list[str]:
         return ["--tokens", "700", "--contexts", "2"]
     if words[0] not in ("train", "compare", "doctor") or "--resume" in words:
         return []
-    if words[1].startswith("flow-"):
+    if words[1:] and words[1].startswith("flow-"):
         return ["--train.steps", "14"]
     return SHORT if "--backbone" in words else WIDTH + SHORT
 
